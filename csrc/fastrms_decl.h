@@ -1,0 +1,76 @@
+/* The C interface, declarations only: cffi reads this file as it stands, C programs include fastrms.h. */
+
+#define FASTRMS_MAX_STATES 3
+#define FASTRMS_MAX_COEFFICIENTS 24
+#define FASTRMS_MAX_CORRECTIONS 4
+
+/* what a call answers; everything but OK has changed nothing */
+#define FASTRMS_OK 0
+#define FASTRMS_BUSY 1
+#define FASTRMS_OVERLAP 2
+#define FASTRMS_NOT_READY 3
+
+/* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
+ * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
+ * or value / sqrt(q). */
+typedef struct {
+    int32_t coefficient, operation, linear, ahead;
+    double decay, weight;
+} fastrms_correction;
+
+/* One rule with its hyper-parameters.  rule: index of fastrms_rule_name(); itemsize: 4 float, 8 double;
+ * general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
+ * value[] holds the coefficients in double, in the order of fastrms_rule_arguments(); value[0] is grad_scale. */
+typedef struct {
+    int32_t rule, itemsize, general, coefficients, corrections, reserved;
+    fastrms_correction correction[FASTRMS_MAX_CORRECTIONS];
+    double value[FASTRMS_MAX_COEFFICIENTS];
+} fastrms_group;
+
+/* One parameter and its state; steps counts the updates it has had. */
+typedef struct {
+    int64_t size, steps;
+    int32_t group, ready;
+    void *param;
+    void *state[FASTRMS_MAX_STATES];
+} fastrms_tensor;
+
+/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  ready is scratch for one set of
+ * FASTRMS_MAX_COEFFICIENTS per tensor; incoming and ranges (2 * tensors * (2 + states)) for fastrms_set_grads.
+ * ready_to_step: grad[] points to live memory; fastrms_step refuses without it. */
+typedef struct {
+    int64_t tensors, steps;
+    fastrms_tensor *tensor;
+    fastrms_group *group;
+    const void **grad;
+    const void **incoming;
+    double *ready;
+    uintptr_t *ranges;
+    double grad_scale, clip_norm, grad_norm;
+    int32_t states, busy, ready_to_step, reserved;
+} fastrms_plan;
+
+int fastrms_step(fastrms_plan *plan);
+int fastrms_acquire(fastrms_plan *plan);
+void fastrms_release(fastrms_plan *plan);
+void fastrms_run(fastrms_plan *plan);
+int fastrms_set_grads(fastrms_plan *plan);
+int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
+                   void *param, const void *grad, void *state0, void *state1, void *state2);
+
+double fastrms_norm(int64_t size, int itemsize, const void *grad);
+double fastrms_series(double decay, double weight, int64_t terms);
+
+int fastrms_rule_count(void);
+const char *fastrms_rule_name(int rule);
+const char *fastrms_rule_arguments(int rule);
+
+int fastrms_isa_count(void);
+const char *fastrms_isa_name(int isa);
+int fastrms_isa_supported(int isa);
+int fastrms_isa_get(void);
+int fastrms_isa_set(int isa);
+
+/* the benchmark's ceiling: one addition to every buffer that a rule with so many states writes */
+void fastrms_streams(int64_t size, int itemsize, int states, void *param, const void *grad,
+                     void *state0, void *state1, void *state2);

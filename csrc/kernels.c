@@ -1,0 +1,58 @@
+/* Every rule as a loop: float and double, neutral and general form, for each instruction set in one binary.
+ * The loops are plain C that the compiler vectorises; build_ffi.py has the flags that make it do so. */
+#include <math.h>
+#include "internal.h"
+
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")                  /* buffers never overlap: checked above the kernels */
+#endif
+
+#define GENERAL 0
+#define form neutral
+#define real float
+#define sqrt sqrtf
+#define fabs fabsf
+#include "kernels.inc"
+#undef real
+#undef sqrt
+#undef fabs
+#define real double
+#include "kernels.inc"
+#undef real
+#undef form
+#undef GENERAL
+
+#define GENERAL 1
+#define form general
+#define real float
+#define sqrt sqrtf
+#define fabs fabsf
+#include "kernels.inc"
+#undef real
+#undef sqrt
+#undef fabs
+#define real double
+#include "kernels.inc"
+#undef real
+#undef form
+#undef GENERAL
+
+#define ROW(rule, isa) {{rule##_float_neutral_##isa, rule##_float_general_##isa}, \
+                        {rule##_double_neutral_##isa, rule##_double_general_##isa}},
+#define BASELINE(rule) ROW(rule, baseline)
+fastrms_kernel *const fastrms_kernels_baseline[][2][2] = {RULES(BASELINE)};
+#ifdef FASTRMS_AVX2
+#define AVX2(rule) ROW(rule, avx2)
+fastrms_kernel *const fastrms_kernels_avx2[][2][2] = {RULES(AVX2)};
+#endif
+
+/* names for the comparison with rules.py at import */
+#define NAME(name) #name " "
+#define LIST(rule) {#rule, "param grad " rule##_NAMES(NAME, NAME)},
+static const struct { const char *rule, *arguments; } names[] = {RULES(LIST)};
+
+int fastrms_rule_count(void) { return (int)(sizeof names / sizeof *names); }
+const char *fastrms_rule_name(int rule) { return names[rule].rule; }
+const char *fastrms_rule_arguments(int rule) { return names[rule].arguments; }

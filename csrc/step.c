@@ -1,0 +1,192 @@
+/* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include "internal.h"
+
+/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
+double fastrms_series(double decay, double weight, int64_t terms)
+{
+    double sum = 0, power = 1;
+    int bit = 0;
+    while (terms >> bit)
+        ++bit;
+    while (bit--) {
+        sum = sum * (1 + power);
+        power = power * power;
+        if (terms >> bit & 1) {
+            sum = sum * decay + 1;
+            power = power * decay;
+        }
+    }
+    return weight * sum;
+}
+
+static double corrected(double value, const fastrms_correction *c, int64_t step)
+{
+    double quantity = c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
+    if (c->operation == 0)
+        return value / quantity;
+    return c->operation == 1 ? value * sqrt(quantity) : value / sqrt(quantity);
+}
+
+/* the coefficients of step number `step`, rounded once to the compute dtype */
+static void coefficients_at(const fastrms_group *group, int64_t step, double grad_scale, double *ready)
+{
+    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
+    for (int k = 0; k < group->coefficients; ++k)
+        value[k] = group->value[k];
+    value[0] = value[0] * grad_scale;
+    for (int k = 0; k < group->corrections; ++k) {
+        const fastrms_correction *c = &group->correction[k];
+        value[c->coefficient] = corrected(value[c->coefficient], c, step);
+    }
+    for (int k = 0; k < group->coefficients; ++k)
+        if (group->itemsize == 4)
+            ((float *)ready)[k] = (float)value[k];
+        else
+            ready[k] = value[k];
+}
+
+/* tensors of one group that have had equally many steps share one set of coefficients */
+static void prepare(fastrms_plan *plan, double grad_scale)
+{
+    const fastrms_tensor *last = NULL;
+    int32_t sets = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        fastrms_tensor *tensor = &plan->tensor[k];
+        if (!plan->grad[k])
+            continue;
+        if (last && last->group == tensor->group && last->steps == tensor->steps) {
+            tensor->ready = last->ready;
+        } else {
+            tensor->ready = sets++;
+            coefficients_at(&plan->group[tensor->group], tensor->steps + 1, grad_scale,
+                            plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+        }
+        last = tensor;
+    }
+}
+
+static double global_norm(const fastrms_plan *plan)
+{
+    fastrms_squares total = {0, -1000};
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        if (plan->grad[k])
+            fastrms_add_squares(&total, plan->tensor[k].size, plan->group[plan->tensor[k].group].itemsize, plan->grad[k]);
+    return fastrms_root(&total) * plan->grad_scale;
+}
+
+/* clip_norm < 0 asks for no norm at all; a NaN norm makes the factor NaN, as every framework has it */
+static double clipped_scale(fastrms_plan *plan)
+{
+    if (plan->clip_norm < 0)
+        return plan->grad_scale;
+    plan->grad_norm = global_norm(plan);
+    if (plan->grad_norm <= plan->clip_norm)
+        return plan->grad_scale;
+    return plan->grad_scale * (plan->clip_norm / plan->grad_norm);
+}
+
+void fastrms_run(fastrms_plan *plan)
+{
+    fastrms_mode mode = fastrms_enter();
+    prepare(plan, clipped_scale(plan));
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        fastrms_tensor *tensor = &plan->tensor[k];
+        if (!plan->grad[k])
+            continue;
+        fastrms_find(&plan->group[tensor->group])(tensor->size, tensor->param, plan->grad[k], tensor->state,
+                                                  plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+        ++tensor->steps;
+    }
+    ++plan->steps;
+    fastrms_leave(mode);
+}
+
+int fastrms_acquire(fastrms_plan *plan)
+{
+    return __atomic_exchange_n(&plan->busy, 1, __ATOMIC_ACQUIRE) ? FASTRMS_BUSY : FASTRMS_OK;
+}
+
+void fastrms_release(fastrms_plan *plan) { __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE); }
+
+int fastrms_step(fastrms_plan *plan)
+{
+    if (fastrms_acquire(plan))
+        return FASTRMS_BUSY;
+    int status = plan->ready_to_step ? FASTRMS_OK : FASTRMS_NOT_READY;
+    if (status == FASTRMS_OK)
+        fastrms_run(plan);
+    fastrms_release(plan);
+    return status;
+}
+
+static int by_start(const void *a, const void *b)
+{
+    uintptr_t x = *(const uintptr_t *)a, y = *(const uintptr_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* do any two of the buffers of this step share a byte? */
+static int overlap(uintptr_t (*range)[2], int64_t count)
+{
+    int sorted = 1;
+    for (int64_t k = 1; k < count; ++k)
+        sorted &= range[k - 1][0] <= range[k][0];
+    if (!sorted)
+        qsort(range, (size_t)count, sizeof *range, by_start);
+    for (int64_t k = 1; k < count; ++k)
+        if (range[k][0] < range[k - 1][1])
+            return 1;
+    return 0;
+}
+
+static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start, int64_t bytes)
+{
+    if (!start || !bytes)
+        return count;
+    range[count][0] = (uintptr_t)start;
+    range[count][1] = (uintptr_t)start + (uintptr_t)bytes;
+    return count + 1;
+}
+
+/* take over plan->incoming as the gradients, unless one of them shares memory with another buffer of the step */
+int fastrms_set_grads(fastrms_plan *plan)
+{
+    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
+    int64_t count = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        const fastrms_tensor *tensor = &plan->tensor[k];
+        int64_t bytes = tensor->size * plan->group[tensor->group].itemsize;
+        count = add_range(range, count, plan->incoming[k], bytes);
+        count = add_range(range, count, tensor->param, bytes);
+        for (int s = 0; s < plan->states; ++s)
+            count = add_range(range, count, tensor->state[s], bytes);
+    }
+    if (overlap(range, count))
+        return FASTRMS_OVERLAP;
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        plan->grad[k] = plan->incoming[k];
+    return FASTRMS_OK;
+}
+
+/* one step on raw buffers; step is the number of this update, from 1 */
+int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
+                   void *param, const void *grad, void *state0, void *state1, void *state2)
+{
+    void *const state[FASTRMS_MAX_STATES] = {state0, state1, state2};
+    const void *const buffer[] = {param, grad, state0, state1, state2};
+    uintptr_t range[5][2];
+    int64_t count = 0;
+    for (int k = 0; k < 5; ++k)
+        count = add_range(range, count, buffer[k], size * group->itemsize);
+    if (overlap(range, count))
+        return FASTRMS_OVERLAP;
+    double ready[FASTRMS_MAX_COEFFICIENTS];
+    fastrms_mode mode = fastrms_enter();
+    coefficients_at(group, step, grad_scale, ready);
+    fastrms_find(group)(size, param, grad, state, ready);
+    fastrms_leave(mode);
+    return FASTRMS_OK;
+}

@@ -1,0 +1,28 @@
+"""fastrms: fused in-place RMSProp, AdaGrad, Adam and RProp updates on flat parameter buffers."""
+
+from . import rules
+from .backends import available_backends
+from .config import isa, show_config
+from .functional import adagrad, adam, init_state, rmsprop, rprop
+from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
+from .plan import Optimizer, StepInfo
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdaGrad",
+    "Adam",
+    "AdamW",
+    "Optimizer",
+    "RMSProp",
+    "RProp",
+    "StepInfo",
+    "adagrad",
+    "adam",
+    "available_backends",
+    "init_state",
+    "isa",
+    "rmsprop",
+    "rprop",
+    "rules",
+    "show_config",
+]

@@ -1,0 +1,157 @@
+"""The way in: any CPU array-like -> where its numbers lie.  Refuses with a sentence, never copies.
+
+What cannot be seen from here: ndarray.resize(refcheck=False) and two mappings of the same file pages.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
+_SCALARS = (int, float, complex, str, bytes, np.generic)
+
+
+class Buffer(NamedTuple):
+    """A dense array: the object it came from, its numbers in memory order, and its layout."""
+
+    owner: Any
+    flat: np.ndarray
+    address: int
+    shape: tuple
+    strides: tuple  # in elements, 0 for axes of length 1
+
+    @property
+    def size(self):
+        return self.flat.size
+
+    @property
+    def dtype(self):
+        return self.flat.dtype
+
+    @property
+    def end(self):
+        return self.address + self.flat.nbytes
+
+
+def acquire(x, name, *, writable):
+    """Buffer of x, or TypeError / ValueError that names it.  x: NumPy array, torch CPU tensor, or an object with
+    the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        array, address = _from_torch(torch, x, name)
+    else:
+        array = _as_array(x, name)
+        address = array.__array_interface__["data"][0]
+    if array.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {array.dtype}; fastrms updates float32 and float64")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} has dtype {array.dtype.str}, which is not in native byte order")
+    if address % array.itemsize:
+        raise ValueError(f"{name} starts at address {address:#x}, which is not aligned to {array.itemsize} bytes")
+    if writable and not array.flags.writeable:
+        raise ValueError(f"{name} is read-only; it is updated in place and must be writable")
+    return Buffer(x, _flat(array, name), address, array.shape, _element_strides(array))
+
+
+def _from_torch(torch, x, name):
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one")
+    if x.device.type != "cpu":
+        raise TypeError(f"{name} is on device {x.device}; this backend updates host memory: pass {name}.cpu()")
+    if x.is_neg() or x.is_conj():
+        raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "float64"):
+        raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64")
+    return x.detach().numpy(), x.data_ptr()
+
+
+def _as_array(x, name):
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
+    if isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, (list, tuple, dict, set)) or isinstance(x, _SCALARS) or x is None:
+        raise TypeError(f"{name} is a {type(x).__name__}, which has no buffer to use in place; pass a NumPy array")
+    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) not in (None, 1):
+        raise TypeError(f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array")
+    return _view(x, name)
+
+
+def _dlpack_device(x):
+    try:
+        return int(x.__dlpack_device__()[0])
+    except AttributeError:
+        return None
+
+
+def _view(x, name):
+    """x without a copy: by the buffer protocol, by __array_interface__, or by DLPack; never by __array__, which may copy."""
+    try:
+        if hasattr(x, "__array_interface__"):
+            return np.asarray(x)
+        try:
+            return np.asarray(memoryview(x))
+        except (TypeError, ValueError, BufferError):
+            if hasattr(x, "__dlpack__"):
+                return np.from_dlpack(x)
+            raise
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        dtype = f" of dtype {x.dtype}" if hasattr(x, "dtype") else ""
+        raise TypeError(
+            f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({error}); pass a NumPy array"
+        ) from None
+
+
+def _element_strides(array):
+    return tuple(
+        stride // array.itemsize if length > 1 else 0 for stride, length in zip(array.strides, array.shape, strict=True)
+    )
+
+
+def _flat(array, name):
+    """The numbers of a dense array in memory order, without a copy."""
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    packed = array.transpose(order)
+    if not packed.flags.c_contiguous:
+        raise ValueError(
+            f"{name} has shape {array.shape} and strides {array.strides} bytes: it is not dense; "
+            f"pass a contiguous array (a copy would be updated instead of yours)"
+        )
+    return packed.reshape(-1)
+
+
+def same_layout(buffer, name, reference, reference_name):
+    """Refuse unless buffer has the dtype, shape and strides of reference."""
+    if buffer.dtype != reference.dtype:
+        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {reference.dtype}")
+    if buffer.shape != reference.shape:
+        raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
+    if buffer.strides != reference.strides and buffer.size:
+        raise ValueError(
+            f"{name} has strides {buffer.strides} (elements), {reference_name} has {reference.strides}: elements would be "
+            f"paired wrongly; give both the same memory order"
+        )
+
+
+def refuse_overlap(buffers):
+    """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
+    ranges = sorted((buffer.address, buffer.end, name) for name, buffer in buffers if buffer.size)
+    for (_, end, first), (start, _, second) in zip(ranges, ranges[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
+
+
+def own(array):
+    """Buffer of an array of ours, which needs no check."""
+    return Buffer(array, array, array.__array_interface__["data"][0], array.shape, _element_strides(array))
+
+
+def shaped(flat, like):
+    """Flat numbers in memory order as an array in the shape and memory order of a Buffer."""
+    if not flat.size:
+        return flat.reshape(like.shape)
+    return np.lib.stride_tricks.as_strided(flat, like.shape, [stride * flat.itemsize for stride in like.strides])

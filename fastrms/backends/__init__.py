@@ -1,0 +1,31 @@
+"""The backends by name.  Each module has available() -> None or the reason why not, and Plan, which holds the
+bound buffers of one optimizer and makes a step over all of them."""
+
+import importlib
+import os
+
+NAMES = ("c", "numpy")  # in the order of preference
+
+
+def load(name):
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def available_backends():
+    """Names of the backends that work here, the one that "auto" takes first."""
+    return tuple(name for name in NAMES if load(name).available() is None)
+
+
+def choose(name):
+    """The backend module for name: "auto" takes FASTRMS_BACKEND, else the first available one."""
+    source = f"backend={name!r}"
+    if name == "auto":
+        name = os.environ.get("FASTRMS_BACKEND") or available_backends()[0]
+        source = f"FASTRMS_BACKEND={name!r}"
+    if name not in NAMES:
+        raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, NAMES))}")
+    module = load(name)
+    reason = module.available()
+    if reason:
+        raise RuntimeError(f"{source} is not available: {reason}")
+    return module

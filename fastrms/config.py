@@ -1,0 +1,31 @@
+"""What this installation is and runs: for bug reports and for tests that must know what they test."""
+
+import platform
+import sys
+
+import numpy as np
+
+from . import backends
+
+
+def isa():
+    """The instruction set that the C kernels use here ("avx2" or "baseline"), or None without the C extension."""
+    return backends.load("c").isa()
+
+
+def show_config():
+    """Print, and return as a dict, the versions, the backends and the instruction sets of this installation."""
+    from . import __version__
+
+    config = {
+        "fastrms": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "backends": ", ".join(backends.available_backends()),
+        "isa": isa(),
+        "isas": ", ".join(backends.load("c").isas()),
+    }
+    for name, value in config.items():
+        sys.stdout.write(f"{name:10} {value}\n")
+    return config

@@ -1,0 +1,227 @@
+"""One update on raw arrays, in place: rmsprop, adagrad, adam, rprop; and init_state for the arrays they need."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays, backends, hyper, placement, rules
+from .optimizers import AdaGrad, Adam, RMSProp, RProp
+from .recipes import Recipe
+
+ONE = 1.0
+_CACHE_SIZE = 256
+_cache: dict = {}
+
+
+class Prepared(NamedTuple):
+    """What a call needs, made once per set of hyper-parameters."""
+
+    recipe: Recipe
+    group: Any  # fastrms_group of the C backend, None on NumPy
+    call: Any  # fastrms_update of the C backend
+    address: Any  # ffi.from_buffer
+    positive_state: bool
+
+
+def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, **given):
+    """Prepared for one rule.  `given`: hyper-parameters that the state arrays of the call decide."""
+    for name, value in given.items():
+        if options.get(name, value) != value:
+            raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
+    options = {name: value for name, value in options.items() if name not in ("backend", "dialect")}
+    values = optimizer.resolve(dialect, {**options, **given})
+    if callable(values["lr"]):
+        raise TypeError("lr must be a number here; a schedule needs an optimizer object")
+    h = SimpleNamespace(**values)
+    recipe = optimizer.recipe(h, dtype)
+    if recipe.rule != rule:
+        raise ValueError(f"these hyper-parameters need the rule {recipe.rule}, with the state "
+                         f"{', '.join(rules.state_names(rules.RULES[recipe.rule]))}; "
+                         f"given is {', '.join(rules.state_names(rules.RULES[rule]))}")  # fmt: skip
+    positive = optimizer.needs_positive_state(h, dtype)
+    module = backends.choose(backend)
+    if module.__name__.endswith(".numpy"):
+        return Prepared(recipe, None, None, None, positive)
+    group = module.ffi.new("fastrms_group *")
+    module.fill_group(group, recipe)
+    return Prepared(recipe, group, module.lib.fastrms_update, module.ffi.from_buffer, positive)
+
+
+def _prepared(optimizer, rule, dtype, options, given):
+    """_prepare through the cache."""
+    try:
+        key = (rule, dtype, *options.items())
+        found = _cache.get(key)
+    except TypeError:  # an unhashable value, such as a 0-d array
+        key = found = None
+    if found is None:
+        extra = {name: options[name] for name in ("backend", "dialect") if name in options}
+        found = _prepare(optimizer, rule, dtype, options, **extra, **given)
+        if len(_cache) >= _CACHE_SIZE:
+            _cache.clear()
+        if key is not None:
+            _cache[key] = found
+    return found
+
+
+def _update(optimizer, rule, names, buffers, step, grad_scale, options, given):
+    """One update.  buffers: param, grad, states; names: theirs, for errors."""
+    if type(step) is not int or step < 1:
+        step = _checked_step(step)
+    if grad_scale is not ONE:
+        grad_scale = hyper.positive("grad_scale", grad_scale)
+    param = buffers[0]
+    if type(param) is np.ndarray:
+        dtype, shape = param.dtype, param.shape
+        for array in buffers:
+            if type(array) is not np.ndarray or array.dtype is not dtype or array.shape != shape or not array.flags.carray:
+                break
+        else:
+            if dtype in arrays.DTYPES:
+                prepared = _prepared(optimizer, rule, dtype, options, given)
+                if prepared.group is not None and not prepared.positive_state:
+                    address = prepared.address
+                    pointers = [address(array) for array in buffers]
+                    while len(pointers) < 5:
+                        pointers.append(_NULL)
+                    if prepared.call(prepared.group, param.size, step, grad_scale, *pointers) == 0:
+                        return
+    _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given)
+
+
+def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given):
+    """The same for any array-likes, with the sentences."""
+    acquired = [arrays.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
+    param = acquired[0]
+    for buffer, name in zip(acquired[1:], names[1:], strict=True):
+        arrays.same_layout(buffer, name, param, "param")
+    arrays.refuse_overlap(zip(names, acquired, strict=True))
+    prepared = _prepared(optimizer, rule, param.dtype, options, given)
+    if prepared.positive_state and any((buffer.flat == 0).any() for buffer in acquired[2:]):
+        raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
+    if prepared.group is None:
+        flats = [buffer.flat for buffer in acquired]
+        backends.load("numpy").update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+    elif param.size:
+        pointer = backends.load("c").pointer
+        pointers = [pointer(buffer.address) for buffer in acquired] + [_NULL] * (5 - len(acquired))
+        prepared.call(prepared.group, param.size, step, grad_scale, *pointers)
+
+
+def _checked_step(step):
+    if isinstance(step, (bool, np.bool_)) or not isinstance(step, (int, np.integer)):
+        raise TypeError(f"step={step!r} is a {type(step).__name__}; it must be an int, the number of this update from 1")
+    if step < 1:
+        raise ValueError(f"step={step!r} must be at least 1: it is the number of this update")
+    return int(step)
+
+
+_NULL = backends.load("c").ffi.NULL if backends.load("c").available() is None else None
+
+
+def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
+    """One RMSProp update of param and its state, in place; returns None.
+
+    param, grad, square_avg and the optional states are arrays of one shape, memory order and dtype (float32 or
+    float64) that do not overlap; grad is only read.  grad_avg is the state of centered=True, momentum_buffer that of
+    momentum > 0.  step: number of this update from 1, needed with bias_correction only.  grad_scale > 0 multiplies grad.
+    The other keywords and the formula: fastrms.RMSProp.
+    Raises TypeError or ValueError, naming the argument, before anything is written.
+    """
+    if step is None:
+        if options.get("bias_correction"):
+            raise ValueError("bias_correction needs step, the number of this update from 1")
+        step = 1
+    if grad_avg is None and momentum_buffer is None:
+        rule, names, buffers = "rmsprop", _RMSPROP, (param, grad, square_avg)
+    elif grad_avg is None:
+        rule, names, buffers = "rmsprop_momentum", _MOMENTUM, (param, grad, square_avg, momentum_buffer)
+    elif momentum_buffer is None:
+        rule, names, buffers = "rmsprop_centered", _CENTERED, (param, grad, square_avg, grad_avg)
+    else:
+        rule, names = "rmsprop_centered_momentum", _CENTERED_MOMENTUM
+        buffers = (param, grad, square_avg, grad_avg, momentum_buffer)
+    _update(RMSProp, rule, names, buffers, step, grad_scale, options, _IS_CENTERED if grad_avg is not None else _NOT_CENTERED)
+
+
+def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
+    """One AdaGrad update of param and sum, in place; returns None.
+
+    param, grad, sum: arrays of one shape, memory order and dtype (float32 or float64) that do not overlap; grad is
+    only read.  step: number of this update from 1, for lr_decay.  grad_scale > 0 multiplies grad.
+    The other keywords and the formula: fastrms.AdaGrad.  Raises as rmsprop does.
+    """
+    _update(AdaGrad, "adagrad", _ADAGRAD, (param, grad, sum), step, grad_scale, options, _NOTHING)
+
+
+def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
+    """One Adam update of param and its state, in place; returns None.
+
+    param, grad, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq: arrays of one shape, memory order and dtype
+    (float32 or float64) that do not overlap; grad is only read.  step: number of this update, from 1.
+    grad_scale > 0 multiplies grad.  The other keywords and the formula: fastrms.Adam.  Raises as rmsprop does.
+    """
+    if max_exp_avg_sq is None:
+        _update(Adam, "adam", _ADAM, (param, grad, exp_avg, exp_avg_sq), step, grad_scale, options, _NOTHING)
+    else:
+        buffers = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        given = _NOTHING if "amsgrad" in options else _AMSGRAD
+        _update(Adam, "adam_amsgrad", _AMSGRAD_NAMES, buffers, step, grad_scale, options, given)
+
+
+def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
+    """One RProp update of param, prev and step_size, in place; returns None.
+
+    param, grad, prev, step_size: arrays of one shape, memory order and dtype (float32 or float64) that do not
+    overlap; grad is only read.  step_size starts at lr everywhere, prev at 0 (init_state makes both).
+    The other keywords and the formula: fastrms.RProp.  Raises as rmsprop does.
+    """
+    _update(RProp, "rprop", _RPROP, (param, grad, prev, step_size), 1, grad_scale, options, _NOTHING)
+
+
+def init_state(optimizer, param, *, dialect=None, **options):
+    """Fresh state for the calls above: dict of well-placed arrays of the shape, memory order and dtype of param.
+
+    optimizer: "rmsprop", "adagrad", "adam" or "rprop".  The keywords decide which arrays there are and how they start:
+    ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
+    """
+    if optimizer not in _BY_NAME:
+        raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
+    maker = _BY_NAME[optimizer]
+    buffer = arrays.acquire(param, "param", writable=True)
+    h = SimpleNamespace(**maker.resolve(dialect, options))
+    beside, state = [buffer.address], {}
+    for name in rules.state_names(rules.RULES[maker.rule_name(h)]):
+        flat = placement.place(buffer.size, buffer.dtype, beside)
+        flat.fill(maker.initial(h, name))
+        beside.append(arrays.own(flat).address)
+        state[name] = arrays.shaped(flat, buffer)
+    return state
+
+
+_BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}
+_RMSPROP = ("param", "grad", "square_avg")
+_MOMENTUM = ("param", "grad", "square_avg", "momentum_buffer")
+_CENTERED = ("param", "grad", "square_avg", "grad_avg")
+_CENTERED_MOMENTUM = ("param", "grad", "square_avg", "grad_avg", "momentum_buffer")
+_ADAGRAD = ("param", "grad", "sum")
+_ADAM = ("param", "grad", "exp_avg", "exp_avg_sq")
+_AMSGRAD_NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_RPROP = ("param", "grad", "prev", "step_size")
+_NOTHING: dict = {}
+_IS_CENTERED, _NOT_CENTERED, _AMSGRAD = {"centered": True}, {"centered": False}, {"amsgrad": True}
+
+
+def _show_signature(function, optimizer):
+    """help() and editors see every hyper-parameter with its default."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    skip = {"initial_value", "centered"} | {p.name for p in own}
+    rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
+    keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]
+    function.__signature__ = inspect.Signature([*own, *keyword])
+
+
+for _function in (rmsprop, adagrad, adam, rprop):
+    _show_signature(_function, _BY_NAME[_function.__name__])

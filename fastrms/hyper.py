@@ -1,0 +1,99 @@
+"""Hyper-parameters: what values each may have, and the sentence when one has another."""
+
+import math
+import numbers
+
+import numpy as np
+
+
+def number(name, value):
+    """value as a float; TypeError for what is not one number (bool included), ValueError for NaN."""
+    if isinstance(value, (bool, np.bool_)) or not (isinstance(value, numbers.Real) or _is_scalar_array(value)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a number")
+    value = float(value)
+    if math.isnan(value):
+        raise ValueError(f"{name} is nan")
+    return value
+
+
+def _is_scalar_array(value):
+    return not isinstance(value, str) and getattr(value, "shape", None) == () and hasattr(value, "__float__")
+
+
+def non_negative(name, value):
+    value = number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be finite and at least 0")
+    return value
+
+
+def positive(name, value):
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} must be finite and above 0")
+    return value
+
+
+def decay_rate(name, value):
+    value = number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} must be in [0, 1)")
+    return value
+
+
+def finite(name, value):
+    value = number(name, value)
+    if math.isinf(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return value
+
+
+def flag(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r} must be True or False")
+    return bool(value)
+
+
+def rate_or_schedule(name, value):
+    return value if callable(value) else non_negative(name, value)
+
+
+def optional_positive(name, value):
+    return None if value is None else positive(name, value)
+
+
+def choice(*allowed):
+    def check(name, value):
+        for candidate in allowed:
+            if value is candidate or (isinstance(value, str) and value == candidate):
+                return candidate
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+    return check
+
+
+CHECKS = {
+    "lr": rate_or_schedule,
+    "rho": decay_rate,
+    "momentum": decay_rate,
+    "beta1": decay_rate,
+    "beta2": decay_rate,
+    "eps": non_negative,
+    "eps_root": non_negative,
+    "lr_decay": non_negative,
+    "weight_decay": non_negative,
+    "initial_value": non_negative,
+    "clip_value": optional_positive,
+    "eta_minus": positive,
+    "eta_plus": positive,
+    "step_min": non_negative,
+    "step_max": non_negative,
+    "nesterov": flag,
+    "centered": flag,
+    "decoupled": flag,
+    "maximize": flag,
+    "lr_in_momentum": flag,
+    "zero_on_flip": flag,
+    "bias_correction": choice(False, True, "corrected", "folded"),
+    "amsgrad": choice(False, True, "corrected"),
+}

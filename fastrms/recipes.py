@@ -1,0 +1,90 @@
+"""From hyper-parameters to the coefficients of a rule at a step.  All in double; a backend rounds them once.
+
+csrc/step.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
+"""
+
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from . import rules
+
+DIVIDE, TIMES_ROOT, OVER_ROOT = range(3)  # value / q, value * sqrt(q), value / sqrt(q)
+
+
+class Correction(NamedTuple):
+    """How one coefficient changes with the step t: by q = weight*(1 + decay + ... + decay^(t-1+ahead)),
+    which is 1 - decay^(t+ahead) when weight = 1 - decay, or, linear, by q = 1 + (t-1)*decay."""
+
+    coefficient: str
+    operation: int
+    decay: float
+    weight: float = 1.0
+    ahead: int = 0
+    linear: bool = False
+
+
+class Recipe(NamedTuple):
+    """One rule, its form, its coefficients before correction (in the rule's order) and their corrections."""
+
+    rule: str
+    dtype: np.dtype
+    general: bool
+    values: dict
+    corrections: tuple
+
+    def at(self, step, grad_scale):
+        """The coefficients of update number `step` (from 1), in double."""
+        values = dict(self.values)
+        values["grad_scale"] = values["grad_scale"] * grad_scale
+        for correction in self.corrections:
+            values[correction.coefficient] = corrected(values[correction.coefficient], correction, step)
+        return list(values.values())
+
+
+def series(decay, weight, terms):
+    """weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees."""
+    total, power = 0.0, 1.0
+    for bit in reversed(range(terms.bit_length())):
+        total = total * (1 + power)
+        power = power * power
+        if terms >> bit & 1:
+            total = total * decay + 1
+            power = power * decay
+    return weight * total
+
+
+def corrected(value, correction, step):
+    if correction.linear:
+        quantity = 1 + float(step - 1) * correction.decay
+    else:
+        quantity = series(correction.decay, correction.weight, step + correction.ahead)
+    if correction.operation == DIVIDE:
+        return value / quantity
+    return value * sqrt(quantity) if correction.operation == TIMES_ROOT else value / sqrt(quantity)
+
+
+def make(rule, dtype, general, values, corrections=()):
+    """A recipe with its coefficients in the order of the rule, each one finite after rounding to dtype."""
+    ordered = {name: float(values[name]) for name in rules.coefficient_names(rules.RULES[rule])}
+    for name, value in ordered.items():
+        if np.isfinite(value) and not np.isfinite(rounded(value, dtype)):
+            raise ValueError(f"the coefficient {name}={value!r} is not finite in {dtype}")
+    return Recipe(rule, dtype, bool(general), ordered, tuple(corrections))
+
+
+def rounded(value, dtype):
+    """The double that dtype holds for value."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(dtype.type(value))
+
+
+def constants(dtype):
+    """The numbers that rules may not spell out: zero, one, tiny (smallest normal), floor (of the centered variance)."""
+    return {
+        "zero": 0.0,
+        "one": 1.0,
+        "tiny": float(np.finfo(dtype).tiny),
+        "floor": 2.0**-20 if dtype.itemsize == 4 else 2.0**-49,
+    }

@@ -1,0 +1,14 @@
+"""Builds the C extension; everything else is in pyproject.toml.  FASTRMS_NO_EXT=1 leaves C out on purpose."""
+
+import os
+import sysconfig
+
+from setuptools import setup
+
+without_c = os.environ.get("FASTRMS_NO_EXT") == "1"
+free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # no stable ABI there
+
+setup(
+    cffi_modules=[] if without_c else ["csrc/build_ffi.py:ffibuilder"],
+    options={} if without_c or free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
