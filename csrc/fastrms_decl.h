@@ -8,7 +8,8 @@
 #define FASTRMS_OK 0
 #define FASTRMS_BUSY 1
 #define FASTRMS_OVERLAP 2
-#define FASTRMS_NOT_READY 3
+#define FASTRMS_MISALIGNED 3
+#define FASTRMS_NOT_READY 4
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
  * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)

@@ -179,8 +179,11 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
-    for (int k = 0; k < 5; ++k)
+    for (int k = 0; k < 5; ++k) {
+        if ((uintptr_t)buffer[k] % (uintptr_t)group->itemsize)
+            return FASTRMS_MISALIGNED;
         count = add_range(range, count, buffer[k], size * group->itemsize);
+    }
     if (overlap(range, count))
         return FASTRMS_OVERLAP;
     double ready[FASTRMS_MAX_COEFFICIENTS];

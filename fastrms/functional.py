@@ -10,18 +10,25 @@ from . import arrays, backends, hyper, placement, rules
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
 
+_c = backends.load("c")
+_c_update = _c.lib and _c.lib.fastrms_update
+_from_buffer = _c.ffi and _c.ffi.from_buffer
+_BYTES = _c.ffi and _c.ffi.typeof("char[]")
+_NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
+_ndarray = np.ndarray
 ONE = 1.0
+_NOTHING: dict = {}
 _CACHE_SIZE = 256
 _cache: dict = {}
+_last: dict = dict.fromkeys(rules.RULES)  # per rule: options, dtype and C group of the last call
 
 
 class Prepared(NamedTuple):
     """What a call needs, made once per set of hyper-parameters."""
 
     recipe: Recipe
-    group: Any  # fastrms_group of the C backend, None on NumPy
-    call: Any  # fastrms_update of the C backend
-    address: Any  # ffi.from_buffer
+    update: Any  # of the backend, for flat arrays
+    group: Any  # fastrms_group for the short way through C; None on NumPy, or where the state must be looked at
     positive_state: bool
 
 
@@ -42,53 +49,76 @@ def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, *
                          f"given is {', '.join(rules.state_names(rules.RULES[rule]))}")  # fmt: skip
     positive = optimizer.needs_positive_state(h, dtype)
     module = backends.choose(backend)
-    if module.__name__.endswith(".numpy"):
-        return Prepared(recipe, None, None, None, positive)
-    group = module.ffi.new("fastrms_group *")
-    module.fill_group(group, recipe)
-    return Prepared(recipe, group, module.lib.fastrms_update, module.ffi.from_buffer, positive)
+    group = None
+    if module is _c and not positive:
+        group = _c.ffi.new("fastrms_group *")
+        _c.fill_group(group, recipe)
+    return Prepared(recipe, module.update, group, positive)
 
 
 def _prepared(optimizer, rule, dtype, options, given):
-    """_prepare through the cache."""
+    """_prepare through the cache; the short way of _update knows the last one of each rule."""
+    key = (rule, dtype, *options, *options.values())
     try:
-        key = (rule, dtype, *options.items())
-        found = _cache.get(key)
+        prepared = _cache.get(key)
     except TypeError:  # an unhashable value, such as a 0-d array
-        key = found = None
-    if found is None:
+        key = prepared = None
+    if prepared is None:
         extra = {name: options[name] for name in ("backend", "dialect") if name in options}
-        found = _prepare(optimizer, rule, dtype, options, **extra, **given)
+        prepared = _prepare(optimizer, rule, dtype, options, **extra, **given)
         if len(_cache) >= _CACHE_SIZE:
             _cache.clear()
         if key is not None:
-            _cache[key] = found
-    return found
+            _cache[key] = prepared
+    if key is not None and prepared.group is not None:
+        _last[rule] = options, dtype, prepared.group
+    return prepared
 
 
-def _update(optimizer, rule, names, buffers, step, grad_scale, options, given):
-    """One update.  buffers: param, grad, states; names: theirs, for errors."""
+def _update(optimizer, rule, names, step, grad_scale, options, given, param, grad, state, second=None, third=None):
+    """One update of param and its states; names: of all buffers, for errors.
+
+    First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less Python.
+    from_buffer refuses what is strided or read-only, C what overlaps or is misaligned.
+    """
     if type(step) is not int or step < 1:
         step = _checked_step(step)
     if grad_scale is not ONE:
         grad_scale = hyper.positive("grad_scale", grad_scale)
-    param = buffers[0]
-    if type(param) is np.ndarray:
-        dtype, shape = param.dtype, param.shape
-        for array in buffers:
-            if type(array) is not np.ndarray or array.dtype is not dtype or array.shape != shape or not array.flags.carray:
-                break
-        else:
-            if dtype in arrays.DTYPES:
-                prepared = _prepared(optimizer, rule, dtype, options, given)
-                if prepared.group is not None and not prepared.positive_state:
-                    address = prepared.address
-                    pointers = [address(array) for array in buffers]
-                    while len(pointers) < 5:
-                        pointers.append(_NULL)
-                    if prepared.call(prepared.group, param.size, step, grad_scale, *pointers) == 0:
-                        return
+    try:
+        known, dtype, group = _last[rule]
+        shape = param.shape
+        if (
+            known == options
+            and type(param) is _ndarray is type(grad)
+            and param.dtype is dtype is grad.dtype
+            and grad.shape == shape
+            and type(state) is _ndarray
+            and state.dtype is dtype
+            and state.shape == shape
+            and (second is None or _fits(second, dtype, shape))
+            and (third is None or _fits(third, dtype, shape))
+            and not _c_update(
+                group,
+                param.size,
+                step,
+                grad_scale,
+                _from_buffer(_BYTES, param, True),
+                _from_buffer(grad),
+                _from_buffer(_BYTES, state, True),
+                _NULL if second is None else _from_buffer(_BYTES, second, True),
+                _NULL if third is None else _from_buffer(_BYTES, third, True),
+            )
+        ):
+            return
+    except (AttributeError, BufferError, TypeError, ValueError):
+        pass  # the long way says what is wrong
+    buffers = (param, grad, state, second, third)[: len(names)]
     _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given)
+
+
+def _fits(array, dtype, shape):
+    return type(array) is _ndarray and array.dtype is dtype and array.shape == shape
 
 
 def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given):
@@ -101,13 +131,8 @@ def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, 
     prepared = _prepared(optimizer, rule, param.dtype, options, given)
     if prepared.positive_state and any((buffer.flat == 0).any() for buffer in acquired[2:]):
         raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
-    if prepared.group is None:
-        flats = [buffer.flat for buffer in acquired]
-        backends.load("numpy").update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
-    elif param.size:
-        pointer = backends.load("c").pointer
-        pointers = [pointer(buffer.address) for buffer in acquired] + [_NULL] * (5 - len(acquired))
-        prepared.call(prepared.group, param.size, step, grad_scale, *pointers)
+    flats = [buffer.flat for buffer in acquired]
+    prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
 
 
 def _checked_step(step):
@@ -116,9 +141,6 @@ def _checked_step(step):
     if step < 1:
         raise ValueError(f"step={step!r} must be at least 1: it is the number of this update")
     return int(step)
-
-
-_NULL = backends.load("c").ffi.NULL if backends.load("c").available() is None else None
 
 
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
@@ -131,19 +153,20 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     Raises TypeError or ValueError, naming the argument, before anything is written.
     """
     if step is None:
-        if options.get("bias_correction"):
+        if "bias_correction" in options and options["bias_correction"]:
             raise ValueError("bias_correction needs step, the number of this update from 1")
         step = 1
     if grad_avg is None and momentum_buffer is None:
-        rule, names, buffers = "rmsprop", _RMSPROP, (param, grad, square_avg)
+        _update(RMSProp, "rmsprop", _RMSPROP, step, grad_scale, options, _PLAIN, param, grad, square_avg)
     elif grad_avg is None:
-        rule, names, buffers = "rmsprop_momentum", _MOMENTUM, (param, grad, square_avg, momentum_buffer)
+        call = "rmsprop_momentum", _MOMENTUM, step, grad_scale, options, _PLAIN
+        _update(RMSProp, *call, param, grad, square_avg, momentum_buffer)
     elif momentum_buffer is None:
-        rule, names, buffers = "rmsprop_centered", _CENTERED, (param, grad, square_avg, grad_avg)
+        call = "rmsprop_centered", _CENTERED, step, grad_scale, options, _IS_CENTERED
+        _update(RMSProp, *call, param, grad, square_avg, grad_avg)
     else:
-        rule, names = "rmsprop_centered_momentum", _CENTERED_MOMENTUM
-        buffers = (param, grad, square_avg, grad_avg, momentum_buffer)
-    _update(RMSProp, rule, names, buffers, step, grad_scale, options, _IS_CENTERED if grad_avg is not None else _NOT_CENTERED)
+        call = "rmsprop_centered_momentum", _CENTERED_MOMENTUM, step, grad_scale, options, _IS_CENTERED
+        _update(RMSProp, *call, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
@@ -153,7 +176,7 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     only read.  step: number of this update from 1, for lr_decay.  grad_scale > 0 multiplies grad.
     The other keywords and the formula: fastrms.AdaGrad.  Raises as rmsprop does.
     """
-    _update(AdaGrad, "adagrad", _ADAGRAD, (param, grad, sum), step, grad_scale, options, _NOTHING)
+    _update(AdaGrad, "adagrad", _ADAGRAD, step, grad_scale, options, _NOTHING, param, grad, sum)
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
@@ -164,11 +187,11 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     grad_scale > 0 multiplies grad.  The other keywords and the formula: fastrms.Adam.  Raises as rmsprop does.
     """
     if max_exp_avg_sq is None:
-        _update(Adam, "adam", _ADAM, (param, grad, exp_avg, exp_avg_sq), step, grad_scale, options, _NOTHING)
+        _update(Adam, "adam", _ADAM, step, grad_scale, options, _NOTHING, param, grad, exp_avg, exp_avg_sq)
     else:
-        buffers = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
         given = _NOTHING if "amsgrad" in options else _AMSGRAD
-        _update(Adam, "adam_amsgrad", _AMSGRAD_NAMES, buffers, step, grad_scale, options, given)
+        call = "adam_amsgrad", _AMSGRAD_NAMES, step, grad_scale, options, given
+        _update(Adam, *call, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -178,7 +201,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     overlap; grad is only read.  step_size starts at lr everywhere, prev at 0 (init_state makes both).
     The other keywords and the formula: fastrms.RProp.  Raises as rmsprop does.
     """
-    _update(RProp, "rprop", _RPROP, (param, grad, prev, step_size), 1, grad_scale, options, _NOTHING)
+    _update(RProp, "rprop", _RPROP, 1, grad_scale, options, _NOTHING, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
@@ -210,8 +233,7 @@ _ADAGRAD = ("param", "grad", "sum")
 _ADAM = ("param", "grad", "exp_avg", "exp_avg_sq")
 _AMSGRAD_NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _RPROP = ("param", "grad", "prev", "step_size")
-_NOTHING: dict = {}
-_IS_CENTERED, _NOT_CENTERED, _AMSGRAD = {"centered": True}, {"centered": False}, {"amsgrad": True}
+_IS_CENTERED, _PLAIN, _AMSGRAD = {"centered": True}, {"centered": False}, {"amsgrad": True}
 
 
 def _show_signature(function, optimizer):

@@ -34,17 +34,17 @@ def positive(name, value):
     return value
 
 
+def above_zero(name, value):
+    value = number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}={value!r} must be above 0")
+    return value
+
+
 def decay_rate(name, value):
     value = number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value!r} must be in [0, 1)")
-    return value
-
-
-def finite(name, value):
-    value = number(name, value)
-    if math.isinf(value):
-        raise ValueError(f"{name}={value!r} must be finite")
     return value
 
 

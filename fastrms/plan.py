@@ -94,9 +94,11 @@ class Optimizer:
         self._plan = module.Plan(self._params, [list(s.values()) for s in self._state], self._set_of, recipes)
         self._call, self._argument = self._plan.bound_step()
         self._refresh = [k for k, p in enumerate(self._params) if hasattr(p.owner, "data_ptr")]
+        self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
         self._shapes = [param.shape if _is_c_order(param) else None for param in self._params]
         self._bound = self._bound_object = self._last = self._pointed = None
+        self._note_schedules()
         self._settle()
 
     # hyper-parameters
@@ -144,6 +146,7 @@ class Optimizer:
             self._groups[index]._values = values
             for k, recipe in fresh.items():
                 self._plan.set_recipe(k, recipe)
+            self._note_schedules()
             self._settle()
 
     @property
@@ -241,6 +244,7 @@ class Optimizer:
                 for name, array in tensor.items():
                     self._shaped(k, self._state[k][name])[...] = array
             self._plan.set_steps(d["steps"], [tensor["steps"] for tensor in d["tensors"]])
+            self._note_schedules()
             self._settle()
 
     def _checked_state_dict(self, d):
@@ -285,17 +289,20 @@ class Optimizer:
 
     # steps
 
+    def _note_schedules(self):
+        self._scheduled = [k for k, (group, _) in enumerate(self._sets) if callable(self._groups[group]["lr"])]
+
     def _settle(self):
         """After any change: may step() call the backend at once, and for which argument?
 
         The plan must point to gradients that are held (bound ones, or a single array that came twice), nothing may
         move between steps (torch), and no schedule may need Python.
         """
-        self._scheduled = any(callable(group["lr"]) for group in self._groups)
-        ready = self._pointed is not None and not (self._scheduled or self._refresh or self._moving())
+        pointed, bound = self._pointed, self._bound
+        ready = pointed is not None and not (self._scheduled or self._refresh or self._moving())
         self._plan.set_ready(ready)
-        held = self._bound_object if self._pointed is self._bound else self._pointed
-        self._no_grads = None if ready and self._pointed is self._bound else _NEVER
+        held = self._bound_object if pointed is bound else pointed
+        self._no_grads = None if ready and pointed is bound else _NEVER
         self._same_grads = held if ready and type(held) is np.ndarray else _NEVER
 
     def _moving(self):
@@ -328,41 +335,41 @@ class Optimizer:
             self._settle()
 
     def _checked_step(self, grads, grad_scale, clip_norm):
-        grad_scale = hyper.positive("grad_scale", grad_scale)
+        if grad_scale is not ONE:
+            grad_scale = hyper.positive("grad_scale", grad_scale)
         if clip_norm is not None:
-            clip_norm = hyper.number("clip_norm", clip_norm)
-            if not clip_norm > 0:
-                raise ValueError(f"clip_norm={clip_norm!r} must be above 0")
-        with self._exclusive():
-            self._refresh_params()
-            recipes = self._scheduled_recipes()
+            clip_norm = hyper.above_zero("clip_norm", clip_norm)
+        plan = self._plan
+        if not plan.acquire():
+            raise self._busy()
+        try:
+            if self._refresh:
+                self._refresh_params()
+            recipes = [(k, self._recipe(*self._sets[k], self.steps)) for k in self._scheduled]
             self._take(grads)
-            for index, recipe in recipes:
-                self._plan.set_recipe(index, recipe)
-            norm = self._plan.run(grad_scale, clip_norm)
+            for k, recipe in recipes:
+                plan.set_recipe(k, recipe)
+            norm = plan.run(grad_scale, clip_norm)
+        finally:
+            plan.release()
         return APPLIED if clip_norm is None else StepInfo(True, norm, None)
-
-    def _scheduled_recipes(self):
-        if not self._scheduled:
-            return []
-        return [(k, self._recipe(g, dtype, self.steps)) for k, (g, dtype) in enumerate(self._sets)
-                if callable(self._groups[g]["lr"])]  # fmt: skip
 
     def _take(self, grads):
         """Point the plan to grads, everything about them checked."""
         if grads is None:
             self._take_bound()
         elif grads is not self._pointed or type(grads) is not np.ndarray:
-            leaves = self._structure.leaves(grads, "grads")
             accepted = [
                 grad
                 if type(grad) is np.ndarray and grad.dtype is dtype and grad.shape == shape and grad.flags.carray
                 else self._acquire_grad(k, grad)
-                for k, (grad, dtype, shape) in enumerate(zip(leaves, self._dtypes, self._shapes, strict=True))
+                for k, grad, dtype, shape in zip(
+                    self._indices, self._structure.leaves(grads, "grads"), self._dtypes, self._shapes, strict=True
+                )
             ]
             self._point_to(accepted)
-            self._remember(grads)
-            self._settle()
+            if type(grads) is np.ndarray:
+                self._remember(grads)
 
     def _take_bound(self):
         if self._bound is None:
@@ -375,9 +382,11 @@ class Optimizer:
 
     def _remember(self, grads):
         """A single array that comes a second time is held, and takes the fast path from then on."""
-        again = self._last is not None and self._last() is grads
-        self._pointed = grads if again else None
-        self._last = weakref.ref(grads) if type(grads) is np.ndarray else None
+        if self._last is not None and self._last() is grads:
+            self._pointed = grads
+            self._settle()
+        else:
+            self._last = weakref.ref(grads)
 
     def _acquire_grad(self, k, grad):
         if grad is None:
@@ -387,8 +396,9 @@ class Optimizer:
         return buffer
 
     def _point_to(self, grads):
-        self._pointed = None
-        self._plan.set_ready(False)
+        if self._pointed is not None:
+            self._pointed = None
+            self._settle()
         if self._plan.set_grads(grads, self._buffers):
             own = [(self._grad_names[k], self._acquire_grad(k, getattr(g, "owner", g))) for k, g in enumerate(grads) if g is not None]
             arrays.refuse_overlap([*self._buffers(), *own])

@@ -87,6 +87,16 @@ def pointer(address):
     return ffi.cast("void *", address)
 
 
+def update(recipe, step, grad_scale, param, grad, states):
+    """One step on flat arrays, in place."""
+    group = ffi.new("fastrms_group *")
+    fill_group(group, recipe)
+    addresses = [ffi.from_buffer(flat) for flat in (param, grad, *states)]
+    addresses += [ffi.NULL] * (2 + lib.FASTRMS_MAX_STATES - len(addresses))
+    status = lib.fastrms_update(group, param.size, step, grad_scale, *addresses)
+    assert status == OK, "buffers overlap: the caller checks them"
+
+
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param."""
 
@@ -144,6 +154,9 @@ class Plan:
     def run(self, grad_scale=1.0, clip_norm=None):
         """One step over all tensors that have a gradient; the norm of the gradients if clip_norm asks for it."""
         plan = self._plan
+        if grad_scale == 1.0 and clip_norm is None:
+            lib.fastrms_run(plan)
+            return None
         plan.grad_scale = grad_scale
         plan.clip_norm = -1.0 if clip_norm is None else clip_norm
         lib.fastrms_run(plan)
