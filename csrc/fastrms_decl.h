@@ -9,7 +9,8 @@
 #define FASTRMS_BUSY 1
 #define FASTRMS_OVERLAP 2
 #define FASTRMS_MISALIGNED 3
-#define FASTRMS_NOT_READY 4
+#define FASTRMS_MISSING 4
+#define FASTRMS_NOT_READY 5
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
  * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
@@ -65,6 +66,7 @@ double fastrms_series(double decay, double weight, int64_t terms);
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);
 const char *fastrms_rule_arguments(int rule);
+int fastrms_rule_states(int rule);
 
 int fastrms_isa_count(void);
 const char *fastrms_isa_name(int isa);

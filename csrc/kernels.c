@@ -50,9 +50,12 @@ fastrms_kernel *const fastrms_kernels_avx2[][2][2] = {RULES(AVX2)};
 
 /* names for the comparison with rules.py at import */
 #define NAME(name) #name " "
-#define LIST(rule) {#rule, "param grad " rule##_NAMES(NAME, NAME)},
-static const struct { const char *rule, *arguments; } names[] = {RULES(LIST)};
+#define ONE(name) + 1
+#define NOTHING(name)
+#define LIST(rule) {#rule, "param grad " rule##_NAMES(NAME, NAME), 0 rule##_NAMES(ONE, NOTHING)},
+static const struct { const char *rule, *arguments; int states; } names[] = {RULES(LIST)};
 
 int fastrms_rule_count(void) { return (int)(sizeof names / sizeof *names); }
 const char *fastrms_rule_name(int rule) { return names[rule].rule; }
 const char *fastrms_rule_arguments(int rule) { return names[rule].arguments; }
+int fastrms_rule_states(int rule) { return names[rule].states; }

@@ -182,6 +182,8 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
     for (int k = 0; k < 5; ++k) {
         if ((uintptr_t)buffer[k] % (uintptr_t)group->itemsize)
             return FASTRMS_MISALIGNED;
+        if (!buffer[k] && size && k < 2 + fastrms_rule_states(group->rule))
+            return FASTRMS_MISSING;
         count = add_range(range, count, buffer[k], size * group->itemsize);
     }
     if (overlap(range, count))

@@ -42,7 +42,7 @@ def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, *
     if callable(values["lr"]):
         raise TypeError("lr must be a number here; a schedule needs an optimizer object")
     h = SimpleNamespace(**values)
-    recipe = optimizer.recipe(h, dtype)
+    recipe = optimizer.checked_recipe(h, dtype)
     if recipe.rule != rule:
         raise ValueError(f"these hyper-parameters need the rule {recipe.rule}, with the state "
                          f"{', '.join(rules.state_names(rules.RULES[recipe.rule]))}; "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import arrays, backends, dialects, hyper, placement, rules, structure
+from .recipes import rounded
 
 ONE = 1.0
 _NEVER = object()
@@ -120,7 +121,15 @@ class Optimizer:
         return dialects.MEANINGS.get((dialect, name, value), value)
 
     def _recipe(self, group, dtype, step):
-        return self.recipe(self.at_step(self._groups[group]._values, step), dtype)
+        return self.checked_recipe(self.at_step(self._groups[group]._values, step), dtype)
+
+    @classmethod
+    def checked_recipe(cls, h, dtype):
+        """The recipe, with every number finite in dtype."""
+        for name, value in vars(h).items():
+            if isinstance(value, float) and not np.isfinite(rounded(value, dtype)):
+                raise ValueError(f"{name}={value!r} is not finite in {dtype}")
+        return cls.recipe(h, dtype)
 
     @staticmethod
     def at_step(values, step):
@@ -136,7 +145,7 @@ class Optimizer:
             raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
         values = {**self._groups[index]._values, name: self._checked(self.dialect, name, value)}
         h = self.at_step(values, self.steps)
-        fresh = {k: self.recipe(h, dtype) for k, (group, dtype) in enumerate(self._sets) if group == index}
+        fresh = {k: self.checked_recipe(h, dtype) for k, (group, dtype) in enumerate(self._sets) if group == index}
         for k, recipe in fresh.items():
             if recipe.rule != self._rules[k]:
                 raise ValueError(f"{name}={value!r} turns {self._rules[k]} into {recipe.rule}, which has other state; "
@@ -265,7 +274,7 @@ class Optimizer:
         recipes = []
         for index, (group, dtype) in enumerate(self._sets):
             h = self.at_step(groups[group], d["steps"])
-            recipes.append(self.recipe(h, dtype))
+            recipes.append(self.checked_recipe(h, dtype))
             if recipes[-1].rule != self._rules[index]:
                 raise ValueError(f"the state_dict is of {recipes[-1].rule}, this optimizer runs {self._rules[index]}")
             self._refuse_zero_state(h, (group, dtype), values)

@@ -86,9 +86,10 @@ class Plan:
 
     def set_grads(self, grads, buffers):
         """Take over the gradients (Buffers, or ndarrays that match already, or None).  True: some buffers overlap."""
-        flats = [grad if grad is None else grad.flat if isinstance(grad, arrays.Buffer) else grad.reshape(-1) for grad in grads]
+        flats = [grad.reshape(-1) if isinstance(grad, np.ndarray) else grad and grad.flat for grad in grads]
+        own = [(f"grads {k}", arrays.own(flat)) for k, flat in enumerate(flats) if flat is not None]
         try:
-            arrays.refuse_overlap([*buffers(), *((k, arrays.own(flat)) for k, flat in enumerate(flats) if flat is not None)])
+            arrays.refuse_overlap([*buffers(), *own])
         except ValueError:
             return True
         self.grads = flats
