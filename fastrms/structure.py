@@ -26,7 +26,7 @@ def of(params):
 def _is_plain_iterable(x):
     """A generator, dict view or the like: iterable, but not itself an array."""
     arrayish = ("__array_interface__", "__array__", "__dlpack__", "__cuda_array_interface__")
-    if isinstance(x, (str, bytes, bytearray, memoryview, np.ndarray)) or any(hasattr(x, name) for name in arrayish):
+    if isinstance(x, (str, bytes, bytearray, memoryview, np.ndarray, Mapping)) or any(hasattr(x, name) for name in arrayish):
         return False
     try:
         memoryview(x)

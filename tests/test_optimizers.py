@@ -1,0 +1,388 @@
+"""The optimizers as objects: structures, groups, schedules, binding, state, dialects, report."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import bits
+
+import fastrms
+from fastrms import dialects
+
+CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
+
+
+def arrays(count=3, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((k + 1, 3)).astype(dtype) for k in range(count)]
+
+
+@pytest.mark.parametrize("make", CLASSES)
+def test_every_structure_gives_the_same_step(make, backend):
+    params, grads = arrays(), arrays()[::-1]
+    grads = [g.reshape(-1)[: p.size].reshape(p.shape) if g.size >= p.size else np.resize(g, p.shape) for g, p in zip(grads, params, strict=True)]
+    want = [p.copy() for p in params]
+    for w, g in zip(want, grads, strict=True):
+        make(w, backend=backend).step(g)
+
+    def check(build, gradients):
+        mine = [p.copy() for p in params]
+        optimizer = make(build(mine), backend=backend)
+        for bound in (False, True):
+            if bound:
+                for p, m in zip(params, mine, strict=True):
+                    m[...] = p
+                optimizer.load_state_dict(make(build(mine), backend=backend).state_dict())
+                optimizer.bind(gradients)
+            optimizer.step() if bound else optimizer.step(gradients)
+            assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(mine, want, strict=True))
+        return optimizer
+
+    keys = ["w", "b", 3]
+    check(lambda m: m, grads)
+    check(tuple, tuple(grads))
+    check(lambda m: iter(m), grads)
+    check(lambda m: dict(zip(keys, m, strict=True)).values(), grads)
+    mapping = check(lambda m: dict(zip(keys, m, strict=True)), dict(zip(reversed(keys), reversed(grads), strict=True)))
+    groups = check(lambda m: [{"params": m[0]}, {"params": m[1:]}], [grads[0], grads[1:]])
+    nested = check(lambda m: [{"params": {"a": m[0]}}, {"params": m[1:]}], [{"a": grads[0]}, grads[1:]])
+    name = next(iter(mapping.state))
+    assert list(mapping.state[name]) == keys
+    assert groups.state[name][0].shape == params[0].shape and len(groups.state[name][1]) == 2
+    assert nested.state[name][0]["a"].shape == params[0].shape
+
+
+def test_structures_that_do_not_match(backend):
+    w, b = arrays(2)
+    mapped = fastrms.Adam({"w": w, "b": b}, backend=backend)
+    for grads, error, words in [
+        ({"w": w + 1}, ValueError, "grads has no 'b'"),
+        ({"w": w + 1, "b": b + 1, "c": b + 2}, ValueError, "grads has 'c'"),
+        ([w + 1, b + 1], TypeError, "mapping"),
+        (w + 1, TypeError, "mapping"),
+    ]:
+        with pytest.raises(error, match=words):
+            mapped.step(grads)
+    listed = fastrms.Adam([w, b], backend=backend)
+    for grads, error, words in [([w + 1], ValueError, "1 entries"), ({"w": w}, TypeError, "sequence|plain|must be"), (w + 1, TypeError, "sequence")]:
+        with pytest.raises(error, match=words):
+            listed.step(grads)
+    grouped = fastrms.Adam([{"params": w}, {"params": [b]}], backend=backend)
+    with pytest.raises(ValueError, match="one entry for each of the 2 groups"):
+        grouped.step([w + 1])
+    for empty in ([], {}, (), [{"params": []}]):
+        with pytest.raises(ValueError, match="empty"):
+            fastrms.Adam(empty, backend=backend)
+    assert mapped.steps == listed.steps == grouped.steps == 0
+
+
+def test_none_skips_a_tensor_and_its_count(backend):
+    params = arrays()
+    kept = params[1].copy()
+    optimizer = fastrms.Adam(params, backend=backend)
+    optimizer.step([params[0] * 2, None, params[2] * 2])
+    optimizer.step([None, None, None])
+    assert np.array_equal(params[1], kept)
+    assert optimizer._plan.tensor_steps == [1, 0, 1] and optimizer.steps == 2
+    optimizer.bind([None, params[1] * 2, None])
+    optimizer.step()
+    first = kept - np.float32(1e-3) * np.sign(kept)  # Adam's first step is lr*sign(g), however late it comes
+    assert np.allclose(params[1], first, atol=1e-6)
+    assert optimizer._plan.tensor_steps == [1, 1, 1]
+
+
+def test_groups_have_their_own_hyper_parameters(backend):
+    params = arrays(2)
+    want = [p.copy() for p in params]
+    optimizer = fastrms.RMSProp([{"params": params[0], "momentum": 0.9, "lr": 0.1}, {"params": [params[1]], "rho": 0.5}], lr=0.2, backend=backend)
+    optimizer.step([want[0] * 1, [want[1] * 1]])
+    assert [g["lr"] for g in optimizer.groups] == [0.1, 0.2] == optimizer.lr
+    assert optimizer.state["momentum_buffer"][0].shape == want[0].shape and optimizer.state["momentum_buffer"][1] == [None]
+    g = [w.copy() for w in want]
+    fastrms.RMSProp(want[0], momentum=0.9, lr=0.1, backend=backend).step(g[0])
+    fastrms.RMSProp(want[1], rho=0.5, lr=0.2, backend=backend).step(g[1])
+    assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(params, want, strict=True))
+    with pytest.raises(TypeError, match="'beta1'"):
+        fastrms.RMSProp([{"params": params[0], "beta1": 0.9}], backend=backend)
+
+
+@pytest.mark.parametrize("how", ["lr", "group", "callable", "rebuilt"])
+def test_lr_changes_take_effect_at_the_next_step(backend, how):
+    rates = [0.1, 0.01, 0.3, 0.05]
+    w, g = np.ones(7, np.float32), np.linspace(1, 2, 7, dtype=np.float32)
+    want = w.copy()
+    state = fastrms.init_state("rmsprop", want, momentum=0.9)
+    for rate in rates:
+        fastrms.rmsprop(want, g, **state, momentum=0.9, lr=rate, backend=backend)
+    calls = []
+
+    def schedule(step):
+        calls.append(step)
+        return rates[step]
+
+    optimizer = fastrms.RMSProp(w, momentum=0.9, lr=schedule if how == "callable" else 1.0, backend=backend)
+    optimizer.bind(g)
+    for rate in rates:
+        if how == "lr":
+            optimizer.lr = rate
+        elif how == "group":
+            optimizer.groups[0]["lr"] = rate
+        elif how == "rebuilt":
+            saved = optimizer.state_dict()
+            optimizer = fastrms.RMSProp(w, momentum=0.9, lr=rate, backend=backend)
+            saved["groups"][0]["lr"] = rate
+            optimizer.load_state_dict(saved)
+            optimizer.bind(g)
+        optimizer.step()
+    assert np.array_equal(bits(w), bits(want))
+    assert how != "callable" or (calls[0] == 0 and set(calls) == {0, 1, 2, 3} and optimizer.lr is schedule)
+
+
+def test_changing_what_decides_the_state_is_refused(backend):
+    w = np.ones(3, np.float32)
+    for make, name, value in [
+        (fastrms.RMSProp, "momentum", 0.9), (fastrms.RMSProp, "centered", True), (fastrms.Adam, "amsgrad", True),
+        (fastrms.RMSProp, "initial_value", 1.0), (fastrms.RProp, "lr", 0.5),
+    ]:  # fmt: skip
+        optimizer = make(w, backend=backend)
+        before = dict(optimizer.groups[0])
+        with pytest.raises(ValueError, match=name):
+            optimizer.groups[0][name] = value
+        assert dict(optimizer.groups[0]) == before
+    with pytest.raises(ValueError, match="lr"):
+        fastrms.RProp(w, backend=backend).lr = 0.5
+    with pytest.raises(KeyError, match="rho"):
+        fastrms.Adam(w, backend=backend).groups[0]["rho"] = 0.5
+    with pytest.raises(TypeError, match="lr"):
+        fastrms.RProp(w, lr=lambda step: 0.1, backend=backend)
+
+
+@pytest.mark.parametrize("make", CLASSES)
+def test_state_dict_travels(make, backend):
+    """By pickle and by JSON; a dict that does not fit is refused and changes nothing."""
+    params = {"w": np.ones((2, 3), np.float32), "b": np.zeros(4)}
+    grads = {"w": np.full((2, 3), 0.5, np.float32), "b": np.arange(4.0)}
+    optimizer = make(params, backend=backend)
+    optimizer.step(grads)
+    saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    json.dumps({key: value for key, value in saved.items() if key != "tensors"})
+    other = make({k: v.copy() for k, v in params.items()}, backend=backend)
+    other.load_state_dict(saved)
+    assert other.steps == 1 and [dict(g) for g in other.groups] == [dict(g) for g in optimizer.groups]
+    before = pickle.dumps(other.state_dict())
+
+    def damaged(change):
+        d = pickle.loads(pickle.dumps(saved))
+        change(d)
+        return d
+
+    first = next(iter(saved["tensors"][0]["state"]))
+    for words, change in [
+        ("of Other", lambda d: d.update(optimizer="Other")),
+        ("2 groups", lambda d: d["groups"].append(d["groups"][0])),
+        ("1 tensors", lambda d: d["tensors"].pop()),
+        ("step count", lambda d: d.update(steps=-1)),
+        ("step count", lambda d: d["tensors"][1].update(steps=1.5)),
+        ("lr", lambda d: d["groups"][0].update(lr=-1.0)),
+        ("'speed'", lambda d: d["groups"][0].update(speed=1)),
+        ("must be an ndarray", lambda d: d["tensors"][0]["state"].update({first: np.zeros(6, np.float32)})),
+        ("must be an ndarray", lambda d: d["tensors"][1]["state"].update({first: np.zeros(4, np.float32)})),
+        ("must be an ndarray", lambda d: d["tensors"][1]["state"].update({first: [0.0] * 4})),
+        ("has state", lambda d: d["tensors"][1]["state"].pop(first)),
+        ("not a state_dict", lambda d: d.pop("tensors")),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(damaged(change))
+        assert pickle.dumps(other.state_dict()) == before
+    with pytest.raises(ValueError, match="state_dict"):
+        other.load_state_dict([])
+    if make is fastrms.RMSProp:
+        with pytest.raises(ValueError, match="rmsprop_momentum"):
+            make(params, momentum=0.9, backend=backend).load_state_dict(damaged(lambda d: [t["state"].update(momentum_buffer=t["state"]["square_avg"]) for t in d["tensors"]] and None))
+    state = optimizer.state[first]["w"]
+    state[...] = 7  # a live view, in the parameter's shape
+    assert (optimizer.state[first]["w"] == 7).all()
+
+
+def test_a_callable_lr_is_not_saved(backend):
+    w = np.ones(3, np.float32)
+    optimizer = fastrms.RMSProp(w, lr=lambda step: 0.1, backend=backend)
+    saved = optimizer.state_dict()
+    assert "lr" not in saved["groups"][0]
+    other = fastrms.RMSProp(w, lr=0.5, backend=backend)
+    other.load_state_dict(saved)
+    assert other.lr == 0.5
+
+
+@pytest.mark.parametrize("name, options", [
+    ("rmsprop", {}), ("rmsprop", {"momentum": 0.9, "nesterov": True}), ("rmsprop", {"centered": True}),
+    ("rmsprop", {"momentum": 0.5, "centered": True, "bias_correction": "corrected", "dialect": "optax"}),
+    ("rmsprop", {"dialect": "tf1", "momentum": 0.9}), ("adagrad", {"lr_decay": 0.1}), ("adagrad", {"dialect": "keras"}),
+    ("adam", {}), ("adam", {"amsgrad": True, "weight_decay": 0.1}), ("adam", {"dialect": "optax", "amsgrad": True}),
+    ("rprop", {}), ("rprop", {"zero_on_flip": False, "maximize": True}),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_functions_and_optimizers_are_the_same_steps(name, options, dtype, backend):
+    make = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrms.Adam, "rprop": fastrms.RProp}[name]
+    function = getattr(fastrms, name)
+    rng = np.random.default_rng(8)
+    start = rng.standard_normal((3, 7)).astype(dtype)
+    a, b = start.copy(), start.copy()
+    optimizer = make(a, backend=backend, **options)
+    state = fastrms.init_state(name, b, **options)
+    assert list(state) == list(optimizer.state)
+    rest = {key: value for key, value in options.items() if key != "centered"}
+    needs_step = name in ("adam", "adagrad") or "bias_correction" in options
+    for step in range(1, 12):
+        grad = rng.standard_normal((3, 7)).astype(dtype)
+        optimizer.step(grad, grad_scale=0.5)
+        assert function(b, grad, **state, backend=backend, grad_scale=0.5, **rest, **({"step": step} if needs_step else {})) is None
+        assert np.array_equal(bits(a), bits(b))
+    assert all(np.array_equal(bits(state[k]), bits(optimizer.state[k])) for k in state)
+
+
+def test_functions_refuse_state_that_does_not_fit(backend):
+    w, g, v, b = (np.ones(5, np.float32) for _ in range(4))
+    for arguments, options, words in [
+        ((w, g, v), {"momentum": 0.9}, "rmsprop_momentum"),
+        ((w, g, v), {"centered": True}, "centered=True"),
+        ((w, g, v), {"bias_correction": "corrected"}, "step"),
+        ((w, g, v), {"lr": lambda step: 0.1}, "schedule"),
+        ((w, g, v), {"momentum_buffer": b}, "momentum_buffer"),
+        ((w, g, v), {"dialect": "jax"}, "dialect"),
+        ((w, g, v), {"lr": np.array([0.1, 0.2])}, "lr"),
+        ((w, g, v), {"speed": 1}, "'speed'"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=words):
+            fastrms.rmsprop(*arguments, backend=backend, **options)
+    with pytest.raises(ValueError, match="adam_amsgrad"):
+        fastrms.adam(w, g, v, b, step=1, amsgrad=True, backend=backend)
+    with pytest.raises(ValueError, match="'adamw'"):
+        fastrms.init_state("adamw", w)
+    assert (w == 1).all() and (v == 1).all() and (b == 1).all()
+    fastrms.rmsprop(w, g, v, lr=np.array(0.1), backend=backend)  # a 0-d array is a number
+
+
+@pytest.mark.parametrize("make", CLASSES)
+@pytest.mark.parametrize("dialect", dialects.DIALECTS)
+def test_a_dialect_is_a_set_of_explicit_parameters(make, dialect, backend):
+    preset = dialects.DIALECTS[dialect].get(make.__name__)
+    w = np.ones(4, np.float32)
+    if preset is None:
+        with pytest.raises(ValueError, match=f"{dialect!r} has no {make.__name__}"):
+            make(w, dialect=dialect, backend=backend)
+        return
+    assert preset.keys() <= make.defaults.keys()
+    said, spelled = make(w, dialect=dialect, backend=backend), make(w.copy(), backend=backend, **preset)
+    assert dict(said.groups[0]) == dict(spelled.groups[0])
+    explicit = make(w.copy(), dialect=dialect, lr=0.123, backend=backend)
+    assert explicit.lr == 0.123
+
+
+def test_optax_amsgrad_is_the_corrected_one(backend):
+    w = np.ones(4, np.float32)
+    assert fastrms.Adam(w, dialect="optax", amsgrad=True, backend=backend).groups[0]["amsgrad"] == "corrected"
+    assert fastrms.Adam(w, dialect="torch", amsgrad=True, backend=backend).groups[0]["amsgrad"] is True
+    assert fastrms.Adam(w, bias_correction=True, backend=backend).groups[0]["bias_correction"] == "corrected"
+
+
+def test_maximize_is_the_negated_gradient(backend):
+    rng = np.random.default_rng(0)
+    for make in CLASSES:
+        a, b = np.ones(9, np.float32), np.ones(9, np.float32)
+        up, down = make(a, maximize=True, backend=backend), make(b, backend=backend)
+        for _ in range(5):
+            g = rng.standard_normal(9).astype(np.float32)
+            up.step(g)
+            down.step(-g)
+        assert np.array_equal(bits(a), bits(b))
+
+
+def test_clip_value_is_the_clipped_gradient(backend):
+    rng = np.random.default_rng(0)
+    for make in CLASSES:
+        a, b = np.ones(9, np.float32), np.ones(9, np.float32)
+        clipped, plain = make(a, clip_value=0.5, backend=backend), make(b, backend=backend)
+        for _ in range(5):
+            g = rng.standard_normal(9).astype(np.float32)
+            clipped.step(g, grad_scale=0.5)
+            plain.step(np.clip(g * np.float32(0.5), -0.5, 0.5).astype(np.float32))
+        assert np.array_equal(bits(a), bits(b))
+
+
+def test_the_bound_fast_path_is_taken_and_left(backend):
+    """No Python between steps while everything stands still; exact again after every change."""
+    w, want, g = np.ones(33, np.float32), np.ones(33, np.float32), np.ones(33, np.float32)
+    optimizer, reference = fastrms.Adam(w, backend=backend), fastrms.Adam(want, backend=backend)
+    slow = []
+    checked = optimizer._checked_step
+    optimizer._checked_step = lambda *a: slow.append(1) or checked(*a)
+
+    def both(step, grads):
+        step()
+        reference.step(grads)
+        assert np.array_equal(bits(w), bits(want))
+
+    optimizer.bind(g)
+    both(optimizer.step, g)
+    both(lambda: optimizer.step(g), g)
+    assert not slow
+    both(lambda: optimizer.step(g, grad_scale=1.0), g)
+    other = np.full(33, 2, np.float32)
+    both(lambda: optimizer.step(other), other)
+    both(optimizer.step, g)
+    assert len(slow) == 3
+    both(optimizer.step, g)
+    optimizer.lr = reference.lr = 0.5
+    both(optimizer.step, g)
+    assert len(slow) == 3
+    optimizer.lr = lambda step: 0.25
+    reference.lr = 0.25
+    both(optimizer.step, g)
+    both(optimizer.step, g)
+    assert len(slow) == 5
+    optimizer.lr = 0.125
+    reference.lr = 0.125
+    both(optimizer.step, g)
+    both(optimizer.step, g)
+    assert len(slow) <= 6
+
+
+def test_report_says_what_runs(backend):
+    optimizer = fastrms.RMSProp({"w": np.ones(5, np.float32), "b": np.ones(3)}, momentum=0.9, clip_value=1.0, dialect="keras", backend=backend)
+    text = optimizer.report()
+    for words in (backend, "keras", "rmsprop_momentum", "general", "float32", "float64", "28 bytes", "56 bytes"):
+        assert words in text
+
+
+def test_zero_dimensional_and_empty(backend):
+    scalar, empty = np.array(2.0), np.empty((0, 3), np.float32)
+    optimizer = fastrms.Adam([scalar, empty], lr=0.5, backend=backend)
+    info = optimizer.step([np.array(1.0), np.empty((0, 3), np.float32)], clip_norm=10.0)
+    assert scalar == pytest.approx(1.5) and info == (True, 1.0, None) and optimizer._plan.tensor_steps == [1, 1]
+    assert optimizer.state["exp_avg"][0].shape == () and optimizer.state["exp_avg"][1].shape == (0, 3)
+
+
+def test_environment_chooses_the_backend(monkeypatch):
+    w = np.ones(3, np.float32)
+    monkeypatch.setenv("FASTRMS_BACKEND", "numpy")
+    assert fastrms.Adam(w).backend == "numpy"
+    monkeypatch.setenv("FASTRMS_BACKEND", "fortran")
+    with pytest.raises(ValueError, match="FASTRMS_BACKEND='fortran'"):
+        fastrms.Adam(w)
+    assert fastrms.Adam(w, backend="numpy").backend == "numpy"
+
+
+def test_signatures_and_docstrings_show_every_hyper_parameter():
+    import inspect
+
+    for make in CLASSES:
+        parameters = inspect.signature(make).parameters
+        assert parameters.keys() == {"params", *make.defaults, "dialect", "backend"}
+        family = make.__mro__[1] if make is fastrms.AdamW else make
+        text = family.__doc__ + fastrms.RMSProp.__doc__
+        assert all(name in text for name in parameters)
+    for name in ("rmsprop", "adagrad", "adam", "rprop"):
+        assert "eta_minus" in inspect.signature(fastrms.rprop).parameters
+        assert getattr(fastrms, name).__doc__.count("Raises") == 1
