@@ -1,0 +1,227 @@
+"""The build: what the compiler made of the kernels, the flags that make it do so, wheels, and builds without C."""
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import c
+
+from fastrms import rules
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which("cc")
+X86 = os.uname().machine == "x86_64"
+needs_c = pytest.mark.skipif(c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)")
+
+
+def instructions(binary):
+    """Mnemonics and registers of every function of a binary: name -> list of lines."""
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(binary)], capture_output=True, text=True, check=True).stdout
+    functions, current = collections.defaultdict(list), None
+    for line in listing.splitlines():
+        if match := re.match(r"[0-9a-f]+ <(\w+)>:", line):
+            current = match[1]
+        elif current and "\t" in line:
+            functions[current].append(line.split("\t", 1)[1])
+    return functions
+
+
+def kernel_names():
+    isas = ["baseline", "avx2"] if X86 else ["baseline"]
+    return [
+        (f"{rule}_{real}_{form}_{isa}", rule, real, isa)
+        for rule in rules.RULES for real in ("float", "double") for form in ("neutral", "general") for isa in isas
+    ]  # fmt: skip
+
+
+def packed(operation, real, isa):
+    """Pattern of the packed instruction of full width."""
+    if not X86:
+        return rf"^f{operation}\s+v\d+\.{'4s' if real == 'float' else '2d'}"
+    suffix = "ps" if real == "float" else "pd"
+    return rf"^v{operation}{suffix}\s.*%ymm" if isa == "avx2" else rf"^v?{operation}{suffix}\s.*%xmm"
+
+
+def check_kernels(functions):
+    """Every kernel of every tier: packed sqrt and div (multiplies where the rule has neither), no FMA, no estimates."""
+    for name, rule, real, isa in kernel_names():
+        body = functions[name]
+        assert body, f"{name} is not in the binary"
+        for operation in ("sqrt", "div") if rule != "rprop" else ("mul",):
+            assert any(re.search(packed(operation, real, isa), line) for line in body), f"{name} has no packed {operation}"
+        assert not any(re.match(r"v?fn?m(add|sub|la\b|ls\b)", line) for line in body), f"{name} contracts to FMA"
+        assert not any(re.match(r"v?(rsqrt|rcp|frsqrte|frecpe)", line) for line in body), f"{name} estimates"
+
+
+@needs_c
+def test_the_built_kernels_are_vectorised_and_exact():
+    from fastrms import _core
+
+    check_kernels(instructions(_core.__file__))
+
+
+def flags():
+    text = (ROOT / "csrc" / "build_ffi.py").read_text()
+    return re.findall(r'^    "(-[^"]+)"', text, re.M)
+
+
+def compiled(tmp_path, options):
+    """kernels.c compiled with options, disassembled; None where the compiler refused."""
+    target = tmp_path / "kernels.o"
+    run = subprocess.run(
+        [COMPILER, *options, "-fPIC", "-c", str(ROOT / "csrc" / "kernels.c"), "-o", str(target)], capture_output=True, text=True
+    )
+    return instructions(target) if run.returncode == 0 else run.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_a_users_fast_math_does_not_reach_the_kernels(tmp_path):
+    """CFLAGS come before our flags; ours switch -Ofast off again, in an order that keeps the loops vectorised."""
+    check_kernels(compiled(tmp_path, ["-Ofast", "-mfma", *flags()] if X86 else ["-Ofast", *flags()]))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_fast_math_is_an_error_in_the_source(tmp_path):
+    assert "build without -ffast-math" in compiled(tmp_path, [*flags(), "-ffast-math"])
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+@pytest.mark.parametrize("without", ["-O3", "-fno-math-errno"])
+def test_the_check_of_the_kernels_bites(tmp_path, without):
+    """Without one of these flags the loops are not vectorised, and check_kernels says so."""
+    options = [flag for flag in flags() if flag != without] + (["-O2"] if without == "-O3" else [])
+    with pytest.raises(AssertionError, match="no packed"):
+        check_kernels(compiled(tmp_path, options))
+
+
+@pytest.mark.skipif(COMPILER is None or not X86, reason="no C compiler for x86-64 here")
+def test_contraction_would_be_seen(tmp_path):
+    options = [flag for flag in flags() if flag != "-ffp-contract=off"] + ["-mfma"]
+    with pytest.raises(AssertionError, match="FMA"):
+        check_kernels(compiled(tmp_path, options))
+
+
+@needs_c
+def test_no_second_runtime_is_linked():
+    from fastrms import _core
+
+    linked = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, check=True).stdout
+    assert "gomp" not in linked and "omp" not in linked.replace("compiler", "")
+
+
+def build(kind, source, out, **environment):
+    """python -m build in a copy of the sources."""
+    command = [sys.executable, "-m", "build", *kind, "--outdir", str(out), str(source)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A clean copy of the tracked kind of files: no build products."""
+    target = tmp_path_factory.mktemp("sources") / "fastrms"
+    ignore = shutil.ignore_patterns(".git", ".venv", "*.so", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, target, ignore=ignore)
+    return target
+
+
+def environment_with(wheel, tmp_path):
+    """The Python of a new virtual environment that holds the wheel, beside the libraries of this one but not its fastrms."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files, such as ours, are not read
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return tmp_path / "venv" / "bin" / "python", site / "fastrms"
+
+
+def run_tests_with(wheel, tests, tmp_path):
+    """The named tests of this checkout against an installed wheel, from another directory."""
+    python, package = environment_with(wheel, tmp_path)
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *[str(ROOT / "tests" / t) for t in tests]]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTRMS_")}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert str(package / "__init__.py") in run.stdout  # the header names what was tested
+    return python, run.stdout
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_sdist_to_wheel_to_tests(sources, tmp_path):
+    """python -m build makes the wheel out of the sdist; the wheel is one abi3 file and passes tests elsewhere."""
+    run = build([], sources, tmp_path / "dist")
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
+    assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
+    _, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
+    assert re.search(r"\d+ passed", out)
+
+
+def test_built_without_c_on_purpose(sources, tmp_path):
+    """FASTRMS_NO_EXT=1: a pure wheel whose only backend is NumPy, and which says so."""
+    run = build(["--wheel"], sources, tmp_path / "dist", FASTRMS_NO_EXT="1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-py3-none-any" in wheel.name
+    python, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py", "test_arrays.py"], tmp_path)
+    assert "1 tiers run (numpy)" in out
+    question = "import fastrms; assert fastrms.isa() is None; fastrms.RMSProp(__import__('numpy').ones(3), backend='c')"
+    answer = subprocess.run([python, "-c", question], cwd=tmp_path, capture_output=True, text=True)
+    assert "backend='c' is not available: fastrms was built without its C extension" in answer.stderr
+
+
+def test_a_missing_compiler_is_fatal_and_named(sources, tmp_path):
+    run = build(["--wheel"], sources, tmp_path / "dist", CC="no-such-compiler")
+    assert run.returncode != 0
+    assert "no-such-compiler" in run.stdout + run.stderr
+    assert not list((tmp_path / "dist").glob("*.whl")) if (tmp_path / "dist").exists() else True
+
+
+def question(code, **environment):
+    """Run code in a fresh process; its standard output, or its last line of error."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
+    return run.stdout.strip() if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
+
+
+@needs_c
+def test_the_instruction_set_can_be_forced():
+    for name in c.isas():
+        assert question("import fastrms; print(fastrms.isa())", FASTRMS_ISA=name) == name
+    assert "FASTRMS_ISA='sse9' is not in this build" in question("import fastrms", FASTRMS_ISA="sse9")
+
+
+@needs_c
+def test_two_texts_that_differ_are_refused():
+    """A stale extension beside an edited rules.py must not run."""
+    code = "import fastrms.rules as r; r.RULES['adagrad'] = r.RULES['rprop']; import fastrms.backends.c"
+    code = "import sys, types; sys.modules['fastrms'] = p = types.ModuleType('fastrms'); p.__path__ = [%r];" % str(
+        Path(c.__file__).parent.parent
+    ) + code
+    assert "differ in the rule 'adagrad': rebuild" in question(code)
+
+
+def test_import_is_light():
+    """import fastrms brings neither numba nor torch nor matplotlib, and no thread."""
+    code = (
+        "import sys, numpy; before = set(sys.modules); import fastrms, threading;"
+        "heavy = {'numba', 'torch', 'matplotlib', 'rich', 'scipy', 'jax', 'safetensors'};"
+        "print(sorted(heavy & set(sys.modules)), threading.active_count())"
+    )
+    assert question(code) == "[] 1"
+
+
+def test_show_config_and_available_backends():
+    out = question("import fastrms; d = fastrms.show_config(); print(sorted(d)); print(fastrms.available_backends())")
+    for words in ("fastrms", "numpy", "backends", "isa", "python", "machine"):
+        assert words in out
+    assert repr(("c", "numpy") if c.lib else ("numpy",)) in out
