@@ -75,7 +75,9 @@ def _as_array(x, name):
     if isinstance(x, (list, tuple, dict, set)) or isinstance(x, _SCALARS) or x is None:
         raise TypeError(f"{name} is a {type(x).__name__}, which has no buffer to use in place; pass a NumPy array")
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) not in (None, 1):
-        raise TypeError(f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array")
+        raise TypeError(
+            f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
+        )
     return _view(x, name)
 
 

@@ -44,7 +44,9 @@ def decaying(h, name, dtype):
 
 def refuse_zero_eps(h, dtype):
     if rounded(h.eps, dtype) == 0 and rounded(h.eps_root, dtype) == 0:
-        raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0")
+        raise ValueError(
+            f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0"
+        )
 
 
 class RMSProp(Optimizer):

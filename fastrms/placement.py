@@ -11,7 +11,7 @@ PAGE = 4096
 STEP = 3 * PAGE + 37 * LINE  # successive candidates differ in the page and in the line within it
 CANDIDATES = 16
 LARGE = 1 << 18  # bytes; below it the buffers of a step fit in L2 and the slack would cost more than it saves
-NEAR = 6 * LINE  # streams closer than this, modulo 4 KiB, are reported as colliding
+NEAR = 6 * LINE  # streams closer than this, modulo 4 KiB, count as colliding
 
 
 def distance(a, b):
@@ -32,12 +32,6 @@ def place(size, dtype, beside):
     return memory[best : best + nbytes].view(dtype)
 
 
-def collisions(buffers):
-    """Pairs of names among (name, address, nbytes) whose large buffers start too close modulo 4 KiB."""
-    large = [(name, address) for name, address, nbytes in buffers if nbytes >= LARGE]
-    return [
-        (a, b)
-        for k, (a, first) in enumerate(large)
-        for b, second in large[k + 1 :]
-        if distance(first, second) < NEAR
-    ]
+def collide(a, b):
+    """Whether two Buffers that are read side by side are large and start too close modulo 4 KiB."""
+    return min(a.flat.nbytes, b.flat.nbytes) >= LARGE and distance(a.address, b.address) < NEAR

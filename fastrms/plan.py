@@ -86,7 +86,9 @@ class Optimizer:
         arrays.refuse_overlap(zip(self._names, self._params, strict=True))
         group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
         overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
-        self._groups = [Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)]
+        self._groups = [
+            Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)
+        ]
         self._sets = sorted({(g, p.dtype) for g, p in zip(group_of, self._params, strict=True)}, key=str)
         self._set_of = [self._sets.index((g, p.dtype)) for g, p in zip(group_of, self._params, strict=True)]
         recipes = [self._recipe(group, dtype, 0) for group, dtype in self._sets]
@@ -236,7 +238,10 @@ class Optimizer:
                 "steps": self._plan.steps,
                 "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
                 "tensors": [
-                    {"steps": steps, "state": {name: self._shaped(k, flat).copy(order="K") for name, flat in tensor.items()}}
+                    {
+                        "steps": steps,
+                        "state": {name: self._shaped(k, flat).copy(order="K") for name, flat in tensor.items()},
+                    }
                     for k, (steps, tensor) in enumerate(zip(self._plan.tensor_steps, self._state, strict=True))
                 ],
             }
@@ -284,7 +289,10 @@ class Optimizer:
         for name in saved:
             if name not in self.defaults:
                 raise ValueError(f"groups[{k}] of the state_dict has {name!r}, which {type(self).__name__} has not")
-        return {**self._groups[k]._values, **{name: self._checked(self.dialect, name, value) for name, value in saved.items()}}
+        return {
+            **self._groups[k]._values,
+            **{name: self._checked(self.dialect, name, value) for name, value in saved.items()},
+        }
 
     def _checked_state(self, k, saved):
         if saved.keys() != self._state[k].keys():
@@ -293,7 +301,9 @@ class Optimizer:
         for name, array in saved.items():
             mine = self._params[k]
             if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (mine.dtype, mine.shape):
-                raise ValueError(f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}")
+                raise ValueError(
+                    f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}"
+                )
         return saved
 
     # steps
@@ -409,7 +419,11 @@ class Optimizer:
             self._pointed = None
             self._settle()
         if self._plan.set_grads(grads, self._buffers):
-            own = [(self._grad_names[k], self._acquire_grad(k, getattr(g, "owner", g))) for k, g in enumerate(grads) if g is not None]
+            own = [
+                (self._grad_names[k], self._acquire_grad(k, getattr(g, "owner", g)))
+                for k, g in enumerate(grads)
+                if g is not None
+            ]
             arrays.refuse_overlap([*self._buffers(), *own])
             raise AssertionError("the backend saw an overlap of gradients that is not there")
 
@@ -436,11 +450,16 @@ class Optimizer:
         return _Exclusive(self._plan, self._busy)
 
     def _busy(self):
-        return RuntimeError(f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock")
+        return RuntimeError(
+            f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock"
+        )
 
     def report(self):
         """What runs, on what, and which of your buffers lie badly: a text for people."""
-        lines = [f"{type(self).__name__} on backend {self.backend!r}" + (f", dialect {self.dialect!r}" if self.dialect else "")]
+        lines = [
+            f"{type(self).__name__} on backend {self.backend!r}"
+            + (f", dialect {self.dialect!r}" if self.dialect else "")
+        ]
         for index, (group, dtype) in enumerate(self._sets):
             mine = [k for k, s in enumerate(self._set_of) if s == index]
             size = sum(self._params[k].size for k in mine)
@@ -450,17 +469,13 @@ class Optimizer:
                 f"group {group}: rule {self._rules[index]}, {form} form, {dtype}, {len(mine)} tensor(s), {size} elements, "
                 f"{(3 + 2 * states) * dtype.itemsize} bytes moved per element"
             )
-        pairs = placement.collisions([(name, b.address, b.flat.nbytes) for name, b in self._all_bound()])
-        for first, second in pairs:
-            lines.append(
-                f"{first} and {second} start at nearly the same offset modulo 4 KiB and evict each other from cache; "
-                f"allocate one of them a few KiB further on, not at a multiple of 4096 bytes from the other"
-            )
+        for k, grad in enumerate(self._bound or []):
+            if grad is not None and placement.collide(self._params[k], grad):
+                lines.append(
+                    f"{self._names[k]} and {self._grad_names[k]} start at nearly the same offset modulo 4 KiB and may evict "
+                    f"each other from cache: start one of them some {placement.STEP} bytes further on"
+                )
         return "\n".join(lines)
-
-    def _all_bound(self):
-        grads = [(self._grad_names[k], b) for k, b in enumerate(self._bound or []) if b is not None]
-        return [*zip(self._names, self._params, strict=True), *grads]
 
 
 class _Exclusive:

@@ -121,7 +121,9 @@ def test_refused_parameters(make, backend, case):
     assert np.array_equal(bits(kept), before)
 
 
-@pytest.mark.parametrize("case, position", [(c, k) for c in [*BAD, *BAD_GRAD] for k in range(3) if k == 0 or c != "nothing bound"])
+@pytest.mark.parametrize(
+    "case, position", [(c, k) for c in [*BAD, *BAD_GRAD] for k in range(3) if k == 0 or c != "nothing bound"]
+)
 def test_refused_gradients_change_nothing(backend, case, position):
     value, error, words = {**BAD, **BAD_GRAD}[case]
     if case == "nothing bound":
@@ -144,7 +146,12 @@ def everything(optimizer, params):
     params = params if isinstance(params, list) else [params]
     saved = optimizer.state_dict()
     states = [x for tensor in saved["tensors"] for x in tensor["state"].values()]
-    return [bits(x).tobytes() for x in [*params, *states]], saved["steps"], [t["steps"] for t in saved["tensors"]], saved["groups"]
+    return (
+        [bits(x).tobytes() for x in [*params, *states]],
+        saved["steps"],
+        [t["steps"] for t in saved["tensors"]],
+        saved["groups"],
+    )
 
 
 def check_unchanged(optimizer, params, action, error, words):
@@ -157,7 +164,13 @@ def check_unchanged(optimizer, params, action, error, words):
 FUNCTIONS = {
     "rmsprop": lambda b, **k: fastrms.rmsprop(b["param"], b["grad"], b["square_avg"], lr=0.01, **k),
     "rmsprop full": lambda b, **k: fastrms.rmsprop(
-        b["param"], b["grad"], b["square_avg"], grad_avg=b["grad_avg"], momentum_buffer=b["momentum_buffer"], momentum=0.9, **k
+        b["param"],
+        b["grad"],
+        b["square_avg"],
+        grad_avg=b["grad_avg"],
+        momentum_buffer=b["momentum_buffer"],
+        momentum=0.9,
+        **k,
     ),
     "adagrad": lambda b, **k: fastrms.adagrad(b["param"], b["grad"], b["sum"], **k),
     "adam": lambda b, **k: fastrms.adam(b["param"], b["grad"], b["exp_avg"], b["exp_avg_sq"], step=1, **k),
@@ -182,8 +195,13 @@ def buffers_of(name):
 
 def check_refused(name, buffers, backend, error, words, **options):
     """The call raises, its sentence names the argument, and no buffer has changed."""
+
     def hashes():
-        return [bits(x).tobytes() for x in buffers.values() if isinstance(x, np.ndarray) and x.dtype in (np.float32, np.float64)]
+        return [
+            bits(x).tobytes()
+            for x in buffers.values()
+            if isinstance(x, np.ndarray) and x.dtype in (np.float32, np.float64)
+        ]
 
     before = hashes()
     with pytest.raises(error, match=words) as info:
@@ -371,7 +389,10 @@ MAKERS = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrm
 
 
 BAD_HYPER_OF = [
-    (kind, *case) for kind, maker in MAKERS.items() for case in BAD_HYPER if case[0] in {*maker.defaults, "dialect", "backend", "beta"}
+    (kind, *case)
+    for kind, maker in MAKERS.items()
+    for case in BAD_HYPER
+    if case[0] in {*maker.defaults, "dialect", "backend", "beta"}
 ]
 
 
@@ -392,7 +413,9 @@ def test_bad_hyper_parameters(kind, name, value, error, backend):
     assert [bits(x).tobytes() for x in buffers.values()] == before
 
 
-@pytest.mark.parametrize("step, error", [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    "step, error", [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)]
+)
 def test_bad_steps(backend, step, error):
     w, g, m, v = (good(k) for k in range(4))
     before = [bits(x).tobytes() for x in (w, g, m, v)]
@@ -406,7 +429,9 @@ def test_bad_steps(backend, step, error):
 def test_bad_step_options(backend, options):
     param = good()
     optimizer = fastrms.RMSProp(param, backend=backend)
-    check_unchanged(optimizer, param, lambda: optimizer.step(good(1), **options), (TypeError, ValueError), next(iter(options)))
+    check_unchanged(
+        optimizer, param, lambda: optimizer.step(good(1), **options), (TypeError, ValueError), next(iter(options))
+    )
 
 
 def test_a_failing_schedule_changes_nothing(backend):

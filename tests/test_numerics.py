@@ -122,7 +122,9 @@ def fp_mode(tmp_path_factory):
     if compiler is None or c.lib is None or np.lib.NumpyVersion(np.__version__) < "2.0.0":
         pytest.skip("needs a C compiler and the C extension")
     source = tmp_path_factory.mktemp("mode") / "mode.c"
-    source.write_text("#include <xmmintrin.h>\nunsigned get(void){return _mm_getcsr();}\nvoid set(unsigned m){_mm_setcsr(m);}\n")
+    source.write_text(
+        "#include <xmmintrin.h>\nunsigned get(void){return _mm_getcsr();}\nvoid set(unsigned m){_mm_setcsr(m);}\n"
+    )
     library = source.with_suffix(".so")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     return ctypes.CDLL(str(library))
@@ -208,7 +210,9 @@ def test_sign_of_nan_is_zero(backend):
     w = np.ones(3, np.float32)
     optimizer = fastrms.RProp(w, lr=0.1, backend=backend)
     optimizer.step(np.array([np.nan, 1, -1], np.float32))
-    assert np.array_equal(w, np.array([1, np.float32(1) - np.float32(0.1), np.float32(1) + np.float32(0.1)], np.float32))
+    assert np.array_equal(
+        w, np.array([1, np.float32(1) - np.float32(0.1), np.float32(1) + np.float32(0.1)], np.float32)
+    )
     optimizer.step(np.array([2, 1, 1], np.float32))
     assert w[0] == np.float32(1) - np.float32(0.1)  # s = 0: the step size neither grew nor shrank
     assert np.isfinite(w).all()

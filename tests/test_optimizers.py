@@ -21,7 +21,10 @@ def arrays(count=3, dtype=np.float32):
 @pytest.mark.parametrize("make", CLASSES)
 def test_every_structure_gives_the_same_step(make, backend):
     params, grads = arrays(), arrays()[::-1]
-    grads = [g.reshape(-1)[: p.size].reshape(p.shape) if g.size >= p.size else np.resize(g, p.shape) for g, p in zip(grads, params, strict=True)]
+    grads = [
+        g.reshape(-1)[: p.size].reshape(p.shape) if g.size >= p.size else np.resize(g, p.shape)
+        for g, p in zip(grads, params, strict=True)
+    ]
     want = [p.copy() for p in params]
     for w, g in zip(want, grads, strict=True):
         make(w, backend=backend).step(g)
@@ -65,7 +68,11 @@ def test_structures_that_do_not_match(backend):
         with pytest.raises(error, match=words):
             mapped.step(grads)
     listed = fastrms.Adam([w, b], backend=backend)
-    for grads, error, words in [([w + 1], ValueError, "1 entries"), ({"w": w}, TypeError, "sequence|plain|must be"), (w + 1, TypeError, "sequence")]:
+    for grads, error, words in [
+        ([w + 1], ValueError, "1 entries"),
+        ({"w": w}, TypeError, "sequence|plain|must be"),
+        (w + 1, TypeError, "sequence"),
+    ]:
         with pytest.raises(error, match=words):
             listed.step(grads)
     grouped = fastrms.Adam([{"params": w}, {"params": [b]}], backend=backend)
@@ -95,10 +102,16 @@ def test_none_skips_a_tensor_and_its_count(backend):
 def test_groups_have_their_own_hyper_parameters(backend):
     params = arrays(2)
     want = [p.copy() for p in params]
-    optimizer = fastrms.RMSProp([{"params": params[0], "momentum": 0.9, "lr": 0.1}, {"params": [params[1]], "rho": 0.5}], lr=0.2, backend=backend)
+    optimizer = fastrms.RMSProp(
+        [{"params": params[0], "momentum": 0.9, "lr": 0.1}, {"params": [params[1]], "rho": 0.5}],
+        lr=0.2,
+        backend=backend,
+    )
     optimizer.step([want[0] * 1, [want[1] * 1]])
     assert [g["lr"] for g in optimizer.groups] == [0.1, 0.2] == optimizer.lr
-    assert optimizer.state["momentum_buffer"][0].shape == want[0].shape and optimizer.state["momentum_buffer"][1] == [None]
+    assert optimizer.state["momentum_buffer"][0].shape == want[0].shape and optimizer.state["momentum_buffer"][1] == [
+        None
+    ]
     g = [w.copy() for w in want]
     fastrms.RMSProp(want[0], momentum=0.9, lr=0.1, backend=backend).step(g[0])
     fastrms.RMSProp(want[1], rho=0.5, lr=0.2, backend=backend).step(g[1])
@@ -199,7 +212,13 @@ def test_state_dict_travels(make, backend):
         other.load_state_dict([])
     if make is fastrms.RMSProp:
         with pytest.raises(ValueError, match="rmsprop_momentum"):
-            make(params, momentum=0.9, backend=backend).load_state_dict(damaged(lambda d: [t["state"].update(momentum_buffer=t["state"]["square_avg"]) for t in d["tensors"]] and None))
+            make(params, momentum=0.9, backend=backend).load_state_dict(
+                damaged(
+                    lambda d: (
+                        [t["state"].update(momentum_buffer=t["state"]["square_avg"]) for t in d["tensors"]] and None
+                    )
+                )
+            )
     state = optimizer.state[first]["w"]
     state[...] = 7  # a live view, in the parameter's shape
     assert (optimizer.state[first]["w"] == 7).all()
@@ -237,7 +256,12 @@ def test_functions_and_optimizers_are_the_same_steps(name, options, dtype, backe
     for step in range(1, 12):
         grad = rng.standard_normal((3, 7)).astype(dtype)
         optimizer.step(grad, grad_scale=0.5)
-        assert function(b, grad, **state, backend=backend, grad_scale=0.5, **rest, **({"step": step} if needs_step else {})) is None
+        assert (
+            function(
+                b, grad, **state, backend=backend, grad_scale=0.5, **rest, **({"step": step} if needs_step else {})
+            )
+            is None
+        )
         assert np.array_equal(bits(a), bits(b))
     assert all(np.array_equal(bits(state[k]), bits(optimizer.state[k])) for k in state)
 
@@ -350,7 +374,9 @@ def test_the_bound_fast_path_is_taken_and_left(backend):
 
 
 def test_report_says_what_runs(backend):
-    optimizer = fastrms.RMSProp({"w": np.ones(5, np.float32), "b": np.ones(3)}, momentum=0.9, clip_value=1.0, dialect="keras", backend=backend)
+    optimizer = fastrms.RMSProp(
+        {"w": np.ones(5, np.float32), "b": np.ones(3)}, momentum=0.9, clip_value=1.0, dialect="keras", backend=backend
+    )
     text = optimizer.report()
     for words in (backend, "keras", "rmsprop_momentum", "general", "float32", "float64", "28 bytes", "56 bytes"):
         assert words in text
