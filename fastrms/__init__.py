@@ -2,10 +2,11 @@
 
 from . import rules
 from .backends import available_backends
+from .base import Optimizer
 from .config import isa, show_config
 from .functional import adagrad, adam, init_state, rmsprop, rprop
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
-from .plan import Optimizer, StepInfo
+from .plan import StepInfo
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,13 +3,14 @@
 What cannot be seen from here: ndarray.resize(refcheck=False) and two mappings of the same file pages.
 """
 
+import itertools
 import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
-_SCALARS = (int, float, complex, str, bytes, np.generic)
+_NOT_ARRAYS = (list, tuple, dict, set, int, float, complex, str, bytes, np.generic)
 
 
 class Buffer(NamedTuple):
@@ -72,7 +73,7 @@ def _as_array(x, name):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return x
-    if isinstance(x, (list, tuple, dict, set)) or isinstance(x, _SCALARS) or x is None:
+    if x is None or isinstance(x, _NOT_ARRAYS):
         raise TypeError(f"{name} is a {type(x).__name__}, which has no buffer to use in place; pass a NumPy array")
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) not in (None, 1):
         raise TypeError(
@@ -142,7 +143,7 @@ def same_layout(buffer, name, reference, reference_name):
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
     ranges = sorted((buffer.address, buffer.end, name) for name, buffer in buffers if buffer.size)
-    for (_, end, first), (start, _, second) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, first), (start, _, second) in itertools.pairwise(ranges):
         if start < end:
             raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
 
@@ -157,3 +158,12 @@ def shaped(flat, like):
     if not flat.size:
         return flat.reshape(like.shape)
     return np.lib.stride_tricks.as_strided(flat, like.shape, [stride * flat.itemsize for stride in like.strides])
+
+
+def is_c_order(buffer):
+    """Whether a Buffer is C-contiguous, whatever strides its axes of length 1 have."""
+    expected, stride = [], 1
+    for length in reversed(buffer.shape):
+        expected.append(stride if length > 1 else 0)
+        stride *= length
+    return buffer.strides == tuple(reversed(expected))

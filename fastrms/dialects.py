@@ -37,8 +37,12 @@ DIALECTS = {
     },
 }
 
-# Values whose short form means something of its own in a framework.
-MEANINGS = {("optax", "amsgrad", True): "corrected"}
+
+def meaning_of_true(dialect, name):
+    """What True stands for where a hyper-parameter has more than two values."""
+    if name == "bias_correction" or (dialect, name) == ("optax", "amsgrad"):
+        return "corrected"
+    return True
 
 
 def preset(dialect, optimizer):

@@ -137,9 +137,7 @@ def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, 
 
 def _checked_step(step):
     if isinstance(step, (bool, np.bool_)) or not isinstance(step, (int, np.integer)):
-        raise TypeError(
-            f"step={step!r} is a {type(step).__name__}; it must be an int, the number of this update from 1"
-        )
+        raise TypeError(f"step={step!r} is a {type(step).__name__}; it must be an int, the number of this update from 1")
     if step < 1:
         raise ValueError(f"step={step!r} must be at least 1: it is the number of this update")
     return int(step)
@@ -243,9 +241,7 @@ def _show_signature(function, optimizer):
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
     skip = {"initial_value", "centered"} | {p.name for p in own}
     rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
-    keyword = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip
-    ]
+    keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]
     function.__signature__ = inspect.Signature([*own, *keyword])
 
 

@@ -1,13 +1,13 @@
 """RMSProp, AdaGrad, Adam, AdamW and RProp: hyper-parameters -> coefficients of a rule, in double, once per step.
 
-The mathematics is in rules.py; buffers and steps are in plan.py.
+The mathematics is in rules.py; structure and state are in base.py, steps in plan.py.
 """
 
 import math
 from types import SimpleNamespace
 
 from . import hyper, recipes
-from .plan import Optimizer
+from .base import Optimizer
 from .recipes import DIVIDE, OVER_ROOT, TIMES_ROOT, Correction, rounded
 
 COMMON = {
@@ -44,9 +44,7 @@ def decaying(h, name, dtype):
 
 def refuse_zero_eps(h, dtype):
     if rounded(h.eps, dtype) == 0 and rounded(h.eps_root, dtype) == 0:
-        raise ValueError(
-            f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0"
-        )
+        raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0")
 
 
 class RMSProp(Optimizer):

@@ -1,15 +1,11 @@
-"""Optimizer: parameters bound and checked once, then one backend call per step for all tensors and groups."""
+"""Bound buffers: gradients checked against parameters and states, then one backend call per step for all of them."""
 
 import weakref
-from collections.abc import MutableMapping
-from inspect import Parameter, Signature
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, dialects, hyper, placement, rules, structure
-from .recipes import rounded
+from . import arrays, hyper
 
 ONE = 1.0
 _NEVER = object()
@@ -27,286 +23,21 @@ class StepInfo(NamedTuple):
 APPLIED = StepInfo(True, None, None)
 
 
-class Group(MutableMapping):
-    """The hyper-parameters of one group; setting one checks it and takes effect at the next step."""
+class Bound:
+    """The stepping half of an Optimizer: what the plan of the backend points to, and when it may be called at once."""
 
-    def __init__(self, optimizer, index, values):
-        self._optimizer = optimizer
-        self._index = index
-        self._values = values
-
-    def __getitem__(self, name):
-        return self._values[name]
-
-    def __setitem__(self, name, value):
-        if name not in self._values:
-            raise KeyError(f"{name!r} is not a hyper-parameter; there are {', '.join(self._values)}")
-        self._optimizer._change(self._index, name, value)
-
-    def __delitem__(self, name):
-        raise TypeError("a hyper-parameter cannot be deleted")
-
-    def __iter__(self):
-        return iter(self._values)
-
-    def __len__(self):
-        return len(self._values)
-
-    def __repr__(self):
-        return f"Group({self._values})"
-
-
-class Optimizer:
-    """Base of the optimizers: binding, checking, stepping, state.  A subclass gives defaults, recipe and initial."""
-
-    defaults: dict = {}
-    checks: dict = {}
-    fixed: tuple = ()
-
-    def __init_subclass__(cls):
-        keywords = {**cls.defaults, "dialect": None, "backend": "auto"}
-        cls.__signature__ = Signature(
-            [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
-            + [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in keywords.items()]
-        )
-
-    def __init__(self, params, *, dialect=None, backend="auto", **options):
-        self.dialect = dialect
-        module = backends.choose(backend)
-        self.backend = module.__name__.rpartition(".")[2]
-        members = params if structure.is_group_list(params) else [{"params": params}]
-        parts = [structure.of(member["params"]) for member in members]
-        self._structure = structure.GroupsOf([part for part, _ in parts]) if members is params else parts[0][0]
-        leaves = [leaf for _, part_leaves in parts for leaf in part_leaves]
-        if not leaves:
-            raise ValueError("params is empty: there is nothing to optimize")
-        self._names = self._structure.names("params")
-        self._grad_names = self._structure.names("grads")
-        self._params = [arrays.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
-        arrays.refuse_overlap(zip(self._names, self._params, strict=True))
-        group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
-        overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
-        self._groups = [
-            Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)
-        ]
-        self._sets = sorted({(g, p.dtype) for g, p in zip(group_of, self._params, strict=True)}, key=str)
-        self._set_of = [self._sets.index((g, p.dtype)) for g, p in zip(group_of, self._params, strict=True)]
-        recipes = [self._recipe(group, dtype, 0) for group, dtype in self._sets]
-        self._rules = [recipe.rule for recipe in recipes]
-        self._allocate()
-        self._plan = module.Plan(self._params, [list(s.values()) for s in self._state], self._set_of, recipes)
+    def _bind_params(self, backend, recipes):
+        """Hand parameters, states and recipes to the backend, once."""
+        states = [list(state.values()) for state in self._state]
+        self._plan = backend.Plan(self._params, states, self._set_of, recipes)
         self._call, self._argument = self._plan.bound_step()
-        self._refresh = [k for k, p in enumerate(self._params) if hasattr(p.owner, "data_ptr")]
+        self._refresh = [k for k, param in enumerate(self._params) if hasattr(param.owner, "data_ptr")]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
-        self._shapes = [param.shape if _is_c_order(param) else None for param in self._params]
+        self._shapes = [param.shape if arrays.is_c_order(param) else None for param in self._params]
         self._bound = self._bound_object = self._last = self._pointed = None
         self._note_schedules()
         self._settle()
-
-    # hyper-parameters
-
-    @classmethod
-    def resolve(cls, dialect, options):
-        """All hyper-parameters, checked: the defaults, over them the dialect's, over them the explicit options."""
-        unknown = next((name for name in options if name not in cls.defaults), None)
-        if unknown is not None:
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}; it has {', '.join(cls.defaults)}")
-        values = {**cls.defaults, **dialects.preset(dialect, cls.__name__), **options}
-        return {name: cls._checked(dialect, name, value) for name, value in values.items()}
-
-    @classmethod
-    def _checked(cls, dialect, name, value):
-        value = cls.checks.get(name, hyper.CHECKS[name])(name, value)
-        if name == "bias_correction" and value is True:
-            return "corrected"
-        return dialects.MEANINGS.get((dialect, name, value), value)
-
-    def _recipe(self, group, dtype, step):
-        return self.checked_recipe(self.at_step(self._groups[group]._values, step), dtype)
-
-    @classmethod
-    def checked_recipe(cls, h, dtype):
-        """The recipe, with every number finite in dtype."""
-        for name, value in vars(h).items():
-            if isinstance(value, float) and not np.isfinite(rounded(value, dtype)):
-                raise ValueError(f"{name}={value!r} is not finite in {dtype}")
-        return cls.recipe(h, dtype)
-
-    @staticmethod
-    def at_step(values, step):
-        """Hyper-parameters as attributes, a callable lr evaluated at the number of steps done."""
-        h = SimpleNamespace(**values)
-        if callable(values["lr"]):
-            h.lr = hyper.non_negative(f"lr({step})", values["lr"](step))
-        return h
-
-    def _change(self, index, name, value):
-        """Set one hyper-parameter of one group: check everything, then hand the new recipes to the plan."""
-        if name in self.fixed or name == "initial_value":
-            raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
-        values = {**self._groups[index]._values, name: self._checked(self.dialect, name, value)}
-        h = self.at_step(values, self.steps)
-        fresh = {k: self.checked_recipe(h, dtype) for k, (group, dtype) in enumerate(self._sets) if group == index}
-        for k, recipe in fresh.items():
-            if recipe.rule != self._rules[k]:
-                raise ValueError(f"{name}={value!r} turns {self._rules[k]} into {recipe.rule}, which has other state; "
-                                 f"make a new {type(self).__name__}")  # fmt: skip
-            self._refuse_zero_state(h, self._sets[k], self._state)
-        with self._exclusive():
-            self._groups[index]._values = values
-            for k, recipe in fresh.items():
-                self._plan.set_recipe(k, recipe)
-            self._note_schedules()
-            self._settle()
-
-    @property
-    def groups(self):
-        """The hyper-parameters of each group, as mappings; setting one takes effect at the next step."""
-        return list(self._groups)
-
-    @property
-    def lr(self):
-        """The learning rate: a float or callable(step); a list where the groups differ.  Setting it sets all groups."""
-        rates = [group["lr"] for group in self._groups]
-        return rates[0] if all(rate == rates[0] for rate in rates) else rates
-
-    @lr.setter
-    def lr(self, value):
-        self._checked(self.dialect, "lr", value)
-        for group in self._groups:
-            group["lr"] = value
-
-    # state
-
-    def _allocate(self):
-        """State buffers for every parameter, each placed away from the buffers that run beside it."""
-        self._state = []
-        for k, param in enumerate(self._params):
-            group, dtype = self._sets[self._set_of[k]]
-            h = SimpleNamespace(**self._groups[group]._values)
-            beside = [param.address]
-            state = {}
-            for name in rules.state_names(rules.RULES[self._rules[self._set_of[k]]]):
-                state[name] = placement.place(param.size, dtype, beside)
-                state[name].fill(self.initial(h, name))
-                beside.append(arrays.own(state[name]).address)
-            self._state.append(state)
-        for group, dtype in self._sets:
-            self._refuse_zero_state(SimpleNamespace(**self._groups[group]._values), (group, dtype), self._state)
-
-    @staticmethod
-    def needs_positive_state(h, dtype):
-        return False
-
-    def _refuse_zero_state(self, h, owner, state):
-        """AdaGrad without eps divides by the root of its sum: a zero in it would give 0/0."""
-        if not self.needs_positive_state(h, owner[1]):
-            return
-        for k, tensor in enumerate(state):
-            if self._sets[self._set_of[k]] == owner and any((flat == 0).any() for flat in tensor.values()):
-                raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {owner[1]}, and the sum of "
-                                 f"{self._names[k]} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
-
-    def _shaped(self, k, flat):
-        """A flat state buffer as an array in the shape and memory order of its parameter."""
-        return arrays.shaped(flat, self._params[k])
-
-    @property
-    def state(self):
-        """Mapping: state name -> the state arrays, in the structure of params (None where a tensor has no such state)."""
-        names = dict.fromkeys(name for tensor in self._state for name in tensor)
-        return {
-            name: self._structure.build(
-                [self._shaped(k, tensor[name]) if name in tensor else None for k, tensor in enumerate(self._state)]
-            )
-            for name in names
-        }
-
-    @property
-    def steps(self):
-        """Number of steps made."""
-        return self._plan.steps
-
-    def state_dict(self):
-        """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
-        run has the bits of an unbroken one.  A callable lr is left out."""
-        with self._exclusive():
-            return {
-                "optimizer": type(self).__name__,
-                "dialect": self.dialect,
-                "steps": self._plan.steps,
-                "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
-                "tensors": [
-                    {
-                        "steps": steps,
-                        "state": {name: self._shaped(k, flat).copy(order="K") for name, flat in tensor.items()},
-                    }
-                    for k, (steps, tensor) in enumerate(zip(self._plan.tensor_steps, self._state, strict=True))
-                ],
-            }
-
-    def load_state_dict(self, d):
-        """Take over what state_dict() gave.  ValueError, with nothing changed, where it does not fit this optimizer."""
-        groups, values, recipes = self._checked_state_dict(d)
-        with self._exclusive():
-            for group, new in zip(self._groups, groups, strict=True):
-                group._values = new
-            for k, recipe in enumerate(recipes):
-                self._plan.set_recipe(k, recipe)
-            for k, tensor in enumerate(values):
-                for name, array in tensor.items():
-                    self._shaped(k, self._state[k][name])[...] = array
-            self._plan.set_steps(d["steps"], [tensor["steps"] for tensor in d["tensors"]])
-            self._note_schedules()
-            self._settle()
-
-    def _checked_state_dict(self, d):
-        """New group values, state arrays and recipes out of a state_dict, all checked against this optimizer."""
-        try:
-            if d["optimizer"] != type(self).__name__:
-                raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
-            for what, count in (("groups", len(self._groups)), ("tensors", len(self._params))):
-                if len(d[what]) != count:
-                    raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
-            for count in (d["steps"], *(tensor["steps"] for tensor in d["tensors"])):
-                if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                    raise ValueError(f"the state_dict has a step count of {count!r}")
-            groups = [self._checked_group(k, saved) for k, saved in enumerate(d["groups"])]
-            values = [self._checked_state(k, tensor["state"]) for k, tensor in enumerate(d["tensors"])]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a state_dict of fastrms: {error}") from None
-        recipes = []
-        for index, (group, dtype) in enumerate(self._sets):
-            h = self.at_step(groups[group], d["steps"])
-            recipes.append(self.checked_recipe(h, dtype))
-            if recipes[-1].rule != self._rules[index]:
-                raise ValueError(f"the state_dict is of {recipes[-1].rule}, this optimizer runs {self._rules[index]}")
-            self._refuse_zero_state(h, (group, dtype), values)
-        return groups, values, recipes
-
-    def _checked_group(self, k, saved):
-        for name in saved:
-            if name not in self.defaults:
-                raise ValueError(f"groups[{k}] of the state_dict has {name!r}, which {type(self).__name__} has not")
-        return {
-            **self._groups[k]._values,
-            **{name: self._checked(self.dialect, name, value) for name, value in saved.items()},
-        }
-
-    def _checked_state(self, k, saved):
-        if saved.keys() != self._state[k].keys():
-            raise ValueError(f"the state_dict has state {sorted(saved)} for {self._names[k]}, "
-                             f"this optimizer has {sorted(self._state[k])}")  # fmt: skip
-        for name, array in saved.items():
-            mine = self._params[k]
-            if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (mine.dtype, mine.shape):
-                raise ValueError(
-                    f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}"
-                )
-        return saved
-
-    # steps
 
     def _note_schedules(self):
         self._scheduled = [k for k, (group, _) in enumerate(self._sets) if callable(self._groups[group]["lr"])]
@@ -450,32 +181,7 @@ class Optimizer:
         return _Exclusive(self._plan, self._busy)
 
     def _busy(self):
-        return RuntimeError(
-            f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock"
-        )
-
-    def report(self):
-        """What runs, on what, and which of your buffers lie badly: a text for people."""
-        lines = [
-            f"{type(self).__name__} on backend {self.backend!r}"
-            + (f", dialect {self.dialect!r}" if self.dialect else "")
-        ]
-        for index, (group, dtype) in enumerate(self._sets):
-            mine = [k for k, s in enumerate(self._set_of) if s == index]
-            size = sum(self._params[k].size for k in mine)
-            form = "general" if self._recipe(group, dtype, self.steps).general else "neutral"
-            states = len(rules.state_names(rules.RULES[self._rules[index]]))
-            lines.append(
-                f"group {group}: rule {self._rules[index]}, {form} form, {dtype}, {len(mine)} tensor(s), {size} elements, "
-                f"{(3 + 2 * states) * dtype.itemsize} bytes moved per element"
-            )
-        for k, grad in enumerate(self._bound or []):
-            if grad is not None and placement.collide(self._params[k], grad):
-                lines.append(
-                    f"{self._names[k]} and {self._grad_names[k]} start at nearly the same offset modulo 4 KiB and may evict "
-                    f"each other from cache: start one of them some {placement.STEP} bytes further on"
-                )
-        return "\n".join(lines)
+        return RuntimeError(f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock")
 
 
 class _Exclusive:
@@ -490,11 +196,3 @@ class _Exclusive:
 
     def __exit__(self, *_):
         self.plan.release()
-
-
-def _is_c_order(buffer):
-    expected, stride = [], 1
-    for length in reversed(buffer.shape):
-        expected.append(stride if length > 1 else 0)
-        stride *= length
-    return buffer.strides == tuple(reversed(expected))

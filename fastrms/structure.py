@@ -26,9 +26,7 @@ def of(params):
 def _is_plain_iterable(x):
     """A generator, dict view or the like: iterable, but not itself an array."""
     arrayish = ("__array_interface__", "__array__", "__dlpack__", "__cuda_array_interface__")
-    if isinstance(x, (str, bytes, bytearray, memoryview, np.ndarray, Mapping)) or any(
-        hasattr(x, name) for name in arrayish
-    ):
+    if isinstance(x, (str, bytes, bytearray, memoryview, np.ndarray, Mapping)) or any(hasattr(x, name) for name in arrayish):
         return False
     try:
         memoryview(x)
@@ -64,9 +62,7 @@ class SequenceOf:
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
             if not _is_plain_iterable(value):
-                raise TypeError(
-                    f"{what} is a {type(value).__name__}; it must be a sequence of {self.count}, as params is"
-                )
+                raise TypeError(f"{what} is a {type(value).__name__}; it must be a sequence of {self.count}, as params is")
             value = list(value)
         if len(value) != self.count:
             raise ValueError(f"{what} has {len(value)} entries, params has {self.count}")

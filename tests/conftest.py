@@ -15,9 +15,7 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
 
 
 def pytest_report_header(config):
-    built = (
-        [c.ffi.string(c.lib.fastrms_isa_name(k)).decode() for k in range(c.lib.fastrms_isa_count())] if c.lib else []
-    )
+    built = [c.ffi.string(c.lib.fastrms_isa_name(k)).decode() for k in range(c.lib.fastrms_isa_count())] if c.lib else []
     return (
         f"fastrms {fastrms.__version__} from {fastrms.__file__}: {len(TIERS)} tiers run "
         f"({', '.join(isa or name for name, isa in TIERS)}), {len(c.isas())} of {len(built)} built instruction sets "

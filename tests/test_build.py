@@ -19,9 +19,7 @@ from fastrms import rules
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("cc")
 X86 = os.uname().machine == "x86_64"
-needs_c = pytest.mark.skipif(
-    c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)"
-)
+needs_c = pytest.mark.skipif(c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)")
 
 
 def instructions(binary):
@@ -60,9 +58,7 @@ def check_kernels(functions):
         body = functions[name]
         assert body, f"{name} is not in the binary"
         for operation in ("sqrt", "div") if rule != "rprop" else ("mul",):
-            assert any(re.search(packed(operation, real, isa), line) for line in body), (
-                f"{name} has no packed {operation}"
-            )
+            assert any(re.search(packed(operation, real, isa), line) for line in body), f"{name} has no packed {operation}"
         assert not any(re.match(r"v?fn?m(add|sub|la\b|ls\b)", line) for line in body), f"{name} contracts to FMA"
         assert not any(re.match(r"v?(rsqrt|rcp|frsqrte|frecpe)", line) for line in body), f"{name} estimates"
 
@@ -171,9 +167,7 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(
-        names
-    )
+    assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
     _, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
     assert re.search(r"\d+ passed", out)
@@ -201,9 +195,7 @@ def test_a_missing_compiler_is_fatal_and_named(sources, tmp_path):
 
 def question(code, **environment):
     """Run code in a fresh process; its standard output, or its last line of error."""
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
     return run.stdout.strip() if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
 
 
@@ -218,11 +210,9 @@ def test_the_instruction_set_can_be_forced():
 def test_two_texts_that_differ_are_refused():
     """A stale extension beside an edited rules.py must not run."""
     code = "import fastrms.rules as r; r.RULES['adagrad'] = r.RULES['rprop']; import fastrms.backends.c"
-    code = (
-        "import sys, types; sys.modules['fastrms'] = p = types.ModuleType('fastrms'); p.__path__ = [%r];"
-        % str(Path(c.__file__).parent.parent)
-        + code
-    )
+    package = str(Path(c.__file__).parent.parent)
+    empty = f"import sys, types; sys.modules['fastrms'] = p = types.ModuleType('fastrms'); p.__path__ = [{package!r}];"
+    code = empty + code
     assert "differ in the rule 'adagrad': rebuild" in question(code)
 
 

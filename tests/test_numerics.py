@@ -98,7 +98,8 @@ def test_series_is_the_same_in_c_and_python(terms, decay, weight):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make, names", [
-    (lambda w, b: fastrms.RMSProp(w, rho=0.5, momentum=0.5, centered=True, backend=b), ("square_avg", "grad_avg", "momentum_buffer")),
+    (lambda w, b: fastrms.RMSProp(w, rho=0.5, momentum=0.5, centered=True, backend=b),
+     ("square_avg", "grad_avg", "momentum_buffer")),
     (lambda w, b: fastrms.Adam(w, beta1=0.5, beta2=0.5, backend=b), ("exp_avg", "exp_avg_sq")),
 ])  # fmt: skip
 def test_no_subnormal_stays_in_a_state(backend, dtype, make, names):
@@ -210,9 +211,7 @@ def test_sign_of_nan_is_zero(backend):
     w = np.ones(3, np.float32)
     optimizer = fastrms.RProp(w, lr=0.1, backend=backend)
     optimizer.step(np.array([np.nan, 1, -1], np.float32))
-    assert np.array_equal(
-        w, np.array([1, np.float32(1) - np.float32(0.1), np.float32(1) + np.float32(0.1)], np.float32)
-    )
+    assert np.array_equal(w, np.array([1, np.float32(1) - np.float32(0.1), np.float32(1) + np.float32(0.1)], np.float32))
     optimizer.step(np.array([2, 1, 1], np.float32))
     assert w[0] == np.float32(1) - np.float32(0.1)  # s = 0: the step size neither grew nor shrank
     assert np.isfinite(w).all()

@@ -109,9 +109,7 @@ def test_groups_have_their_own_hyper_parameters(backend):
     )
     optimizer.step([want[0] * 1, [want[1] * 1]])
     assert [g["lr"] for g in optimizer.groups] == [0.1, 0.2] == optimizer.lr
-    assert optimizer.state["momentum_buffer"][0].shape == want[0].shape and optimizer.state["momentum_buffer"][1] == [
-        None
-    ]
+    assert optimizer.state["momentum_buffer"][0].shape == want[0].shape and optimizer.state["momentum_buffer"][1] == [None]
     g = [w.copy() for w in want]
     fastrms.RMSProp(want[0], momentum=0.9, lr=0.1, backend=backend).step(g[0])
     fastrms.RMSProp(want[1], rho=0.5, lr=0.2, backend=backend).step(g[1])
@@ -214,9 +212,7 @@ def test_state_dict_travels(make, backend):
         with pytest.raises(ValueError, match="rmsprop_momentum"):
             make(params, momentum=0.9, backend=backend).load_state_dict(
                 damaged(
-                    lambda d: (
-                        [t["state"].update(momentum_buffer=t["state"]["square_avg"]) for t in d["tensors"]] and None
-                    )
+                    lambda d: [t["state"].update(momentum_buffer=t["state"]["square_avg"]) for t in d["tensors"]] and None
                 )
             )
     state = optimizer.state[first]["w"]
@@ -257,9 +253,7 @@ def test_functions_and_optimizers_are_the_same_steps(name, options, dtype, backe
         grad = rng.standard_normal((3, 7)).astype(dtype)
         optimizer.step(grad, grad_scale=0.5)
         assert (
-            function(
-                b, grad, **state, backend=backend, grad_scale=0.5, **rest, **({"step": step} if needs_step else {})
-            )
+            function(b, grad, **state, backend=backend, grad_scale=0.5, **rest, **({"step": step} if needs_step else {}))
             is None
         )
         assert np.array_equal(bits(a), bits(b))

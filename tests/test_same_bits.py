@@ -21,9 +21,7 @@ def wild_buffers(rule, dtype, size):
     """param, grad and states; averages of squares are not negative."""
     names = rules.arguments(rules.RULES[rule])[: 2 + len(rules.state_names(rules.RULES[rule]))]
     buffers = [wild_values(size, dtype, seed) for seed, _ in enumerate(names)]
-    return [
-        np.abs(b) if name.endswith(("sq", "square_avg", "sum")) else b for name, b in zip(names, buffers, strict=True)
-    ]
+    return [np.abs(b) if name.endswith(("sq", "square_avg", "sum")) else b for name, b in zip(names, buffers, strict=True)]
 
 
 def scalar_reference(recipe, buffers):
