@@ -49,14 +49,15 @@ def test_centered_floor(backend, rho, noise, dtype):
     optimizer = fastrms.RMSProp(w, lr=1e-3, rho=rho, centered=True, backend=backend)
     floor = 2.0**-20 if dtype == np.float32 else 2.0**-49
     longest = 1e-3 / np.sqrt(floor) * 1.01
-    for _ in range(4000 if backend == "c" else 1500):
+    steady = np.linspace(0.1, 3.0, 64)
+    for _ in range(4000):
         before = w.copy()
-        optimizer.step((1 + noise * rng.standard_normal(64)).astype(dtype))
+        optimizer.step((steady * (1 + noise * rng.standard_normal(64))).astype(dtype))
         assert np.isfinite(w).all()
         assert np.abs(w - before).max() <= longest
     if (noise, rho) == (0.0, 0.99):
-        v = optimizer.state["square_avg"].astype(np.float64)
-        assert (v - optimizer.state["grad_avg"].astype(np.float64) ** 2 < 1e-5).all()  # the cancellation was there
+        v, a = optimizer.state["square_avg"], optimizer.state["grad_avg"]
+        assert (v - a * a <= 0).any()  # the cancellation was there
 
 
 @pytest.mark.parametrize("beta", [0.9, 0.99, 0.999, 0.9999])
