@@ -23,7 +23,7 @@ DIALECTS = {
     },
     "mindspore": {
         "RMSProp": {"lr": 0.1, **_INSIDE, "eps_root": 1e-10, "initial_value": 1.0},
-        "AdaGrad": {"lr": 1e-3, "eps": 0.0, "initial_value": 0.1},
+        "AdaGrad": {"lr": 1e-3, "eps": 0.0, "eps_root": 1e-8, "initial_value": 0.1},  # measured, MindSpore 2.10 on CPU
         "Adam": {"bias_correction": "folded"},
         "AdamW": {"eps": 1e-6, "bias_correction": False, "weight_decay": 0.0},
         "RProp": {"lr": 0.1},
