@@ -39,7 +39,8 @@ typedef struct {
 
 /* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  ready is scratch for one set of
  * FASTRMS_MAX_COEFFICIENTS per tensor; incoming and ranges (2 * tensors * (2 + states)) for fastrms_set_grads.
- * ready_to_step: grad[] points to live memory; fastrms_step refuses without it. */
+ * ready_to_step: grad[] points to live memory; fastrms_step refuses without it.  unchanging: ready[] holds for the
+ * next step too; set it to 0 after writing to a group. */
 typedef struct {
     int64_t tensors, steps;
     fastrms_tensor *tensor;
@@ -49,7 +50,7 @@ typedef struct {
     double *ready;
     uintptr_t *ranges;
     double grad_scale, clip_norm, grad_norm;
-    int32_t states, busy, ready_to_step, reserved;
+    int32_t states, busy, ready_to_step, unchanging;
 } fastrms_plan;
 
 int fastrms_step(fastrms_plan *plan);

@@ -53,6 +53,7 @@ static void prepare(fastrms_plan *plan, double grad_scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
+    plan->unchanging = grad_scale == 1;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
         if (!plan->grad[k])
@@ -64,6 +65,7 @@ static void prepare(fastrms_plan *plan, double grad_scale)
             coefficients_at(&plan->group[tensor->group], tensor->steps + 1, grad_scale,
                             plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
+        plan->unchanging &= plan->group[tensor->group].corrections == 0;
         last = tensor;
     }
 }
@@ -91,7 +93,9 @@ static double clipped_scale(fastrms_plan *plan)
 void fastrms_run(fastrms_plan *plan)
 {
     fastrms_mode mode = fastrms_enter();
-    prepare(plan, clipped_scale(plan));
+    double grad_scale = clipped_scale(plan);
+    if (!plan->unchanging || grad_scale != 1)
+        prepare(plan, grad_scale);
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
         if (!plan->grad[k])
@@ -168,6 +172,7 @@ int fastrms_set_grads(fastrms_plan *plan)
         return FASTRMS_OVERLAP;
     for (int64_t k = 0; k < plan->tensors; ++k)
         plan->grad[k] = plan->incoming[k];
+    plan->unchanging = 0;
     return FASTRMS_OK;
 }
 

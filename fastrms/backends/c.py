@@ -134,6 +134,7 @@ class Plan:
 
     def set_recipe(self, index, recipe):
         fill_group(self._group[index], recipe)
+        self._plan.unchanging = 0
 
     def set_param(self, k, buffer):
         self._params[k] = buffer
