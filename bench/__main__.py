@@ -4,7 +4,6 @@ import argparse
 import shlex
 import sys
 import time
-from pathlib import Path
 
 try:
     from rich.console import Console
@@ -19,9 +18,9 @@ except ModuleNotFoundError as error:
 from . import machine, timing
 from .check import WrongContender, check
 from .contenders import OPTIMIZERS, PLACEMENT, Problem
+from .report import README
 from .results import Results
 
-README = Path("README.md")
 QUICK_SIZES = [2**k for k in range(6, 25, 2)]
 FULL_SIZES = [2**k for k in range(6, 25)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
@@ -100,7 +99,7 @@ def main(arguments=None):
     facts = machine.describe()
     try:
         if options.readme:
-            report.check_readme(README)
+            report.check_readme(README, "bench")
         console.print(report.header(facts, PLACEMENT))
         clocks = [timing.clock()]
         results = measure(options, console)
@@ -120,7 +119,7 @@ def write(options, results, facts, clocks, command):
         report.write_json(options.json, results, facts, clocks, command)
         written.append(options.json)
     if options.readme:
-        report.write_readme(README, results, facts, command)
+        report.write_readme(README, "bench", report.markdown(results, facts, command))
         written.append(str(README))
     return written
 

@@ -1,10 +1,11 @@
-"""The project's target figures, each measured in one interleaved run: `python -m bench.figures`."""
+"""The project's target figures, each measured in one interleaved run: `python -m bench.figures [--readme]`."""
 
 import statistics
 import subprocess
 import sys
 import time
 import tracemalloc
+from datetime import date
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -230,7 +231,19 @@ def main():
     console.print(table)
     console.print(f"empty Python call: {first_clock:.0f} ns at the begin, {clock():.0f} ns at the end")
     console.print(f"{time.perf_counter() - start:.0f} s")
+    if "--readme" in sys.argv[1:]:
+        report.write_readme(report.README, "figures", markdown(figures))
     return figures
+
+
+def markdown(figures):
+    facts = machine.describe()
+    command = "`python -m bench.figures --readme`"
+    return "\n".join(
+        ["| what | target | measured |", "| --- | ---: | ---: |"]
+        + [f"| {f.what} | {f.target} | {f.measured if f.ok else f'**{f.measured}, missed**'} |" for f in figures]
+        + ["", f"{machine.in_words(facts)}; {machine.software(facts)}; {date.today().isoformat()}; {command}."]
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.table import Table
 from .contenders import CEILING, FASTRMS, IN_PLACE, NAIVE, NAMES, PLACEMENT
 from .machine import in_words, software
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = Path("README.md")
 LABELS_WIDTH, COLUMN_WIDTH = 36, 9
 README_SIZES = 6
 
@@ -84,15 +84,22 @@ def write_json(path, results, machine, clocks, command):
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_readme(path):
+def check_readme(path, name):
     """ValueError where the block to rewrite is missing."""
-    if not path.exists() or not re.search(f"{BEGIN}.*{END}", path.read_text(), re.DOTALL):
-        raise ValueError(f"{path} needs the lines {BEGIN} and {END}: the table goes between them")
+    begin, end = markers(name)
+    if not path.exists() or not re.search(f"{begin}.*{end}", path.read_text(), re.DOTALL):
+        raise ValueError(f"{path} needs the lines {begin} and {end}: the table goes between them")
 
 
-def write_readme(path, results, machine, command):
-    block = f"{BEGIN}\n{markdown(results, machine, command)}\n{END}"
-    path.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: block, path.read_text(), flags=re.DOTALL))
+def write_readme(path, name, text):
+    """Put text between the markers of the block `name`."""
+    begin, end = markers(name)
+    block = f"{begin}\n{text}\n{end}"
+    path.write_text(re.sub(f"{begin}.*{end}", lambda _: block, path.read_text(), flags=re.DOTALL))
+
+
+def markers(name):
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def markdown(results, machine, command):

@@ -34,7 +34,7 @@ def misaligned():
 class OnDevice:
     """Stands for CuPy and Numba device arrays."""
 
-    __cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (4096, False), "version": 3}  # noqa: RUF012
+    __cuda_array_interface__ = {"shape": SHAPE, "typestr": "<f4", "data": (4096, False), "version": 3}
 
 
 class OnDeviceByDlpack:
