@@ -1,4 +1,5 @@
 /* Which kernels this CPU runs: an ordered list, best first; the first supported one unless another is forced. */
+#include <stdatomic.h>
 #include <stddef.h>
 #include "internal.h"
 
@@ -22,7 +23,7 @@ static const struct {
     {"baseline", always, fastrms_kernels_baseline},
 };
 
-static int current = -1;
+static _Atomic int current = -1;
 
 int fastrms_isa_count(void) { return (int)(sizeof isas / sizeof *isas); }
 const char *fastrms_isa_name(int isa) { return isas[isa].name; }
@@ -32,14 +33,16 @@ int fastrms_isa_set(int isa)
 {
     if (isa < 0 || isa >= fastrms_isa_count() || !isas[isa].supported())
         return -1;
-    return current = isa;
+    atomic_store_explicit(&current, isa, memory_order_relaxed);
+    return isa;
 }
 
 int fastrms_isa_get(void)
 {
-    for (int isa = 0; current < 0; ++isa)
-        fastrms_isa_set(isa);
-    return current;
+    int isa = atomic_load_explicit(&current, memory_order_relaxed);
+    for (int next = 0; isa < 0; ++next)
+        isa = fastrms_isa_set(next);
+    return isa;
 }
 
 fastrms_kernel *fastrms_find(const fastrms_group *group)

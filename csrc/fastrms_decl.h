@@ -37,8 +37,15 @@ typedef struct {
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
 
-/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  ready is scratch for one set of
- * FASTRMS_MAX_COEFFICIENTS per tensor; incoming and ranges (2 * tensors * (2 + states)) for fastrms_set_grads.
+/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes. */
+typedef struct {
+    double sum;
+    int64_t exponent;
+} fastrms_squares;
+
+/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  Scratch: ready for one set of
+ * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; incoming and
+ * ranges (2 * tensors * (2 + states)) for fastrms_set_grads.
  * ready_to_step: grad[] points to live memory; fastrms_step refuses without it.  unchanging: ready[] holds for the
  * next step too; set it to 0 after writing to a group. */
 typedef struct {
@@ -49,6 +56,8 @@ typedef struct {
     const void **incoming;
     double *ready;
     uintptr_t *ranges;
+    int64_t *starts;
+    fastrms_squares *segments;
     double grad_scale, clip_norm, grad_norm;
     int32_t states, busy, ready_to_step, unchanging;
 } fastrms_plan;
@@ -61,13 +70,18 @@ int fastrms_set_grads(fastrms_plan *plan);
 int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
-double fastrms_norm(int64_t size, int itemsize, const void *grad);
+int64_t fastrms_segments(int64_t size);
 double fastrms_series(double decay, double weight, int64_t terms);
 
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);
 const char *fastrms_rule_arguments(int rule);
 int fastrms_rule_states(int rule);
+
+int fastrms_get_num_threads(void);
+void fastrms_set_num_threads(int count);
+void fastrms_set_chunks(int64_t chunk, int64_t least_elements);
+int fastrms_workers(void);
 
 int fastrms_isa_count(void);
 const char *fastrms_isa_name(int isa);

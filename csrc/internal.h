@@ -17,9 +17,19 @@ extern fastrms_kernel *const fastrms_kernels_avx2[][2][2];
 
 fastrms_kernel *fastrms_find(const fastrms_group *group);
 
-/* sum of squares of one gradient as sum * 2^(2*exponent), in one fixed order */
-typedef struct { double sum; int exponent; } fastrms_squares;
-void fastrms_add_squares(fastrms_squares *total, int64_t size, int itemsize, const void *grad);
+/* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
+typedef void fastrms_task(void *context, int64_t begin, int64_t end);
+void fastrms_parallel(int64_t elements, fastrms_task *task, void *context, int64_t count, int64_t chunk);
+int64_t fastrms_chunk_size(void);
+void fastrms_enter_step(void);
+void fastrms_leave_step(void);
+int32_t fastrms_generation(void);
+#define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds these two by name */
+
+/* norm.c: sums of squares in one fixed order, segment by segment */
+#define FASTRMS_SEGMENT (1 << 18)
+fastrms_squares fastrms_segment_squares(int64_t size, int itemsize, const void *grad);
+void fastrms_add_squares(fastrms_squares *total, fastrms_squares part);
 double fastrms_root(const fastrms_squares *total);
 
 /* The floating-point mode of the calling thread: ours is IEEE with subnormals, whatever the caller has set. */

@@ -1,5 +1,5 @@
 /* The norm of a gradient in double, in one order of additions: eight lanes within a block of 4096, blocks in
- * sequence.  Each block of doubles is scaled by a power of two of its own, so that no square overflows;
+ * sequence within a segment of 2^18, segments in sequence, whichever thread computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows;
  * squares of floats cannot.  backends/numpy.py computes the same bits. */
 #include <math.h>
 #include <stddef.h>
@@ -53,10 +53,10 @@ INLINE fastrms_squares block_squares(int64_t size, int itemsize, const void *gra
     return (fastrms_squares){block_sum(size, NULL, grad, ldexp(1, -exponent)), exponent};
 }
 
-static void add(fastrms_squares *total, fastrms_squares block)
+void fastrms_add_squares(fastrms_squares *total, fastrms_squares part)
 {
-    int most = block.exponent > total->exponent ? block.exponent : total->exponent;
-    total->sum = ldexp(total->sum, 2 * (total->exponent - most)) + ldexp(block.sum, 2 * (block.exponent - most));
+    int64_t most = part.exponent > total->exponent ? part.exponent : total->exponent;
+    total->sum = ldexp(total->sum, (int)(2 * (total->exponent - most))) + ldexp(part.sum, (int)(2 * (part.exponent - most)));
     total->exponent = most;
 }
 
@@ -75,23 +75,17 @@ static squares_function *const squares_of[] = {squares_avx2, squares_baseline}; 
 static squares_function *const squares_of[] = {squares_baseline};
 #endif
 
-void fastrms_add_squares(fastrms_squares *total, int64_t size, int itemsize, const void *grad)
+fastrms_squares fastrms_segment_squares(int64_t size, int itemsize, const void *grad)
 {
     squares_function *squares = squares_of[fastrms_isa_get()];
+    fastrms_squares total = {0, -1000};
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t length = size - start < BLOCK ? size - start : BLOCK;
-        add(total, squares(length, itemsize, (const char *)grad + start * itemsize));
+        fastrms_add_squares(&total, squares(length, itemsize, (const char *)grad + start * itemsize));
     }
+    return total;
 }
 
-double fastrms_root(const fastrms_squares *total) { return ldexp(sqrt(total->sum), total->exponent); }
+int64_t fastrms_segments(int64_t size) { return (size + FASTRMS_SEGMENT - 1) / FASTRMS_SEGMENT; }
 
-double fastrms_norm(int64_t size, int itemsize, const void *grad)
-{
-    fastrms_mode mode = fastrms_enter();
-    fastrms_squares total = {0, -1000};
-    fastrms_add_squares(&total, size, itemsize, grad);
-    double norm = fastrms_root(&total);
-    fastrms_leave(mode);
-    return norm;
-}
+double fastrms_root(const fastrms_squares *total) { return ldexp(sqrt(total->sum), (int)total->exponent); }

@@ -48,14 +48,16 @@ static void coefficients_at(const fastrms_group *group, int64_t step, double gra
             ready[k] = value[k];
 }
 
-/* tensors of one group that have had equally many steps share one set of coefficients */
+/* tensors of one group that have had equally many steps share one set of coefficients; starts[] counts elements */
 static void prepare(fastrms_plan *plan, double grad_scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
     plan->unchanging = grad_scale == 1;
+    plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
+        plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? tensor->size : 0);
         if (!plan->grad[k])
             continue;
         if (last && last->group == tensor->group && last->steps == tensor->steps) {
@@ -70,12 +72,71 @@ static void prepare(fastrms_plan *plan, double grad_scale)
     }
 }
 
-static double global_norm(const fastrms_plan *plan)
+static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+{
+    const fastrms_tensor *tensor = &plan->tensor[k];
+    const fastrms_group *group = &plan->group[tensor->group];
+    int64_t bytes = offset * group->itemsize;
+    void *state[FASTRMS_MAX_STATES];
+    for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
+        state[s] = (char *)tensor->state[s] + bytes;      /* unused ones are not looked at */
+    fastrms_find(group)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
+                        plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+}
+
+/* update elements [begin, end) of all elements of the step, which may be parts of several tensors */
+static void update_range(void *context, int64_t begin, int64_t end)
+{
+    const fastrms_plan *plan = context;
+    fastrms_mode mode = fastrms_enter();
+    int64_t k = 0, after = plan->tensors;
+    while (after - k > 1) {                               /* the tensor that holds `begin` */
+        int64_t middle = (k + after) / 2;
+        if (plan->starts[middle] <= begin)
+            k = middle;
+        else
+            after = middle;
+    }
+    for (; begin < end; ++k) {
+        int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
+        if (begin < stop)
+            update_part(plan, k, begin - plan->starts[k], stop - begin);
+        begin = stop;
+    }
+    fastrms_leave(mode);
+}
+
+/* norms of segments [begin, end) of the gradients, each to its place in plan->segments */
+static void norm_range(void *context, int64_t begin, int64_t end)
+{
+    const fastrms_plan *plan = context;
+    fastrms_mode mode = fastrms_enter();
+    int64_t first = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
+        int itemsize = plan->group[plan->tensor[k].group].itemsize;
+        for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
+            int64_t start = s * FASTRMS_SEGMENT, length = size - start < FASTRMS_SEGMENT ? size - start : FASTRMS_SEGMENT;
+            plan->segments[first + s] =
+                fastrms_segment_squares(length, itemsize, (const char *)plan->grad[k] + start * itemsize);
+        }
+        first += count;
+    }
+    fastrms_leave(mode);
+}
+
+static double global_norm(fastrms_plan *plan)
 {
     fastrms_squares total = {0, -1000};
+    int64_t segments = 0, elements = 0;
     for (int64_t k = 0; k < plan->tensors; ++k)
-        if (plan->grad[k])
-            fastrms_add_squares(&total, plan->tensor[k].size, plan->group[plan->tensor[k].group].itemsize, plan->grad[k]);
+        if (plan->grad[k]) {
+            segments += fastrms_segments(plan->tensor[k].size);
+            elements += plan->tensor[k].size;
+        }
+    fastrms_parallel(elements, norm_range, plan, segments, 1);
+    for (int64_t s = 0; s < segments; ++s)
+        fastrms_add_squares(&total, plan->segments[s]);
     return fastrms_root(&total) * plan->grad_scale;
 }
 
@@ -92,25 +153,24 @@ static double clipped_scale(fastrms_plan *plan)
 
 void fastrms_run(fastrms_plan *plan)
 {
+    fastrms_enter_step();
     fastrms_mode mode = fastrms_enter();
     double grad_scale = clipped_scale(plan);
     if (!plan->unchanging || grad_scale != 1)
         prepare(plan, grad_scale);
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        fastrms_tensor *tensor = &plan->tensor[k];
-        if (!plan->grad[k])
-            continue;
-        fastrms_find(&plan->group[tensor->group])(tensor->size, tensor->param, plan->grad[k], tensor->state,
-                                                  plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
-        ++tensor->steps;
-    }
+    int64_t elements = plan->starts[plan->tensors];
+    fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        plan->tensor[k].steps += plan->grad[k] != NULL;
     ++plan->steps;
     fastrms_leave(mode);
+    fastrms_leave_step();
 }
 
 int fastrms_acquire(fastrms_plan *plan)
 {
-    return __atomic_exchange_n(&plan->busy, 1, __ATOMIC_ACQUIRE) ? FASTRMS_BUSY : FASTRMS_OK;
+    int32_t here = fastrms_generation();
+    return __atomic_exchange_n(&plan->busy, here, __ATOMIC_ACQUIRE) == here ? FASTRMS_BUSY : FASTRMS_OK;
 }
 
 void fastrms_release(fastrms_plan *plan) { __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE); }
@@ -180,7 +240,6 @@ int fastrms_set_grads(fastrms_plan *plan)
 int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2)
 {
-    void *const state[FASTRMS_MAX_STATES] = {state0, state1, state2};
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
@@ -193,10 +252,12 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
     }
     if (overlap(range, count))
         return FASTRMS_OVERLAP;
+    fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double ready[FASTRMS_MAX_COEFFICIENTS];
-    fastrms_mode mode = fastrms_enter();
-    coefficients_at(group, step, grad_scale, ready);
-    fastrms_find(group)(size, param, grad, state, ready);
-    fastrms_leave(mode);
+    int64_t starts[2];
+    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .group = (fastrms_group *)group, .grad = &grad, .ready = ready,
+                         .starts = starts, .grad_scale = grad_scale, .clip_norm = -1};
+    if (size)
+        fastrms_run(&plan);
     return FASTRMS_OK;
 }

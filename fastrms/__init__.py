@@ -7,6 +7,7 @@ from .config import isa, show_config
 from .functional import adagrad, adam, init_state, rmsprop, rprop
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
 from .plan import StepInfo
+from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "adagrad",
     "adam",
     "available_backends",
+    "get_num_threads",
     "init_state",
     "isa",
     "rmsprop",
     "rprop",
     "rules",
+    "set_num_threads",
     "show_config",
 ]

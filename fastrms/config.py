@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from . import backends
+from . import backends, threads
 
 
 def isa():
@@ -25,6 +25,7 @@ def show_config():
         "backends": ", ".join(backends.available_backends()),
         "isa": isa(),
         "isas": ", ".join(backends.load("c").isas()),
+        "threads": threads.get_num_threads(),
     }
     for name, value in config.items():
         sys.stdout.write(f"{name:10} {value}\n")

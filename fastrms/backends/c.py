@@ -107,6 +107,8 @@ class Plan:
         self._grad = ffi.new("void *[]", count)
         self.incoming = ffi.new("void *[]", count)
         self._ready = ffi.new("double[]", count * lib.FASTRMS_MAX_COEFFICIENTS)
+        self._starts = ffi.new("int64_t[]", count + 1)
+        self._segments = ffi.new("fastrms_squares[]", sum(lib.fastrms_segments(param.size) for param in params))
         self._ranges = ffi.new("uintptr_t[]", count * (2 + lib.FASTRMS_MAX_STATES) * 2)
         self._plan = ffi.new("fastrms_plan *")
         self._params, self._states = list(params), states
@@ -123,6 +125,7 @@ class Plan:
         plan.tensors, plan.tensor, plan.group = count, self._tensor, self._group
         plan.grad, plan.incoming = self._grad, self.incoming
         plan.ready, plan.ranges = self._ready, self._ranges
+        plan.starts, plan.segments = self._starts, self._segments
         plan.states = max(map(len, states))
         plan.grad_scale, plan.clip_norm = 1.0, -1.0
 

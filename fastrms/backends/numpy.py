@@ -1,5 +1,6 @@
 """The rules on whole arrays in NumPy: the fallback where C is missing, and the slow reference."""
 
+import os
 import threading
 from functools import cache
 
@@ -8,7 +9,8 @@ import numpy as np
 from .. import arrays, rules
 
 CHUNK = 1 << 14  # elements per pass: the temporaries of a rule stay in cache
-BLOCK, LANES = 4096, 8  # of the norm, as in csrc/norm.c
+SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
+ZERO = (0.0, -1000)
 
 
 def available():
@@ -33,24 +35,28 @@ def update(recipe, step, grad_scale, param, grad, states):
                 buffer[:] = result
 
 
-def squares(grad, total=(0.0, -1000)):
-    """Add the squares of grad to total: (sum, exponent) for sum * 2^(2*exponent), in the order of csrc/norm.c."""
-    for start in range(0, grad.size, BLOCK):
-        block = grad[start : start + BLOCK].astype(np.float64)
-        exponent = 0
-        if grad.itemsize == 8:
-            exponent = block_exponent(block)
-            block *= np.ldexp(1.0, -exponent)
-        lanes = np.zeros((-(-block.size // LANES), LANES))
-        lanes.reshape(-1)[: block.size] = block * block
-        lane = np.add.accumulate(lanes)[-1]
-        block_sum = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]))
-        most = max(exponent, total[1])
-        total = (
-            np.ldexp(total[0], 2 * (total[1] - most)) + np.ldexp(block_sum, 2 * (exponent - most)),
-            most,
-        )
-    return total
+def squares(grad):
+    """The sum of squares of each segment of grad as (sum, exponent): sum * 2^(2*exponent), in the order of csrc/norm.c."""
+    for first in range(0, grad.size, SEGMENT):
+        segment = grad[first : first + SEGMENT]
+        total = ZERO
+        for start in range(0, segment.size, BLOCK):
+            total = add(total, block_squares(segment[start : start + BLOCK]))
+        yield total
+
+
+def block_squares(block):
+    exponent = block_exponent(block) if block.itemsize == 8 else 0
+    block = block.astype(np.float64) * np.ldexp(1.0, -exponent)
+    lanes = np.zeros((-(-block.size // LANES), LANES))
+    lanes.reshape(-1)[: block.size] = block * block
+    lane = np.add.accumulate(lanes)[-1]
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7])), exponent
+
+
+def add(total, part):
+    most = max(total[1], part[1])
+    return np.ldexp(total[0], 2 * (total[1] - most)) + np.ldexp(part[0], 2 * (part[1] - most)), most
 
 
 def block_exponent(block):
@@ -70,13 +76,16 @@ class Plan:
         self.steps = 0
         self.tensor_steps = [0] * len(params)
         self._ready = False
-        self._lock = threading.Lock()
+        self._locks = {}  # by process: a fork must not inherit one that a thread of the parent holds
 
     def acquire(self):
-        return self._lock.acquire(blocking=False)
+        return self._lock().acquire(blocking=False)
 
     def release(self):
-        self._lock.release()
+        self._lock().release()
+
+    def _lock(self):
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def set_recipe(self, index, recipe):
         self.recipes[index] = recipe
@@ -111,11 +120,11 @@ class Plan:
         return norm
 
     def norm(self):
-        total = (0.0, -1000)
+        total = ZERO
         with np.errstate(all="ignore"):
             for grad in self.grads:
-                if grad is not None:
-                    total = squares(grad, total)
+                for part in squares(grad) if grad is not None else ():
+                    total = add(total, part)
             return float(np.ldexp(np.sqrt(total[0]), total[1]))
 
     def set_ready(self, ready):

@@ -1,0 +1,113 @@
+/* Many callers, many threads, forks in between: every element is updated exactly once per step, in parent and child.
+ * tests/test_threads.py builds this with csrc/ under ThreadSanitizer and AddressSanitizer.  Arguments: callers, forks. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include "fastrms.h"
+
+enum { TENSORS = 5, STEPS = 60 };
+static const int64_t SIZES[TENSORS] = {70001, 1, 0, 3, 30007};
+
+typedef struct {
+    fastrms_plan plan;
+    fastrms_tensor tensor[TENSORS];
+    fastrms_group group;
+    const void *grad[TENSORS];
+    double ready[TENSORS * FASTRMS_MAX_COEFFICIENTS];
+    int64_t starts[TENSORS + 1];
+    fastrms_squares segments[TENSORS];
+    float *memory[TENSORS][3];
+} problem;
+
+static int rule_index(const char *name)
+{
+    for (int k = 0; k < fastrms_rule_count(); ++k)
+        if (!strcmp(fastrms_rule_name(k), name))
+            return k;
+    abort();
+}
+
+/* AdaGrad with a gradient of 1: after t steps every sum is t */
+static problem *make(void)
+{
+    problem *p = calloc(1, sizeof *p);
+    p->group.rule = rule_index("adagrad");
+    p->group.itemsize = 4;
+    p->group.coefficients = 8;
+    p->group.value[0] = p->group.value[5] = p->group.value[6] = 1;
+    for (int k = 0; k < TENSORS; ++k) {
+        for (int b = 0; b < 3; ++b)
+            p->memory[k][b] = calloc((size_t)SIZES[k] + 1, sizeof(float));
+        for (int64_t i = 0; i < SIZES[k]; ++i)
+            p->memory[k][1][i] = 1;
+        p->tensor[k] = (fastrms_tensor){.size = SIZES[k], .param = p->memory[k][0], .state = {p->memory[k][2]}};
+        p->grad[k] = p->memory[k][1];
+    }
+    p->plan = (fastrms_plan){.tensors = TENSORS, .tensor = p->tensor, .group = &p->group, .grad = p->grad, .ready = p->ready,
+                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .states = 1,
+                             .ready_to_step = 1};
+    return p;
+}
+
+static long faults(const problem *p, int steps)
+{
+    long bad = p->plan.steps != steps;
+    for (int k = 0; k < TENSORS; ++k) {
+        bad += p->tensor[k].steps != steps;
+        for (int64_t i = 0; i < SIZES[k]; ++i)
+            bad += p->memory[k][2][i] != (float)steps;
+    }
+    return bad;
+}
+
+static void drop(problem *p)
+{
+    for (int k = 0; k < TENSORS; ++k)
+        for (int b = 0; b < 3; ++b)
+            free(p->memory[k][b]);
+    free(p);
+}
+
+static void *caller(void *argument)
+{
+    int steps = (int)(intptr_t)argument;
+    problem *p = make();
+    for (int t = 0; t < steps; ++t)
+        if (fastrms_step(&p->plan))
+            abort();
+    long bad = faults(p, steps);
+    drop(p);
+    return (void *)bad;
+}
+
+int main(int count, char **arguments)
+{
+    int callers = count > 1 ? atoi(arguments[1]) : 3, forks = count > 2 ? atoi(arguments[2]) : 0;
+    long bad = 0;
+    pthread_t thread[64];
+    alarm(120);
+    fastrms_set_num_threads(3);
+    fastrms_set_chunks(1000, 1);
+    for (int k = 0; k < callers; ++k)
+        pthread_create(&thread[k], NULL, caller, (void *)(intptr_t)STEPS);
+    for (int f = 0; f < forks; ++f) {
+        pid_t child = fork();
+        if (!child) {
+            alarm(30);
+            _exit(caller((void *)(intptr_t)3) != NULL || fastrms_workers() < 1);
+        }
+        int status;
+        waitpid(child, &status, 0);
+        bad += status != 0;
+    }
+    for (int k = 0; k < callers; ++k) {
+        void *result;
+        pthread_join(thread[k], &result);
+        bad += (long)result;
+    }
+    printf("faults %ld, callers %d, forks %d, workers %d\n", bad, callers, forks, fastrms_workers());
+    return bad != 0;
+}

@@ -1,0 +1,371 @@
+"""Promise 4: steps on several threads have the same bits, and nothing hangs: fork, many callers, nesting, quotas, signals.
+
+Everything that could hang runs in a process of its own with a watchdog.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import bits, c, forced
+from test_same_bits import OPTIMIZERS, many_steps
+
+import fastrms
+from fastrms import threads
+
+pytestmark = pytest.mark.skipif(c.lib is None, reason="without the C extension there are no threads")
+ROOT = Path(__file__).resolve().parent.parent
+WATCHDOG = 90  # seconds
+SOURCES = [str(ROOT / "csrc" / f"{name}.c") for name in ("pool", "step", "norm", "kernels", "dispatch")]
+
+
+@pytest.fixture
+def pool():
+    """set(threads, chunk): also small steps are shared out; as before afterwards."""
+    before = fastrms.get_num_threads()
+
+    def set_pool(count, chunk):
+        fastrms.set_num_threads(count)
+        c.lib.fastrms_set_chunks(chunk, 1)
+
+    yield set_pool
+    fastrms.set_num_threads(before)
+    c.lib.fastrms_set_chunks(16 * 1024, 128 * 1024)
+
+
+@pytest.mark.parametrize("make, options", OPTIMIZERS)
+@pytest.mark.parametrize("isa", c.isas())
+def test_same_bits_for_every_thread_count_and_chunk(pool, isa, make, options):
+    dtypes = [np.float32, np.float64, np.float32, np.float64, np.float32]
+    want, _ = many_steps(make, options, "numpy", dtypes, steps=12)
+    with forced(isa):
+        for count in range(1, 9):
+            for chunk in (1, 7, 64, 333, 100_000):
+                pool(count, chunk)
+                got, _ = many_steps(make, options, "c", dtypes, steps=12)
+                assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), (count, chunk)
+    assert c.lib.fastrms_workers() == 7
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_same_bits_of_a_large_step(pool, dtype):
+    """Sizes at which threads are used by default, with the norm in several segments."""
+    rng = np.random.default_rng(0)
+    start, grad = rng.standard_normal(1_000_003).astype(dtype), rng.standard_normal(1_000_003).astype(dtype)
+    results = []
+    for count, chunk in ((1, 16384), (2, 16384), (3, 4096), (8, 99_991)):
+        pool(count, chunk)
+        param = start.copy()
+        optimizer = fastrms.AdamW(param, backend="c")
+        norms = [optimizer.step(grad, clip_norm=10.0).grad_norm for _ in range(3)]
+        state = [np.zeros_like(param) for _ in range(2)]
+        other = start.copy()
+        fastrms.adam(other, grad, *state, step=1, backend="c")
+        results.append([bits(param), bits(other), bits(state[1]), norms])
+    for result in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_small_steps_start_no_thread():
+    assert in_process("""
+        import numpy as np, fastrms
+        from fastrms.backends import c
+        fastrms.set_num_threads(4)
+        for size, workers in ((131071, 0), (131072, 3)):
+            w = np.ones(size, np.float32)
+            fastrms.RMSProp(w).step(w + 1)
+            assert c.lib.fastrms_workers() == workers, (size, c.lib.fastrms_workers())
+        print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def in_process(code, python=sys.executable, **environment):
+    """Standard output of code in a fresh process that must end by itself."""
+    import os
+    import textwrap
+
+    run = subprocess.run([python, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True,
+                         timeout=WATCHDOG, env={**os.environ, **environment})  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout.strip()
+
+
+COMMON = """
+    import os, sys, threading, signal, time
+    import numpy as np, fastrms
+    from fastrms.backends import c
+    fastrms.set_num_threads(3)
+    c.lib.fastrms_set_chunks(1000, 1)
+
+    def check(steps=5, size=50_001):
+        w, total = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        opt = fastrms.AdaGrad(w)
+        g = np.ones(size, np.float32)
+        for _ in range(steps):
+            opt.step(g)
+        state = opt.state["sum"]
+        assert opt.steps == steps and (state == steps).all(), (opt.steps, state.min(), state.max())
+        assert c.lib.fastrms_workers() == fastrms.get_num_threads() - 1
+
+    def child(work):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(30)
+                work()
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, status
+"""
+
+
+def test_fork_after_use_and_again_in_the_child():
+    """No DeprecationWarning about threads either (-W error): the workers are gone before the fork."""
+    assert in_process(COMMON + """
+    check()
+    child(lambda: (check(), child(check), check()))
+    check()
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def test_fork_while_other_threads_step():
+    """The child finds every optimizer between two steps: as many updates as its count says, and not busy."""
+    assert in_process(COMMON + """
+    sizes = (50_001, 200)      # one shared out, one run by its caller alone
+    made = []
+    for size in sizes:
+        w = np.zeros(size, np.float32)
+        opt = fastrms.AdaGrad(w)
+        opt.bind(np.ones(size, np.float32))
+        opt.step()
+        made.append(opt)
+    stop = []
+
+    def work(opt):
+        while not stop:
+            opt.step()
+
+    runners = [threading.Thread(target=work, args=(opt,)) for opt in made]
+    for runner in runners:
+        runner.start()
+
+    def look():
+        for opt in made:
+            seen, state = opt.steps, opt.state["sum"]
+            assert (state == seen).all(), (seen, state.min(), state.max())
+            opt.step()
+            assert opt.steps == seen + 1 and (state == seen + 1).all()
+
+    import warnings
+    warnings.simplefilter("ignore")      # Python's own: there are threads, the runners
+    for _ in range(200):
+        child(look)
+    stop.append(1)
+    for runner in runners:
+        runner.join()
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method, tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import multiprocessing as mp, numpy as np, fastrms\n"
+        "def train(seed):\n"
+        "    fastrms.set_num_threads(3)\n"
+        "    w = np.full(300_000, seed, np.float32)\n"
+        "    opt = fastrms.RMSProp(w, lr=0.01)\n"
+        "    for _ in range(5): opt.step(np.ones(300_000, np.float32))\n"
+        "    return float(w[-1])\n"
+        "if __name__ == '__main__':\n"
+        "    here = [train(k) for k in range(4)]\n"
+        f"    with mp.get_context({method!r}).Pool(3) as pool:\n"
+        "        assert pool.map(train, range(4)) == here\n"
+        "    print('fine', len(set(here)))\n"
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WATCHDOG)
+    assert run.stdout.strip() == "fine 4", run.stdout + run.stderr
+
+
+def test_thirty_two_python_threads_at_once():
+    assert in_process(COMMON + """
+    errors = []
+
+    def work():
+        try:
+            for _ in range(20):
+                check(size=20_011)
+        except BaseException as error:
+            errors.append(error)
+
+    runners = [threading.Thread(target=work) for _ in range(32)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert not errors, errors[0]
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def test_nested_in_other_pools():
+    """A step inside joblib's threads and processes, inside a ThreadPoolExecutor, and inside another step's schedule."""
+    assert in_process(COMMON + """
+    import joblib, warnings
+    from concurrent.futures import ThreadPoolExecutor
+    warnings.simplefilter("ignore")
+    inner = fastrms.RMSProp(np.ones(50_001, np.float32))
+
+    def schedule(step):
+        inner.step(np.ones(50_001, np.float32))
+        return 0.01
+
+    outer = fastrms.RMSProp(np.ones(50_001, np.float32), lr=schedule)
+    before = inner.steps
+    outer.step(np.ones(50_001, np.float32))
+    assert inner.steps == before + 1 and outer.steps == 1
+
+    def train(seed):
+        w = np.full(50_001, seed, np.float32)
+        fastrms.RMSProp(w).step(np.ones(50_001, np.float32))
+        return float(w[-1])
+
+    want = [train(k) for k in range(8)]
+    for backend in ("threading", "loky"):
+        assert joblib.Parallel(n_jobs=3, backend=backend)(joblib.delayed(train)(k) for k in range(8)) == want
+    with ThreadPoolExecutor(5) as executor:
+        assert list(executor.map(train, range(8))) == want
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def test_workers_leave_signals_to_python():
+    assert in_process(COMMON + """
+    check()
+    blocked = {}
+    for task in os.listdir("/proc/self/task"):
+        for line in open(f"/proc/self/task/{task}/status"):
+            if line.startswith("SigBlk"):
+                blocked[int(task)] = int(line.split()[1], 16)
+    interrupt = 1 << (signal.SIGINT - 1)
+    workers = [mask for task, mask in blocked.items() if task != os.getpid() and mask & interrupt]
+    assert not blocked[os.getpid()] & interrupt and len(workers) == 2, blocked
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def test_interrupts_find_a_whole_number_of_steps():
+    """SIGINT every few hundred microseconds: buffers and count agree after each."""
+    assert in_process(COMMON + """
+    w = np.zeros(50_001, np.float32)
+    opt = fastrms.AdaGrad(w)
+    g = np.ones(50_001, np.float32)
+    caught = 0
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    while caught < 300:
+        try:
+            while True:
+                opt.step(g)
+        except KeyboardInterrupt:
+            caught += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                state = opt.state["sum"]
+                assert (state == opt.steps).all(), (opt.steps, state.min(), state.max())
+                opt.step(g.copy())
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
+def fake(tmp_path, files):
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("files, quota", [
+    ({}, float("inf")),
+    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, float("inf")),
+    ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n"}, 1.5),
+    ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "400000 100000\n",
+      "sys/fs/cgroup/a/b/cpu.max": "50000 100000"}, 0.5),
+    ({"proc/self/cgroup": "3:cpu,cpuacct:/x\n2:memory:/x\n", "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "200000\n",
+      "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"}, 2.0),
+    ({"proc/self/cgroup": "3:cpu:/x\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+      "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, float("inf")),
+])  # fmt: skip
+def test_cgroup_quotas(tmp_path, files, quota):
+    assert threads.cgroup_quota(fake(tmp_path, files)) == quota
+    assert threads.usable_cpus(fake(tmp_path, files)) <= max(1, quota + 0.999)
+
+
+def test_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 6)
+    for environment, count in [
+        ({}, 6), ({"OMP_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "4,2"}, 4), ({"OMP_NUM_THREADS": "100"}, 6),
+        ({"OMP_NUM_THREADS": "x"}, 6), ({"FASTRMS_NUM_THREADS": "9", "OMP_NUM_THREADS": "2"}, 9),
+    ]:  # fmt: skip
+        assert threads.default_num_threads(environment) == count
+    for bad in ("0", "-1", "two", "65"):
+        with pytest.raises(ValueError, match="FASTRMS_NUM_THREADS="):
+            threads.default_num_threads({"FASTRMS_NUM_THREADS": bad})
+    for bad, error in ((0, ValueError), (65, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="n="):
+            fastrms.set_num_threads(bad)
+
+
+def test_environment_and_affinity_in_a_new_process():
+    ask = "import fastrms; print(fastrms.get_num_threads())"
+    assert in_process(ask, FASTRMS_NUM_THREADS="5") == "5"
+    assert in_process(ask, FASTRMS_NUM_THREADS="", OMP_NUM_THREADS="1") == "1"
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});" + ask
+    assert in_process(one, FASTRMS_NUM_THREADS="", OMP_NUM_THREADS="") == "1"
+
+
+@pytest.mark.parametrize("order", ["import threadpoolctl, fastrms", "import fastrms, threadpoolctl"])
+def test_threadpoolctl_sees_and_limits(order):
+    assert in_process(order + """
+fastrms.set_num_threads(4)
+mine = [x for x in threadpoolctl.threadpool_info() if x["user_api"] == "fastrms"]
+assert [x["num_threads"] for x in mine] == [4], mine
+with threadpoolctl.threadpool_limits(1):
+    assert fastrms.get_num_threads() == 1
+with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    assert fastrms.get_num_threads() == 4
+assert fastrms.get_num_threads() == 4
+print("fine")
+""") == "fine"  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+@pytest.mark.parametrize("sanitizer, runs", [
+    ("thread", [("3", "0"), ("3", "15"), ("1", "0")]),
+    ("address,undefined", [("3", "0"), ("0", "15")]),  # this ASan's allocator does not survive a fork between threads
+    ("", [("3", "500"), ("32", "0")]),
+])  # fmt: skip
+def test_sanitized_c_programs(tmp_path, sanitizer, runs):
+    """csrc/ without Python: many callers and forks, every element updated once, no report of the sanitizer."""
+    options = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else []
+    program = str(tmp_path / "stress")
+    source = str(ROOT / "tests" / "c" / "stress.c")
+    command = ["gcc", "-g", "-O1", *options, f"-I{ROOT / 'csrc'}", source, *SOURCES, "-lm", "-pthread", "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    for arguments in runs:
+        run = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=150,
+                             env={"TSAN_OPTIONS": "die_after_fork=0"})  # fmt: skip
+        assert run.returncode == 0 and run.stdout.startswith("faults 0"), run.stdout + run.stderr
+        assert "Sanitizer" not in run.stderr, run.stderr
