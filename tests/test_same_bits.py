@@ -168,7 +168,7 @@ def test_resume_is_bit_exact_at_every_step(backend, make, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4095, 4096, 4097, 100_003])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4095, 4096, 4097, 100_003, 1_000_003])
 def test_norm(tier, dtype, size):
     """The norm has one order of additions: the same bits from C and NumPy, and near the exact value."""
     w = np.zeros(size, dtype)

@@ -108,7 +108,7 @@ COMMON = """
             opt.step(g)
         state = opt.state["sum"]
         assert opt.steps == steps and (state == steps).all(), (opt.steps, state.min(), state.max())
-        assert c.lib.fastrms_workers() == fastrms.get_num_threads() - 1
+        assert len(os.listdir("/proc/self/task")) >= fastrms.get_num_threads()
 
     def child(work):
         pid = os.fork()
