@@ -10,7 +10,7 @@
 #define FASTRMS_OVERLAP 2
 #define FASTRMS_MISALIGNED 3
 #define FASTRMS_MISSING 4
-#define FASTRMS_NOT_READY 5
+#define FASTRMS_NOT_HELD 5
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
  * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
@@ -44,29 +44,35 @@ typedef struct {
 } fastrms_squares;
 
 /* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  Scratch: ready for one set of
- * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; incoming and
- * ranges (2 * tensors * (2 + states)) for fastrms_set_grads.
- * ready_to_step: grad[] points to live memory; fastrms_step refuses without it.  unchanging: ready[] holds for the
- * next step too; set it to 0 after writing to a group. */
+ * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; ranges
+ * (2 * tensors * (2 + states)).  held: grad[] points to memory that stays; fastrms_step refuses without it.
+ * unchanging: ready[] holds for the next step too; set it to 0 after writing to a group. */
 typedef struct {
     int64_t tensors, steps;
     fastrms_tensor *tensor;
     fastrms_group *group;
     const void **grad;
-    const void **incoming;
     double *ready;
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;
     double grad_scale, clip_norm, grad_norm;
-    int32_t states, busy, ready_to_step, unchanging;
+    int32_t groups, states, busy, held, unchanging, reserved;
 } fastrms_plan;
 
+/* One step over all tensors, of the gradients that the plan holds. */
 int fastrms_step(fastrms_plan *plan);
-int fastrms_acquire(fastrms_plan *plan);
-void fastrms_release(fastrms_plan *plan);
-void fastrms_run(fastrms_plan *plan);
-int fastrms_set_grads(fastrms_plan *plan);
+
+/* What a plan takes over and does in one call that no other thread and no interrupt can cut: all of it, or nothing.
+ * param, grad: new addresses for every tensor, or NULL; group: all groups anew, or NULL; hold: grad stays valid;
+ * run: make a step, with grad_scale, and with clip_norm unless it is negative, and leave the norm in *grad_norm. */
+int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
+                   int hold, int run, double grad_scale, double clip_norm, double *grad_norm);
+
+/* Copy `count` buffers and the step counts (tensors + 1 of them, the plan's own first) in or out, in the same sense. */
+int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
+                 const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps);
+
 int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 

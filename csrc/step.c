@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
 #include "internal.h"
 
 /* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
@@ -151,7 +152,7 @@ static double clipped_scale(fastrms_plan *plan)
     return plan->grad_scale * (plan->clip_norm / plan->grad_norm);
 }
 
-void fastrms_run(fastrms_plan *plan)
+static void run(fastrms_plan *plan)
 {
     fastrms_enter_step();
     fastrms_mode mode = fastrms_enter();
@@ -167,23 +168,26 @@ void fastrms_run(fastrms_plan *plan)
     fastrms_leave_step();
 }
 
-int fastrms_acquire(fastrms_plan *plan)
+static int acquire(fastrms_plan *plan)
 {
     int32_t here = fastrms_generation();
     return __atomic_exchange_n(&plan->busy, here, __ATOMIC_ACQUIRE) == here ? FASTRMS_BUSY : FASTRMS_OK;
 }
 
-void fastrms_release(fastrms_plan *plan) { __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE); }
+static int release(fastrms_plan *plan, int status)
+{
+    __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE);
+    return status;
+}
 
 int fastrms_step(fastrms_plan *plan)
 {
-    if (fastrms_acquire(plan))
+    if (acquire(plan))
         return FASTRMS_BUSY;
-    int status = plan->ready_to_step ? FASTRMS_OK : FASTRMS_NOT_READY;
-    if (status == FASTRMS_OK)
-        fastrms_run(plan);
-    fastrms_release(plan);
-    return status;
+    if (!plan->held)
+        return release(plan, FASTRMS_NOT_HELD);
+    run(plan);
+    return release(plan, FASTRMS_OK);
 }
 
 static int by_start(const void *a, const void *b)
@@ -215,25 +219,78 @@ static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start
     return count + 1;
 }
 
-/* take over plan->incoming as the gradients, unless one of them shares memory with another buffer of the step */
-int fastrms_set_grads(fastrms_plan *plan)
+/* would any two buffers of a step overlap, with these parameters and gradients? */
+static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
     int64_t count = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         const fastrms_tensor *tensor = &plan->tensor[k];
         int64_t bytes = tensor->size * plan->group[tensor->group].itemsize;
-        count = add_range(range, count, plan->incoming[k], bytes);
-        count = add_range(range, count, tensor->param, bytes);
+        count = add_range(range, count, param ? param[k] : tensor->param, bytes);
+        count = add_range(range, count, grad[k], bytes);
         for (int s = 0; s < plan->states; ++s)
             count = add_range(range, count, tensor->state[s], bytes);
     }
-    if (overlap(range, count))
-        return FASTRMS_OVERLAP;
-    for (int64_t k = 0; k < plan->tensors; ++k)
-        plan->grad[k] = plan->incoming[k];
+    return overlap(range, count);
+}
+
+static void set_groups(fastrms_plan *plan, const fastrms_group *group)
+{
+    for (int k = 0; group && k < plan->groups; ++k)
+        plan->group[k] = group[k];
+    plan->unchanging &= !group;
+}
+
+int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
+                   int hold, int run_now, double grad_scale, double clip_norm, double *grad_norm)
+{
+    if (acquire(plan))
+        return FASTRMS_BUSY;
+    if (!grad && run_now && !plan->held)
+        return release(plan, FASTRMS_NOT_HELD);
+    if (grad && would_overlap(plan, param, grad))
+        return release(plan, FASTRMS_OVERLAP);
+    set_groups(plan, group);
+    for (int64_t k = 0; param && k < plan->tensors; ++k)
+        plan->tensor[k].param = param[k];
+    for (int64_t k = 0; grad && k < plan->tensors; ++k)
+        plan->grad[k] = grad[k];
+    if (grad) {
+        plan->held = hold;
+        plan->unchanging = 0;
+    }
+    if (run_now) {
+        plan->grad_scale = grad_scale;
+        plan->clip_norm = clip_norm;
+        run(plan);
+        plan->grad_scale = 1;
+        plan->clip_norm = -1;
+        if (clip_norm >= 0)
+            *grad_norm = plan->grad_norm;
+    }
+    return release(plan, FASTRMS_OK);
+}
+
+int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
+                 const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps)
+{
+    if (acquire(plan))
+        return FASTRMS_BUSY;
+    fastrms_enter_step();
+    for (int64_t k = 0; k < count; ++k)
+        memcpy(to[k], from[k], (size_t)bytes[k]);
+    set_groups(plan, group);
+    for (int64_t k = 0; k <= plan->tensors; ++k) {
+        int64_t *steps = k ? &plan->tensor[k - 1].steps : &plan->steps;
+        if (old_steps)
+            old_steps[k] = *steps;
+        if (new_steps)
+            *steps = new_steps[k];
+    }
     plan->unchanging = 0;
-    return FASTRMS_OK;
+    fastrms_leave_step();
+    return release(plan, FASTRMS_OK);
 }
 
 /* one step on raw buffers; step is the number of this update, from 1 */
@@ -258,6 +315,6 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
     fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .group = (fastrms_group *)group, .grad = &grad, .ready = ready,
                          .starts = starts, .grad_scale = grad_scale, .clip_norm = -1};
     if (size)
-        fastrms_run(&plan);
+        run(&plan);
     return FASTRMS_OK;
 }

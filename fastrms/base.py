@@ -125,12 +125,10 @@ class Optimizer(Bound):
                 raise ValueError(f"{name}={value!r} turns {self._rules[k]} into {recipe.rule}, which has other state; "
                                  f"make a new {type(self).__name__}")  # fmt: skip
             self._refuse_zero_state(h, self._sets[k], self._state)
-        with self._exclusive():
-            self._groups[index]._values = values
-            for k, recipe in fresh.items():
-                self._plan.set_recipe(k, recipe)
-            self._note_schedules()
-            self._settle()
+        self._change_plan(recipes=fresh, run=False)
+        self._groups[index]._values = values
+        self._note_schedules()
+        self._point_to(self._pointed)
 
     @property
     def groups(self):
@@ -203,35 +201,36 @@ class Optimizer(Bound):
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
         run has the bits of an unbroken one.  A callable lr is left out."""
-        with self._exclusive():
-            return {
-                "optimizer": type(self).__name__,
-                "dialect": self.dialect,
-                "steps": self._plan.steps,
-                "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
-                "tensors": [
-                    {
-                        "steps": steps,
-                        "state": {name: self._shaped(k, flat).copy(order="K") for name, flat in tensor.items()},
-                    }
-                    for k, (steps, tensor) in enumerate(zip(self._plan.tensor_steps, self._state, strict=True))
-                ],
-            }
+        copies = [{name: np.empty_like(flat) for name, flat in tensor.items()} for tensor in self._state]
+        steps, *tensor_steps = self._copy(copies, self._state)
+        return {
+            "optimizer": type(self).__name__,
+            "dialect": self.dialect,
+            "steps": steps,
+            "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
+            "tensors": [
+                {"steps": count, "state": {name: self._shaped(k, flat) for name, flat in tensor.items()}}
+                for k, (count, tensor) in enumerate(zip(tensor_steps, copies, strict=True))
+            ],
+        }
+
+    def _copy(self, to, source, recipes=None, steps=None):
+        """Copy the state of all tensors, in one call of the backend; returns the step counts before."""
+        pairs = [(mine[name], other[name]) for mine, other in zip(to, source, strict=True) for name in mine]
+        status, before = self._plan.copy(pairs, recipes, steps)
+        if status:
+            raise self._busy()
+        return before
 
     def load_state_dict(self, d):
         """Take over what state_dict() gave.  ValueError, with nothing changed, where it does not fit this optimizer."""
         groups, values, recipes = self._checked_state_dict(d)
-        with self._exclusive():
-            for group, new in zip(self._groups, groups, strict=True):
-                group._values = new
-            for k, recipe in enumerate(recipes):
-                self._plan.set_recipe(k, recipe)
-            for k, tensor in enumerate(values):
-                for name, array in tensor.items():
-                    self._shaped(k, self._state[k][name])[...] = array
-            self._plan.set_steps(d["steps"], [tensor["steps"] for tensor in d["tensors"]])
-            self._note_schedules()
-            self._settle()
+        steps = [d["steps"], *(tensor["steps"] for tensor in d["tensors"])]
+        self._copy(self._state, values, dict(enumerate(recipes)), steps)
+        for group, new in zip(self._groups, groups, strict=True):
+            group._values = new
+        self._note_schedules()
+        self._point_to(self._pointed)
 
     def _checked_state_dict(self, d):
         """New group values, state arrays and recipes out of a state_dict, all checked against this optimizer."""
@@ -270,13 +269,16 @@ class Optimizer(Bound):
         if saved.keys() != self._state[k].keys():
             raise ValueError(f"the state_dict has state {sorted(saved)} for {self._names[k]}, "
                              f"this optimizer has {sorted(self._state[k])}")  # fmt: skip
+        flats = {}
         for name, array in saved.items():
             mine = self._params[k]
             if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (mine.dtype, mine.shape):
                 raise ValueError(
                     f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}"
                 )
-        return saved
+            flats[name] = np.empty(mine.size, mine.dtype)
+            self._shaped(k, flats[name])[...] = array
+        return flats
 
     def report(self):
         """What runs, on what, and which of your buffers lie badly: a text for people."""

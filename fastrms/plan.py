@@ -24,7 +24,10 @@ APPLIED = StepInfo(True, None, None)
 
 
 class Bound:
-    """The stepping half of an Optimizer: what the plan of the backend points to, and when it may be called at once."""
+    """The stepping half of an Optimizer: what the plan of the backend points to, and when it may be called at once.
+
+    Nothing is locked from Python: whatever must not be cut in two is one call of the backend.
+    """
 
     __slots__ = ("_argument", "_call", "_no_grads", "_same_grads")  # what step() reads: 20 ns faster than in the dict
 
@@ -32,29 +35,26 @@ class Bound:
         """Hand parameters, states and recipes to the backend, once."""
         states = [list(state.values()) for state in self._state]
         self._plan = backend.Plan(self._params, states, self._set_of, recipes)
+        self._status = backend
         self._call, self._argument = self._plan.bound_step()
         self._refresh = [k for k, param in enumerate(self._params) if hasattr(param.owner, "data_ptr")]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
         self._shapes = [param.shape if arrays.is_c_order(param) else None for param in self._params]
-        self._bound = self._bound_object = self._last = self._pointed = None
+        self._bound = self._bound_object = self._last = None
         self._note_schedules()
-        self._settle()
+        self._point_to(None)
 
     def _note_schedules(self):
         self._scheduled = [k for k, (group, _) in enumerate(self._sets) if callable(self._groups[group]["lr"])]
 
-    def _settle(self):
-        """After any change: may step() call the backend at once, and for which argument?
-
-        The plan must point to gradients that are held (bound ones, or a single array that came twice), nothing may
-        move between steps (torch), and no schedule may need Python.
-        """
-        pointed, bound = self._pointed, self._bound
+    def _point_to(self, pointed):
+        """Note what the plan holds: None, the bound gradients, or one array that came twice; and whether step() may call
+        the backend at once: nothing may move between steps (torch), and no schedule may need Python."""
+        self._pointed = pointed
         ready = pointed is not None and not (self._scheduled or self._refresh or self._moving())
-        self._plan.set_ready(ready)
-        held = self._bound_object if pointed is bound else pointed
-        self._no_grads = None if ready and pointed is bound else _NEVER
+        held = self._bound_object if pointed is self._bound else pointed
+        self._no_grads = None if ready and pointed is self._bound else _NEVER
         self._same_grads = held if ready and type(held) is np.ndarray else _NEVER
 
     def _moving(self):
@@ -80,66 +80,57 @@ class Bound:
 
     def bind(self, grads):
         """Gradient buffers that stay where they are: step() without grads reads them, without checking them again."""
-        with self._exclusive():
-            leaves = self._structure.leaves(grads, "grads")
-            bound = [self._acquire_grad(k, grad) for k, grad in enumerate(leaves)]
-            self._point_to(bound)
-            self._bound, self._bound_object, self._pointed = bound, grads, bound
-            self._settle()
+        leaves = self._structure.leaves(grads, "grads")
+        bound = [self._acquire_grad(k, grad) for k, grad in enumerate(leaves)]
+        self._point_to(None)
+        self._change_plan(grads=bound, hold=True, run=False)
+        self._bound, self._bound_object = bound, grads
+        self._point_to(bound)
 
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
             grad_scale = hyper.positive("grad_scale", grad_scale)
         if clip_norm is not None:
             clip_norm = hyper.above_zero("clip_norm", clip_norm)
-        plan = self._plan
-        if not plan.acquire():
-            raise self._busy()
-        try:
-            if self._refresh:
-                self._refresh_params()
-            recipes = [(k, self._recipe(*self._sets[k], self.steps)) for k in self._scheduled]
-            self._take(grads)
-            for k, recipe in recipes:
-                plan.set_recipe(k, recipe)
-            norm = plan.run(grad_scale, clip_norm)
-        finally:
-            plan.release()
+        recipes = {k: self._recipe(*self._sets[k], self.steps) for k in self._scheduled}
+        params = self._moved_params() if self._refresh else None
+        accepted, hold = self._accept(grads, anew=params is not None)
+        if accepted is not None:
+            self._point_to(None)
+        norm = self._change_plan(params, accepted, recipes, hold is not None, True, grad_scale, clip_norm)
+        if params is not None:
+            self._params = params
+        if hold is not None:
+            self._point_to(hold)
         return APPLIED if clip_norm is None else StepInfo(True, norm, None)
 
-    def _take(self, grads):
-        """Point the plan to grads, everything about them checked."""
+    def _accept(self, grads, anew):
+        """(accepted, hold): the checked gradients, None where the plan points to them already; and what is held then."""
         if grads is None:
-            self._take_bound()
-        elif grads is not self._pointed or type(grads) is not np.ndarray:
-            accepted = [
-                grad
-                if type(grad) is np.ndarray and grad.dtype is dtype and grad.shape == shape and grad.flags.carray
-                else self._acquire_grad(k, grad)
-                for k, grad, dtype, shape in zip(
-                    self._indices, self._structure.leaves(grads, "grads"), self._dtypes, self._shapes, strict=True
-                )
-            ]
-            self._point_to(accepted)
-            if type(grads) is np.ndarray:
-                self._remember(grads)
+            return self._accept_bound(anew)
+        if grads is self._pointed and type(grads) is np.ndarray and not anew:
+            return None, None
+        accepted = [
+            grad
+            if type(grad) is np.ndarray and grad.dtype is dtype and grad.shape == shape and grad.flags.carray
+            else self._acquire_grad(k, grad)
+            for k, grad, dtype, shape in zip(
+                self._indices, self._structure.leaves(grads, "grads"), self._dtypes, self._shapes, strict=True
+            )
+        ]
+        if type(grads) is not np.ndarray:
+            return accepted, None
+        again = self._last is not None and self._last() is grads  # a single array that comes twice is held from then on
+        self._last = weakref.ref(grads)
+        return accepted, grads if again else None
 
-    def _take_bound(self):
+    def _accept_bound(self, anew):
         if self._bound is None:
             raise ValueError("there are no gradients: pass grads to step(), or bind() them first")
-        if self._pointed is not self._bound or self._moving():
-            bound = [b if b is None else self._acquire_grad(k, b.owner) for k, b in enumerate(self._bound)]
-            self._point_to(bound)
-            self._bound = self._pointed = bound
-            self._settle()
-
-    def _remember(self, grads):
-        """A single array that comes a second time is held, and takes the fast path from then on."""
-        if self._last is not None and self._last() is grads:
-            self._pointed = grads
-            self._settle()
-        else:
-            self._last = weakref.ref(grads)
+        if self._pointed is self._bound and not anew and not self._moving():
+            return None, None
+        self._bound = [b if b is None else self._acquire_grad(k, b.owner) for k, b in enumerate(self._bound)]
+        return self._bound, self._bound
 
     def _acquire_grad(self, k, grad):
         if grad is None:
@@ -148,54 +139,34 @@ class Bound:
         arrays.same_layout(buffer, self._grad_names[k], self._params[k], self._names[k])
         return buffer
 
-    def _point_to(self, grads):
-        if self._pointed is not None:
-            self._pointed = None
-            self._settle()
-        if self._plan.set_grads(grads, self._buffers):
-            own = [
-                (self._grad_names[k], self._acquire_grad(k, getattr(g, "owner", g)))
-                for k, g in enumerate(grads)
-                if g is not None
-            ]
-            arrays.refuse_overlap([*self._buffers(), *own])
-            raise AssertionError("the backend saw an overlap of gradients that is not there")
+    def _change_plan(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+        """plan.change, with the sentence where it refuses."""
+        status, norm = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
+        if status == self._status.OVERLAP:
+            self._explain_overlap(params, grads)
+        if status != self._status.OK:
+            raise self._busy()
+        return norm
 
-    def _buffers(self):
-        """(name, Buffer) of every parameter and state."""
-        named = list(zip(self._names, self._params, strict=True))
+    def _explain_overlap(self, params, grads):
+        named = list(zip(self._names, params or self._params, strict=True))
         for k, tensor in enumerate(self._state):
             named += [(f"{name} of {self._names[k]}", arrays.own(flat)) for name, flat in tensor.items()]
-        return named
+        for k, grad in enumerate(grads):
+            if grad is not None:
+                named.append((self._grad_names[k], self._acquire_grad(k, getattr(grad, "owner", grad))))
+        arrays.refuse_overlap(named)
+        raise AssertionError("the backend saw an overlap that is not there")
 
-    def _refresh_params(self):
-        """torch may move a parameter (p.data = ...): its address is read anew at every step."""
+    def _moved_params(self):
+        """torch may move a parameter (p.data = ...): its address is read anew at every step.  None where all stayed."""
+        params = list(self._params)
         for k in self._refresh:
-            old = self._params[k]
+            old = params[k]
             if old.owner.data_ptr() != old.address or tuple(old.owner.shape) != old.shape:
-                new = arrays.acquire(old.owner, self._names[k], writable=True)
-                arrays.same_layout(new, self._names[k], old, f"{self._names[k]} when it was bound")
-                others = [(name, buffer) for name, buffer in self._buffers() if buffer is not old]
-                arrays.refuse_overlap([*others, (self._names[k], new)])
-                self._params[k] = new
-                self._plan.set_param(k, new)
-
-    def _exclusive(self):
-        return _Exclusive(self._plan, self._busy)
+                params[k] = arrays.acquire(old.owner, self._names[k], writable=True)
+                arrays.same_layout(params[k], self._names[k], old, f"{self._names[k]} when it was bound")
+        return None if all(new is old for new, old in zip(params, self._params, strict=True)) else params
 
     def _busy(self):
         return RuntimeError(f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock")
-
-
-class _Exclusive:
-    """with-block that holds the busy flag of a plan."""
-
-    def __init__(self, plan, busy):
-        self.plan, self.busy = plan, busy
-
-    def __enter__(self):
-        if not self.plan.acquire():
-            raise self.busy()
-
-    def __exit__(self, *_):
-        self.plan.release()

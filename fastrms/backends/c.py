@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         raise
     ffi = lib = None
 
-OK = 0
+OK, BUSY, OVERLAP, _, _, NOT_HELD = range(6)
 RULE_INDEX = {}
 
 
@@ -105,75 +105,80 @@ class Plan:
         self._tensor = ffi.new("fastrms_tensor[]", count)
         self._group = ffi.new("fastrms_group[]", len(recipes))
         self._grad = ffi.new("void *[]", count)
-        self.incoming = ffi.new("void *[]", count)
         self._ready = ffi.new("double[]", count * lib.FASTRMS_MAX_COEFFICIENTS)
         self._starts = ffi.new("int64_t[]", count + 1)
         self._segments = ffi.new("fastrms_squares[]", sum(lib.fastrms_segments(param.size) for param in params))
         self._ranges = ffi.new("uintptr_t[]", count * (2 + lib.FASTRMS_MAX_STATES) * 2)
         self._plan = ffi.new("fastrms_plan *")
-        self._params, self._states = list(params), states
+        self._pointers = ffi.typeof("void *[]")
         for index, recipe in enumerate(recipes):
-            self.set_recipe(index, recipe)
+            fill_group(self._group[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
             tensor = self._tensor[k]
             tensor.size = param.size
             tensor.group = sets[k]
-            self.set_param(k, param)
+            tensor.param = pointer(param.address)
             for slot, flat in enumerate(state):
                 tensor.state[slot] = pointer(arrays.own(flat).address)
         plan = self._plan
-        plan.tensors, plan.tensor, plan.group = count, self._tensor, self._group
-        plan.grad, plan.incoming = self._grad, self.incoming
-        plan.ready, plan.ranges = self._ready, self._ranges
+        plan.tensors, plan.tensor = count, self._tensor
+        plan.groups, plan.group = len(recipes), self._group
+        plan.grad, plan.ready, plan.ranges = self._grad, self._ready, self._ranges
         plan.starts, plan.segments = self._starts, self._segments
         plan.states = max(map(len, states))
         plan.grad_scale, plan.clip_norm = 1.0, -1.0
 
-    def acquire(self):
-        return lib.fastrms_acquire(self._plan) == OK
-
-    def release(self):
-        lib.fastrms_release(self._plan)
-
-    def set_recipe(self, index, recipe):
-        fill_group(self._group[index], recipe)
-        self._plan.unchanging = 0
-
-    def set_param(self, k, buffer):
-        self._params[k] = buffer
-        self._tensor[k].param = pointer(buffer.address)
-
-    def set_grads(self, grads, buffers):
-        """Take over the gradients (Buffers, or ndarrays that match already, or None).  True: some buffers overlap."""
-        incoming = self.incoming
-        for k, grad in enumerate(grads):
-            if grad is None:
-                incoming[k] = ffi.NULL
-            elif type(grad) is np.ndarray:
-                incoming[k] = ffi.from_buffer(grad)
-            else:  # an empty torch tensor lies at address 0, which would mean "no gradient"
-                incoming[k] = pointer(grad.address) if grad.address else self._tensor
-        return lib.fastrms_set_grads(self._plan) != OK
-
-    def run(self, grad_scale=1.0, clip_norm=None):
-        """One step over all tensors that have a gradient; the norm of the gradients if clip_norm asks for it."""
-        plan = self._plan
-        if grad_scale == 1.0 and clip_norm is None:
-            lib.fastrms_run(plan)
-            return None
-        plan.grad_scale = grad_scale
-        plan.clip_norm = -1.0 if clip_norm is None else clip_norm
-        lib.fastrms_run(plan)
-        plan.grad_scale, plan.clip_norm = 1.0, -1.0
-        return None if clip_norm is None else plan.grad_norm
-
-    def set_ready(self, ready):
-        """Whether the gradients that the plan points to are held, so that a step may read them at once."""
-        self._plan.ready_to_step = ready
-
     def bound_step(self):
-        """A function and its argument for one step of the bound buffers; it answers 0 when the step was made."""
+        """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
         return lib.fastrms_step, self._plan
+
+    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+        """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
+        step: all of it in one C call, or nothing.  Returns (status, norm)."""
+        norm = ffi.NULL if clip_norm is None else ffi.new("double *")
+        status = lib.fastrms_change(
+            self._plan,
+            ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
+            ffi.NULL if grads is None else ffi.new(self._pointers, [self._address(grad) for grad in grads]),
+            self._groups_with(recipes) if recipes else ffi.NULL,
+            hold,
+            run,
+            grad_scale,
+            -1.0 if clip_norm is None else clip_norm,
+            norm,
+        )
+        return status, norm[0] if norm else None
+
+    def _address(self, grad):
+        if type(grad) is np.ndarray:
+            return ffi.from_buffer(grad)
+        if grad is None:
+            return ffi.NULL
+        return pointer(grad.address) if grad.address else self._tensor  # an empty torch tensor lies at address 0
+
+    def _groups_with(self, recipes):
+        groups = ffi.new("fastrms_group[]", len(self._group))
+        ffi.memmove(groups, self._group, ffi.sizeof(groups))
+        for index, recipe in recipes.items():
+            fill_group(groups[index], recipe)
+        return groups
+
+    def copy(self, pairs, recipes=None, steps=None):
+        """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
+        All of it in one C call, or nothing.  Returns (status, the step counts before)."""
+        to, source = ([ffi.from_buffer(pair[side]) for pair in pairs] for side in (0, 1))
+        before = ffi.new("int64_t[]", len(self._tensor) + 1)
+        status = lib.fastrms_copy(
+            self._plan,
+            len(pairs),
+            ffi.new(self._pointers, to),
+            ffi.new(self._pointers, source),
+            ffi.new("int64_t[]", [pair[0].nbytes for pair in pairs]),
+            self._groups_with(recipes) if recipes else ffi.NULL,
+            ffi.NULL if steps is None else ffi.new("int64_t[]", steps),
+            before,
+        )
+        return status, list(before)
 
     @property
     def steps(self):
@@ -182,8 +187,3 @@ class Plan:
     @property
     def tensor_steps(self):
         return [self._tensor[k].steps for k in range(len(self._tensor))]
-
-    def set_steps(self, steps, tensor_steps):
-        self._plan.steps = steps
-        for k, count in enumerate(tensor_steps):
-            self._tensor[k].steps = count

@@ -11,6 +11,7 @@ from .. import arrays, rules
 CHUNK = 1 << 14  # elements per pass: the temporaries of a rule stay in cache
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
 ZERO = (0.0, -1000)
+OK, BUSY, OVERLAP, _, _, NOT_HELD = range(6)  # as in csrc/fastrms_decl.h
 
 
 def available():
@@ -73,39 +74,57 @@ class Plan:
         self.sets = list(sets)
         self.recipes = list(recipes)
         self.grads = [None] * len(params)
+        self.held = False
         self.steps = 0
         self.tensor_steps = [0] * len(params)
-        self._ready = False
         self._locks = {}  # by process: a fork must not inherit one that a thread of the parent holds
 
-    def acquire(self):
-        return self._lock().acquire(blocking=False)
+    def bound_step(self):
+        """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
+        return Plan._step, self
 
-    def release(self):
-        self._lock().release()
+    def _step(self):
+        return self.change()[0]
+
+    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+        """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
+        step.  Returns (status, norm)."""
+        lock = self._lock()
+        if not lock.acquire(blocking=False):
+            return BUSY, None
+        try:
+            if grads is None and run and not self.held:
+                return NOT_HELD, None
+            flats = self.params if params is None else [param.flat for param in params]
+            if grads is not None:
+                grads = [g.reshape(-1) if isinstance(g, np.ndarray) else g and g.flat for g in grads]
+                if self._overlap(flats, grads):
+                    return OVERLAP, None
+                self.grads, self.held = grads, hold
+            self.params = flats
+            self._set_recipes(recipes)
+            return OK, self._run(grad_scale, clip_norm) if run else None
+        finally:
+            lock.release()
 
     def _lock(self):
-        return self._locks.setdefault(os.getpid(), threading.Lock())
+        """Of this process.  Reentrant: a thread that an interrupt kept from releasing it is not locked out."""
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
-    def set_recipe(self, index, recipe):
-        self.recipes[index] = recipe
-
-    def set_param(self, k, buffer):
-        self.params[k] = buffer.flat
-
-    def set_grads(self, grads, buffers):
-        """Take over the gradients (Buffers, or ndarrays that match already, or None).  True: some buffers overlap."""
-        flats = [grad.reshape(-1) if isinstance(grad, np.ndarray) else grad and grad.flat for grad in grads]
-        own = [(f"grads {k}", arrays.own(flat)) for k, flat in enumerate(flats) if flat is not None]
+    def _overlap(self, params, grads):
+        states = [state for states in self.states for state in states]
+        flats = [flat for flat in (*params, *grads, *states) if flat is not None]
         try:
-            arrays.refuse_overlap([*buffers(), *own])
+            arrays.refuse_overlap([(str(k), arrays.own(flat)) for k, flat in enumerate(flats)])
         except ValueError:
             return True
-        self.grads = flats
         return False
 
-    def run(self, grad_scale=1.0, clip_norm=None):
-        """One step over all tensors that have a gradient; the norm of the gradients if clip_norm asks for it."""
+    def _set_recipes(self, recipes):
+        for index, recipe in (recipes or {}).items():
+            self.recipes[index] = recipe
+
+    def _run(self, grad_scale, clip_norm):
         norm = None
         if clip_norm is not None:
             norm = self.norm() * grad_scale
@@ -127,23 +146,19 @@ class Plan:
                     total = add(total, part)
             return float(np.ldexp(np.sqrt(total[0]), total[1]))
 
-    def set_ready(self, ready):
-        """Whether the gradients that the plan points to are held, so that a step may read them at once."""
-        self._ready = ready
-
-    def bound_step(self):
-        """A function and its argument for one step of the bound buffers; it answers 0 when the step was made."""
-        return Plan._step, self
-
-    def _step(self):
-        if not self._ready or not self.acquire():
-            return 1
+    def copy(self, pairs, recipes=None, steps=None):
+        """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
+        Returns (status, the step counts before)."""
+        lock = self._lock()
+        if not lock.acquire(blocking=False):
+            return BUSY, None
         try:
-            self.run()
+            before = [self.steps, *self.tensor_steps]
+            for to, source in pairs:
+                to[:] = source
+            self._set_recipes(recipes)
+            if steps is not None:
+                self.steps, *self.tensor_steps = steps
+            return OK, before
         finally:
-            self.release()
-        return 0
-
-    def set_steps(self, steps, tensor_steps):
-        self.steps = steps
-        self.tensor_steps = list(tensor_steps)
+            lock.release()

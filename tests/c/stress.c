@@ -47,8 +47,8 @@ static problem *make(void)
         p->grad[k] = p->memory[k][1];
     }
     p->plan = (fastrms_plan){.tensors = TENSORS, .tensor = p->tensor, .group = &p->group, .grad = p->grad, .ready = p->ready,
-                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .states = 1,
-                             .ready_to_step = 1};
+                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .groups = 1,
+                             .states = 1, .held = 1};
     return p;
 }
 
