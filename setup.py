@@ -8,7 +8,10 @@ from setuptools import setup
 without_c = os.environ.get("FASTRMS_NO_EXT") == "1"
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # no stable ABI there
 
-setup(
-    cffi_modules=[] if without_c else ["csrc/build_ffi.py:ffibuilder"],
-    options={} if without_c or free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+try:
+    setup(
+        cffi_modules=[] if without_c else ["csrc/build_ffi.py:ffibuilder"],
+        options={} if without_c or free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+except SystemExit as error:
+    raise SystemExit(f"{error}\nfastrms needs a C compiler; FASTRMS_NO_EXT=1 builds it without C, much slower") from None

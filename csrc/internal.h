@@ -30,7 +30,7 @@ int32_t fastrms_generation(void);
 #define FASTRMS_SEGMENT (1 << 18)
 fastrms_squares fastrms_segment_squares(int64_t size, int itemsize, const void *grad);
 void fastrms_add_squares(fastrms_squares *total, fastrms_squares part);
-double fastrms_root(const fastrms_squares *total);
+double fastrms_root(const fastrms_squares *total, double scale);
 
 /* The floating-point mode of the calling thread: ours is IEEE with subnormals, whatever the caller has set. */
 #if defined(__x86_64__)

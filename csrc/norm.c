@@ -55,6 +55,8 @@ INLINE fastrms_squares block_squares(int64_t size, int itemsize, const void *gra
 
 void fastrms_add_squares(fastrms_squares *total, fastrms_squares part)
 {
+    if (part.sum == 0)                                    /* its exponent says nothing */
+        return;
     int64_t most = part.exponent > total->exponent ? part.exponent : total->exponent;
     total->sum = ldexp(total->sum, (int)(2 * (total->exponent - most))) + ldexp(part.sum, (int)(2 * (part.exponent - most)));
     total->exponent = most;
@@ -88,4 +90,7 @@ fastrms_squares fastrms_segment_squares(int64_t size, int itemsize, const void *
 
 int64_t fastrms_segments(int64_t size) { return (size + FASTRMS_SEGMENT - 1) / FASTRMS_SEGMENT; }
 
-double fastrms_root(const fastrms_squares *total) { return ldexp(sqrt(total->sum), (int)total->exponent); }
+double fastrms_root(const fastrms_squares *total, double scale)
+{
+    return ldexp(sqrt(total->sum) * scale, (int)total->exponent);
+}

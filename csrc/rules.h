@@ -119,11 +119,12 @@ END(rmsprop_centered_momentum)
 
 /* AdaGrad (Duchi, Hazan, Singer 2011): divide by the root of the sum of squares since the start. */
 #define adagrad_NAMES(S, C) S(sum) \
-    C(grad_scale) C(clip_low) C(clip_high) C(weight_decay) C(eps_root) C(lr) C(eps) C(decay)
+    C(grad_scale) C(clip_low) C(clip_high) C(weight_decay) C(eps_root) C(lr) C(eps) C(decay) \
+    C(tiny) C(zero)
 RULE(adagrad)
 {
     real g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay);
-    sum = sum + g * g;
+    sum = flush(sum + g * g, tiny, zero);
     real w = sum;
     if (GENERAL)
         w = w + eps_root;

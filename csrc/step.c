@@ -10,7 +10,7 @@ double fastrms_series(double decay, double weight, int64_t terms)
 {
     double sum = 0, power = 1;
     int bit = 0;
-    while (terms >> bit)
+    while (bit < 63 && terms >> bit)
         ++bit;
     while (bit--) {
         sum = sum * (1 + power);
@@ -138,7 +138,7 @@ static double global_norm(fastrms_plan *plan)
     fastrms_parallel(elements, norm_range, plan, segments, 1);
     for (int64_t s = 0; s < segments; ++s)
         fastrms_add_squares(&total, plan->segments[s]);
-    return fastrms_root(&total) * plan->grad_scale;
+    return fastrms_root(&total, plan->grad_scale);
 }
 
 /* clip_norm < 0 asks for no norm at all; a NaN norm makes the factor NaN, as every framework has it */

@@ -38,16 +38,12 @@ class Buffer(NamedTuple):
 def acquire(x, name, *, writable):
     """Buffer of x, or TypeError / ValueError that names it.  x: NumPy array, torch CPU tensor, or an object with
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
-        array, address = _from_torch(torch, x, name)
-    else:
-        array = _as_array(x, name)
-        address = array.__array_interface__["data"][0]
-    if array.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {array.dtype}; fastrms updates float32 and float64")
+    array = _from_torch(x, name) if is_torch(x) else _as_array(x, name)
+    address = array.__array_interface__["data"][0]
     if not array.dtype.isnative:
         raise TypeError(f"{name} has dtype {array.dtype.str}, which is not in native byte order")
+    if array.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {array.dtype}; fastrms updates float32 and float64, see astype()")
     if address % array.itemsize:
         raise ValueError(f"{name} starts at address {address:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
@@ -55,38 +51,64 @@ def acquire(x, name, *, writable):
     return Buffer(x, _flat(array, name), address, array.shape, _element_strides(array))
 
 
-def _from_torch(torch, x, name):
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one")
+def is_torch(x):
+    """Whether x is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _from_torch(x, name):
+    """A CPU tensor as an ndarray of the same memory; requires_grad does not matter."""
     if x.device.type != "cpu":
         raise TypeError(f"{name} is on device {x.device}; this backend updates host memory: pass {name}.cpu()")
+    if str(x.layout) != "torch.strided":
+        raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one")
     if x.is_neg() or x.is_conj():
         raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in ("float32", "float64"):
         raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64")
-    return x.detach().numpy(), x.data_ptr()
+    try:
+        array, storage = x.detach().numpy(), x.untyped_storage()
+        address = x.data_ptr()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+    if array.size and (
+        array.__array_interface__["data"][0] != address or address + array.nbytes > storage.data_ptr() + storage.nbytes()
+    ):
+        raise ValueError(f"{name} has lost its memory: its torch storage was resized")
+    return array
 
 
 def _as_array(x, name):
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
-        return x
+        return np.asarray(x)  # a subclass may compute differently
     if x is None or isinstance(x, _NOT_ARRAYS):
-        raise TypeError(f"{name} is a {type(x).__name__}, which has no buffer to use in place; pass a NumPy array")
-    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) not in (None, 1):
+        raise TypeError(
+            f"{name} is a {type(x).__name__}{_hint(x)}; it must be an array of float32 or float64, in the structure of params"
+        )
+    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
         raise TypeError(
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
         )
     return _view(x, name)
 
 
-def _dlpack_device(x):
+def _hint(x):
+    if isinstance(x, dict):
+        return ', which as a group needs the key "params", and a group holds arrays'
+    return ", which has no buffer to use in place" if isinstance(x, (list, tuple)) else ""
+
+
+def _dlpack_device(x, name):
     try:
         return int(x.__dlpack_device__()[0])
     except AttributeError:
         return None
+    except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
+        raise TypeError(f"{name} is a {type(x).__name__} whose __dlpack_device__ fails ({error})") from None
 
 
 def _view(x, name):
@@ -100,7 +122,7 @@ def _view(x, name):
             if hasattr(x, "__dlpack__"):
                 return np.from_dlpack(x)
             raise
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
         dtype = f" of dtype {x.dtype}" if hasattr(x, "dtype") else ""
         raise TypeError(
             f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({error}); pass a NumPy array"
@@ -121,8 +143,7 @@ def _flat(array, name):
     packed = array.transpose(order)
     if not packed.flags.c_contiguous:
         raise ValueError(
-            f"{name} has shape {array.shape} and strides {array.strides} bytes: it is not dense; "
-            f"pass a contiguous array (a copy would be updated instead of yours)"
+            f"{name} has shape {array.shape} and strides {array.strides} bytes: it is not dense; pass a contiguous array"
         )
     return packed.reshape(-1)
 
@@ -130,13 +151,13 @@ def _flat(array, name):
 def same_layout(buffer, name, reference, reference_name):
     """Refuse unless buffer has the dtype, shape and strides of reference."""
     if buffer.dtype != reference.dtype:
-        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {reference.dtype}")
+        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {reference.dtype}; give both the same")
     if buffer.shape != reference.shape:
         raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
     if buffer.strides != reference.strides and buffer.size:
         raise ValueError(
             f"{name} has strides {buffer.strides} (elements), {reference_name} has {reference.strides}: elements would be "
-            f"paired wrongly; give both the same memory order"
+            f"paired wrongly; give both the same memory order (np.ascontiguousarray, np.asfortranarray)"
         )
 
 

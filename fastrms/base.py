@@ -25,7 +25,7 @@ class Group(MutableMapping):
     def __setitem__(self, name, value):
         if name not in self._values:
             raise KeyError(f"{name!r} is not a hyper-parameter; there are {', '.join(self._values)}")
-        self._optimizer._change(self._index, name, value)
+        self._optimizer._change([(self._index, name, value)])
 
     def __delitem__(self, name):
         raise TypeError("a hyper-parameter cannot be deleted")
@@ -48,6 +48,7 @@ class Optimizer(Bound):
     fixed: tuple = ()
 
     def __init_subclass__(cls):
+        cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
         keywords = {**cls.defaults, "dialect": None, "backend": "auto"}
         cls.__signature__ = Signature(
             [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
@@ -55,6 +56,8 @@ class Optimizer(Bound):
         )
 
     def __init__(self, params, *, dialect=None, backend="auto", **options):
+        if type(self) is Optimizer:
+            raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
         module = backends.choose(backend)
         self.backend = module.__name__.rpartition(".")[2]
@@ -73,7 +76,7 @@ class Optimizer(Bound):
         self._groups = [Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)]
         self._sets = sorted({(g, p.dtype) for g, p in zip(group_of, self._params, strict=True)}, key=str)
         self._set_of = [self._sets.index((g, p.dtype)) for g, p in zip(group_of, self._params, strict=True)]
-        recipes = [self._recipe(group, dtype, 0) for group, dtype in self._sets]
+        recipes = [self._recipe(group, dtype) for group, dtype in self._sets]
         self._rules = [recipe.rule for recipe in recipes]
         self._allocate()
         self._bind_params(module, recipes)
@@ -86,7 +89,7 @@ class Optimizer(Bound):
         unknown = next((name for name in options if name not in cls.defaults), None)
         if unknown is not None:
             raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}; it has {', '.join(cls.defaults)}")
-        values = {**cls.defaults, **dialects.preset(dialect, cls.__name__), **options}
+        values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
         return {name: cls._checked(dialect, name, value) for name, value in values.items()}
 
     @classmethod
@@ -94,7 +97,7 @@ class Optimizer(Bound):
         value = cls.checks.get(name, hyper.CHECKS[name])(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
 
-    def _recipe(self, group, dtype, step):
+    def _recipe(self, group, dtype, step=None):
         return self.checked_recipe(self.at_step(self._groups[group]._values, step), dtype)
 
     @classmethod
@@ -106,27 +109,39 @@ class Optimizer(Bound):
         return cls.recipe(h, dtype)
 
     @staticmethod
-    def at_step(values, step):
-        """Hyper-parameters as attributes, a callable lr evaluated at the number of steps done."""
+    def at_step(values, step=None):
+        """Hyper-parameters as attributes; a callable lr evaluated at the number of steps done, 0 where that is None."""
         h = SimpleNamespace(**values)
         if callable(values["lr"]):
-            h.lr = hyper.non_negative(f"lr({step})", values["lr"](step))
+            h.lr = 0.0 if step is None else hyper.non_negative(f"lr({step})", values["lr"](step))
         return h
 
-    def _change(self, index, name, value):
-        """Set one hyper-parameter of one group: check everything, then hand the new recipes to the plan."""
-        if name in self.fixed or name == "initial_value":
-            raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
-        values = {**self._groups[index]._values, name: self._checked(self.dialect, name, value)}
-        h = self.at_step(values, self.steps)
-        fresh = {k: self.checked_recipe(h, dtype) for k, (group, dtype) in enumerate(self._sets) if group == index}
-        for k, recipe in fresh.items():
-            if recipe.rule != self._rules[k]:
-                raise ValueError(f"{name}={value!r} turns {self._rules[k]} into {recipe.rule}, which has other state; "
+    def _change(self, changes):
+        """Set hyper-parameters, (group, name, value) each: check everything, then hand the new recipes to the plan."""
+        values = [group._values for group in self._groups]
+        for index, name, value in changes:
+            if name in self.fixed or name == "initial_value":
+                raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
+            values[index] = {**values[index], name: self._checked(self.dialect, name, value)}
+        recipes = self._recipes_for(values, self._state, f"setting {changes[0][1]}={changes[0][2]!r}")
+        self._change_plan(recipes=recipes, run=False)
+        self._take_values(values)
+
+    def _recipes_for(self, values, state, source):
+        """The recipe of every set for new hyper-parameters of all groups; a schedule is asked at the next step only."""
+        recipes = {}
+        for k, (group, dtype) in enumerate(self._sets):
+            h = self.at_step(values[group])
+            recipes[k] = self.checked_recipe(h, dtype)
+            if recipes[k].rule != self._rules[k]:
+                raise ValueError(f"{source} turns {self._rules[k]} into {recipes[k].rule}, which has other state; "
                                  f"make a new {type(self).__name__}")  # fmt: skip
-            self._refuse_zero_state(h, self._sets[k], self._state)
-        self._change_plan(recipes=fresh, run=False)
-        self._groups[index]._values = values
+            self._refuse_zero_state(h, self._sets[k], state)
+        return recipes
+
+    def _take_values(self, values):
+        for group, new in zip(self._groups, values, strict=True):
+            group._values = new
         self._note_schedules()
         self._point_to(self._pointed)
 
@@ -137,15 +152,31 @@ class Optimizer(Bound):
 
     @property
     def lr(self):
-        """The learning rate: a float or callable(step); a list where the groups differ.  Setting it sets all groups."""
+        """The learning rate: a float or callable(step); a list where the groups differ.  Setting one sets all groups."""
         rates = [group["lr"] for group in self._groups]
         return rates[0] if all(rate == rates[0] for rate in rates) else rates
 
     @lr.setter
     def lr(self, value):
-        self._checked(self.dialect, "lr", value)
-        for group in self._groups:
-            group["lr"] = value
+        rates = value if isinstance(value, list) else [value] * len(self._groups)
+        if len(rates) != len(self._groups):
+            raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._groups)} groups")
+        self._change([(k, "lr", rate) for k, rate in enumerate(rates)])
+
+    def __setattr__(self, name, value):
+        if name in self.defaults and name != "lr":
+            raise AttributeError(f"set {name} of a group: opt.groups[0][{name!r}] = {value!r}")
+        super().__setattr__(name, value)
+
+    def __reduce__(self):
+        raise TypeError(
+            f"a bound {type(self).__name__} cannot be copied or pickled; make a new one and load its state_dict()"
+        )
+
+    def __repr__(self):
+        return (
+            f"<{type(self).__name__} of {len(self._params)} tensor(s) on backend {self.backend!r}, {self.steps} steps made>"
+        )
 
     # state
 
@@ -200,7 +231,7 @@ class Optimizer(Bound):
 
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
-        run has the bits of an unbroken one.  A callable lr is left out."""
+        run has the bits of an unbroken one.  A callable lr is left out.  Pickle it together with the parameters."""
         copies = [{name: np.empty_like(flat) for name, flat in tensor.items()} for tensor in self._state]
         steps, *tensor_steps = self._copy(copies, self._state)
         return {
@@ -209,7 +240,11 @@ class Optimizer(Bound):
             "steps": steps,
             "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
             "tensors": [
-                {"steps": count, "state": {name: self._shaped(k, flat) for name, flat in tensor.items()}}
+                {
+                    "name": self._names[k],
+                    "steps": count,
+                    "state": {name: self._shaped(k, flat) for name, flat in tensor.items()},
+                }
                 for k, (count, tensor) in enumerate(zip(tensor_steps, copies, strict=True))
             ],
         }
@@ -223,47 +258,44 @@ class Optimizer(Bound):
         return before
 
     def load_state_dict(self, d):
-        """Take over what state_dict() gave.  ValueError, with nothing changed, where it does not fit this optimizer."""
-        groups, values, recipes = self._checked_state_dict(d)
-        steps = [d["steps"], *(tensor["steps"] for tensor in d["tensors"])]
-        self._copy(self._state, values, dict(enumerate(recipes)), steps)
-        for group, new in zip(self._groups, groups, strict=True):
-            group._values = new
-        self._note_schedules()
-        self._point_to(self._pointed)
+        """Take over what state_dict() gave, hyper-parameters included; only a callable lr of this optimizer stays.
+        Tensors are matched by name.  ValueError, with nothing changed, where d does not fit this optimizer."""
+        try:
+            values, flats, steps, dialect = self._checked_state_dict(d)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
+        recipes = self._recipes_for(values, flats, "this state_dict")
+        self._copy(self._state, flats, recipes, steps)
+        super().__setattr__("dialect", dialect)
+        self._take_values(values)
 
     def _checked_state_dict(self, d):
-        """New group values, state arrays and recipes out of a state_dict, all checked against this optimizer."""
-        try:
-            if d["optimizer"] != type(self).__name__:
-                raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
-            for what, count in (("groups", len(self._groups)), ("tensors", len(self._params))):
-                if len(d[what]) != count:
-                    raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
-            for count in (d["steps"], *(tensor["steps"] for tensor in d["tensors"])):
-                if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                    raise ValueError(f"the state_dict has a step count of {count!r}")
-            groups = [self._checked_group(k, saved) for k, saved in enumerate(d["groups"])]
-            values = [self._checked_state(k, tensor["state"]) for k, tensor in enumerate(d["tensors"])]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a state_dict of fastrms: {error}") from None
-        recipes = []
-        for index, (group, dtype) in enumerate(self._sets):
-            h = self.at_step(groups[group], d["steps"])
-            recipes.append(self.checked_recipe(h, dtype))
-            if recipes[-1].rule != self._rules[index]:
-                raise ValueError(f"the state_dict is of {recipes[-1].rule}, this optimizer runs {self._rules[index]}")
-            self._refuse_zero_state(h, (group, dtype), values)
-        return groups, values, recipes
+        """Group values, flat state arrays, step counts and dialect out of a state_dict, checked against this optimizer."""
+        if d["optimizer"] != type(self).__name__:
+            raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
+        dialects.preset(d["dialect"], self.family)
+        for what, count in (("groups", len(self._groups)), ("tensors", len(self._params))):
+            if len(d[what]) != count:
+                raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
+        values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(d["groups"])]
+        by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
+        missing = next((name for name in self._names if name not in by_name), None)
+        if missing is not None:
+            raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
+        tensors = [by_name[name] for name in self._names]
+        flats = [self._checked_state(k, tensor["state"]) for k, tensor in enumerate(tensors)]
+        steps = [hyper.step_count("steps", count, least=0) for count in (d["steps"], *(t["steps"] for t in tensors))]
+        return values, flats, steps, d["dialect"]
 
-    def _checked_group(self, k, saved):
-        for name in saved:
-            if name not in self.defaults:
-                raise ValueError(f"groups[{k}] of the state_dict has {name!r}, which {type(self).__name__} has not")
-        return {
-            **self._groups[k]._values,
-            **{name: self._checked(self.dialect, name, value) for name, value in saved.items()},
-        }
+    def _checked_group(self, k, saved, dialect):
+        """All hyper-parameters of group k; its own lr where that is a callable or the saved one was."""
+        mine = self._groups[k]._values
+        if saved.keys() | {"lr"} != mine.keys():
+            name = next(iter((saved.keys() | {"lr"}) ^ mine.keys()))
+            raise ValueError(f"groups[{k}] of the state_dict and {type(self).__name__} do not both have {name!r}")
+        checked = {name: self._checked(dialect, name, value) for name, value in saved.items()}
+        return {name: mine["lr"] if name == "lr" and ("lr" not in saved or callable(mine["lr"])) else checked[name]
+                for name in mine}  # fmt: skip
 
     def _checked_state(self, k, saved):
         if saved.keys() != self._state[k].keys():
@@ -272,7 +304,7 @@ class Optimizer(Bound):
         flats = {}
         for name, array in saved.items():
             mine = self._params[k]
-            if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (mine.dtype, mine.shape):
+            if type(array) is not np.ndarray or (array.dtype, array.shape) != (mine.dtype, mine.shape):
                 raise ValueError(
                     f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}"
                 )
@@ -288,7 +320,7 @@ class Optimizer(Bound):
         for index, (group, dtype) in enumerate(self._sets):
             mine = [k for k, s in enumerate(self._set_of) if s == index]
             size = sum(self._params[k].size for k in mine)
-            form = "general" if self._recipe(group, dtype, self.steps).general else "neutral"
+            form = "general" if self._recipe(group, dtype).general else "neutral"
             states = len(rules.state_names(rules.RULES[self._rules[index]]))
             lines.append(
                 f"group {group}: rule {self._rules[index]}, {form} form, {dtype}, {len(mine)} tensor(s), {size} elements, "

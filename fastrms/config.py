@@ -14,7 +14,7 @@ def isa():
 
 
 def show_config():
-    """Print, and return as a dict, the versions, the backends and the instruction sets of this installation."""
+    """Print the versions, backends, instruction sets and threads of this installation."""
     from . import __version__
 
     config = {
@@ -23,10 +23,10 @@ def show_config():
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
         "backends": ", ".join(backends.available_backends()),
+        "auto": backends.choose("auto").__name__.rpartition(".")[2],
         "isa": isa(),
         "isas": ", ".join(backends.load("c").isas()),
         "threads": threads.get_num_threads(),
     }
     for name, value in config.items():
         sys.stdout.write(f"{name:10} {value}\n")
-    return config

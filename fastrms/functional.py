@@ -16,6 +16,7 @@ _from_buffer = _c.ffi and _c.ffi.from_buffer
 _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
+_PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
 ONE = 1.0
 _NOTHING: dict = {}
 _CACHE_SIZE = 256
@@ -38,6 +39,9 @@ def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, *
         if options.get(name, value) != value:
             raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
     options = {name: value for name, value in options.items() if name not in ("backend", "dialect")}
+    useless = next((name for name in options if name == "initial_value" or name in optimizer.fixed), None)
+    if useless is not None:
+        raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
     values = optimizer.resolve(dialect, {**options, **given})
     if callable(values["lr"]):
         raise TypeError("lr must be a number here; a schedule needs an optimizer object")
@@ -58,11 +62,11 @@ def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, *
 
 def _prepared(optimizer, rule, dtype, options, given):
     """_prepare through the cache; the short way of _update knows the last one of each rule."""
-    key = (rule, dtype, *options, *options.values())
-    try:
-        prepared = _cache.get(key)
-    except TypeError:  # an unhashable value, such as a 0-d array
-        key = prepared = None
+    kinds = [type(value) for value in options.values()]
+    key = prepared = None
+    if _PLAIN_KINDS.issuperset(kinds):
+        key = (rule, dtype, *options, *options.values(), *kinds)
+    prepared = _cache.get(key)
     if prepared is None:
         extra = {name: options[name] for name in ("backend", "dialect") if name in options}
         prepared = _prepare(optimizer, rule, dtype, options, **extra, **given)
@@ -71,7 +75,7 @@ def _prepared(optimizer, rule, dtype, options, given):
         if key is not None:
             _cache[key] = prepared
     if key is not None and prepared.group is not None:
-        _last[rule] = options, dtype, prepared.group
+        _last[rule] = options, kinds, dtype, prepared.group
     return prepared
 
 
@@ -81,15 +85,16 @@ def _update(optimizer, rule, names, step, grad_scale, options, given, param, gra
     First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less Python.
     from_buffer refuses what is strided or read-only, C what overlaps or is misaligned.
     """
-    if type(step) is not int or step < 1:
-        step = _checked_step(step)
+    if type(step) is not int or not 0 < step <= hyper.MOST_STEPS:
+        step = hyper.step_count("step", step, least=1)
     if grad_scale is not ONE:
-        grad_scale = hyper.positive("grad_scale", grad_scale)
+        grad_scale = hyper.scale("grad_scale", grad_scale)
     try:
-        known, dtype, group = _last[rule]
+        known, kinds, dtype, group = _last[rule]
         shape = param.shape
         if (
             known == options
+            and kinds == [type(value) for value in options.values()]  # True == 1 == np.float32(1)
             and type(param) is _ndarray is type(grad)
             and param.dtype is dtype is grad.dtype
             and grad.shape == shape
@@ -135,19 +140,11 @@ def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, 
     prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
 
 
-def _checked_step(step):
-    if isinstance(step, (bool, np.bool_)) or not isinstance(step, (int, np.integer)):
-        raise TypeError(f"step={step!r} is a {type(step).__name__}; it must be an int, the number of this update from 1")
-    if step < 1:
-        raise ValueError(f"step={step!r} must be at least 1: it is the number of this update")
-    return int(step)
-
-
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
     """One RMSProp update of param and its state, in place; returns None.
 
     param, grad, square_avg and the optional states are arrays of one shape, memory order and dtype (float32 or
-    float64) that do not overlap; grad is only read.  grad_avg is the state of centered=True, momentum_buffer that of
+    float64) that do not overlap; grad is only read, square_avg holds no negative number.  init_state makes them.  grad_avg is the state of centered=True, momentum_buffer that of
     momentum > 0.  step: number of this update from 1, needed with bias_correction only.  grad_scale > 0 multiplies grad.
     The other keywords and the formula: fastrms.RMSProp.
     Raises TypeError or ValueError, naming the argument, before anything is written.
@@ -210,11 +207,12 @@ def init_state(optimizer, param, *, dialect=None, **options):
     optimizer: "rmsprop", "adagrad", "adam" or "rprop".  The keywords decide which arrays there are and how they start:
     ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
     """
-    if optimizer not in _BY_NAME:
+    if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
     maker = _BY_NAME[optimizer]
     buffer = arrays.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
+    maker.checked_recipe(h, buffer.dtype)
     beside, state = [buffer.address], {}
     for name in rules.state_names(rules.RULES[maker.rule_name(h)]):
         flat = placement.place(buffer.size, buffer.dtype, beside)
@@ -239,7 +237,7 @@ _IS_CENTERED, _PLAIN, _AMSGRAD = {"centered": True}, {"centered": False}, {"amsg
 def _show_signature(function, optimizer):
     """help() and editors see every hyper-parameter with its default."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-    skip = {"initial_value", "centered"} | {p.name for p in own}
+    skip = {"initial_value", "centered", *optimizer.fixed} | {p.name for p in own}
     rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
     keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]
     function.__signature__ = inspect.Signature([*own, *keyword])

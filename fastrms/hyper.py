@@ -5,19 +5,23 @@ import numbers
 
 import numpy as np
 
+MOST_STEPS = 2**62
+
 
 def number(name, value):
     """value as a float; TypeError for what is not one number (bool included), ValueError for NaN."""
-    if isinstance(value, (bool, np.bool_)) or not (isinstance(value, numbers.Real) or _is_scalar_array(value)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a number")
-    value = float(value)
+    kind = type(value).__name__
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a 0-d array or tensor
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} is a {kind}; it must be a number")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer too large for a float") from None
     if math.isnan(value):
         raise ValueError(f"{name} is nan")
     return value
-
-
-def _is_scalar_array(value):
-    return not isinstance(value, str) and getattr(value, "shape", None) == () and hasattr(value, "__float__")
 
 
 def non_negative(name, value):
@@ -32,6 +36,23 @@ def positive(name, value):
     if not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r} must be finite and above 0")
     return value
+
+
+def scale(name, value):
+    """A factor for gradients that neither vanishes nor overflows in float32."""
+    value = number(name, value)
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}={value!r} must be from 1e-30 to 1e30")
+    return value
+
+
+def step_count(name, value, least):
+    """A number of steps as an int."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an int")
+    if not least <= value <= MOST_STEPS:
+        raise ValueError(f"{name}={value!r} must be from {least} to 2**62")
+    return int(value)
 
 
 def above_zero(name, value):
@@ -64,6 +85,7 @@ def optional_positive(name, value):
 
 def choice(*allowed):
     def check(name, value):
+        value = bool(value) if isinstance(value, np.bool_) else value
         for candidate in allowed:
             if value is candidate or (isinstance(value, str) and value == candidate):
                 return candidate

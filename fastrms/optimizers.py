@@ -18,9 +18,11 @@ COMMON = {
 }
 
 
-def common(h):
+def common(h, dtype):
     """The coefficients that every rule shares."""
     clip = math.inf if h.clip_value is None else h.clip_value
+    if rounded(clip, dtype) == 0:
+        raise ValueError(f"clip_value={clip!r} is 0 in {dtype}")
     return {
         "grad_scale": -1.0 if h.maximize else 1.0,
         "clip_low": -clip,
@@ -86,6 +88,7 @@ class RMSProp(Optimizer):
     @staticmethod
     def recipe(h, dtype):
         refuse_zero_eps(h, dtype)
+        decaying(h, "momentum", dtype)
         if h.nesterov and h.momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0")
         if h.centered and h.bias_correction == "folded":
@@ -93,7 +96,7 @@ class RMSProp(Optimizer):
         rho, weight = decaying(h, "rho", dtype)
         lr_first = h.lr_in_momentum or h.momentum == 0
         values = {
-            **recipes.constants(dtype), **common(h),
+            **recipes.constants(dtype), **common(h, dtype),
             "rho": h.rho, "one_minus_rho": 1 - h.rho, "v_scale": 1.0, "eps_root": h.eps_root, "eps": h.eps,
             "in_scale": h.lr if lr_first else 1.0, "out_scale": 1.0 if lr_first else h.lr,
             "momentum": h.momentum, "nesterov_b": h.momentum if h.nesterov else 1.0, "nesterov_u": float(h.nesterov),
@@ -135,7 +138,7 @@ class AdaGrad(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        values = {**common(h), "eps_root": h.eps_root, "lr": h.lr, "eps": h.eps}
+        values = {**recipes.constants(dtype), **common(h, dtype), "eps_root": h.eps_root, "lr": h.lr, "eps": h.eps}
         linear = [Correction(name, DIVIDE, h.lr_decay, linear=True) for name in ("lr", "decay")] if h.lr_decay else []
         return recipes.make("adagrad", dtype, needs_general(h), values, linear)
 
@@ -187,7 +190,7 @@ class Adam(Optimizer):
         if h.amsgrad == "corrected" and form != "corrected":
             raise ValueError(f"amsgrad='corrected' needs bias_correction='corrected', which is {form!r}")
         values = {
-            **recipes.constants(dtype), **common(h),
+            **recipes.constants(dtype), **common(h, dtype),
             "beta1": h.beta1, "one_minus_beta1": 1 - h.beta1, "beta2": h.beta2, "one_minus_beta2": 1 - h.beta2,
             "m_scale": h.beta1 if h.nesterov else 1.0, "g_scale": 1 - h.beta1 if h.nesterov else 0.0,
             "max_scale": 1.0, "v_scale": 1.0, "root_scale": 1.0,
@@ -250,12 +253,12 @@ class RProp(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        if not h.eta_minus < 1 < h.eta_plus:
+        if not rounded(h.eta_minus, dtype) < 1 < rounded(h.eta_plus, dtype):
             raise ValueError(f"eta_minus={h.eta_minus!r} and eta_plus={h.eta_plus!r} must lie below and above 1")
         if h.step_min > h.step_max:
             raise ValueError(f"step_min={h.step_min!r} is above step_max={h.step_max!r}")
         values = {
-            **recipes.constants(dtype), **common(SimpleNamespace(**vars(h), weight_decay=0.0, decoupled=False)),
+            **recipes.constants(dtype), **common(SimpleNamespace(**vars(h), weight_decay=0.0, decoupled=False), dtype),
             "eta_minus": h.eta_minus, "eta_plus": h.eta_plus, "step_min": h.step_min, "step_max": h.step_max,
             "flip_below": 0.0 if h.zero_on_flip else -math.inf,
         }  # fmt: skip

@@ -71,6 +71,12 @@ def make(rule, dtype, general, values, corrections=()):
     for name, value in ordered.items():
         if np.isfinite(value) and not np.isfinite(rounded(value, dtype)):
             raise ValueError(f"the coefficient {name}={value!r} is not finite in {dtype}")
+    for correction in corrections:
+        first = ordered[correction.coefficient] / correction.weight
+        if correction.operation == DIVIDE and not np.isfinite(rounded(first, dtype)):
+            raise ValueError(
+                f"the coefficient {correction.coefficient} of the first step, {first!r}, is not finite in {dtype}"
+            )
     return Recipe(rule, dtype, bool(general), ordered, tuple(corrections))
 
 

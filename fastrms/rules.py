@@ -121,9 +121,9 @@ def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer
 
 # AdaGrad (Duchi, Hazan, Singer 2011): divide by the root of the sum of squares since the start.
 def adagrad(param, grad, sum,
-            grad_scale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay):  # fmt: skip
+            grad_scale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay, tiny, zero):  # fmt: skip
     g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
-    sum = sum + g * g
+    sum = flush(sum + g * g, tiny, zero)
     w = sum
     if GENERAL:
         w = w + eps_root

@@ -62,7 +62,9 @@ class SequenceOf:
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
             if not _is_plain_iterable(value):
-                raise TypeError(f"{what} is a {type(value).__name__}; it must be a sequence of {self.count}, as params is")
+                raise TypeError(
+                    f"{what} is a {type(value).__name__}; it must be a sequence of {self.count} arrays, in the structure of params"
+                )
             value = list(value)
         if len(value) != self.count:
             raise ValueError(f"{what} has {len(value)} entries, params has {self.count}")
@@ -88,7 +90,7 @@ class MappingOf:
         try:
             leaves = [value[key] for key in self.keys]
         except KeyError as error:
-            raise ValueError(f"{what} has no {error.args[0]!r}, params has (None skips a tensor)") from None
+            raise ValueError(f"{what} has no {error.args[0]!r}, which params has; give None to skip it") from None
         if len(value) != self.count:
             extra = next(key for key in value if key not in self.keys)
             raise ValueError(f"{what} has {extra!r}, params has not")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import BACKENDS
 
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
 from bench import __main__ as command
 from bench import check, contenders
 

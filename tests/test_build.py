@@ -189,7 +189,7 @@ def test_built_without_c_on_purpose(sources, tmp_path):
 def test_a_missing_compiler_is_fatal_and_named(sources, tmp_path):
     run = build(["--wheel"], sources, tmp_path / "dist", CC="no-such-compiler")
     assert run.returncode != 0
-    assert "no-such-compiler" in run.stdout + run.stderr
+    assert "no-such-compiler" in run.stdout + run.stderr and "FASTRMS_NO_EXT=1" in run.stdout + run.stderr
     assert not list((tmp_path / "dist").glob("*.whl")) if (tmp_path / "dist").exists() else True
 
 
@@ -227,7 +227,7 @@ def test_import_is_light():
 
 
 def test_show_config_and_available_backends():
-    out = question("import fastrms; d = fastrms.show_config(); print(sorted(d)); print(fastrms.available_backends())")
-    for words in ("fastrms", "numpy", "backends", "isa", "python", "machine"):
+    out = question("import fastrms; fastrms.show_config(); print(fastrms.available_backends())")
+    for words in ("fastrms", "numpy", "backends", "auto", "isa", "python", "machine", "threads"):
         assert words in out
     assert repr(("c", "numpy") if c.lib else ("numpy",)) in out

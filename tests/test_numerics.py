@@ -102,12 +102,13 @@ def test_series_is_the_same_in_c_and_python(terms, decay, weight):
     (lambda w, b: fastrms.RMSProp(w, rho=0.5, momentum=0.5, centered=True, backend=b),
      ("square_avg", "grad_avg", "momentum_buffer")),
     (lambda w, b: fastrms.Adam(w, beta1=0.5, beta2=0.5, backend=b), ("exp_avg", "exp_avg_sq")),
+    (lambda w, b: fastrms.AdaGrad(w, backend=b), ("sum",)),
 ])  # fmt: skip
 def test_no_subnormal_stays_in_a_state(backend, dtype, make, names):
     """Zero gradients let the averages decay: to zero, not to a subnormal that slows every later step for ever."""
     w = np.ones(50, dtype)
     optimizer = make(w, backend)
-    optimizer.step(np.full(50, 1e-3, dtype))
+    optimizer.step(np.full(50, np.sqrt(np.finfo(dtype).tiny) / 2 if names == ("sum",) else 1e-3, dtype))
     tiny = np.finfo(dtype).tiny
     for _ in range(1200):
         optimizer.step(np.zeros(50, dtype))
@@ -262,6 +263,13 @@ def test_clip_norm_against_its_formula(backend):
     measured = fastrms.AdaGrad(np.zeros(3), backend=backend)
     assert measured.step(np.full(3, 1e6), clip_norm=float("inf")).grad_norm == pytest.approx(1e6 * 3**0.5)
     assert (measured.state["sum"] == 1e12).all()
+
+
+def test_norm_of_tiny_gradients_beside_zeros(backend):
+    """A block of zeros has no magnitude of its own to scale the others by."""
+    grads = np.concatenate([np.full(4096, 1e-200), np.zeros(4096)])
+    info = fastrms.AdaGrad(np.zeros(8192), backend=backend).step(grads, clip_norm=1.0)
+    assert info.grad_norm == pytest.approx(6.4e-199, rel=1e-14)
 
 
 def test_a_nan_gradient_with_clip_norm_is_not_hidden(backend):

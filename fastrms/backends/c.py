@@ -94,7 +94,8 @@ def update(recipe, step, grad_scale, param, grad, states):
     addresses = [ffi.from_buffer(flat) for flat in (param, grad, *states)]
     addresses += [ffi.NULL] * (2 + lib.FASTRMS_MAX_STATES - len(addresses))
     status = lib.fastrms_update(group, param.size, step, grad_scale, *addresses)
-    assert status == OK, "buffers overlap: the caller checks them"
+    if status != OK:
+        raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
 
 class Plan:
@@ -154,7 +155,7 @@ class Plan:
             return ffi.from_buffer(grad)
         if grad is None:
             return ffi.NULL
-        return pointer(grad.address) if grad.address else self._tensor  # an empty torch tensor lies at address 0
+        return pointer(grad.address) if grad.size else self._tensor  # an empty tensor may lie at 0, which means "none"
 
     def _groups_with(self, recipes):
         groups = ffi.new("fastrms_group[]", len(self._group))

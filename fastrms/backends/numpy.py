@@ -56,6 +56,8 @@ def block_squares(block):
 
 
 def add(total, part):
+    if part[0] == 0:  # its exponent says nothing
+        return total
     most = max(total[1], part[1])
     return np.ldexp(total[0], 2 * (total[1] - most)) + np.ldexp(part[0], 2 * (part[1] - most)), most
 
@@ -127,7 +129,7 @@ class Plan:
     def _run(self, grad_scale, clip_norm):
         norm = None
         if clip_norm is not None:
-            norm = self.norm() * grad_scale
+            norm = self.norm(grad_scale)
             if not norm <= clip_norm:
                 grad_scale = grad_scale * float(np.float64(clip_norm) / norm)
         for k, grad in enumerate(self.grads):
@@ -138,13 +140,13 @@ class Plan:
         self.steps += 1
         return norm
 
-    def norm(self):
+    def norm(self, scale):
         total = ZERO
         with np.errstate(all="ignore"):
             for grad in self.grads:
                 for part in squares(grad) if grad is not None else ():
                     total = add(total, part)
-            return float(np.ldexp(np.sqrt(total[0]), total[1]))
+            return float(np.ldexp(np.sqrt(total[0]) * scale, total[1]))
 
     def copy(self, pairs, recipes=None, steps=None):
         """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).

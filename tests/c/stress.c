@@ -36,7 +36,7 @@ static problem *make(void)
     problem *p = calloc(1, sizeof *p);
     p->group.rule = rule_index("adagrad");
     p->group.itemsize = 4;
-    p->group.coefficients = 8;
+    p->group.coefficients = 10;
     p->group.value[0] = p->group.value[5] = p->group.value[6] = 1;
     for (int k = 0; k < TENSORS; ++k) {
         for (int b = 0; b < 3; ++b)

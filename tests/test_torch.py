@@ -1,0 +1,115 @@
+"""torch CPU tensors and Parameters: the same memory, read anew at every step, refused where it is not what it was."""
+
+import numpy as np
+import pytest
+from conftest import bits
+
+import fastrms
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="not installed: torch")
+
+
+def test_parameters_and_grads_are_used_in_place(torch, backend):
+    param = torch.nn.Parameter(torch.ones(3, 5))
+    other = torch.ones(7, dtype=torch.float64)
+    want, want_other = np.ones((3, 5), np.float32), np.ones(7)
+    optimizer = fastrms.Adam([param, other], backend=backend)
+    reference = fastrms.Adam([want, want_other], backend=backend)
+    for step in range(5):
+        param.grad = None
+        ((param * (step + 1)) ** 2).sum().backward()  # a new gradient tensor every time
+        reference.step([param.grad.numpy().copy(), want_other + 1])
+        optimizer.step([param.grad, other + 1])
+        assert np.array_equal(bits(param.detach().numpy()), bits(want))
+        assert np.array_equal(bits(other.numpy()), bits(want_other))
+
+
+def test_data_that_moves_is_followed(torch, backend):
+    param, grad = torch.nn.Parameter(torch.zeros(1000)), torch.ones(1000)
+    optimizer = fastrms.AdaGrad([param], lr=1.0, backend=backend)
+    optimizer.bind([grad])
+    optimizer.step()
+    param.data = torch.full((1000,), 5.0)
+    optimizer.step()
+    assert torch.allclose(param.detach(), torch.tensor(5 - 2**-0.5)) and optimizer.steps == 2
+
+
+def test_swapped_data_is_followed(torch, backend):
+    p, q = torch.nn.Parameter(torch.zeros(100)), torch.nn.Parameter(torch.ones(100))
+    optimizer = fastrms.AdaGrad([p, q], lr=1.0, backend=backend)
+    p.data, q.data = q.data, p.data
+    optimizer.step([torch.ones(100), torch.ones(100)])
+    assert torch.allclose(p.detach(), torch.zeros(100)) and torch.allclose(q.detach(), -torch.ones(100))
+
+
+def changed(torch, how):
+    """A parameter, bound, whose data is then exchanged for something that does not fit."""
+    param = torch.nn.Parameter(torch.zeros(4, 4))
+    data = {
+        "transposed": lambda: torch.zeros(4, 4).t(),
+        "dtype": lambda: param.data.view(torch.int32),
+        "shape": lambda: torch.zeros(16),
+        "gradient": lambda: None,
+    }[how]
+    return param, data
+
+
+@pytest.mark.parametrize("how", ["transposed", "dtype", "shape", "gradient"])
+def test_data_that_no_longer_fits_is_refused(torch, backend, how):
+    param, data = changed(torch, how)
+    grad = torch.ones(4, 4)
+    optimizer = fastrms.AdaGrad([param], backend=backend)
+    optimizer.bind([grad])
+    optimizer.step()
+    if how == "dtype":
+        param = optimizer._params[0].owner
+        param.requires_grad_(False)
+    param.data = grad if how == "gradient" else data()
+    before = grad.clone()
+    with pytest.raises((TypeError, ValueError), match=r"params\[0\]"):
+        optimizer.step()
+    assert optimizer.steps == 1 and torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("size", [0, 64])
+def test_storage_that_was_taken_away_is_refused(torch, backend, size):
+    lost = torch.ones(1 << 12)
+    lost.untyped_storage().resize_(size)
+    w = np.zeros(1 << 12, np.float32)
+    with pytest.raises((TypeError, ValueError), match="grads"):
+        fastrms.AdaGrad(w, backend=backend).step(lost)
+    with pytest.raises((TypeError, ValueError), match="params"):
+        fastrms.AdaGrad(lost, backend=backend)
+    assert (w == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "half", "int", "meta", "sparse", "negated", "strided", "expanded"])
+def test_tensors_that_cannot_be_used_are_refused(torch, backend, kind):
+    make = {
+        "bfloat16": lambda: torch.ones(4, dtype=torch.bfloat16),
+        "half": lambda: torch.ones(4, dtype=torch.float16),
+        "int": lambda: torch.ones(4, dtype=torch.int32),
+        "meta": lambda: torch.ones(4, device="meta"),
+        "sparse": lambda: torch.ones(4).to_sparse(),
+        "negated": lambda: torch.complex(torch.ones(4), torch.ones(4)).conj().imag.contiguous().neg().view(4)._neg_view(),
+        "strided": lambda: torch.ones(8)[::2],
+        "expanded": lambda: torch.ones(1).expand(4),
+    }[kind]
+    w = np.zeros(4, np.float32)
+    with pytest.raises((TypeError, ValueError), match="grads"):
+        fastrms.RMSProp(w, backend=backend).step(make())
+    with pytest.raises((TypeError, ValueError), match="params"):
+        fastrms.RMSProp(make(), backend=backend)
+    assert (w == 0).all()
+
+
+def test_empty_tensors_count_their_steps(torch, backend):
+    empty = torch.nn.Parameter(torch.ones(0, 3))
+    optimizer = fastrms.Adam([empty], backend=backend)
+    optimizer.step([torch.ones(0, 3)])
+    assert optimizer._plan.tensor_steps == [1]
