@@ -86,9 +86,7 @@ def _as_array(x, name):
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
     if x is None or isinstance(x, _NOT_ARRAYS):
-        raise TypeError(
-            f"{name} is a {type(x).__name__}{_hint(x)}; it must be an array of float32 or float64, in the structure of params"
-        )
+        raise TypeError(f"{name} is a {type(x).__name__}{_hint(x)}; it must be an array of float32 or float64, as in params")
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
         raise TypeError(
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"

@@ -143,10 +143,16 @@ def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, 
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
     """One RMSProp update of param and its state, in place; returns None.
 
-    param, grad, square_avg and the optional states are arrays of one shape, memory order and dtype (float32 or
-    float64) that do not overlap; grad is only read, square_avg holds no negative number.  init_state makes them.  grad_avg is the state of centered=True, momentum_buffer that of
-    momentum > 0.  step: number of this update from 1, needed with bias_correction only.  grad_scale > 0 multiplies grad.
-    The other keywords and the formula: fastrms.RMSProp.
+    ::
+
+        g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
+        param = param - lr*g/(sqrt(square_avg + eps_root) + eps)                          (Hinton 2012)
+
+    param, grad, square_avg and the optional states: arrays of one shape, memory order and dtype (float32 or float64)
+    that do not overlap; grad is only read, square_avg holds no negative number.  init_state makes them.
+    grad_avg: state of the centered form, given for it; momentum_buffer: that of momentum > 0.
+    step: number of this update from 1, needed with bias_correction only.   grad_scale, 1e-30 to 1e30, multiplies grad.
+    The other keywords and the whole formula: fastrms.RMSProp.
     Raises TypeError or ValueError, naming the argument, before anything is written.
     """
     if step is None:
@@ -169,9 +175,14 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     """One AdaGrad update of param and sum, in place; returns None.
 
+    ::
+
+        g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
+        param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)         (Duchi, Hazan, Singer 2011)
+
     param, grad, sum: arrays of one shape, memory order and dtype (float32 or float64) that do not overlap; grad is
-    only read.  step: number of this update from 1, for lr_decay.  grad_scale > 0 multiplies grad.
-    The other keywords and the formula: fastrms.AdaGrad.  Raises as rmsprop does.
+    only read, sum holds no negative number.   step: number of this update from 1, for lr_decay.
+    grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.AdaGrad.   Raises as rmsprop does.
     """
     _update(AdaGrad, "adagrad", _ADAGRAD, step, grad_scale, options, _NOTHING, param, grad, sum)
 
@@ -179,9 +190,17 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
     """One Adam update of param and its state, in place; returns None.
 
+    ::
+
+        g = grad*grad_scale, clipped and decayed
+        exp_avg = beta1*exp_avg + (1 - beta1)*g;  exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
+        m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
+        param = param - lr*m/(sqrt(v + eps_root) + eps)                                   (Kingma, Ba 2015)
+
     param, grad, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq: arrays of one shape, memory order and dtype
-    (float32 or float64) that do not overlap; grad is only read.  step: number of this update, from 1.
-    grad_scale > 0 multiplies grad.  The other keywords and the formula: fastrms.Adam.  Raises as rmsprop does.
+    (float32 or float64) that do not overlap; grad is only read, the squares hold no negative number.
+    step: number of this update, from 1.   grad_scale, 1e-30 to 1e30, multiplies grad.
+    The other keywords: fastrms.Adam.   Raises as rmsprop does.
     """
     if max_exp_avg_sq is None:
         _update(Adam, "adam", _ADAM, step, grad_scale, options, _NOTHING, param, grad, exp_avg, exp_avg_sq)
@@ -194,9 +213,14 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     """One RProp update of param, prev and step_size, in place; returns None.
 
+    ::
+
+        s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
+        g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g                  (Riedmiller, Braun 1993)
+
     param, grad, prev, step_size: arrays of one shape, memory order and dtype (float32 or float64) that do not
-    overlap; grad is only read.  step_size starts at lr everywhere, prev at 0 (init_state makes both).
-    The other keywords and the formula: fastrms.RProp.  Raises as rmsprop does.
+    overlap; grad is only read.   step_size starts at lr everywhere, prev at 0 (init_state makes both).
+    grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.RProp.   Raises as rmsprop does.
     """
     _update(RProp, "rprop", _RPROP, 1, grad_scale, options, _NOTHING, param, grad, prev, step_size)
 
@@ -204,8 +228,10 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
 def init_state(optimizer, param, *, dialect=None, **options):
     """Fresh state for the calls above: dict of well-placed arrays of the shape, memory order and dtype of param.
 
-    optimizer: "rmsprop", "adagrad", "adam" or "rprop".  The keywords decide which arrays there are and how they start:
+    optimizer: "rmsprop", "adagrad", "adam" or "rprop".   dialect and the other keywords: as in the optimizer's class;
+    they decide which arrays there are and how they start (initial_value; lr for RProp's step_size).
     ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
+    Raises TypeError or ValueError, naming the argument.
     """
     if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")

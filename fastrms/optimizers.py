@@ -60,6 +60,7 @@ class RMSProp(Optimizer):
         u = lr*g / (sqrt(w + eps_root) + eps)
         momentum > 0: momentum_buffer = momentum*momentum_buffer + u;  u = momentum_buffer
                       nesterov:  u = momentum*momentum_buffer + u
+        floor = 2**-20 (float32), 2**-49 (float64): above the rounding of square_avg
         param = param - u         decoupled: param - (u + lr*weight_decay*param)
 
     params: one array, a sequence, a mapping, or a list of groups ``{"params": ..., "lr": ...}``; float32 or float64.
@@ -218,7 +219,15 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): decoupled=True, weight_decay=0.01 by default."""
+    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): Adam with decoupled=True, weight_decay=0.01.
+
+    ::
+
+        param = param - (lr*m/(sqrt(v + eps_root) + eps) + lr*weight_decay*param)
+
+    with m and v as in Adam; parameters, state and errors as there.  dialect="keras", "mindspore", "optax" give the
+    decay 0.004, 0 and 1e-4 of those frameworks.
+    """
 
     defaults = {**Adam.defaults, "decoupled": True, "weight_decay": 0.01}
 

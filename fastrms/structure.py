@@ -62,9 +62,7 @@ class SequenceOf:
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
             if not _is_plain_iterable(value):
-                raise TypeError(
-                    f"{what} is a {type(value).__name__}; it must be a sequence of {self.count} arrays, in the structure of params"
-                )
+                raise TypeError(f"{what} is a {type(value).__name__}; it must be a sequence of {self.count}, as params is")
             value = list(value)
         if len(value) != self.count:
             raise ValueError(f"{what} has {len(value)} entries, params has {self.count}")
