@@ -13,7 +13,9 @@ try:
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] not in ("rich", "matplotlib"):
         raise
-    sys.exit(f"{error.name} is missing, which the benchmark needs: pip install 'fastrms[bench]'")
+    sys.exit(f"{error.name} is missing, which the benchmark needs: pip install -e '.[bench]'")
+
+import fastrms
 
 from . import machine, timing
 from .check import WrongContender, check
@@ -30,10 +32,11 @@ PIPE_WIDTH = 150  # columns where the output is not a terminal
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Times fastrms against NumPy, one thread.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Times fastrms against NumPy.")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: ends within a minute")
     parser.add_argument("--sizes", type=positive_numbers, help="numbers of elements: 64,1024,65536")
     parser.add_argument("--rules", type=known_rules, help=f"out of {','.join(OPTIMIZERS)}")
+    parser.add_argument("--threads", type=int, default=1, help="of fastrms (default: 1); NumPy has one")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
     parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README}")
@@ -90,12 +93,17 @@ def show(results, console):
         for table in report.tables(results, rule, console.width):
             console.print(table)
     console.print("Minima over interleaved rounds; GB/s: the bytes that the rule must move, over the time taken.")
+    console.print("ceiling: a C loop of one addition per stream over the same buffers; in memory no update can be faster.")
 
 
 def main(arguments=None):
     options = parse(arguments)
     command = shlex.join(["python", "-m", "bench", *(sys.argv[1:] if arguments is None else arguments)])
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    try:
+        fastrms.set_num_threads(options.threads)
+    except ValueError as error:
+        sys.exit(f"--threads: {error}")
     facts = machine.describe()
     try:
         if options.readme:
@@ -107,7 +115,7 @@ def main(arguments=None):
     except (ValueError, WrongContender) as error:
         sys.exit(str(error))
     show(results, console)
-    console.print(f"empty Python call: {clocks[0]:.0f} ns at the begin, {clocks[1]:.0f} ns at the end")
+    console.print(f"empty Python call: {clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end")
     console.print(f"wrote {', '.join(write(options, results, facts, clocks, command))}")
 
 

@@ -1,5 +1,6 @@
 """The project's target figures, each measured in one interleaved run: `python -m bench.figures [--readme]`."""
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "rich":
         raise
-    sys.exit("rich is missing, which the benchmark needs: pip install 'fastrms[bench]'")
+    sys.exit("rich is missing, which the benchmark needs: pip install -e '.[bench]'")
 
 import fastrms
 
@@ -214,9 +215,13 @@ MEASUREMENTS = (functional, bound, many_bound, many_fresh, large, importing, mem
 
 
 def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures, one thread.")
+    parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
+    options = parser.parse_args()
     if "c" not in fastrms.available_backends():
         sys.exit("the figures are those of the C backend, and fastrms was built without its C extension")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    fastrms.set_num_threads(1)
     console.print(report.header(machine.describe(), PLACED))
     table = Table("what", "target", "measured", "ok", caption="float32, one thread; times: minima of interleaved rounds")
     start, first_clock = time.perf_counter(), clock()
@@ -229,9 +234,9 @@ def main():
     for figure in figures:
         table.add_row(*figure[:3], "yes" if figure.ok else "NO", style=None if figure.ok else "bold red")
     console.print(table)
-    console.print(f"empty Python call: {first_clock:.0f} ns at the begin, {clock():.0f} ns at the end")
+    console.print(f"empty Python call: {first_clock:.0f} ns at the start, {clock():.0f} ns at the end")
     console.print(f"{time.perf_counter() - start:.0f} s")
-    if "--readme" in sys.argv[1:]:
+    if options.readme:
         report.write_readme(report.README, "figures", markdown(figures))
     return figures
 

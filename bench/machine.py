@@ -19,7 +19,7 @@ def describe():
         "numpy": np.__version__,
         "fastrms": fastrms.__version__,
         "isa": fastrms.isa() or "none (no C extension)",
-        "threads": 1,
+        "threads": fastrms.get_num_threads(),
     }
 
 
@@ -31,8 +31,13 @@ def in_words(machine):
 def software(machine):
     return (
         f"Python {machine['python']}, NumPy {machine['numpy']}, fastrms {machine['fastrms']}, "
-        f"instruction set {machine['isa']}, {machine['threads']} thread"
+        f"instruction set {machine['isa']}, {threads(machine)}"
     )
+
+
+def threads(machine):
+    """Of fastrms and the ceiling; NumPy's arithmetic has always one."""
+    return "one thread" if machine["threads"] == 1 else f"up to {machine['threads']} threads of fastrms"
 
 
 def cpu_model():

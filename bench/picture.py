@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .contenders import CEILING, FASTRMS, IN_PLACE, NAIVE, held_per_element
-from .machine import in_words
+from .machine import in_words, threads
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell the lines apart without colour.
 STYLES = {
@@ -33,7 +33,7 @@ def draw(results, machine):
         panel.set_xlabel("elements (dotted: all buffers of the update fill that cache)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 3, frameon=False)
-    figure.suptitle(f"One in-place update, {results.dtype}, one thread\n{in_words(machine)}", fontsize=11)
+    figure.suptitle(f"One in-place update, {results.dtype}, {threads(machine)}\n{in_words(machine)}", fontsize=11)
     for name in FILES:
         figure.savefig(name, dpi=150)
 

@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] not in ("matplotlib", "rich", "sklearn"):
         raise
-    sys.exit(f"{error.name} is missing, which this example needs: pip install 'fastrms[examples]'")
+    sys.exit(f"{error.name} is missing, which this example needs: pip install -e '.[examples]'")
 
 import fastrms
 

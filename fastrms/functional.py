@@ -18,10 +18,11 @@ _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
 _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
 ONE = 1.0
+_MOST_STEPS = hyper.MOST_STEPS
 _NOTHING: dict = {}
 _CACHE_SIZE = 256
-_cache: dict = {}
-_last: dict = dict.fromkeys(rules.RULES)  # per rule: options, dtype and C group of the last call
+_cache: dict = {rule: {} for rule in rules.RULES}
+_last: dict = {rule: {} for rule in rules.RULES}  # per rule: the hyper-parameters, dtype and C group of the last call
 
 
 class Prepared(NamedTuple):
@@ -61,21 +62,21 @@ def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, *
 
 
 def _prepared(optimizer, rule, dtype, options, given):
-    """_prepare through the cache; the short way of _update knows the last one of each rule."""
-    kinds = [type(value) for value in options.values()]
-    key = prepared = None
-    if _PLAIN_KINDS.issuperset(kinds):
-        key = (rule, dtype, *options, *options.values(), *kinds)
-    prepared = _cache.get(key)
+    """_prepare through the cache.  Equal keys may differ in kind (True == 1): an ambiguous one keeps the kinds."""
+    kinds = [*map(type, options.values())]
+    plain = _PLAIN_KINDS.issuperset(kinds)
+    key = (dtype, *options, *options.values(), *kinds) if plain else None
+    prepared = _cache[rule].get(key)
     if prepared is None:
         extra = {name: options[name] for name in ("backend", "dialect") if name in options}
         prepared = _prepare(optimizer, rule, dtype, options, **extra, **given)
-        if len(_cache) >= _CACHE_SIZE:
-            _cache.clear()
-        if key is not None:
-            _cache[key] = prepared
-    if key is not None and prepared.group is not None:
-        _last[rule] = options, kinds, dtype, prepared.group
+        if len(_cache[rule]) >= _CACHE_SIZE:
+            _cache[rule].clear()
+        if plain:
+            _cache[rule][key] = prepared
+    if plain and prepared.group is not None:
+        ambiguous = any(value in (0, 1) for value in options.values())
+        _last[rule] = {(*options, *options.values()): (kinds if ambiguous else None, dtype, prepared.group)}
     return prepared
 
 
@@ -85,16 +86,15 @@ def _update(optimizer, rule, names, step, grad_scale, options, given, param, gra
     First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less Python.
     from_buffer refuses what is strided or read-only, C what overlaps or is misaligned.
     """
-    if type(step) is not int or not 0 < step <= hyper.MOST_STEPS:
+    if type(step) is not int or not 0 < step <= _MOST_STEPS:
         step = hyper.step_count("step", step, least=1)
     if grad_scale is not ONE:
         grad_scale = hyper.scale("grad_scale", grad_scale)
     try:
-        known, kinds, dtype, group = _last[rule]
+        kinds, dtype, group = _last[rule][(*options, *options.values())]
         shape = param.shape
         if (
-            known == options
-            and kinds == [type(value) for value in options.values()]  # True == 1 == np.float32(1)
+            (kinds is None or kinds == [*map(type, options.values())])
             and type(param) is _ndarray is type(grad)
             and param.dtype is dtype is grad.dtype
             and grad.shape == shape
@@ -116,7 +116,7 @@ def _update(optimizer, rule, names, step, grad_scale, options, given, param, gra
             )
         ):
             return
-    except (AttributeError, BufferError, TypeError, ValueError):
+    except (AttributeError, BufferError, KeyError, TypeError, ValueError):
         pass  # the long way says what is wrong
     buffers = (param, grad, state, second, third)[: len(names)]
     _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given)
