@@ -77,6 +77,9 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
 int64_t fastrms_segments(int64_t size);
+/* the same for rules with one state, step 1 and grad_scale 1: four arguments less to convert */
+int fastrms_update_one(const fastrms_group *group, int64_t size, void *param, const void *grad, void *state);
+
 double fastrms_series(double decay, double weight, int64_t terms);
 
 int fastrms_rule_count(void);

@@ -318,3 +318,8 @@ int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, doubl
         run(&plan);
     return FASTRMS_OK;
 }
+
+int fastrms_update_one(const fastrms_group *group, int64_t size, void *param, const void *grad, void *state)
+{
+    return fastrms_update(group, size, 1, 1, param, grad, state, NULL, NULL);
+}

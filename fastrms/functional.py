@@ -12,21 +12,19 @@ from .recipes import Recipe
 
 _c = backends.load("c")
 _c_update = _c.lib and _c.lib.fastrms_update
+_c_update_one = _c.lib and _c.lib.fastrms_update_one
 _from_buffer = _c.ffi and _c.ffi.from_buffer
 _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
 _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
-ONE = 1.0
+ONE, FIRST = 1.0, 1
 _MOST_STEPS = hyper.MOST_STEPS
-_NOTHING: dict = {}
 _CACHE_SIZE = 256
-_cache: dict = {rule: {} for rule in rules.RULES}
-_last: dict = {rule: {} for rule in rules.RULES}  # per rule: the hyper-parameters, dtype and C group of the last call
 
 
 class Prepared(NamedTuple):
-    """What a call needs, made once per set of hyper-parameters."""
+    """What an update needs, made once per set of hyper-parameters."""
 
     recipe: Recipe
     update: Any  # of the backend, for flat arrays
@@ -34,110 +32,127 @@ class Prepared(NamedTuple):
     positive_state: bool
 
 
-def _prepare(optimizer, rule, dtype, options, *, backend="auto", dialect=None, **given):
-    """Prepared for one rule.  `given`: hyper-parameters that the state arrays of the call decide."""
-    for name, value in given.items():
-        if options.get(name, value) != value:
-            raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
-    options = {name: value for name, value in options.items() if name not in ("backend", "dialect")}
-    useless = next((name for name in options if name == "initial_value" or name in optimizer.fixed), None)
-    if useless is not None:
-        raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
-    values = optimizer.resolve(dialect, {**options, **given})
-    if callable(values["lr"]):
-        raise TypeError("lr must be a number here; a schedule needs an optimizer object")
-    h = SimpleNamespace(**values)
-    recipe = optimizer.checked_recipe(h, dtype)
-    if recipe.rule != rule:
-        raise ValueError(f"these hyper-parameters need the rule {recipe.rule}, with the state "
-                         f"{', '.join(rules.state_names(rules.RULES[recipe.rule]))}; "
-                         f"given is {', '.join(rules.state_names(rules.RULES[rule]))}")  # fmt: skip
-    positive = optimizer.needs_positive_state(h, dtype)
-    module = backends.choose(backend)
-    group = None
-    if module is _c and not positive:
-        group = _c.ffi.new("fastrms_group *")
-        _c.fill_group(group, recipe)
-    return Prepared(recipe, module.update, group, positive)
+class Update:
+    """The update of one rule on raw arrays.  given: hyper-parameters that its state arrays decide."""
+
+    __slots__ = ("cache", "given", "last", "names", "optimizer", "rule")
+
+    def __init__(self, optimizer, rule, **given):
+        self.optimizer, self.rule, self.given = optimizer, rule, given
+        self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
+        self.cache = {}
+        self.last = {}  # hyper-parameters of the last call -> their kinds where equal ones differ, dtype, C group
+
+    def make(self, step, grad_scale, options, param, grad, state, second=None, third=None):
+        """First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less
+        Python.  from_buffer refuses what is strided or read-only, C what overlaps or is misaligned."""
+        if step is not FIRST and (type(step) is not int or not 0 < step <= _MOST_STEPS):
+            step = hyper.step_count("step", step, least=1)
+        if grad_scale is not ONE:
+            grad_scale = hyper.scale("grad_scale", grad_scale)
+        try:
+            kinds, dtype, group = self.last[(*options, *options.values())]
+            shape = param.shape
+            if (
+                (kinds is None or kinds == [*map(type, options.values())])
+                and type(param) is _ndarray is type(grad)
+                and param.dtype is dtype is grad.dtype
+                and grad.shape == shape == state.shape
+                and type(state) is _ndarray
+                and state.dtype is dtype
+                and not (
+                    _c_update_one(
+                        group,
+                        param.size,
+                        _from_buffer(_BYTES, param, True),
+                        _from_buffer(grad),
+                        _from_buffer(_BYTES, state, True),
+                    )
+                    if second is None and step is FIRST and grad_scale is ONE
+                    else self.update_more(group, step, grad_scale, param, grad, state, second, third)
+                )
+            ):
+                return
+        except (AttributeError, BufferError, KeyError, TypeError, ValueError):
+            pass  # the long way says what is wrong
+        self.checked((param, grad, state, second, third)[: len(self.names)], step, grad_scale, options)
+
+    def update_more(self, group, step, grad_scale, param, grad, *states):
+        """fastrms_update with everything it takes; not 0 where a further state does not fit."""
+        for state in states[1:]:
+            fits = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
+            if state is not None and not fits:
+                return _c.MISSING
+        pointers = [_NULL if state is None else _from_buffer(_BYTES, state, True) for state in states]
+        return _c_update(
+            group, param.size, step, grad_scale, _from_buffer(_BYTES, param, True), _from_buffer(grad), *pointers
+        )
+
+    def checked(self, buffers, step, grad_scale, options):
+        """The same for any array-likes, with the sentences."""
+        names = self.names
+        acquired = [arrays.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
+        param = acquired[0]
+        for buffer, name in zip(acquired[1:], names[1:], strict=True):
+            arrays.same_layout(buffer, name, param, "param")
+        arrays.refuse_overlap(zip(names, acquired, strict=True))
+        prepared = self.prepared(param.dtype, options)
+        if prepared.positive_state and any((buffer.flat == 0).any() for buffer in acquired[2:]):
+            raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
+        flats = [buffer.flat for buffer in acquired]
+        prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+
+    def prepared(self, dtype, options):
+        """prepare through the cache.  Equal keys may differ in kind (True == 1): those keep their kinds."""
+        kinds = [*map(type, options.values())]
+        plain = _PLAIN_KINDS.issuperset(kinds)
+        key = (dtype, *options, *options.values(), *kinds) if plain else None
+        prepared = self.cache.get(key)
+        if prepared is None:
+            prepared = self.prepare(dtype, **options)
+            if len(self.cache) >= _CACHE_SIZE:
+                self.cache.clear()
+            if plain:
+                self.cache[key] = prepared
+        if plain and prepared.group is not None:
+            ambiguous = any(value in (0, 1) for value in options.values())
+            self.last = {(*options, *options.values()): (kinds if ambiguous else None, dtype, prepared.group)}
+        return prepared
+
+    def prepare(self, dtype, *, backend="auto", dialect=None, **options):
+        """Prepared for hyper-parameters as the caller gave them, everything about them checked."""
+        for name, value in self.given.items():
+            if options.setdefault(name, value) != value:
+                raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
+        useless = next((name for name in options if name == "initial_value" or name in self.optimizer.fixed), None)
+        if useless is not None:
+            raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
+        values = self.optimizer.resolve(dialect, options)
+        if callable(values["lr"]):
+            raise TypeError("lr must be a number here; a schedule needs an optimizer object")
+        h = SimpleNamespace(**values)
+        recipe = self.optimizer.checked_recipe(h, dtype)
+        if recipe.rule != self.rule:
+            needed, given = ", ".join(rules.state_names(rules.RULES[recipe.rule])), ", ".join(self.names[2:])
+            raise ValueError(f"these hyper-parameters need {needed} (the state of {recipe.rule}); given is {given}")
+        positive = self.optimizer.needs_positive_state(h, dtype)
+        module = backends.choose(backend)
+        group = None
+        if module is _c and not positive:
+            group = _c.ffi.new("fastrms_group *")
+            _c.fill_group(group, recipe)
+        return Prepared(recipe, module.update, group, positive)
 
 
-def _prepared(optimizer, rule, dtype, options, given):
-    """_prepare through the cache.  Equal keys may differ in kind (True == 1): an ambiguous one keeps the kinds."""
-    kinds = [*map(type, options.values())]
-    plain = _PLAIN_KINDS.issuperset(kinds)
-    key = (dtype, *options, *options.values(), *kinds) if plain else None
-    prepared = _cache[rule].get(key)
-    if prepared is None:
-        extra = {name: options[name] for name in ("backend", "dialect") if name in options}
-        prepared = _prepare(optimizer, rule, dtype, options, **extra, **given)
-        if len(_cache[rule]) >= _CACHE_SIZE:
-            _cache[rule].clear()
-        if plain:
-            _cache[rule][key] = prepared
-    if plain and prepared.group is not None:
-        ambiguous = any(value in (0, 1) for value in options.values())
-        _last[rule] = {(*options, *options.values()): (kinds if ambiguous else None, dtype, prepared.group)}
-    return prepared
-
-
-def _update(optimizer, rule, names, step, grad_scale, options, given, param, grad, state, second=None, third=None):
-    """One update of param and its states; names: of all buffers, for errors.
-
-    First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less Python.
-    from_buffer refuses what is strided or read-only, C what overlaps or is misaligned.
-    """
-    if type(step) is not int or not 0 < step <= _MOST_STEPS:
-        step = hyper.step_count("step", step, least=1)
-    if grad_scale is not ONE:
-        grad_scale = hyper.scale("grad_scale", grad_scale)
-    try:
-        kinds, dtype, group = _last[rule][(*options, *options.values())]
-        shape = param.shape
-        if (
-            (kinds is None or kinds == [*map(type, options.values())])
-            and type(param) is _ndarray is type(grad)
-            and param.dtype is dtype is grad.dtype
-            and grad.shape == shape
-            and type(state) is _ndarray
-            and state.dtype is dtype
-            and state.shape == shape
-            and (second is None or _fits(second, dtype, shape))
-            and (third is None or _fits(third, dtype, shape))
-            and not _c_update(
-                group,
-                param.size,
-                step,
-                grad_scale,
-                _from_buffer(_BYTES, param, True),
-                _from_buffer(grad),
-                _from_buffer(_BYTES, state, True),
-                _NULL if second is None else _from_buffer(_BYTES, second, True),
-                _NULL if third is None else _from_buffer(_BYTES, third, True),
-            )
-        ):
-            return
-    except (AttributeError, BufferError, KeyError, TypeError, ValueError):
-        pass  # the long way says what is wrong
-    buffers = (param, grad, state, second, third)[: len(names)]
-    _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given)
-
-
-def _fits(array, dtype, shape):
-    return type(array) is _ndarray and array.dtype is dtype and array.shape == shape
-
-
-def _checked_update(optimizer, rule, names, buffers, step, grad_scale, options, given):
-    """The same for any array-likes, with the sentences."""
-    acquired = [arrays.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
-    param = acquired[0]
-    for buffer, name in zip(acquired[1:], names[1:], strict=True):
-        arrays.same_layout(buffer, name, param, "param")
-    arrays.refuse_overlap(zip(names, acquired, strict=True))
-    prepared = _prepared(optimizer, rule, param.dtype, options, given)
-    if prepared.positive_state and any((buffer.flat == 0).any() for buffer in acquired[2:]):
-        raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
-    flats = [buffer.flat for buffer in acquired]
-    prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+_rmsprop = Update(RMSProp, "rmsprop", centered=False).make
+_rmsprop_momentum = Update(RMSProp, "rmsprop_momentum", centered=False).make
+_rmsprop_centered = Update(RMSProp, "rmsprop_centered", centered=True).make
+_rmsprop_centered_momentum = Update(RMSProp, "rmsprop_centered_momentum", centered=True).make
+_adagrad = Update(AdaGrad, "adagrad").make
+_adam = Update(Adam, "adam").make
+_adam_amsgrad = Update(Adam, "adam_amsgrad", amsgrad=True).make
+_adam_amsgrad_said = Update(Adam, "adam_amsgrad").make  # amsgrad is among the options: it may be "corrected"
+_rprop = Update(RProp, "rprop").make
 
 
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
@@ -158,18 +173,15 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     if step is None:
         if options.get("bias_correction"):
             raise ValueError("bias_correction needs step, the number of this update from 1")
-        step = 1
+        step = FIRST
     if grad_avg is None and momentum_buffer is None:
-        _update(RMSProp, "rmsprop", _RMSPROP, step, grad_scale, options, _PLAIN, param, grad, square_avg)
+        _rmsprop(step, grad_scale, options, param, grad, square_avg)
     elif grad_avg is None:
-        call = "rmsprop_momentum", _MOMENTUM, step, grad_scale, options, _PLAIN
-        _update(RMSProp, *call, param, grad, square_avg, momentum_buffer)
+        _rmsprop_momentum(step, grad_scale, options, param, grad, square_avg, momentum_buffer)
     elif momentum_buffer is None:
-        call = "rmsprop_centered", _CENTERED, step, grad_scale, options, _IS_CENTERED
-        _update(RMSProp, *call, param, grad, square_avg, grad_avg)
+        _rmsprop_centered(step, grad_scale, options, param, grad, square_avg, grad_avg)
     else:
-        call = "rmsprop_centered_momentum", _CENTERED_MOMENTUM, step, grad_scale, options, _IS_CENTERED
-        _update(RMSProp, *call, param, grad, square_avg, grad_avg, momentum_buffer)
+        _rmsprop_centered_momentum(step, grad_scale, options, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
@@ -184,7 +196,7 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     only read, sum holds no negative number.   step: number of this update from 1, for lr_decay.
     grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.AdaGrad.   Raises as rmsprop does.
     """
-    _update(AdaGrad, "adagrad", _ADAGRAD, step, grad_scale, options, _NOTHING, param, grad, sum)
+    _adagrad(step, grad_scale, options, param, grad, sum)
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
@@ -203,11 +215,10 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     The other keywords: fastrms.Adam.   Raises as rmsprop does.
     """
     if max_exp_avg_sq is None:
-        _update(Adam, "adam", _ADAM, step, grad_scale, options, _NOTHING, param, grad, exp_avg, exp_avg_sq)
+        _adam(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq)
     else:
-        given = _NOTHING if "amsgrad" in options else _AMSGRAD
-        call = "adam_amsgrad", _AMSGRAD_NAMES, step, grad_scale, options, given
-        _update(Adam, *call, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        update = _adam_amsgrad_said if "amsgrad" in options else _adam_amsgrad
+        update(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -222,7 +233,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     overlap; grad is only read.   step_size starts at lr everywhere, prev at 0 (init_state makes both).
     grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.RProp.   Raises as rmsprop does.
     """
-    _update(RProp, "rprop", _RPROP, 1, grad_scale, options, _NOTHING, param, grad, prev, step_size)
+    _rprop(1, grad_scale, options, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
@@ -249,15 +260,6 @@ def init_state(optimizer, param, *, dialect=None, **options):
 
 
 _BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}
-_RMSPROP = ("param", "grad", "square_avg")
-_MOMENTUM = ("param", "grad", "square_avg", "momentum_buffer")
-_CENTERED = ("param", "grad", "square_avg", "grad_avg")
-_CENTERED_MOMENTUM = ("param", "grad", "square_avg", "grad_avg", "momentum_buffer")
-_ADAGRAD = ("param", "grad", "sum")
-_ADAM = ("param", "grad", "exp_avg", "exp_avg_sq")
-_AMSGRAD_NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_RPROP = ("param", "grad", "prev", "step_size")
-_IS_CENTERED, _PLAIN, _AMSGRAD = {"centered": True}, {"centered": False}, {"amsgrad": True}
 
 
 def _show_signature(function, optimizer):
