@@ -33,7 +33,7 @@ def test_the_second_example_runs():
     names = {"fastrms": fastrms, "w": w, "b": b, "gw": w * 2, "gb": b * 2}
     exec(code_blocks()[1], names)
     assert names["info"].grad_norm > 0 and (w < 1).all() and (b < 1).all()
-    fastrms.RMSProp(names["groups"])
+    assert names["opt"].steps == 1
 
 
 def shown(value):
