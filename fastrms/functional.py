@@ -18,8 +18,8 @@ _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
 _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
-ONE, FIRST = 1.0, 1
-_MOST_STEPS = hyper.MOST_STEPS
+ONE = 1.0
+_WRONG = (AttributeError, BufferError, KeyError, TypeError, ValueError)
 _CACHE_SIZE = 256
 
 
@@ -35,58 +35,65 @@ class Prepared(NamedTuple):
 class Update:
     """The update of one rule on raw arrays.  given: hyper-parameters that its state arrays decide."""
 
-    __slots__ = ("cache", "given", "last", "names", "optimizer", "rule")
+    __slots__ = ("cache", "given", "last", "last_of_one", "names", "optimizer", "rule")
 
     def __init__(self, optimizer, rule, **given):
         self.optimizer, self.rule, self.given = optimizer, rule, given
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.cache = {}
-        self.last = {}  # hyper-parameters of the last call -> their kinds where equal ones differ, dtype, C group
+        # hyper-parameters of the last call -> their kinds where equal ones differ, dtype, C group
+        self.last = self.last_of_one = {}
 
-    def make(self, step, grad_scale, options, param, grad, state, second=None, third=None):
+    def one(self, options, param, grad, state):
+        """make for a rule with one state, at the first step, without grad_scale: the same with still less Python."""
+        try:
+            kinds, dtype, group = self.last_of_one[(*options, *options.values())]
+            if (
+                (kinds is None or kinds == [*map(type, options.values())])
+                and type(param) is _ndarray is type(grad)
+                and type(state) is _ndarray
+                and param.dtype is dtype is grad.dtype
+                and state.dtype is dtype
+                and (
+                    (param.ndim == grad.ndim == state.ndim == 1 and len(param) == len(grad) == len(state))  # no tuples
+                    or param.shape == grad.shape == state.shape
+                )
+                and not _c_update_one(
+                    group,
+                    param.size,
+                    _from_buffer(_BYTES, param, True),
+                    _from_buffer(grad),
+                    _from_buffer(_BYTES, state, True),
+                )
+            ):
+                return
+        except _WRONG:
+            pass  # the long way says what is wrong
+        if options.get("bias_correction"):
+            raise ValueError("bias_correction needs step, the number of this update from 1")
+        self.make(1, ONE, options, param, grad, state)
+        self.last_of_one = self.last
+
+    def make(self, step, grad_scale, options, *buffers):
         """First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less
         Python.  from_buffer refuses what is strided or read-only, C what overlaps or is misaligned."""
-        if step is not FIRST and (type(step) is not int or not 0 < step <= _MOST_STEPS):
+        if type(step) is not int or not 0 < step <= hyper.MOST_STEPS:
             step = hyper.step_count("step", step, least=1)
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
             kinds, dtype, group = self.last[(*options, *options.values())]
-            shape = param.shape
-            if (
-                (kinds is None or kinds == [*map(type, options.values())])
-                and type(param) is _ndarray is type(grad)
-                and param.dtype is dtype is grad.dtype
-                and grad.shape == shape == state.shape
-                and type(state) is _ndarray
-                and state.dtype is dtype
-                and not (
-                    _c_update_one(
-                        group,
-                        param.size,
-                        _from_buffer(_BYTES, param, True),
-                        _from_buffer(grad),
-                        _from_buffer(_BYTES, state, True),
-                    )
-                    if second is None and step is FIRST and grad_scale is ONE
-                    else self.update_more(group, step, grad_scale, param, grad, state, second, third)
-                )
+            shape, (_, grad, *_) = buffers[0].shape, buffers
+            if (kinds is None or kinds == [*map(type, options.values())]) and all(
+                type(array) is _ndarray and array.dtype is dtype and array.shape == shape for array in buffers
             ):
-                return
-        except (AttributeError, BufferError, KeyError, TypeError, ValueError):
+                pointers = [_from_buffer(grad) if array is grad else _from_buffer(_BYTES, array, True) for array in buffers]
+                pointers += [_NULL] * (5 - len(pointers))
+                if not _c_update(group, buffers[0].size, step, grad_scale, *pointers):
+                    return
+        except _WRONG:
             pass  # the long way says what is wrong
-        self.checked((param, grad, state, second, third)[: len(self.names)], step, grad_scale, options)
-
-    def update_more(self, group, step, grad_scale, param, grad, *states):
-        """fastrms_update with everything it takes; not 0 where a further state does not fit."""
-        for state in states[1:]:
-            fits = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
-            if state is not None and not fits:
-                return _c.MISSING
-        pointers = [_NULL if state is None else _from_buffer(_BYTES, state, True) for state in states]
-        return _c_update(
-            group, param.size, step, grad_scale, _from_buffer(_BYTES, param, True), _from_buffer(grad), *pointers
-        )
+        self.checked(buffers, step, grad_scale, options)
 
     def checked(self, buffers, step, grad_scale, options):
         """The same for any array-likes, with the sentences."""
@@ -144,15 +151,15 @@ class Update:
         return Prepared(recipe, module.update, group, positive)
 
 
-_rmsprop = Update(RMSProp, "rmsprop", centered=False).make
-_rmsprop_momentum = Update(RMSProp, "rmsprop_momentum", centered=False).make
-_rmsprop_centered = Update(RMSProp, "rmsprop_centered", centered=True).make
-_rmsprop_centered_momentum = Update(RMSProp, "rmsprop_centered_momentum", centered=True).make
-_adagrad = Update(AdaGrad, "adagrad").make
-_adam = Update(Adam, "adam").make
-_adam_amsgrad = Update(Adam, "adam_amsgrad", amsgrad=True).make
-_adam_amsgrad_said = Update(Adam, "adam_amsgrad").make  # amsgrad is among the options: it may be "corrected"
-_rprop = Update(RProp, "rprop").make
+_rmsprop = Update(RMSProp, "rmsprop", centered=False)
+_rmsprop_momentum = Update(RMSProp, "rmsprop_momentum", centered=False)
+_rmsprop_centered = Update(RMSProp, "rmsprop_centered", centered=True)
+_rmsprop_centered_momentum = Update(RMSProp, "rmsprop_centered_momentum", centered=True)
+_adagrad = Update(AdaGrad, "adagrad")
+_adam = Update(Adam, "adam")
+_adam_amsgrad = Update(Adam, "adam_amsgrad", amsgrad=True)
+_adam_amsgrad_said = Update(Adam, "adam_amsgrad")  # amsgrad is among the options: it may be "corrected"
+_rprop = Update(RProp, "rprop")
 
 
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
@@ -170,18 +177,20 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     The other keywords and the whole formula: fastrms.RMSProp.
     Raises TypeError or ValueError, naming the argument, before anything is written.
     """
+    if step is None and grad_scale is ONE and grad_avg is None and momentum_buffer is None:
+        return _rmsprop.one(options, param, grad, square_avg)
     if step is None:
         if options.get("bias_correction"):
             raise ValueError("bias_correction needs step, the number of this update from 1")
-        step = FIRST
+        step = 1
     if grad_avg is None and momentum_buffer is None:
-        _rmsprop(step, grad_scale, options, param, grad, square_avg)
-    elif grad_avg is None:
-        _rmsprop_momentum(step, grad_scale, options, param, grad, square_avg, momentum_buffer)
-    elif momentum_buffer is None:
-        _rmsprop_centered(step, grad_scale, options, param, grad, square_avg, grad_avg)
-    else:
-        _rmsprop_centered_momentum(step, grad_scale, options, param, grad, square_avg, grad_avg, momentum_buffer)
+        return _rmsprop.make(step, grad_scale, options, param, grad, square_avg)
+    if grad_avg is None:
+        return _rmsprop_momentum.make(step, grad_scale, options, param, grad, square_avg, momentum_buffer)
+    if momentum_buffer is None:
+        return _rmsprop_centered.make(step, grad_scale, options, param, grad, square_avg, grad_avg)
+    states = square_avg, grad_avg, momentum_buffer
+    return _rmsprop_centered_momentum.make(step, grad_scale, options, param, grad, *states)
 
 
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
@@ -196,7 +205,9 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     only read, sum holds no negative number.   step: number of this update from 1, for lr_decay.
     grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.AdaGrad.   Raises as rmsprop does.
     """
-    _adagrad(step, grad_scale, options, param, grad, sum)
+    if type(step) is int and step == 1 and grad_scale is ONE:
+        return _adagrad.one(options, param, grad, sum)
+    return _adagrad.make(step, grad_scale, options, param, grad, sum)
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
@@ -215,10 +226,9 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     The other keywords: fastrms.Adam.   Raises as rmsprop does.
     """
     if max_exp_avg_sq is None:
-        _adam(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq)
-    else:
-        update = _adam_amsgrad_said if "amsgrad" in options else _adam_amsgrad
-        update(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        return _adam.make(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq)
+    update = _adam_amsgrad_said if "amsgrad" in options else _adam_amsgrad
+    return update.make(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -233,7 +243,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     overlap; grad is only read.   step_size starts at lr everywhere, prev at 0 (init_state makes both).
     grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.RProp.   Raises as rmsprop does.
     """
-    _rprop(1, grad_scale, options, param, grad, prev, step_size)
+    return _rprop.make(1, grad_scale, options, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
