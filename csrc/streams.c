@@ -33,14 +33,14 @@ STREAMS(streams_double_baseline, )
 void fastrms_streams(int64_t size, int itemsize, int states, void *param, const void *grad,
                      void *state0, void *state1, void *state2)
 {
-    int best = fastrms_isa_get() + 1 < fastrms_isa_count();      /* the last of the list is the baseline */
-    (void)best;
 #ifdef FASTRMS_AVX2
-    if (best && itemsize == 4)
-        streams_float_avx2(size, states, param, grad, state0, state1, state2);
-    else if (best)
-        streams_double_avx2(size, states, param, grad, state0, state1, state2);
-    else
+    if (fastrms_isa_get() + 1 < fastrms_isa_count()) {        /* the last of the list is the baseline */
+        if (itemsize == 4)
+            streams_float_avx2(size, states, param, grad, state0, state1, state2);
+        else
+            streams_double_avx2(size, states, param, grad, state0, state1, state2);
+        return;
+    }
 #endif
     if (itemsize == 4)
         streams_float_baseline(size, states, param, grad, state0, state1, state2);

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         raise
     ffi = lib = None
 
-OK, BUSY, OVERLAP, _, MISSING, NOT_HELD = range(6)
+OK, BUSY, OVERLAP, _, _, NOT_HELD = range(6)  # as in csrc/fastrms_decl.h
 RULE_INDEX = {}
 
 

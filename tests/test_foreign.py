@@ -1,4 +1,5 @@
-"""torch CPU tensors and Parameters: the same memory, read anew at every step, refused where it is not what it was."""
+"""Arrays of other libraries.  torch CPU tensors and Parameters: the same memory, read anew at every step, refused where
+it is not what it was.  JAX arrays: read-only."""
 
 import numpy as np
 import pytest
@@ -113,3 +114,22 @@ def test_empty_tensors_count_their_steps(torch, backend):
     optimizer = fastrms.Adam([empty], backend=backend)
     optimizer.step([torch.ones(0, 3)])
     assert optimizer._plan.tensor_steps == [1]
+
+
+def test_jax_arrays_are_gradients_but_not_parameters(backend):
+    jax = pytest.importorskip("jax", reason="not installed: jax")
+    w, want = np.ones(1003, np.float32), np.ones(1003, np.float32)
+    grads = jax.grad(lambda x: (x**3).sum())(jax.numpy.linspace(0.1, 1.0, 1003))
+    optimizer = fastrms.Adam(w, backend=backend)
+    optimizer.step(grads)
+    optimizer.bind(grads)
+    optimizer.step()
+    reference = fastrms.Adam(want, backend=backend)
+    for _ in range(2):
+        reference.step(np.array(grads))
+    assert np.array_equal(bits(w), bits(want))
+    with pytest.raises(ValueError, match="params is read-only"):
+        fastrms.Adam(grads, backend=backend)
+    with pytest.raises(TypeError, match=r"grads.*bfloat16"):
+        optimizer.step(grads.astype(jax.numpy.bfloat16))
+    assert optimizer.steps == 2
