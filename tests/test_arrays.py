@@ -7,7 +7,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import bits
+from conftest import bits, raw_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -491,3 +491,35 @@ def test_all_or_nothing_over_many_tensors(cases, backend):
         with pytest.raises((TypeError, ValueError)):
             optimizer.step(grads)
         assert everything(optimizer, params) == before
+
+
+def test_the_backend_steps_only_with_gradients_that_are_held(backend):
+    """After a step with passing gradients the plan points to memory that may be gone: a bare step must refuse."""
+    param, grad = good(), good(1)
+    optimizer = fastrms.RMSProp(param, backend=backend)
+    assert optimizer._call(optimizer._argument) == 5  # FASTRMS_NOT_HELD: nothing bound yet
+    optimizer.step(good(2))
+    before = bits(param).tobytes()
+    assert optimizer._call(optimizer._argument) == 5
+    assert bits(param).tobytes() == before and optimizer.steps == 1
+    optimizer.bind(grad)
+    assert optimizer._call(optimizer._argument) == 0 and optimizer.steps == 2
+
+
+@pytest.mark.skipif("c" not in fastrms.available_backends(), reason="without the C extension")
+def test_the_c_interface_refuses_by_itself():
+    """C callers have no Python above them: missing, misaligned and overlapping buffers are answered, not touched."""
+    c = fastrms.backends.load("c")
+    group = c.ffi.new("fastrms_group *")
+    c.fill_group(group, raw_recipe("adam", np.dtype(np.float32), False))
+    buffers = [np.ones(8, np.float32) for _ in range(4)]
+    addresses = [c.ffi.from_buffer(b) for b in buffers]
+    null = c.ffi.NULL
+    update = c.lib.fastrms_update
+    assert update(group, 7, 1, 1.0, *addresses[:3], null, null) == c.lib.FASTRMS_MISSING
+    assert update(group, 7, 1, 1.0, null, *addresses[1:], null) == c.lib.FASTRMS_MISSING
+    assert update(group, 7, 1, 1.0, addresses[0] + 1, *addresses[1:], null) == c.lib.FASTRMS_MISALIGNED
+    assert update(group, 7, 1, 1.0, addresses[1] + 4, *addresses[1:], null) == c.lib.FASTRMS_OVERLAP
+    assert all((b == 1).all() for b in buffers)
+    assert update(group, 7, 1, 1.0, *addresses, null) == c.lib.FASTRMS_OK
+    assert (buffers[0][:7] != 1).all() and buffers[0][7] == 1
