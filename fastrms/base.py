@@ -181,20 +181,24 @@ class Optimizer(Bound):
     # state
 
     def _allocate(self):
-        """State buffers for every parameter, each placed away from the buffers that run beside it."""
+        """State buffers for every parameter."""
         self._state = []
         for k, param in enumerate(self._params):
-            group, dtype = self._sets[self._set_of[k]]
+            group, _ = self._sets[self._set_of[k]]
             h = SimpleNamespace(**self._groups[group]._values)
-            beside = [param.address]
-            state = {}
-            for name in rules.state_names(rules.RULES[self._rules[self._set_of[k]]]):
-                state[name] = placement.place(param.size, dtype, beside)
-                state[name].fill(self.initial(h, name))
-                beside.append(arrays.own(state[name]).address)
-            self._state.append(state)
+            self._state.append(self.new_state(h, self._rules[self._set_of[k]], param))
         for group, dtype in self._sets:
             self._refuse_zero_state(SimpleNamespace(**self._groups[group]._values), (group, dtype), self._state)
+
+    @classmethod
+    def new_state(cls, h, rule, param):
+        """Flat state buffers for a parameter (Buffer), each placed away from those that run beside it."""
+        beside, state = [param.address], {}
+        for name in rules.state_names(rules.RULES[rule]):
+            state[name] = placement.place(param.size, param.dtype, beside)
+            state[name].fill(cls.initial(h, name))
+            beside.append(arrays.own(state[name]).address)
+        return state
 
     @staticmethod
     def needs_positive_state(h, dtype):

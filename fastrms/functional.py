@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, hyper, placement, rules
+from . import arrays, backends, hyper, rules
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
 
@@ -69,8 +69,7 @@ class Update:
                 return
         except _WRONG:
             pass  # the long way says what is wrong
-        if options.get("bias_correction"):
-            raise ValueError("bias_correction needs step, the number of this update from 1")
+        _refuse_bias_correction(options)
         self.make(1, ONE, options, param, grad, state)
         self.last_of_one = self.last
 
@@ -151,6 +150,11 @@ class Update:
         return Prepared(recipe, module.update, group, positive)
 
 
+def _refuse_bias_correction(options):
+    if options.get("bias_correction"):
+        raise ValueError("bias_correction needs step, the number of this update from 1")
+
+
 _rmsprop = Update(RMSProp, "rmsprop", centered=False)
 _rmsprop_momentum = Update(RMSProp, "rmsprop_momentum", centered=False)
 _rmsprop_centered = Update(RMSProp, "rmsprop_centered", centered=True)
@@ -180,8 +184,7 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     if step is None and grad_scale is ONE and grad_avg is None and momentum_buffer is None:
         return _rmsprop.one(options, param, grad, square_avg)
     if step is None:
-        if options.get("bias_correction"):
-            raise ValueError("bias_correction needs step, the number of this update from 1")
+        _refuse_bias_correction(options)
         step = 1
     if grad_avg is None and momentum_buffer is None:
         return _rmsprop.make(step, grad_scale, options, param, grad, square_avg)
@@ -260,13 +263,8 @@ def init_state(optimizer, param, *, dialect=None, **options):
     buffer = arrays.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     maker.checked_recipe(h, buffer.dtype)
-    beside, state = [buffer.address], {}
-    for name in rules.state_names(rules.RULES[maker.rule_name(h)]):
-        flat = placement.place(buffer.size, buffer.dtype, beside)
-        flat.fill(maker.initial(h, name))
-        beside.append(arrays.own(flat).address)
-        state[name] = arrays.shaped(flat, buffer)
-    return state
+    flats = maker.new_state(h, maker.rule_name(h), buffer)
+    return {name: arrays.shaped(flat, buffer) for name, flat in flats.items()}
 
 
 _BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}

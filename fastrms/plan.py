@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, hyper
+from . import arrays, backends, hyper
 
 ONE = 1.0
 _NEVER = object()
@@ -35,7 +35,6 @@ class Bound:
         """Hand parameters, states and recipes to the backend, once."""
         states = [list(state.values()) for state in self._state]
         self._plan = backend.Plan(self._params, states, self._set_of, recipes)
-        self._status = backend
         self._call, self._argument = self._plan.bound_step()
         self._refresh = [k for k, param in enumerate(self._params) if arrays.is_torch(param.owner)]
         self._indices = range(len(self._params))
@@ -144,9 +143,9 @@ class Bound:
     def _change_plan(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """plan.change, with the sentence where it refuses."""
         status, norm = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
-        if status == self._status.OVERLAP:
+        if status == backends.OVERLAP:
             self._explain_overlap(params, grads)
-        if status != self._status.OK:
+        if status != backends.OK:
             raise self._busy()
         return norm
 

@@ -4,6 +4,7 @@ bound buffers of one optimizer and makes a step over all of them."""
 import importlib
 import os
 
+OK, BUSY, OVERLAP, NOT_HELD = 0, 1, 2, 5  # what a Plan answers, as in csrc/fastrms_decl.h
 NAMES = ("c", "numpy")  # in the order of preference
 
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from .. import arrays, rules
+from . import OK
 
 try:
     from .._core import ffi, lib
@@ -13,7 +14,6 @@ except ModuleNotFoundError as error:
         raise
     ffi = lib = None
 
-OK, BUSY, OVERLAP, _, _, NOT_HELD = range(6)  # as in csrc/fastrms_decl.h
 RULE_INDEX = {}
 
 

@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 
 from .. import arrays, rules
+from . import BUSY, NOT_HELD, OK, OVERLAP
 
 CHUNK = 1 << 14  # elements per pass: the temporaries of a rule stay in cache
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
 ZERO = (0.0, -1000)
-OK, BUSY, OVERLAP, _, _, NOT_HELD = range(6)  # as in csrc/fastrms_decl.h
 
 
 def available():
