@@ -80,7 +80,7 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     int64_t bytes = offset * group->itemsize;
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
-        state[s] = (char *)tensor->state[s] + bytes;      /* unused ones are not looked at */
+        state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
     fastrms_find(group)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
                         plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
