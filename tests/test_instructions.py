@@ -1,4 +1,5 @@
-"""The number of instructions of every kernel, which no noise can hide: at most 3 % off the one recorded for the compiler.
+"""The number of instructions of every kernel, which no noise can hide: at most 1 % off the one recorded for the compiler
+(a whole step: 3 %).
 
 Counted by callgrind.  `python tests/test_instructions.py --record` writes the counts of this machine's compiler to
 tests/instructions.json; do so after a change that is meant to alter them, and for a new compiler.
@@ -21,7 +22,10 @@ from test_build import COMPILER, ROOT, flags, kernel_names, needs_c
 
 RECORD = "python tests/test_instructions.py --record"
 DATA = ROOT / "tests" / "instructions.json"
-SLACK = 0.03
+SLACK, STEP_SLACK = (
+    0.01,
+    0.03,
+)  # a multiplication is 2 to 5 % of most kernels; a distribution's flags move a step
 SIZES = 4096, 8192  # their difference is free of prologues, and whole vectors
 STEPS = 1000  # the first makes the coefficients; among so many it does not count
 pytestmark = [
@@ -80,11 +84,11 @@ def complaint(name, now, before):
 
 
 def complaints(counted, recorded):
-    """One line per count that has no record, or is off it by more than 3 %; a gain too, or a loss could hide behind it."""
+    """One line per count that has no record, or is off it by more than the slack; a gain too: a loss could hide in it."""
     return [
         complaint(name, now, recorded.get(name))
         for name, now in counted.items()
-        if name not in recorded or abs(now / recorded[name] - 1) > SLACK
+        if name not in recorded or abs(now / recorded[name] - 1) > (STEP_SLACK if "step" in name else SLACK)
     ]
 
 
@@ -126,7 +130,7 @@ def test_the_guard_bites(counted, tmp_path):
 
 
 def test_a_missing_record_and_a_gain_are_reported():
-    wrong = complaints({"new": 2, "same": 2.05, "faster": 1.9}, {"same": 2, "faster": 2})
+    wrong = complaints({"new": 2, "same": 2.01, "faster": 1.9, "step": 2.05}, {"same": 2, "faster": 2, "step": 2})
     assert wrong == ["new: 2 instructions, none recorded", "faster: 1.9 instructions, 2 recorded, -5.0%: record the gain"]
 
 
