@@ -1,5 +1,7 @@
 """The figures on all cores: against the ceilings, and against the other libraries that are installed."""
 
+import numpy as np
+
 import fastrms
 
 from . import peers
@@ -7,7 +9,6 @@ from .check import check
 from .contenders import DIVIDER, FASTRMS, IN_PLACE, NAIVE, OPTIMIZERS, STREAMS, contenders
 from .figures import Figure, at_least, at_most, share
 from .machine import caches
-from .many import many_tensors
 from .problem import BACK_TO_BACK, IN_WORDS, RULES, WELL_PLACED, Problem, held_per_element
 from .report import size_name
 from .results import Results
@@ -117,16 +118,24 @@ def small():
 
 
 def many():
-    for rule in ("rmsprop", "adam"):
+    for rule in DIVIDER_SHARE:
         what = f"100 tensors of 1024, {rule}: over the fastest torch variant"
-        ours, rivals = many_tensors(OPTIMIZERS[rule], 100, 1024, "torch" in peers.versions())
+        rivals = peers.torch_on_many(rule, *many_arrays()) if "torch foreach" in available else {}
         if not rivals:
             yield Figure(what, ">= 15x", "not measured: torch is not installed", False)
             continue
-        timings = interleaved({"ours": ours} | rivals, SECONDS, pause=PAUSE)
+        params, grads = many_arrays()
+        optimizer = OPTIMIZERS[rule](params, backend="c")
+        optimizer.bind(grads)
+        timings = interleaved({OURS: optimizer.step} | rivals, SECONDS, pause=PAUSE)
         fastest = min(rivals, key=lambda name: timings[name].minimum)
-        times = timings[fastest].minimum / timings["ours"].minimum
-        yield at_least(f"{what} ({fastest})", times, 15)
+        yield at_least(f"{what} ({fastest})", timings[fastest].minimum / timings[OURS].minimum, 15)
+
+
+def many_arrays(count=100, size=1024):
+    """Parameters and gradients of many small tensors, as NumPy allocates them."""
+    generator = np.random.default_rng(0)
+    return [[generator.standard_normal(size, dtype=np.float32) for _ in range(count)] for _ in range(2)]
 
 
 def two_threads():
