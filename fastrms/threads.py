@@ -11,7 +11,7 @@ _c = backends.load("c")
 
 
 def set_num_threads(n):
-    """Let steps of at least 128 Ki elements use up to n threads (1 to 64), for the whole process."""
+    """Let steps of at least 64 Ki elements use up to n threads (1 to 64), for the whole process."""
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
     if not 1 <= n <= MOST:
