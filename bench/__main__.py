@@ -117,6 +117,8 @@ def show(results, reasons, console):
     if any(other.timings for other in results.values() if other is not placed):
         console.print(report.placement_table(results))
     console.print(report.LEGEND)
+    for line in report.footnotes(placed):
+        console.print(line)
     for name, reason in reasons.items():
         console.print(f"{name}: {reason}")
     for line in report.complaints(placed):

@@ -28,8 +28,8 @@ class Contender(NamedTuple):
     """One way to make the update.  `step()` makes one; `read()` gives [parameter, states] afterwards, or the first few.
 
     way: tells contenders of one name apart, of which the fastest counts.   formula: what it computes, for the check.
-    tolerance: where the arithmetic is not that of the dtype, how far it may be off, in multiples of lr; such a contender
-    may move less memory than the ceiling does.   changed: called after the gradients were changed in place.
+    tolerance: where the arithmetic is not that of the dtype, how far it may be off, in multiples of lr.
+    compact: its states are smaller than the ceiling's.   changed: called after the gradients were changed in place.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Contender(NamedTuple):
     way: str = ""
     formula: str = "update"
     tolerance: float | None = None
+    compact: bool = False
     changed: Callable = lambda: None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from . import peers
 from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE
 from .machine import in_words, software
 from .problem import IN_WORDS, PLACEMENTS, WELL_PLACED
@@ -90,6 +91,11 @@ def placement_table(results):
     return shown
 
 
+def footnotes(results):
+    """What must be known of the peers that took part."""
+    return [f"{name}: {note}." for name, note in peers.NOTES.items() if name in results.peers()]
+
+
 def header(machine):
     return f"{in_words(machine)}\n{software(machine)}\nplacement: {IN_WORDS[WELL_PLACED]}"
 
@@ -158,7 +164,7 @@ def markdown(results, machine, clocks, command):
             lines.append(f"| {rule} | {name} | {' | '.join(cells)} |")
         shares = [share_in_words(placed, rule, size) for size in sizes]
         lines.append(f"| {rule} | share | {' | '.join(shares)} |")
-    lines += ["", *markdown_placements(results), "", *complaints(placed)]
+    lines += ["", *markdown_placements(results), "", *(f"* {line}" for line in footnotes(placed)), "", *complaints(placed)]
     lines += [f"{in_words(machine)}; {software(machine)}; {date.today().isoformat()}; `{command}`."]
     lines += [f"An empty Python call took {clocks[0]:.0f} ns at the start and {clocks[1]:.0f} ns at the end of the run."]
     return "\n".join(lines)

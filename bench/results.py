@@ -12,7 +12,7 @@ class Results:
 
     def __init__(self, dtype, placement):
         self.dtype, self.placement = dtype, placement
-        self.timings, self.ways, self.reasons, self.approximate = {}, {}, {}, set()
+        self.timings, self.ways, self.reasons, self.compact = {}, {}, {}, set()
 
     def add(self, rule, size, contenders, timings, reasons):
         """timings by (name, way); of several ways the fastest counts.  reasons: name -> why it does not take part."""
@@ -20,8 +20,8 @@ class Results:
             cell, timing = (rule, size, contender.name), timings[contender.name, contender.way]
             if cell not in self.timings or timing.minimum < self.timings[cell].minimum:
                 self.timings[cell], self.ways[cell] = timing, contender.way
-            if contender.tolerance is not None:
-                self.approximate.add(contender.name)
+            if contender.compact:
+                self.compact.add(contender.name)
         self.reasons.update({(rule, name): reason for name, reason in reasons.items()})
 
     def rules(self):
@@ -81,6 +81,6 @@ class Results:
             cell
             for cell in self.timings
             if cell[1] >= SMALL
-            and cell[2] not in (*CEILINGS, *self.approximate)
+            and cell[2] not in (*CEILINGS, *self.compact)
             and (self.share_of_ceiling(*cell) or 0) > 100 * ABOVE
         ]
