@@ -34,6 +34,11 @@ class Recipe(NamedTuple):
     values: dict
     corrections: tuple
 
+    @property
+    def unchanging(self):
+        """Whether every step has the same coefficients."""
+        return not self.corrections
+
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
         values = dict(self.values)
@@ -41,6 +46,12 @@ class Recipe(NamedTuple):
         for correction in self.corrections:
             values[correction.coefficient] = corrected(values[correction.coefficient], correction, step)
         return list(values.values())
+
+
+def ready(recipe, step, grad_scale):
+    """The coefficients of update number `step`, rounded once to the dtype."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.array(recipe.at(step, grad_scale), recipe.dtype)
 
 
 def series(decay, weight, terms):
