@@ -14,6 +14,7 @@ from .. import recipes, threads
 from . import pyplan
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 17}  # elements from which two threads gain
+SMALLEST = min(LEAST.values())
 _one_at_a_time = threading.Lock()
 _process = os.getpid()
 
@@ -30,11 +31,15 @@ def kernel(recipe, parallel=False):
     return kernels.kernel(recipe.rule, recipe.general, recipe.dtype, parallel)
 
 
-def apply(recipe, coefficients, param, grad, states):
-    """One step on flat arrays, in place; grad and coefficients are read-only."""
+def updater(recipe):
+    """A function for one step on flat arrays, in place; grad and coefficients are read-only."""
     serial = kernel(recipe)
-    if param.size < min(LEAST.values()) or not in_parallel(recipe, param, grad, *states, coefficients):
-        serial(param, grad, *states, coefficients)
+
+    def guarded(coefficients, param, grad, states):
+        if param.size < SMALLEST or not in_parallel(recipe, param, grad, *states, coefficients):
+            serial(param, grad, *states, coefficients)
+
+    return guarded
 
 
 def in_parallel(recipe, param, *others):
@@ -84,14 +89,11 @@ def with_threads(parts, function, *arguments):
 def update(recipe, step, grad_scale, param, grad, states):
     """One step on flat arrays, in place."""
     if param.size:
-        apply(recipe, pyplan.constant(recipes.ready(recipe, step, grad_scale)), param, pyplan.constant(grad), states)
+        coefficients = recipes.ready(recipe, step, grad_scale)
+        updater(recipe)(pyplan.constant(coefficients), param, pyplan.constant(grad), states)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by Numba."""
 
-    apply = staticmethod(apply)
-
-    def _coefficients(self, k, grad_scale):
-        kernel(self.recipes[self.sets[k]])  # compiled before anything is written
-        return super()._coefficients(k, grad_scale)
+    updater = staticmethod(updater)

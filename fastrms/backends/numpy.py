@@ -23,24 +23,28 @@ def compiled(rule, general):
     return lambda param, grad, *rest: function(param, grad * rest[states], *rest[:states], *rest[states + 1 :])
 
 
-def apply(recipe, coefficients, param, grad, states):
-    """One step on flat arrays, in place."""
+def updater(recipe):
+    """A function for one step on flat arrays, in place."""
     rule = compiled(recipe.rule, recipe.general)
-    with np.errstate(all="ignore"):
-        for start in range(0, param.size, CHUNK):
-            part = slice(start, start + CHUNK)
-            buffers = [param[part], *(state[part] for state in states)]
-            results = rule(buffers[0], grad[part], *buffers[1:], *coefficients)
-            for buffer, result in zip(buffers, results, strict=True):
-                buffer[:] = result
+
+    def in_chunks(coefficients, param, grad, states):
+        with np.errstate(all="ignore"):
+            for start in range(0, param.size, CHUNK):
+                part = slice(start, start + CHUNK)
+                buffers = [param[part], *(state[part] for state in states)]
+                results = rule(buffers[0], grad[part], *buffers[1:], *coefficients)
+                for buffer, result in zip(buffers, results, strict=True):
+                    buffer[:] = result
+
+    return in_chunks
 
 
 def update(recipe, step, grad_scale, param, grad, states):
     """One step on flat arrays, in place."""
-    apply(recipe, recipes.ready(recipe, step, grad_scale), param, grad, states)
+    updater(recipe)(recipes.ready(recipe, step, grad_scale), param, grad, states)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by NumPy."""
 
-    apply = staticmethod(apply)
+    updater = staticmethod(updater)

@@ -83,7 +83,7 @@ forks = Forks()
 
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
-    A subclass gives apply(recipe, coefficients, param, grad, states), one update of flat arrays in place."""
+    A subclass gives updater(recipe) -> function(coefficients, param, grad, states), one update of flat arrays in place."""
 
     def __init__(self, params, states, sets, recipes):
         self.params = [param.flat for param in params]
@@ -94,7 +94,8 @@ class Plan:
         self.held = False
         self.steps = 0
         self.tensor_steps = [0] * len(params)
-        self._ready = {}  # coefficients that also hold for the next step
+        self._ready = {}  # coefficients that may also hold for the next step
+        self._updaters = {}
         self._locks = {}  # by process: a fork must not inherit one that a thread of the parent holds
 
     def bound_step(self):
@@ -102,7 +103,18 @@ class Plan:
         return type(self)._step, self
 
     def _step(self):
-        return self.change()[0]
+        lock = self._lock()
+        if not lock.acquire(blocking=False):
+            return BUSY
+        try:
+            forks.enter()
+            if not self.held:
+                return NOT_HELD
+            self._run(1.0, None)
+            return OK
+        finally:
+            forks.leave()
+            lock.release()
 
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
@@ -129,7 +141,7 @@ class Plan:
 
     def _lock(self):
         """Of this process.  Reentrant: a thread that an interrupt kept from releasing it is not locked out."""
-        return self._locks.setdefault(os.getpid(), threading.RLock())
+        return self._locks.get(os.getpid()) or self._locks.setdefault(os.getpid(), threading.RLock())
 
     def _overlap(self, params, grads):
         states = [state for states in self.states for state in states]
@@ -143,6 +155,7 @@ class Plan:
     def _set_recipes(self, recipes):
         for index, recipe in (recipes or {}).items():
             self.recipes[index] = recipe
+            self._updaters.pop(index, None)
         if recipes:
             self._ready = {}
 
@@ -152,16 +165,23 @@ class Plan:
             norm = self.norm(grad_scale)
             if not norm <= clip_norm:
                 grad_scale = grad_scale * float(np.float64(clip_norm) / norm)
-        present = [k for k, grad in enumerate(self.grads) if grad is not None]
-        ready = [self._coefficients(k, grad_scale) for k in present]  # all of them first: an own rule's may raise
-        for k, coefficients in zip(present, ready, strict=True):
+        updates = [self._update(k, grad, grad_scale) for k, grad in enumerate(self.grads) if grad is not None]
+        for k, updater, arguments in updates:  # made before anything is written: compiling or an own rule may fail
             if self.params[k].size:
-                self.apply(self.recipes[self.sets[k]], coefficients, self.params[k], self.grads[k], self.states[k])
+                updater(*arguments)
             self.tensor_steps[k] += 1
         self.steps += 1
         if len(self._ready) > len(self.recipes):
             self._ready = {}
         return norm
+
+    def _update(self, k, grad, grad_scale):
+        """(k, function, arguments) of the next update of tensor k."""
+        index = self.sets[k]
+        updater = self._updaters.get(index)
+        if updater is None:
+            updater = self._updaters[index] = self.updater(self.recipes[index])
+        return k, updater, (self._coefficients(k, grad_scale), self.params[k], grad, self.states[k])
 
     def _coefficients(self, k, grad_scale):
         """Of the next update of tensor k; tensors of one group that have had equally many steps share them."""
