@@ -307,7 +307,7 @@ def _adam_of(parallel):
         """One Adam update in place, as fastrms.adam makes it; step counts from 1."""
         clip = np.inf if clip_value is None else clip_value
         form = _choice(bias_correction, "corrected", "folded", 1)
-        if amsgrad is None:
+        if amsgrad is None:  # noqa: SIM108  Numba leaves out the branch that would not compile
             maximum = 0 if max_exp_avg_sq is None else 2
         else:
             maximum = _choice(amsgrad, "corrected", "corrected", 2)

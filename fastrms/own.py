@@ -63,6 +63,15 @@ def recipe(rule, coefficients, hyper, dtype):
     return made
 
 
+def checked(rule, results):
+    """What an own rule returned, if it is what it should be."""
+    if not isinstance(results, tuple) or len(results) != 1 + len(rule.states):
+        raise TypeError(
+            f"the rule of {rule} must return a tuple ({', '.join(('param', *rule.states))}{',' * (not rule.states)})"
+        )
+    return results
+
+
 def function_of(rule, select, compiler=lambda function: function):
     """The function of an own rule; `compiler` wraps it and each helper that it imported from fastrms.rules."""
     names = {"GENERAL": False, "select": select}

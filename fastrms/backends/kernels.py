@@ -106,18 +106,19 @@ def jitted(rule, general):
 def own_kernel(rule, text, dtype):
     """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
     function = own.function_of(rule, compiler(rules.select), compiler)
+    real = numba.from_dtype(dtype)
     try:
-        made = executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+        function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
     except numba.errors.NumbaError as error:
         reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
         raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
-    for overload in function.overloads.values():
-        wrong = {str(part) for part in overload.signature.return_type} - {str(dtype)}
-        if wrong:
-            raise TypeError(
-                f"the rule of {rule} computes {wrong.pop()} from {dtype}; every number in it must be a coefficient"
-            )
-    return made
+    (overload,) = function.overloads.values()
+    returned = overload.signature.return_type
+    results = own.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
+    wrong = next((part for part in results if part != real), None)
+    if wrong is not None:
+        raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
+    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
 
 
 def fingerprint(text):

@@ -20,7 +20,11 @@ def compiled(rule, general):
     if isinstance(rule, str):
         return rules.compile_rule(rules.RULES[rule], general, select=np.where, sqrt=np.sqrt)
     function, states = own.function_of(rule, np.where), len(rule.states)
-    return lambda param, grad, *rest: function(param, grad * rest[states], *rest[:states], *rest[states + 1 :])
+
+    def scaled(param, grad, *rest):
+        return own.checked(rule, function(param, grad * rest[states], *rest[:states], *rest[states + 1 :]))
+
+    return scaled
 
 
 def updater(recipe):
