@@ -196,7 +196,7 @@ def test_six_python_threads_at_once(layer):
         except BaseException as error:
             errors.append(error)
 
-    runners = [threading.Thread(target=work) for _ in range(6)]
+    runners = [threading.Thread(target=work, daemon=True) for _ in range(6)]
     for runner in runners:
         runner.start()
     for runner in runners:
@@ -232,7 +232,7 @@ def test_fork_while_other_threads_step(layer):
         while not stop:
             opt.step()
 
-    runners = [threading.Thread(target=work, args=(opt,)) for opt in made]
+    runners = [threading.Thread(target=work, args=(opt,), daemon=True) for opt in made]
     for runner in runners:
         runner.start()
 
