@@ -26,21 +26,29 @@ compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
 from numba import njit, prange, types
-from numpy import sqrt
+from numpy import empty, sqrt, uint8, uintp
 
 GENERAL = {general}
 OPTIONS = {options}
 inner = njit(**OPTIONS)
 real = types.{dtype}
 writable, constant = types.Array(real, 1, "C"), types.Array(real, 1, "C", readonly=True)
+fegetenv, fesetenv = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetenv", "fesetenv"))
+IEEE = uintp(2**64 - 1)  # FE_DFL_ENV
 """
 LOOP = """
 @inner
 def loop({buffers}, coefficients):
     {names} = {values}
+    {enter}
     for i in range(param.size):
         {results} = rule({elements})
+    {leave}
 """
+# each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
+ENTER, LEAVE = "mode = empty(64, uint8); fegetenv(mode.ctypes.data); fesetenv(IEEE)", "fesetenv(mode.ctypes.data)"
+if platform.system() != "Linux":
+    ENTER = LEAVE = "pass"
 SERIAL = """
 @njit([({types}, constant)], cache=CACHE, **OPTIONS)
 def kernel({buffers}, coefficients):
@@ -82,6 +90,8 @@ def loop_text(rule, ending):
         elements.remove("grad_scale")
         elements[1] += " * grad_scale"
     return (LOOP + ending).format(
+        enter=ENTER,
+        leave=LEAVE,
         buffers=", ".join(buffers),
         names=", ".join(names) + ",",
         values=", ".join(f"coefficients[{k}]" for k in range(len(names))) + ",",
