@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import arrays, backends, dialects, hyper, placement, rules, structure
+from . import arrays, backends, dialects, hyper, own, placement, rules, structure
 from .plan import Bound
 from .recipes import rounded
 
@@ -41,13 +41,32 @@ class Group(MutableMapping):
 
 
 class Optimizer(Bound):
-    """Base of the optimizers: binding, checking, stepping, state.  A subclass gives defaults, recipe and initial."""
+    """Base of the optimizers: binding, checking, stepping, state.
+
+    A rule of your own, for the backends "numba" and "numpy", is a subclass with
+
+    defaults       its hyper-parameters and their values; lr may be a callable(step), first called with 0
+    state_names    of the buffers it keeps beside each parameter
+    coefficients(step, **hyper) -> dict     what the rule needs at update number `step` (from 1), computed in double
+    rule(param, grad, *states, *coefficients)     returns the new param and states, in this order; called on scalars
+                   (numba) or on arrays (numpy), so it has no `if`: see select, larger, clip, flush in fastrms.rules.
+                   All arithmetic is in the dtype of param as long as every number in it is a coefficient.
+    initial(h, state_name)     how a state starts; 0.0 unless given.
+
+    grad arrives multiplied by grad_scale and the clip_norm factor.
+    """
 
     defaults: dict = {}
     checks: dict = {}
     fixed: tuple = ()
+    state_names: tuple = ()
+    own_rule = None
 
     def __init_subclass__(cls):
+        if "rule" in vars(cls):
+            if getattr(cls.recipe, "__func__", None) is not Optimizer.recipe.__func__:
+                raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
+            cls.own_rule = own.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
         keywords = {**cls.defaults, "dialect": None, "backend": "auto"}
         cls.__signature__ = Signature(
@@ -59,7 +78,7 @@ class Optimizer(Bound):
         if type(self) is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
-        module = backends.choose(backend)
+        module = backends.choose(backend, self.own_rule)
         self.backend = module.__name__.rpartition(".")[2]
         members = params if structure.is_group_list(params) else [{"params": params}]
         parts = [structure.of(member["params"]) for member in members]
@@ -94,7 +113,7 @@ class Optimizer(Bound):
 
     @classmethod
     def _checked(cls, dialect, name, value):
-        value = cls.checks.get(name, hyper.CHECKS[name])(name, value)
+        value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
 
     def _recipe(self, group, dtype, step=None):
@@ -107,6 +126,17 @@ class Optimizer(Bound):
             if isinstance(value, float) and not np.isfinite(rounded(value, dtype)):
                 raise ValueError(f"{name}={value!r} is not finite in {dtype}")
         return cls.recipe(h, dtype)
+
+    @classmethod
+    def recipe(cls, h, dtype):
+        """The recipe of a subclass with its own rule; those of fastrms have their own recipes."""
+        if cls.own_rule is None:
+            raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
+        return own.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)
+
+    @staticmethod
+    def initial(h, state_name):
+        return 0.0
 
     @staticmethod
     def at_step(values, step=None):
@@ -194,7 +224,7 @@ class Optimizer(Bound):
     def new_state(cls, h, rule, param):
         """Flat state buffers for a parameter (Buffer), each placed away from those that run beside it."""
         beside, state = [param.address], {}
-        for name in rules.state_names(rules.RULES[rule]):
+        for name in rules.state_names(rules.find(rule)):
             state[name] = placement.place(param.size, param.dtype, beside)
             state[name].fill(cls.initial(h, name))
             beside.append(arrays.own(state[name]).address)
@@ -325,7 +355,7 @@ class Optimizer(Bound):
             mine = [k for k, s in enumerate(self._set_of) if s == index]
             size = sum(self._params[k].size for k in mine)
             form = "general" if self._recipe(group, dtype).general else "neutral"
-            states = len(rules.state_names(rules.RULES[self._rules[index]]))
+            states = len(rules.state_names(rules.find(self._rules[index])))
             lines.append(
                 f"group {group}: rule {self._rules[index]}, {form} form, {dtype}, {len(mine)} tensor(s), {size} elements, "
                 f"{(3 + 2 * states) * dtype.itemsize} bytes moved per element"

@@ -31,6 +31,16 @@ def non_negative(name, value):
     return value
 
 
+def finite(name, value):
+    """A hyper-parameter that only an own rule knows: a number, or a word or flag that its coefficients read."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    value = number(name, value)
+    if math.isinf(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return value
+
+
 def positive(name, value):
     value = number(name, value)
     if not 0 < value < math.inf:

@@ -72,7 +72,7 @@ class RMSProp(Optimizer):
     weight_decay >= 0: L2, or decoupled.   maximize: ascend.   clip_value: bound on each gradient element, or None.
     initial_value: start of square_avg (1 in TF1 and MindSpore).
     dialect: None or "torch", "keras", "tf1", "mindspore", "optax": that framework's defaults; explicit arguments win.
-    backend: "auto", "c" or "numpy".
+    backend: "auto", "c", "numba" or "numpy".
     State: square_avg, grad_avg (centered), momentum_buffer (momentum > 0), of the shape and dtype of each parameter.
     Raises TypeError for wrong kinds, ValueError for wrong values; nothing has changed then.
     """
@@ -212,10 +212,6 @@ class Adam(Optimizer):
         elif form:
             corrections.append(Correction("root_scale", OVER_ROOT, *second))
         return recipes.make(Adam.rule_name(h), dtype, needs_general(h) or h.nesterov, values, corrections)
-
-    @staticmethod
-    def initial(h, state_name):
-        return 0.0
 
 
 class AdamW(Adam):

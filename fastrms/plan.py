@@ -88,6 +88,19 @@ class Bound:
         self._bound, self._bound_object = bound, grads
         self._point_to(bound)
 
+    @property
+    def c_step(self):
+        """(function address, plan address): one step of the bound gradients from C, Cython or @njit code without Python,
+        by ``int step(void *plan)``, which answers 0 when the step was made.  Good while this optimizer, the gradients and
+        the parameters live where they are.  RuntimeError on other backends than C and where a step needs Python."""
+        if self.backend != "c":
+            raise RuntimeError(f"c_step needs backend='c', this {type(self).__name__} runs on {self.backend!r}")
+        if self._pointed is None or self._pointed is not self._bound:
+            raise RuntimeError("c_step needs gradients that stay: bind() them first")
+        if self._no_grads is _NEVER:
+            raise RuntimeError("c_step cannot serve a callable lr or torch tensors, which need Python at every step")
+        return self._plan.addresses()
+
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)

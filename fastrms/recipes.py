@@ -3,6 +3,8 @@
 csrc/step.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
 """
 
+from array import array
+from functools import lru_cache
 from math import sqrt
 from typing import NamedTuple
 
@@ -34,6 +36,11 @@ class Recipe(NamedTuple):
     values: dict
     corrections: tuple
 
+    @property
+    def unchanging(self):
+        """Whether every step has the same coefficients."""
+        return not self.corrections
+
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
         values = dict(self.values)
@@ -43,16 +50,24 @@ class Recipe(NamedTuple):
         return list(values.values())
 
 
+def ready(recipe, step, grad_scale):
+    """The coefficients of update number `step`, rounded once to the dtype; array() does it faster than NumPy."""
+    return np.frombuffer(array(recipe.dtype.char, recipe.at(step, grad_scale)), recipe.dtype)
+
+
 def series(decay, weight, terms):
     """weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees."""
-    total, power = 0.0, 1.0
-    for bit in reversed(range(terms.bit_length())):
-        total = total * (1 + power)
-        power = power * power
-        if terms >> bit & 1:
-            total = total * decay + 1
-            power = power * decay
-    return weight * total
+    return weight * doubled(decay, terms)[0]
+
+
+@lru_cache(maxsize=256)  # the next step needs the same half
+def doubled(decay, terms):
+    """(1 + decay + ... + decay^(terms-1), decay^terms)"""
+    if terms == 0:
+        return 0.0, 1.0
+    total, power = doubled(decay, terms >> 1)
+    total, power = total * (1 + power), power * power
+    return (total * decay + 1, power * decay) if terms & 1 else (total, power)
 
 
 def corrected(value, correction, step):

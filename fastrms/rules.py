@@ -197,8 +197,15 @@ RULES = {
 }
 
 
+def find(rule):
+    """The function of a rule named in RULES; an own rule (own.py) stands for itself."""
+    return RULES[rule] if isinstance(rule, str) else rule
+
+
 def arguments(rule):
     """The argument names of a rule: param, grad, its states, its coefficients (grad_scale is the first)."""
+    if not isinstance(rule, FunctionType):
+        return ("param", "grad", *rule.states, "grad_scale", *rule.coefficients)
     return rule.__code__.co_varnames[: rule.__code__.co_argcount]
 
 
@@ -212,9 +219,14 @@ def coefficient_names(rule):
     return names[names.index("grad_scale") :]
 
 
+def rebuilt(function, names, compiler=lambda function: function):
+    """The same code with other global names."""
+    return compiler(FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__))
+
+
 def compile_rule(rule, general, compiler=lambda function: function, **primitives):
     """The same text with GENERAL fixed and select and sqrt (`primitives`) exchanged; `compiler` wraps each function."""
     names = {"GENERAL": general, "select": select, "sqrt": sqrt, **primitives}
     for helper in HELPERS:
-        names[helper.__name__] = compiler(FunctionType(helper.__code__, names, helper.__name__))
-    return compiler(FunctionType(rule.__code__, names, rule.__name__))
+        names[helper.__name__] = rebuilt(helper, names, compiler)
+    return rebuilt(rule, names, compiler)

@@ -8,21 +8,29 @@ from . import backends
 
 MOST = 64
 _c = backends.load("c")
+_without_c = None
 
 
 def set_num_threads(n):
-    """Let steps of at least 64 Ki elements use up to n threads (1 to 64), for the whole process."""
+    """Let large steps (64 Ki elements on the C backend) use up to n threads (1 to 64), for the whole process."""
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
     if not 1 <= n <= MOST:
         raise ValueError(f"n={n!r} must be from 1 to {MOST}")
-    if _c.lib:
-        _c.lib.fastrms_set_num_threads(n)
+    _set(n)
 
 
 def get_num_threads():
-    """The number of threads that a large step uses; 1 without the C extension."""
-    return _c.lib.fastrms_get_num_threads() if _c.lib else 1
+    """The number of threads that a large step uses."""
+    return _c.lib.fastrms_get_num_threads() if _c.lib else _without_c
+
+
+def _set(n):
+    global _without_c
+    if _c.lib:
+        _c.lib.fastrms_set_num_threads(n)
+    else:
+        _without_c = n
 
 
 def default_num_threads(environment=os.environ):
@@ -109,6 +117,6 @@ def join_threadpoolctl():
     threadpoolctl.register(FastrmsController)
 
 
+_set(default_num_threads())
 if _c.lib:
-    _c.lib.fastrms_set_num_threads(default_num_threads())
     join_threadpoolctl()

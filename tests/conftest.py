@@ -10,7 +10,7 @@ from fastrms import backends, recipes, rules
 
 c = backends.load("c")
 BACKENDS = fastrms.available_backends()
-TIERS = [("c", isa) for isa in c.isas()] + [("numpy", None)]
+TIERS = [("c", isa) for isa in c.isas()] + [(name, None) for name in BACKENDS if name != "c"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
 
 

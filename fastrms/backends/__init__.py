@@ -5,7 +5,8 @@ import importlib
 import os
 
 OK, BUSY, OVERLAP, NOT_HELD = 0, 1, 2, 5  # what a Plan answers, as in csrc/fastrms_decl.h
-NAMES = ("c", "numpy")  # in the order of preference
+NAMES = ("c", "numba", "numpy")  # in the order of preference
+FOR_OWN_RULES = ("numba", "numpy")
 
 
 def load(name):
@@ -17,14 +18,17 @@ def available_backends():
     return tuple(name for name in NAMES if load(name).available() is None)
 
 
-def choose(name):
-    """The backend module for name: "auto" takes FASTRMS_BACKEND, else the first available one."""
+def choose(name, own_rule=None):
+    """The backend module for name: "auto" takes FASTRMS_BACKEND, else the first that works here and runs an own rule."""
     source = f"backend={name!r}"
     if name == "auto":
-        name = os.environ.get("FASTRMS_BACKEND") or available_backends()[0]
+        usable = [name for name in available_backends() if own_rule is None or name in FOR_OWN_RULES]
+        name = os.environ.get("FASTRMS_BACKEND") or usable[0]
         source = f"FASTRMS_BACKEND={name!r}"
     if name not in NAMES:
         raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, NAMES))}")
+    if own_rule is not None and name not in FOR_OWN_RULES:
+        raise ValueError(f"{source} cannot run the rule of {own_rule}, which is Python: use 'numba' or 'numpy'")
     module = load(name)
     reason = module.available()
     if reason:

@@ -138,6 +138,10 @@ class Plan:
         """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
         return lib.fastrms_step, self._plan
 
+    def addresses(self):
+        """Of the C function `int fastrms_step(fastrms_plan *)` and of this plan."""
+        return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
+
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
         step: all of it in one C call, or nothing.  Returns (status, norm)."""

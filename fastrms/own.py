@@ -1,0 +1,83 @@
+"""People's own rules: a subclass of Optimizer with state_names, coefficients and rule, on the backends that run Python."""
+
+import math
+from inspect import signature
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from . import rules
+
+
+class OwnRule(NamedTuple):
+    """A rule that a subclass of Optimizer brings, in the form of those in rules.py: grad_scale is a coefficient, too."""
+
+    name: str
+    function: Any
+    states: tuple
+    coefficients: tuple  # without grad_scale
+
+    def __str__(self):
+        return self.name
+
+
+class OwnRecipe(NamedTuple):
+    """An own rule with its hyper-parameters; the subclass says what coefficients they make at a step."""
+
+    rule: OwnRule
+    dtype: Any
+    coefficients: Any  # of the subclass
+    hyper: dict
+    general: bool = False
+    unchanging: bool = False
+
+    def at(self, step, grad_scale):
+        """The coefficients of update number `step` (from 1), in double."""
+        given = self.coefficients(step, **self.hyper)
+        if set(given) != set(self.rule.coefficients):
+            raise ValueError(f"coefficients of {self.rule} gives {', '.join(given)}; "
+                             f"its rule takes {', '.join(self.rule.coefficients)}")  # fmt: skip
+        values = [float(given[name]) for name in self.rule.coefficients]
+        if any(map(math.isnan, values)):
+            raise ValueError(f"coefficients of {self.rule} gives a NaN at step {step}: {given}")
+        return [grad_scale, *values]
+
+
+def rule_of(cls):
+    """The OwnRule of a subclass of Optimizer, its arguments checked."""
+    function, states = cls.rule, cls.state_names
+    if isinstance(states, str) or not all(isinstance(name, str) for name in states):
+        raise TypeError(f"state_names={states!r} of {cls.__name__} must be a tuple of names")
+    names = tuple(signature(function).parameters)
+    first = ("param", "grad", *states)
+    if names[: len(first)] != first:
+        raise TypeError(f"rule of {cls.__name__} takes {', '.join(names)}; its first arguments must be {', '.join(first)}")
+    if "grad_scale" in names:
+        raise TypeError(f"rule of {cls.__name__} takes grad_scale, which is multiplied into grad before it is called")
+    return OwnRule(cls.__name__, function, tuple(states), names[len(first) :])
+
+
+def recipe(rule, coefficients, hyper, dtype):
+    """An OwnRecipe whose first coefficients could be made."""
+    made = OwnRecipe(rule, dtype, coefficients, hyper)
+    made.at(1, 1.0)
+    return made
+
+
+def checked(rule, results):
+    """What an own rule returned, if it is what it should be."""
+    if not isinstance(results, tuple) or len(results) != 1 + len(rule.states):
+        raise TypeError(
+            f"the rule of {rule} must return a tuple ({', '.join(('param', *rule.states))}{',' * (not rule.states)})"
+        )
+    return results
+
+
+def function_of(rule, select, compiler=lambda function: function):
+    """The function of an own rule; `compiler` wraps it and each helper that it imported from fastrms.rules."""
+    names = {"GENERAL": False, "select": select}
+    for helper in rules.HELPERS:
+        names[helper.__name__] = rules.rebuilt(helper, names, compiler)
+    exchanged = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
+    used = rule.function.__globals__.items()
+    mine = {name: exchanged.get(x, x) if isinstance(x, FunctionType) else x for name, x in used}
+    return rules.rebuilt(rule.function, mine, compiler)

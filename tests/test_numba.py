@@ -1,0 +1,596 @@
+"""The Numba backend: what its compiler made, its guard under every threading layer, its cache, and kernels in user code.
+
+Whatever could hang or abort runs in a process of its own with a watchdog.  Bits are compared in test_same_bits.py, too.
+"""
+
+import ctypes
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, DTYPES, backends, bits, c, raw_recipe
+from test_same_bits import scalar_reference, wild_buffers
+
+import fastrms
+from fastrms import rules
+
+pytestmark = pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed")
+if "numba" in BACKENDS:
+    import numba
+    from numba import njit, prange
+
+    import fastrms.numba as jitted
+    from fastrms.backends import kernels
+
+WATCHDOG = 200  # seconds
+PACKAGE = Path(fastrms.__file__).parent
+EXACT = "c" if c.lib else "numpy"  # what the bits are compared with
+
+
+def layers():
+    if "numba" not in BACKENDS:
+        return []
+    found = ["workqueue"]
+    for name in ("omp", "tbb"):
+        try:
+            __import__(f"numba.np.ufunc.{name}pool")
+            found.append(name)
+        except ImportError:
+            pass
+    return found
+
+
+def in_process(code, **environment):
+    """Standard output of code in a fresh process that must end by itself."""
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
+                         timeout=WATCHDOG, cwd="/", env={**os.environ, **environment})  # fmt: skip
+    assert run.returncode == 0, f"{run.returncode}\n{run.stdout}{run.stderr}"
+    return run.stdout.strip()
+
+
+# what is there
+
+
+def test_without_numba_the_error_names_the_extra(monkeypatch):
+    module = backends.load("numba")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"backend='numba' is not available: .*pip install 'fastrms\[numba\]'"):
+        fastrms.RMSProp(np.ones(3), backend="numba")
+    assert "numba" not in fastrms.available_backends()
+
+
+@pytest.mark.skipif(c.lib is None, reason="without C, auto is numba")
+def test_numba_is_imported_only_when_it_is_used():
+    assert in_process("""
+        import sys, numpy as np, fastrms
+        w = np.ones(3)
+        fastrms.RMSProp(w).step(w + 1)
+        fastrms.RMSProp(w, backend="numpy").step(w + 1)
+        optimizer = fastrms.RMSProp(w, backend="numba")
+        assert "numba" not in sys.modules
+        optimizer.step(w + 1)
+        assert "numba" in sys.modules
+        print("fine")
+    """) == "fine"  # fmt: skip
+
+
+# what the compiler made
+
+
+def machine_code(rule, general, dtype, parallel=False):
+    """The assembly of a kernel that was compiled just now: what comes from disk shows none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "kept", lambda text, name: 1 / 0)
+        (text,) = kernels.kernel.__wrapped__(rule, general, dtype, parallel).inspect_asm().values()
+    return text
+
+
+def check_code(text, dtype, operations):
+    suffix = "ps" if dtype.itemsize == 4 else "pd"
+    for operation in operations:
+        assert re.search(rf"\bv?{operation}{suffix}\s", text), f"no packed {operation}"
+    assert not re.search(r"\bvfn?m(add|sub)", text), "FMA"
+    assert not re.search(r"\bv?(rsqrt|rcp)", text), "estimate"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the instructions of x86-64 only")
+@pytest.mark.parametrize("general, dtype", [(False, DTYPES[0]), (True, DTYPES[0]), (True, DTYPES[1])])
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_every_kernel_is_vectorised_without_fma(rule, general, dtype):
+    check_code(machine_code(rule, general, dtype), dtype, ("sqrt", "div") if rule != "rprop" else ("mul",))
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the instructions of x86-64 only")
+def test_the_parallel_kernel_is_vectorised_without_fma():
+    check_code(machine_code("rmsprop", False, DTYPES[0], parallel=True), DTYPES[0], ("sqrt", "div"))
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the instructions of x86-64 only")
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"error_model": "python"}, "no packed"),
+        ({"fastmath": {"contract"}}, "FMA"),
+        ({"fastmath": True}, "no packed div"),
+    ],
+)
+def test_the_check_of_the_code_bites(monkeypatch, options, complaint):
+    monkeypatch.setattr(kernels, "OPTIONS", {**kernels.OPTIONS, **options})
+    with pytest.raises(AssertionError, match=complaint):
+        check_code(machine_code("rmsprop", True, DTYPES[0]), DTYPES[0], ("sqrt", "div"))
+
+
+# threads
+
+COMMON = """
+    import os, signal, sys, threading, warnings
+    import numpy as np, fastrms
+    from fastrms.backends import numba as backend
+    warnings.simplefilter("ignore")      # Python's own, of forks beside threads
+    backend.LEAST = dict.fromkeys(backend.LEAST, 1000)
+    backend.SMALLEST = 1000
+    fastrms.set_num_threads(2)
+    shared = []                          # sizes of the updates that ran on several threads
+    run = backend.with_threads
+
+    def counted(parts, function, param, *arguments):
+        shared.append(param.size)
+        run(parts, function, param, *arguments)
+
+    backend.with_threads = counted
+
+    def check(steps=5, size=50_001):
+        w, g = np.zeros(size, np.float32), np.ones(size, np.float32)
+        opt = fastrms.AdaGrad(w, backend="numba")
+        for _ in range(steps):
+            opt.step(g)
+        state = opt.state["sum"]
+        assert opt.steps == steps and (state == steps).all(), (opt.steps, state.min(), state.max())
+
+    def child(work):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(60)
+                before = len(shared)
+                work()
+                os._exit(0 if len(shared) == before else 3)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, status
+"""
+
+
+def with_layer(code, layer, **environment):
+    code = (
+        textwrap.dedent(COMMON)
+        + textwrap.dedent(code)
+        + f"""
+import numba
+assert numba.threading_layer() == {layer!r} and shared, (numba.threading_layer(), shared)
+print("fine")
+"""
+    )
+    assert in_process(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2", **environment) == "fine"
+
+
+@pytest.mark.parametrize("layer", layers())
+def test_six_python_threads_at_once(layer):
+    """One runs in parallel, the others alone; without the guard workqueue aborts here."""
+    with_layer("""
+    errors = []
+
+    def work():
+        try:
+            for _ in range(10):
+                check(steps=20)
+        except BaseException as error:
+            errors.append(error)
+
+    runners = [threading.Thread(target=work, daemon=True) for _ in range(6)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert not errors, errors[0]
+    """, layer)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", layers())
+def test_fork_after_use_and_again_in_the_child(layer):
+    """A child runs alone; under omp Numba would end it."""
+    with_layer("""
+    check()
+    child(lambda: (check(), child(check), check()))
+    check()
+    """, layer)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", layers())
+def test_fork_while_other_threads_step(layer):
+    """The child finds every optimizer between two steps: as many updates as its count says, and not busy."""
+    with_layer("""
+    made = []
+    for size in (50_001, 200_003, 200):
+        w = np.zeros(size, np.float32)
+        opt = fastrms.AdaGrad([w, w.copy()], backend="numba")
+        opt.bind([np.ones(size, np.float32), np.ones(size, np.float32)])
+        opt.step()
+        made.append(opt)
+    stop = []
+
+    def work(opt):
+        while not stop:
+            opt.step()
+
+    runners = [threading.Thread(target=work, args=(opt,), daemon=True) for opt in made]
+    for runner in runners:
+        runner.start()
+
+    def look():
+        for opt in made:
+            for state in opt.state["sum"]:
+                assert (state == opt.steps).all(), (opt.steps, state.min(), state.max())
+            opt.step()
+            assert (opt.state["sum"][1] == opt.steps).all()
+
+    for _ in range(60):
+        child(look)
+    stop.append(1)
+    for runner in runners:
+        runner.join()
+    """, layer)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("layer", layers())
+def test_multiprocessing(layer, method, tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import multiprocessing as mp, numpy as np, fastrms\n"
+        "def train(seed):\n"
+        "    w = np.full(300_000, seed, np.float32)\n"
+        "    opt = fastrms.RMSProp(w, lr=0.01, backend='numba')\n"
+        "    for _ in range(5): opt.step(np.ones(300_000, np.float32))\n"
+        "    return float(w[-1])\n"
+        "if __name__ == '__main__':\n"
+        "    here = [train(k) for k in range(4)]\n"
+        f"    with mp.get_context({method!r}).Pool(3) as pool:\n"
+        "        assert pool.map(train, range(4)) == here\n"
+        "    print('fine', len(set(here)))\n"
+    )
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": layer, "FASTRMS_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WATCHDOG, env=environment)
+    assert run.stdout.strip() == "fine 4", run.stdout + run.stderr
+
+
+def test_a_users_number_of_numba_threads_stays(monkeypatch):
+    module = backends.load("numba")
+    monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.LEAST, 1))
+    numba.set_num_threads(1)
+    try:
+        module.with_threads(numba.config.NUMBA_NUM_THREADS, lambda parts: None)
+        assert numba.get_num_threads() == 1
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def test_small_steps_one_thread_and_a_missing_layer_run_alone():
+    code = """
+        import numpy as np, fastrms, numba
+        from fastrms.backends import numba as backend
+        backend.with_threads = lambda *arguments: 1 / 0
+        def step(size):
+            w = np.zeros(size)
+            fastrms.AdaGrad(w, backend="numba", lr=1.0).step(np.ones(size))
+            assert np.allclose(w, -1)
+        {what}
+        print("fine")
+    """  # fmt: skip
+    small = code.format(what="fastrms.set_num_threads(8); step(backend.SMALLEST - 1)")
+    alone = code.format(what="fastrms.set_num_threads(1); step(1_000_000)")
+    assert in_process(small) == in_process(alone) == "fine"
+    nothing = code.format(what="fastrms.set_num_threads(8); step(1_000_000); assert backend.started() == (None, 1)")
+    assert in_process(nothing, NUMBA_THREADING_LAYER="nothing") == "fine"
+
+
+def test_same_bits_for_every_thread_count():
+    """Each rule in parallel by 1 to 8 threads, at lengths that leave some of them little or nothing."""
+    assert in_process(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import numpy as np, fastrms
+        from conftest import backends, bits, raw_recipe
+        from test_same_bits import rules, wild_buffers
+        module = backends.load("numba")
+        module.LEAST = dict.fromkeys(module.LEAST, 1)
+        module.SMALLEST = 1
+        shared, run = set(), module.with_threads
+        module.with_threads = lambda parts, *rest: (shared.add(parts), run(parts, *rest))
+        for rule in rules.RULES:
+            for dtype, general in ((np.dtype("f4"), False), (np.dtype("f8"), True)):
+                recipe = raw_recipe(rule, dtype, general)
+                for size in (1, 2, 7, 63, 1003, 100_003):
+                    buffers = wild_buffers(rule, dtype, size)
+                    results = []
+                    for backend, counts in (("numpy", [1]), ("numba", range(1, 9))):
+                        for count in counts:
+                            fastrms.set_num_threads(count)
+                            param, grad, *states = [b.copy() for b in buffers]
+                            backends.load(backend).update(recipe, 1, 1.0, param, grad, states)
+                            results.append([bits(b) for b in (param, *states)])
+                    for result in results:
+                        assert all(np.array_equal(a, b) for a, b in zip(result, results[0])), (rule, size, count)
+        assert shared == set(range(2, 9)), shared
+        print("fine")
+    """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
+
+
+def test_parallel_without_the_c_extension():
+    """Numba is what auto means then, and fastrms still counts the threads."""
+    assert in_process("""
+        import sys
+        sys.modules["fastrms._core"] = None
+        import numpy as np, fastrms
+        from fastrms.backends import numba as backend
+        assert fastrms.isa() is None and fastrms.available_backends() == ("numba", "numpy")
+        assert fastrms.get_num_threads() == 5
+        fastrms.set_num_threads(2)
+        shared, run = [], backend.with_threads
+        backend.with_threads = lambda parts, *rest: (shared.append(parts), run(parts, *rest))
+        results = []
+        for name in ("auto", "numpy"):
+            w = np.linspace(-1, 1, 1_000_003)
+            fastrms.Adam(w, backend=name).step(np.cos(w))
+            results.append(w)
+        assert np.array_equal(*results) and shared == [2], shared
+        print("fine")
+    """, FASTRMS_NUM_THREADS="5", NUMBA_NUM_THREADS="2") == "fine"  # fmt: skip
+
+
+# the cache on disk
+
+ONE_STEP = """
+    import sys, numpy as np, fastrms
+    w, g = np.linspace(-1, 1, 1003), np.linspace(3, 4, 1003)
+    other = w.copy()
+    fastrms.RMSProp(w, backend="numba", **OPTIONS).step(g)
+    fastrms.RMSProp(other, backend="numpy", **OPTIONS).step(g)
+    assert np.array_equal(w, other)
+    from fastrms.backends import kernels
+    found = kernels.kernel(*KERNEL, w.dtype, False)
+    print(sum(found.stats.cache_hits.values()), sum(found.stats.cache_misses.values()), float(w[0]))
+"""
+
+
+def one_step(cache_dir, options="{}", kernel="('rmsprop', False)", **environment):
+    """(hits, misses, a weight) of one step in a new process with this cache."""
+    code = textwrap.dedent(ONE_STEP).replace("OPTIONS", options).replace("KERNEL", kernel)
+    hits, misses, weight = in_process(code, NUMBA_CACHE_DIR=str(cache_dir), **environment).split()
+    return int(hits), int(misses), float(weight)
+
+
+def test_the_second_process_compiles_nothing_and_a_swapped_form_is_noticed(tmp_path):
+    assert one_step(tmp_path)[:2] == (0, 1)
+    assert one_step(tmp_path)[:2] == (1, 0)
+    general = one_step(tmp_path, "{'clip_value': 1.0}", "('rmsprop', True)")
+    assert general[:2] == (0, 1)
+    assert one_step(tmp_path, "{'clip_value': 1.0}", "('rmsprop', True)") == (1, 0, general[2])
+    assert one_step(tmp_path)[:2] == (1, 0)
+
+
+def test_an_edited_rule_is_noticed(tmp_path):
+    """Also one of the functions that it calls; the old code stays for the old text."""
+    package = tmp_path / "fastrms"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    text = (package / "rules.py").read_text()
+    cache_dir, path = tmp_path / "cache", {"PYTHONPATH": str(tmp_path)}
+    first = one_step(cache_dir, **path)
+    for old, new in (
+        ("u = in_scale * g / (sqrt(w) + eps)\n    param", "u = in_scale * g / (sqrt(w) + one_minus_rho)\n    param"),
+        ("g = grad * grad_scale\n", "g = grad * grad_scale * grad_scale + param\n"),
+    ):  # fmt: skip
+        assert text.count(old) >= 1
+        (package / "rules.py").write_text(text.replace(old, new, 1))
+        edited = one_step(cache_dir, **path)
+        assert edited[:2] == (0, 1) and edited[2] != first[2]
+    (package / "rules.py").write_text(text)
+    assert one_step(cache_dir, **path) == (1, 0, first[2])
+
+
+def test_read_only_installation_and_unwritable_home(tmp_path):
+    """With no place to write, kernels are compiled and not kept; whoever may write anything does not matter (root may)."""
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    package = tmp_path / "fastrms"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [package, *package.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    environment = {"HOME": str(nowhere), "XDG_CACHE_HOME": "", "PYTHONPATH": str(tmp_path)}
+    try:
+        assert one_step("", **environment)[0] == 0
+        assert one_step("", **environment)[0] == 0
+        assert not list(package.rglob("*.nb?"))
+    finally:
+        for path in [package, *package.rglob("*")]:
+            path.chmod(0o755)
+
+
+def test_a_torn_cache_is_done_without(tmp_path):
+    want = one_step(tmp_path)
+    for path in (tmp_path / "fastrms").rglob("*.nb?"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert one_step(tmp_path)[2] == want[2]
+
+
+def test_eight_processes_fill_one_cache_at_once(tmp_path):
+    code = textwrap.dedent(ONE_STEP).replace("OPTIONS", "{}").replace("KERNEL", "('rmsprop', False)")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(8)]
+    answers = {run.communicate(timeout=WATCHDOG)[0].split()[-1] for run in runs}
+    assert len(answers) == 1 and all(run.returncode == 0 for run in runs)
+    assert one_step(tmp_path)[:2] == (1, 0)
+
+
+# in people's own code
+
+
+def state_of(name, **options):
+    w = np.zeros((20, 51), np.float32)
+    return list(fastrms.init_state(name, w, **options))
+
+
+UPDATES = [
+    ("rmsprop", {}),
+    ("rmsprop", {"lr": 0.02, "rho": 0.9, "eps": 1e-6, "clip_value": 0.5, "weight_decay": 0.1, "maximize": True}),
+    ("rmsprop", {"momentum": 0.9, "nesterov": True, "lr_in_momentum": True, "bias_correction": "corrected", "step": 5}),
+    ("rmsprop", {"momentum": 0.9, "bias_correction": "folded", "step": 17, "weight_decay": 0.1, "decoupled": True}),
+    ("rmsprop", {"centered": True, "eps_root": 1e-6, "grad_scale": 0.25}),
+    ("rmsprop", {"centered": True, "momentum": 0.5}),
+    ("adagrad", {}),
+    ("adagrad", {"lr_decay": 0.01, "step": 7, "decoupled": True, "weight_decay": 0.1, "clip_value": 2.0}),
+    ("adam", {"step": 1}),
+    ("adam", {"step": 1000, "weight_decay": 0.01, "decoupled": True, "maximize": True, "grad_scale": 0.1}),
+    ("adam", {"step": 3, "nesterov": "dozat", "eps_root": 1e-8}),
+    ("adam", {"step": 3, "nesterov": "dozat", "bias_correction": "folded"}),
+    ("adam", {"step": 3, "nesterov": "folded", "bias_correction": "folded", "clip_value": 0.1}),
+    ("adam", {"step": 3, "bias_correction": False}),
+    ("adam", {"step": 3, "amsgrad": True}),
+    ("adam", {"step": 9, "amsgrad": "corrected", "eps_root": 1e-7}),
+    ("rprop", {}),
+    ("rprop", {"zero_on_flip": False, "clip_value": 0.5, "eta_plus": 1.5}),
+]
+
+
+def user_code(name, options, states):
+    """An @njit function of somebody else's that makes this update, serial or parallel, among other things."""
+    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    optional = ("grad_avg", "momentum_buffer", "max_exp_avg_sq")
+    passed = ", ".join(f"{state}={state}" if state in optional else state for state in states)
+    text = (f"def train(w, g, {', '.join(states)}):\n"
+            f"    total = 0.0\n    for i in prange(g.size):\n        total += g.flat[i] * 0\n"
+            f"    update(w, g, {passed}, {given})\n    return total\n")  # fmt: skip
+    found = {}
+    exec(text, {"update": getattr(jitted, name), "prange": prange}, found)
+    return found["train"]
+
+
+@pytest.mark.parametrize("name, options", UPDATES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "defaults")
+def test_an_update_inside_users_code(name, options):
+    """float32 and float64, matrices in C and Fortran order, in @njit and @njit(parallel=True): the bits of C."""
+    hyper = {k: v for k, v in options.items() if k not in ("step", "grad_scale")}
+    states = state_of(name, **hyper)
+    inside = {k: v for k, v in options.items() if k != "centered"}
+    rng = np.random.default_rng(4)
+    for form, parallel, dtype, order in ((name, False, "f4", "C"), (f"{name}_parallel", True, "f8", "F")):
+        function = njit(parallel=parallel)(user_code(form, inside, states))
+        buffers = [np.asarray(np.abs(rng.standard_normal((20, 51))), dtype, order=order) for _ in range(2 + len(states))]
+        buffers[1] -= 0.7
+        mine, theirs = [b.copy(order="K") for b in buffers], [b.copy(order="K") for b in buffers]
+        function(*mine)
+        call = dict(zip(("param", "grad", *states), theirs, strict=True))
+        getattr(fastrms, name)(**call, **{k: v for k, v in options.items() if k != "centered"}, backend=EXACT)
+        assert not np.array_equal(bits(mine[0]), bits(buffers[0]))
+        assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_keywords_and_defaults_are_those_of_fastrms():
+    for name in ("rmsprop", "adagrad", "adam", "rprop"):
+        theirs = {p.name: p.default for p in inspect.signature(getattr(fastrms, name)).parameters.values()}
+        mine = {p.name: p.default for p in inspect.signature(getattr(jitted, name).py_func).parameters.values()}
+        left_out = theirs.keys() - mine.keys()
+        assert left_out <= {"dialect", "backend"} and mine.keys() <= theirs.keys()
+        for key, default in mine.items():
+            assert default == theirs[key] or key in ("step", "amsgrad"), key
+
+
+def test_what_cannot_be_is_refused():
+    w, v = np.ones(6), np.ones(6)
+    for bad in ((w, w.astype("f4"), v), (w[::2], w[::2], v[::2]), (w.astype(int),) * 3, (w.reshape(2, 3), w, v)):
+        with pytest.raises(numba.errors.TypingError, match=r"fastrms (updates contiguous|needs) arrays"):
+            jitted.rmsprop(*bad)
+    for options in ({"momentum": 0.9}, {"momentum_buffer": w.copy()}, {"bias_correction": "folding"}):
+        with pytest.raises(ValueError, match="fastrms"):
+            jitted.rmsprop(w, w, v, **options)
+    with pytest.raises(ValueError, match="one shape"):
+        jitted.rmsprop(w, w[:5], v)
+    for options in ({"nesterov": True}, {"amsgrad": True}, {"amsgrad": "corrected"}):
+        with pytest.raises(ValueError, match="fastrms"):
+            jitted.adam(w, w, v, v, 1, **options)
+    assert (w == 1).all() and (v == 1).all()
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("rule", ["rmsprop", "rmsprop_centered_momentum", "adagrad", "adam_amsgrad", "rprop"])
+def test_a_scalar_rule_inside_users_code(rule, general):
+    """Coefficients that come as Python floats do not promote float32."""
+    function = rules.RULES[rule]
+    scalar = getattr(jitted.rules if general else jitted.neutral_rules, rule)
+    states = rules.state_names(function)
+    names = ["w", *states]
+    text = (f"def train(w, g, {', '.join(states)}, numbers):\n    for i in range(w.size):\n"
+            f"        {', '.join(f'{name}[i]' for name in names)} = rule(w[i], g[i], "
+            f"{', '.join(f'{name}[i]' for name in states)}, *numbers)\n")  # fmt: skip
+    found = {}
+    exec(text, {"rule": scalar}, found)
+    for dtype in DTYPES:
+        recipe = raw_recipe(rule, dtype, general)
+        buffers = wild_buffers(rule, dtype, 503)
+        want = scalar_reference(recipe, buffers)
+        mine = [b.copy() for b in buffers]
+        njit(error_model="numpy")(found["train"])(*mine, tuple(recipe.at(1, 1.0)))
+        for got, expected in zip([mine[0], *mine[2:]], want, strict=True):
+            assert np.array_equal(bits(got), bits(expected))
+
+
+# one bound C step from code without Python
+
+
+@pytest.mark.skipif(c.lib is None, reason="c_step is the C backend's")
+def test_c_step_from_jitted_code():
+    w, g = np.linspace(-1, 1, 100).astype("f4"), np.empty(100, "f4")
+    optimizer = fastrms.Adam(w, lr=0.1, backend="c")
+    optimizer.bind(g)
+    function, plan = optimizer.c_step
+    step = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t)(function)
+
+    @njit
+    def train(w, g, steps):
+        refused = 0
+        for _ in range(steps):
+            for i in range(w.size):
+                g[i] = w[i] * np.float32(2)
+            refused |= step(plan)
+        return refused
+
+    other = w.copy()
+    assert train(w, g, 20) == 0 and optimizer.steps == 20
+    reference = fastrms.Adam(other, lr=0.1, backend="numpy")
+    for _ in range(20):
+        reference.step(other * np.float32(2))
+    assert np.array_equal(w, other)
+    optimizer.step(g.copy())
+    assert step(plan) == backends.NOT_HELD
+
+
+@pytest.mark.skipif(c.lib is None, reason="c_step is the C backend's")
+def test_c_step_is_refused_where_a_step_needs_python():
+    w = np.ones(3)
+    optimizer = fastrms.RMSProp(w, backend="c")
+    with pytest.raises(RuntimeError, match="bind"):
+        _ = optimizer.c_step
+    with pytest.raises(RuntimeError, match="backend='c', this RMSProp runs on 'numpy'"):
+        _ = fastrms.RMSProp(w, backend="numpy").c_step
+    scheduled = fastrms.RMSProp(w, lr=lambda step: 0.1, backend="c")
+    scheduled.bind(w + 1)
+    with pytest.raises(RuntimeError, match="callable lr"):
+        _ = scheduled.c_step
