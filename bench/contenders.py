@@ -107,11 +107,12 @@ def streams_ways(size, threads):
         yield f"in turn by {IN_TURN}, shared by {CHUNK}", {"chunk": CHUNK, "block": IN_TURN, "shared": 1}
 
 
-def streams(problem, way, settings):
+def streams(problem, way, settings, buffers=None):
+    """The loop in C over [gradient, parameter, states]: its own, unless they are given."""
     from fastrms._core import lib
 
-    grad, param, *states = problem.new_buffers()
-    for state in states:
+    grad, param, *states = buffers or problem.new_buffers()
+    for state in [] if buffers else states:
         state.fill(0)
     step = partial(lib.fastrms_streams, job(problem, param, grad, states, settings))
     return Contender(STREAMS, step, lambda: [param, *states], way, STREAMS)
