@@ -92,13 +92,13 @@ def test_the_ceilings_take_every_way():
 def test_a_contender_above_the_ceiling_makes_the_run_invalid():
     results = Results("float32", WELL_PLACED)
     made = [Contender(name, None, None) for name in (FASTRMS["c"], STREAMS, DIVIDER)]
-    speeds = {FASTRMS["c"]: 90.0, STREAMS: 50.0, DIVIDER: 100.0}
+    speeds = {FASTRMS["c"]: 80.0, STREAMS: 50.0, DIVIDER: 100.0}
     results.add("adam", 2**20, made, {(name, ""): Timing(ns, ns, 3, 1) for name, ns in speeds.items()}, {})
     assert results.nearer_ceiling("adam", 2**20) == DIVIDER
     assert results.above_ceiling() == [("adam", 2**20, FASTRMS["c"])]
-    assert "111 % of the divider ceiling" in report.complaints(results)[0]
+    assert "125 % of the divider ceiling" in report.complaints(results)[0]
     slower = {(name, ""): Timing(1.2 * ns, ns, 3, 1) for name, ns in speeds.items()}
-    results.add("rmsprop", 2**20, made, slower | {(FASTRMS["c"], ""): Timing(119.0, 119.0, 3, 1)}, {})
+    results.add("rmsprop", 2**20, made, slower | {(FASTRMS["c"], ""): Timing(111.0, 119.0, 3, 1)}, {})
     assert len(results.above_ceiling()) == 1
 
 
