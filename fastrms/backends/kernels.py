@@ -31,8 +31,8 @@ from numpy import empty, sqrt, uint8, uintp
 
 OPTIONS = {options}
 real, word = types.{dtype}, types.intp
-fegetenv, fesetenv = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetenv", "fesetenv"))
-IEEE = uintp(2**64 - 1)  # FE_DFL_ENV
+fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
+IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
 
 @intrinsic
 def pointer(context, address):
@@ -61,8 +61,8 @@ def kernel(size, {addresses}, coefficients, parts):
         update(last - first, {moved}, coefficients)
 """
 # each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
-ENTER, LEAVE = "mode = empty(64, uint8); fegetenv(mode.ctypes.data); fesetenv(IEEE)", "fesetenv(mode.ctypes.data)"
-if platform.system() != "Linux":
+ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
+if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
 @cache
 def kernel(rule, general, dtype, parallel=False):

@@ -8,7 +8,7 @@ from array import array
 
 import numpy as np
 
-from .. import arrays, rules
+from .. import arrays, recipes, rules
 from . import BUSY, NOT_HELD, OK, OVERLAP
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
@@ -86,13 +86,19 @@ class Coefficients:
         count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.recipe = recipe
         self.memory = array(recipe.dtype.char, bytes(count * recipe.dtype.itemsize))
-        self._made = None
+        self._changing = recipe.changing()
+        self._scale = None
 
     def make(self, step, grad_scale):
-        made = None if self.recipe.unchanging else step, grad_scale
-        if made != self._made:
-            self.memory[:] = array(self.memory.typecode, self.recipe.at(step, grad_scale))  # rounds once
-            self._made = made
+        """For update number `step`, in double, rounded once."""
+        if self._changing is None or grad_scale != self._scale:
+            self.memory[:] = array(self.memory.typecode, self.recipe.at(step, grad_scale))
+            self._scale = grad_scale
+            return
+        for place, value, corrections in self._changing:
+            for correction in corrections:
+                value = recipes.corrected(value, correction, step)
+            self.memory[place] = value
 
 
 def update(call, recipe, step, grad_scale, param, grad, states):
