@@ -64,6 +64,8 @@ def kernel(size, {addresses}, coefficients, parts):
 ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
 if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
+
+
 @cache
 def kernel(rule, general, dtype, parallel=False):
     """kernel(size, *addresses, coefficients[, parts]): the addresses of param, grad, the states, and the coefficients."""
