@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, STREAMS
+from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, ON_LAYERS, STREAMS
 from .machine import in_words, threads
 from .problem import held_per_element
 from .report import number, size_name, spread
@@ -14,6 +14,7 @@ STYLES = {
     IN_PLACE: {"color": "#E69F00", "marker": "s"},
     FASTRMS["numpy"]: {"color": "#56B4E9", "marker": "^"},
     FASTRMS["numba"]: {"color": "#009E73", "marker": "v"},
+    **{FASTRMS[way]: {"color": "#009E73", "marker": "v"} for way in ON_LAYERS},
     FASTRMS["c"]: {"color": "#0072B2", "marker": "D", "linewidth": 2.4},
     STREAMS: {"color": "#000000", "linestyle": "--", "linewidth": 1.2},
     DIVIDER: {"color": "#000000", "linestyle": ":", "linewidth": 1.2},

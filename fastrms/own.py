@@ -28,7 +28,9 @@ class OwnRecipe(NamedTuple):
     coefficients: Any  # of the subclass
     hyper: dict
     general: bool = False
-    unchanging: bool = False
+
+    def changing(self):
+        """All may change from step to step."""
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""

@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 from bench import __main__ as command
 from bench import check, report
 from bench.contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, STREAMS, Contender, contenders
+from bench.picture import STYLES
 from bench.problem import BACK_TO_BACK, PLACEMENTS, RULES, WELL_PLACED, Problem, allocate, bytes_per_element, divides
 from bench.results import Results
 from bench.timing import Timing, interleaved
@@ -42,6 +43,7 @@ def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):
     titles = ("ns per element", "GB/s", "times naive", "times in-place", "placement:", "empty Python call")
     for words in (NAIVE, IN_PLACE, *PLACEMENTS, *titles, *(CEILINGS if "c" in BACKENDS else ())):
         assert words in out
+    assert ("first step of fastrms numba" in out) == ("numba" in BACKENDS)
     for what in ("time", "bandwidth", "speedup"):
         assert (small_run / f"fastrms-bench-{what}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (small_run / f"fastrms-bench-{what}.svg").read_text()
@@ -148,6 +150,14 @@ def test_the_pytest_benchmarks_run():
         assert f"[{rule}-64-naive_NumPy-1]" in listed
     done = subprocess.run([*run, "--benchmark-disable", "-k", "adagrad-64"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"\d passed", done.stdout), done.stdout
+
+
+@pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed")
+def test_numba_is_a_row_for_one_thread_and_for_its_layer():
+    for threads, name in ((1, "fastrms numba"), (2, f"fastrms numba ({fastrms.backends.load('numba').started()[0]})")):
+        made, _ = contenders(Problem("adagrad", 64, "float32"), threads)
+        assert [contender.name for contender in made if "numba" in contender.name] == [name]
+        assert name in FASTRMS.values() and name in STYLES
 
 
 @needs_c
