@@ -68,11 +68,7 @@ def function_of(rule, select, compiler=lambda function: function):
     names = {"GENERAL": False, "select": select}
     for helper in rules.HELPERS:
         names[helper.__name__] = rules.rebuilt(helper, names, compiler)
-    return rules.rebuilt(rule.function, exchanged(rule, names), compiler)
-
-
-def exchanged(rule, names):
-    """The global names of an own rule, with `names` in place of what it imported from fastrms.rules."""
-    theirs = {function: names[function.__name__] for function in (rules.select, *rules.HELPERS)}
+    exchanged = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
     used = rule.function.__globals__.items()
-    return {name: theirs.get(x, x) if isinstance(x, FunctionType) else x for name, x in used}
+    mine = {name: exchanged.get(x, x) if isinstance(x, FunctionType) else x for name, x in used}
+    return rules.rebuilt(rule.function, mine, compiler)

@@ -1,14 +1,14 @@
 """The rules in a form that CUDA cannot round differently: + - * / and sqrt as libdevice calls that round once (nothing
-is left for the compiler to contract), select as the instruction of that name (nothing branches).
+is left for the compiler to contract), comparisons and select as instructions (nothing branches).
 
-The text stays that of rules.py or of an own rule; its syntax tree is rewritten here.  Every operation takes numbers of
-one type only, so a stray double is a compile error and not a slow kernel.
+A rule of rules.py or of a user is called once with Traced numbers, which write down each operation.  In a kernel every
+operation takes one type only, so a stray double is a compile error and not a slow kernel; its operands are numbers or
+whole vectors of lanes (tuples).
 """
 
-import ast
-import inspect
-import textwrap
+from functools import cache
 
+import numpy as np
 from llvmlite import ir
 from numba import cuda
 from numba.cuda import cgutils, types
@@ -16,10 +16,73 @@ from numba.cuda.extending import intrinsic
 
 from .. import own, rules
 
-OPERATIONS = {ast.Add: "add_rn", ast.Sub: "sub_rn", ast.Mult: "mul_rn", ast.Div: "div_rn"}
+REALS = (types.float32, types.float64)
 
 
-def _rounded_once(builder, real, operation, *operands):
+class Traced:
+    """A number of a rule that is being written down: every operation on it adds a line."""
+
+    def __init__(self, name, lines):
+        self.name, self.lines = name, lines
+
+    def apply(self, operation, *operands):
+        for operand in operands:
+            if not isinstance(operand, Traced):
+                raise TypeError(f"it holds {operand!r}; every number in it must be a coefficient")
+        result = f"t{len(self.lines)}"
+        self.lines.append(f"{result} = {operation}({', '.join(operand.name for operand in operands)})")
+        return Traced(result, self.lines)
+
+    def sqrt(self):
+        """np.sqrt of an object comes here."""
+        return self.apply("sqrt_rn", self)
+
+    def __bool__(self):
+        raise TypeError("it branches; choose by select(condition, x, y)")
+
+    def __pow__(self, power):
+        raise TypeError("it holds **; only + - * / and sqrt have the same bits everywhere")
+
+
+def _forward(operation):
+    return lambda self, *others: self.apply(operation, self, *others)
+
+
+def _backward(operation):
+    return lambda self, other: self.apply(operation, other, self)
+
+
+for _name in ("add", "sub", "mul", "truediv"):
+    _operation = _name.replace("truediv", "div") + "_rn"
+    setattr(Traced, f"__{_name}__", _forward(_operation))
+    setattr(Traced, f"__r{_name}__", _backward(_operation))
+for _name in ("lt", "le", "gt", "ge", "neg", "abs"):
+    setattr(Traced, f"__{_name}__", _forward(_name))
+
+
+def text(rule, general, name="rule"):
+    """A rule as the source of a function of straight-line operations.  An own rule gets its gradient scaled."""
+    lines = []
+    traced = {name: Traced(name, lines) for name in rules.arguments(rule)}
+    results = _traceable(rule, general)(**traced)
+    if not isinstance(results, tuple) or len(results) != 1 + len(rules.state_names(rule)):
+        raise TypeError("it must return the new param and states")
+    returned = ", ".join(result.name for result in results)
+    return f"def {name}({', '.join(traced)}):\n" + "".join(f"    {line}\n" for line in lines) + f"    return {returned},\n"
+
+
+def _traceable(rule, general):
+    if not isinstance(rule, own.OwnRule):
+        return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
+    function = own.function_of(rule, _select)
+    return lambda grad, grad_scale, **rest: function(grad=grad * grad_scale, **rest)
+
+
+def _select(condition, x, y):
+    return next(v for v in (condition, x, y) if isinstance(v, Traced)).apply("select", condition, x, y)
+
+
+def _rounded(builder, real, operation, *operands):
     """A call of libdevice's __nv_fmul_rn, __nv_dsqrt_rn, ...: IEEE, round to nearest, never contracted."""
     name = f"__nv_{'f' if real is types.float32 else 'd'}{operation}_rn"
     kind = operands[0].type
@@ -27,110 +90,76 @@ def _rounded_once(builder, real, operation, *operands):
     return builder.call(function, operands)
 
 
-def _same_reals(*reals):
-    return reals[0] in (types.float32, types.float64) and all(real is reals[0] for real in reals)
+def _minus(builder, real, x):
+    return builder.fsub(ir.Constant(x.type, -0.0), x)  # fneg is younger than NVVM's LLVM
 
 
-def _binary(operation):
-    @intrinsic
-    def rounded(typing, x, y):
-        if _same_reals(x, y):
-            return x(x, y), lambda context, builder, signature, values: _rounded_once(builder, x, operation, *values)
-
-    return rounded
+def _absolute(builder, real, x):
+    name = "__nv_fabsf" if real is types.float32 else "__nv_fabs"
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type]), name), [x])
 
 
-add_rn, mul_rn, div_rn = map(_binary, ("add", "mul", "div"))
+EMIT = {
+    **{f"{name}_rn": (lambda b, r, *v, name=name: _rounded(b, r, name, *v)) for name in ("add", "mul", "div", "sqrt")},
+    "sub_rn": lambda b, r, x, y: _rounded(b, r, "add", x, _minus(b, r, y)),  # libdevice cannot subtract doubles
+    **{name: (lambda b, r, x, y, sign=sign: b.fcmp_ordered(sign, x, y))
+       for name, sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))},
+    "neg": _minus,
+    "abs": _absolute,
+    "select": lambda b, r, condition, x, y: b.select(condition, x, y),
+}  # fmt: skip
 
 
-@intrinsic
-def sub_rn(typing, x, y):
-    """x + (-y), as libdevice has no subtraction of doubles."""
-
-    def lower(context, builder, signature, values):
-        minus = builder.fsub(ir.Constant(values[1].type, -0.0), values[1])
-        return _rounded_once(builder, x, "add", values[0], minus)
-
-    if _same_reals(x, y):
-        return x(x, y), lower
+def _element(kind):
+    return kind.dtype if isinstance(kind, types.UniTuple) else kind
 
 
-@intrinsic
-def sqrt_rn(typing, x):
-    if _same_reals(x):
-        return x(x), lambda context, builder, signature, values: _rounded_once(builder, x, "sqrt", *values)
+def _lanewise(operation, *kinds):
+    """(signature, code) of an operation on numbers or lanes; None, a typing error, where their types differ."""
+    real, conditions = _element(kinds[-1]), kinds[:1] if operation == "select" else ()
+    if real not in REALS or any(_element(kind) is not real for kind in kinds[len(conditions) :]):
+        return None
+    if any(_element(kind) is not types.boolean for kind in conditions):
+        return None
+    element = types.boolean if operation in ("lt", "le", "gt", "ge") else real
+    tuples = [kind for kind in kinds if isinstance(kind, types.UniTuple)]
+    result = types.UniTuple(element, tuples[0].count) if tuples else element
+
+    def code(context, builder, signature, values):
+        def lane(k):
+            pairs = zip(values, kinds, strict=True)
+            picked = [builder.extract_value(v, k) if isinstance(kind, types.UniTuple) else v for v, kind in pairs]
+            return EMIT[operation](builder, real, *picked)
+
+        if result is element:
+            return lane(0)
+        return context.make_tuple(builder, result, [lane(k) for k in range(result.count)])
+
+    return result(*kinds), code
 
 
-@intrinsic
-def select(typing, condition, x, y):
-    if condition is types.boolean and _same_reals(x, y):
-        return x(condition, x, y), lambda context, builder, signature, values: builder.select(*values)
+def _unary(name):
+    return intrinsic(lambda typing, x: _lanewise(name, x))
 
 
-PRIMITIVES = {"add_rn": add_rn, "sub_rn": sub_rn, "mul_rn": mul_rn, "div_rn": div_rn, "sqrt_rn": sqrt_rn, "select": select}
+def _binary(name):
+    return intrinsic(lambda typing, x, y: _lanewise(name, x, y))
 
 
-class Lowering(ast.NodeTransformer):
-    """x * y -> mul_rn(x, y) and so on; `if GENERAL:` decided.  What has no exact counterpart is refused."""
-
-    def __init__(self, general):
-        self.general = general
-
-    def visit_BinOp(self, node):
-        name = OPERATIONS.get(type(node.op))
-        if name is None:
-            raise TypeError(f"`{ast.unparse(node)}`: only + - * / and sqrt have the same bits everywhere")
-        return ast.Call(ast.Name(name, ast.Load()), [self.visit(node.left), self.visit(node.right)], [])
-
-    def visit_Call(self, node):
-        node = self.generic_visit(node)
-        if ast.unparse(node.func).rpartition(".")[2] == "sqrt":  # of numpy or math
-            node.func = ast.Name("sqrt_rn", ast.Load())
-        return node
-
-    def visit_If(self, node):
-        if ast.unparse(node.test) != "GENERAL":
-            raise TypeError(f"`if {ast.unparse(node.test)}`: a rule chooses by select(condition, x, y)")
-        return [self.visit(line) for line in (node.body if self.general else node.orelse)]
-
-    def visit_Constant(self, node):
-        if not isinstance(node.value, str):
-            raise TypeError(f"`{node.value!r}`: every number in a rule must be a coefficient")
-        return node
+def _ternary(name):
+    return intrinsic(lambda typing, x, y, z: _lanewise(name, x, y, z))
 
 
-def text(function, general):
-    """The source of a function, lowered."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    tree.decorator_list = []
-    tree.body = [line for line in tree.body if not _is_docstring(line)]
-    return ast.unparse(ast.fix_missing_locations(Lowering(general).visit(tree)))
+OPERATIONS = {
+    **{name: _unary(name) for name in ("sqrt_rn", "neg", "abs")},
+    **{name: _binary(name) for name in ("add_rn", "sub_rn", "mul_rn", "div_rn", "lt", "le", "gt", "ge")},
+    "select": _ternary("select"),
+}
 
 
-def _is_docstring(line):
-    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-
-
-
-def device_function(source, names):
-    """A lowered function compiled into whatever kernel calls it, without asking a driver."""
-    exec(source, names)
-    name = source[4 : source.index("(")]
-    names[name] = cuda.jit(device=True, inline="always")(names[name])
-    return names[name]
-
-
-def rule_text(rule, general):
-    """The lowered texts of what a rule may call and of the rule."""
-    return [text(function, general) for function in (*rules.HELPERS, getattr(rule, "function", rule))]
-
-
+@cache
 def device_rule(rule, general):
-    """A rule of rules.py as a device function of scalars; an own rule with its own global names."""
-    *helpers, last = rule_text(rule, general)
-    names = dict(PRIMITIVES)
-    for helper in helpers:
-        device_function(helper, names)
-    if isinstance(rule, own.OwnRule):
-        names = {**own.exchanged(rule, names), **PRIMITIVES}
-    return device_function(last, names)
+    """A rule as a device function of numbers or lanes, compiled into whatever kernel calls it without asking a driver."""
+    names = dict(OPERATIONS)
+    exec(text(rule, general), names)
+    return cuda.jit(device=True, inline="always")(names["rule"])

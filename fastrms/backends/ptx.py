@@ -23,7 +23,7 @@ from numba import config, cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .. import own, rules
+from .. import rules
 from . import lowered
 
 THREADS = 256  # per block
@@ -53,7 +53,8 @@ def {name}({arguments}):
     thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
     if thread < vectors:
         first = thread * uint64({width})
-{vector}\
+        {lanes} = rule({loads})
+{stores}\
     else:
         at = thread + vectors * uint64({width} - 1)
         if at < size:
@@ -87,7 +88,7 @@ def kernel_name(rule, general, dtype, kind):
 
 def kernel_text(rule, dtype, kind, name):
     """The Python source of a kernel; `rule` is the device function that it calls."""
-    states, names = rules.state_names(rule), rules.coefficient_names(rule)
+    states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
     buffers, updated = ["param", "grad", *states], ["param", *states]
     return KERNEL.format(
         name=name,
@@ -95,15 +96,17 @@ def kernel_text(rule, dtype, kind, name):
         head=_head(buffers, kind) + _coefficients(names, kind),
         threads=THREADS,
         width=width(dtype),
-        vector=_vector(buffers, updated, rule, width(dtype)),
-        results=", ".join(f"{name}[at]" for name in updated),
-        elements=_rule_arguments(rule, [f"{name}[at]" for name in buffers]),
+        lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
+        loads=", ".join([f"load({name}, first)" for name in buffers] + names),
+        stores="".join(f"        store({name}, first, {name}_lanes)\n" for name in updated),
+        results=", ".join(f"{name}[at]" for name in updated) + ",",
+        elements=", ".join([f"{name}[at]" for name in buffers] + names),
     )
 
 
 def _arguments(buffers, names, kind):
     return (["table", "tensor_of"] if kind.many else [*buffers, "size", "vectors"]) + (
-        ["coefficients"] if kind.capturable else list(names)
+        ["coefficients"] if kind.capturable else names
     )
 
 
@@ -116,26 +119,6 @@ def _head(buffers, kind):
 
 def _coefficients(names, kind):
     return "".join(f"    {name} = coefficients[uint64({k})]\n" for k, name in enumerate(names)) if kind.capturable else ""
-
-
-def _vector(buffers, updated, rule, lanes):
-    """Load vectors, apply the rule to each lane, store vectors."""
-    lines = [f"{name}_vector = load({name}, first)" for name in buffers]
-    for k in range(lanes):
-        arguments = _rule_arguments(rule, [f"{name}_vector[{k}]" for name in buffers])
-        lines.append(", ".join(f"{name}_{k}" for name in updated) + f" = rule({arguments})")
-    for name in updated:
-        lines.append(f"store({name}, first, ({', '.join(f'{name}_{k}' for k in range(lanes))}))")
-    return "".join(f"        {line}\n" for line in lines)
-
-
-def _rule_arguments(rule, elements):
-    """An own rule gets its gradient scaled."""
-    names = list(rules.coefficient_names(rule))
-    if isinstance(rule, own.OwnRule):
-        elements[1] = f"mul_rn({elements[1]}, grad_scale)"
-        names.remove("grad_scale")
-    return ", ".join(elements + names)
 
 
 def signature(rule, dtype, kind):
@@ -204,7 +187,7 @@ POINTERS = {real: _pointer_to(real) for real in REALS.values()}
 def compile_ptx(rule, general, dtype, kind, cc):
     """(name, PTX) of a kernel; no cache."""
     found, name = rules.find(rule), kernel_name(rule, general, dtype, kind)
-    names = {"rule": lowered.device_rule(found, general), "mul_rn": lowered.mul_rn, "load": load, "store": store}
+    names = {"rule": lowered.device_rule(found, general), "load": load, "store": store}
     names.update(pointer=POINTERS[REALS[dtype]], uint64=types.uint64, cuda=cuda)
     exec(kernel_text(found, dtype, kind, name), names)
     return name, named_ptx(names[name], signature(found, dtype, kind), name, cc, launch_bounds=THREADS)
@@ -243,7 +226,7 @@ def compiled(rule, general, dtype, kind, cc):
 def cache_path(rule, general, dtype, kind, cc):
     """Of the kept kernel, without suffix: what decides its code is in the name."""
     found, name = rules.find(rule), kernel_name(rule, general, dtype, kind)
-    texts = [*lowered.rule_text(found, general), kernel_text(found, dtype, kind, name), str(signature(found, dtype, kind))]
+    texts = [lowered.text(found, general), kernel_text(found, dtype, kind, name), str(signature(found, dtype, kind))]
     key = hashlib.sha256("\n".join([*texts, str(cc), *versions()]).encode()).hexdigest()[:24]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(config.CACHE_DIR or home, "fastrms", f"{name}_sm{cc[0]}{cc[1]}_{key}")
