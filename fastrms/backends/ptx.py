@@ -82,8 +82,8 @@ def width(dtype):
 
 
 def kernel_name(rule, general, dtype, kind):
-    words = [rules.find(rule).__name__ if isinstance(rule, str) else rule.name, "general" if general else "neutral", str(dtype)]
-    return "_".join(["fastrms", *words, *(name for name, on in kind._asdict().items() if on)])
+    form = "general" if general else "neutral"
+    return "_".join(["fastrms", str(rule), form, str(dtype), *(name for name, on in kind._asdict().items() if on)])
 
 
 def kernel_text(rule, dtype, kind, name):

@@ -81,6 +81,13 @@ class Forks:
 forks = Forks()
 
 
+def constant(array):
+    """A view that cannot be written: one type for Numba, whatever it came from."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
     A subclass gives updater(recipe) -> function(coefficients, param, grad, states), one update of flat arrays in place."""
@@ -97,6 +104,20 @@ class Plan:
         self._ready = {}  # coefficients that may also hold for the next step
         self._updaters = {}
         self._locks = {}  # by process: a fork must not inherit one that a thread of the parent holds
+
+    own = staticmethod(arrays.own)
+    finished = staticmethod(constant)  # coefficients
+
+    @staticmethod
+    def read_only(grad):
+        return constant(grad.reshape(-1) if isinstance(grad, np.ndarray) else grad.flat)
+
+    @staticmethod
+    def assign(to, source):
+        to[:] = source
+
+    def _taken(self):
+        """Other buffers or step counts than before."""
 
     def bound_step(self):
         """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
@@ -128,11 +149,13 @@ class Plan:
                 return NOT_HELD, None
             flats = self.params if params is None else [param.flat for param in params]
             if grads is not None:
-                grads = [g if g is None else constant(g.reshape(-1) if isinstance(g, np.ndarray) else g.flat) for g in grads]
+                grads = [g if g is None else self.read_only(g) for g in grads]
                 if self._overlap(flats, grads):
                     return OVERLAP, None
                 self.grads, self.held = grads, hold
             self.params = flats
+            if params is not None or grads is not None:
+                self._taken()
             self._set_recipes(recipes)
             return OK, self._run(grad_scale, clip_norm) if run else None
         finally:
@@ -147,7 +170,7 @@ class Plan:
         states = [state for states in self.states for state in states]
         flats = [flat for flat in (*params, *grads, *states) if flat is not None]
         try:
-            arrays.refuse_overlap([(str(k), arrays.own(flat)) for k, flat in enumerate(flats)])
+            arrays.refuse_overlap([(str(k), self.own(flat)) for k, flat in enumerate(flats)])
         except ValueError:
             return True
         return False
@@ -188,7 +211,7 @@ class Plan:
         recipe = self.recipes[self.sets[k]]
         key = (self.sets[k], None if recipe.unchanging else self.tensor_steps[k], grad_scale)
         if key not in self._ready:
-            self._ready[key] = constant(recipes.ready(recipe, self.tensor_steps[k] + 1, grad_scale))
+            self._ready[key] = self.finished(recipes.ready(recipe, self.tensor_steps[k] + 1, grad_scale))
         return self._ready[key]
 
     def norm(self, scale):
@@ -209,18 +232,12 @@ class Plan:
             forks.enter()
             before = [self.steps, *self.tensor_steps]
             for to, source in pairs:
-                to[:] = source
+                self.assign(to, source)
             self._set_recipes(recipes)
             if steps is not None:
                 self.steps, *self.tensor_steps = steps
+                self._taken()
             return OK, before
         finally:
             forks.leave()
             lock.release()
-
-
-def constant(array):
-    """A view that cannot be written: one type for Numba, whatever it came from."""
-    view = array.view()
-    view.flags.writeable = False
-    return view

@@ -1,0 +1,298 @@
+"""The rules on a GPU: kernels of ptx.py, launched by cuda.core with one driver call per step and rule.
+
+Nothing is synchronised, allocated or copied in a step of bound gradients.  Errors of a kernel come up at the next
+synchronisation, somewhere else; check=True looks for them after each step.  No GPU is needed to see what would run:
+python -m fastrms.backends.cuda --cc 9.0 --rule adam --sass
+"""
+
+import ctypes
+import os
+import threading
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import device, recipes, rules
+from . import pyplan
+
+memory = device
+VECTOR, THREADS = 16, 256  # bytes per thread, threads per block
+NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
+NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
+
+
+@cache
+def available():
+    """None, or the reason why not: no package, no driver, no device."""
+    if not find_spec("numba_cuda"):
+        return NO_PACKAGE
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver: libcuda.so.1 was not found"
+    count = ctypes.c_int()
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if status == 0 and count.value else f"the NVIDIA driver finds no CUDA device (cuInit answered {status})"
+
+
+def compiler():
+    """The module ptx, where numba-cuda stands in for Numba's own CUDA target."""
+    from numba import cuda
+
+    if getattr(cuda, "implementation", None) != "NVIDIA":
+        raise RuntimeError(f"numba.cuda is Numba's own deprecated target, which is not supported; {NO_PACKAGE}")
+    from . import ptx
+
+    return ptx
+
+
+@cache
+def loaded(rule, general, dtype, kind, index):
+    """A kernel, ready to launch on a device."""
+    from cuda.core import ObjectCode
+
+    made = compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
+    return ObjectCode.from_cubin(made.cubin).get_kernel(made.name)
+
+
+def vectors(addresses, size, itemsize):
+    """How many 128-bit vectors a tensor has: none where a buffer is not aligned."""
+    return 0 if any(address % VECTOR for address in addresses) else size * itemsize // VECTOR
+
+
+def blocks(size, vectors, itemsize):
+    """How many blocks update a tensor: a thread per vector, and one per element that is left."""
+    return -(-(vectors + size - vectors * (VECTOR // itemsize)) // THREADS)
+
+
+def table(tensors, itemsize):
+    """(rows, tensor_of) of the kernels for many tensors.  tensors: (addresses, size) each."""
+    rows, tensor_of = [], []
+    for addresses, size in tensors:
+        count = vectors(addresses, size, itemsize)
+        rows.append([*addresses, size, count, len(tensor_of)])
+        tensor_of += [len(rows) - 1] * blocks(size, count, itemsize)
+    return np.array(rows, np.uint64).reshape(-1), np.array(tensor_of, np.uint32)
+
+
+class Options(NamedTuple):
+    """What only this backend knows.  stream: where to launch, instead of where the arrays' library works now.
+    capturable: coefficients in device memory, for CUDA graphs.   check: wait for each step and raise its error."""
+
+    stream: Any = None
+    capturable: bool = False
+    check: bool = False
+
+
+def stream_handle(stream):
+    """The handle of a stream of cuda.core, CuPy, torch, Numba, or an integer."""
+    if stream is not None and hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1]) or device.LEGACY_STREAM
+    for name in ("cuda_stream", "ptr", "handle"):
+        if hasattr(stream, name):
+            stream = getattr(stream, name)
+            stream = getattr(stream, "value", stream)
+    if not isinstance(stream, int) or isinstance(stream, bool):
+        raise TypeError(f"stream={stream!r} is not a CUDA stream: pass one of CuPy, torch, cuda.core, or its handle")
+    return stream or device.LEGACY_STREAM
+
+
+@lru_cache(maxsize=64)
+def stream_of(handle):
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def write(to, host, stream):
+    """Copy a NumPy array to a DeviceArray on a stream; the driver has read it when this returns."""
+    from cuda.bindings import driver
+
+    answer = driver.cuMemcpyHtoDAsync(to.address, host.ctypes.data, host.nbytes, int(stream.handle))
+    device.checked(answer, "writing tables or coefficients")
+
+
+def capturing(stream):
+    """Whether a CUDA graph is being captured on the stream: what is launched then is recorded and not run."""
+    from cuda.bindings import driver
+
+    return bool(device.checked(driver.cuStreamIsCapturing(int(stream.handle)), "asking whether it captures")[0])
+
+
+class Launch:
+    """One kernel over one or many tensors that share their coefficients."""
+
+    def __init__(self, recipe, many, capturable, index):
+        from cuda.core import LaunchConfig, launch
+
+        self.itemsize, self.index = recipe.dtype.itemsize, index
+        kind = compiler().Kind(many, capturable)
+        self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
+        self.make_config, self.launch = LaunchConfig, launch
+        self.table, self.table_host, self.table_sent = None, None, True
+        self.coefficients = self.sent = None
+        if capturable:
+            self.coefficients = device.place(len(rules.coefficient_names(rules.find(recipe.rule))), recipe.dtype, index)
+
+    def aim(self, tensors):
+        """Take the buffers of the tensors, (addresses, size) each."""
+        if len(tensors) == 1:
+            addresses, size = tensors[0]
+            count = vectors(addresses, size, self.itemsize)
+            self.head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
+        else:
+            self.head, grid = self._aim_many(*table(tensors, self.itemsize))
+        self.config = self.make_config(grid=grid, block=THREADS)
+
+    def _aim_many(self, rows, tensor_of):
+        """The table goes to the device before the next launch; the memory stays while the sizes do."""
+        host = np.concatenate([rows.view(np.uint32), tensor_of])
+        if self.table is None or self.table.size != host.size:
+            self.table = device.place(host.size, host.dtype, self.index)
+        if not np.array_equal(self.table_host, host):
+            self.table_host, self.table_sent = host, False
+        return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
+
+    def prepare(self, stream, coefficients):
+        """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
+        if not self.table_sent:
+            write(self.table, self.table_host, stream)
+            self.table_sent = True
+        if self.coefficients is not None and coefficients != self.sent:
+            write(self.coefficients, np.array(coefficients), stream)
+            self.sent = coefficients
+
+    def run(self, stream, coefficients):
+        if self.coefficients is None:
+            self.launch(stream, self.config, self.kernel, *self.head, *coefficients)
+        else:
+            self.launch(stream, self.config, self.kernel, *self.head, self.coefficients.address)
+
+
+def update(recipe, step, grad_scale, param, grad, states):
+    """One step on DeviceBuffers, in place."""
+    if param.size:
+        device.current(param.device)
+        stream = stream_of(device.stream_source(param)())
+        made = Launch(recipe, False, False, param.device)
+        made.aim([([buffer.address for buffer in (param, grad, *states)], param.size)])
+        made.run(stream, tuple(recipes.ready(recipe, step, grad_scale)))
+
+
+class Plan(pyplan.Plan):
+    """Bound buffers in device memory.  Tensors that share hyper-parameters and step count share a launch."""
+
+    def __init__(self, params, states, sets, recipes, options=Options()):  # noqa: B008 (immutable)
+        super().__init__(params, states, sets, recipes)
+        self._options, self._device, self._process = options, params[0].device, os.getpid()
+        self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
+        self._source = device.stream_source(params[0])
+        self._made = {}  # Launches by (set, tensors): a captured graph may need them later
+        self._launches = None  # of the gradients held now: (Launch, its first tensor)
+        self._entered = threading.local()
+
+    # what the parent does with NumPy arrays
+
+    read_only = own = staticmethod(lambda buffer: buffer)
+    assign = staticmethod(device.copy)
+    finished = tuple
+
+    # what is launched
+
+    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+        if clip_norm is not None:
+            raise ValueError(NORMLESS)
+        if self._options.capturable:
+            self._refuse_other_forms(recipes or {})
+        return super().change(params, grads, recipes, hold, run, grad_scale, clip_norm)
+
+    def _refuse_other_forms(self, recipes):
+        for index, recipe in recipes.items():
+            if recipe.general != self.recipes[index].general:
+                raise ValueError("this needs another kernel, which a captured CUDA graph does not launch: give "
+                                 "the hyper-parameter a value other than its neutral one from the start")  # fmt: skip
+
+    def _set_recipes(self, recipes):
+        if any(recipe.general != self.recipes[index].general for index, recipe in (recipes or {}).items()):
+            self._made = {}
+        if recipes:
+            self._launches = None
+        super()._set_recipes(recipes)
+
+    def _taken(self):
+        self._launches = None
+
+    def _grouped(self):
+        """(Launch, its first tensor) for all tensors with a gradient."""
+        groups = {}
+        for k in self._counted():
+            if self.params[k].size:
+                index = self.sets[k]
+                alike = None if self.recipes[index].unchanging else self.tensor_steps[k]
+                groups.setdefault((index, alike), []).append(k)
+        return [(self._launch_for(index, members), members[0]) for (index, _), members in groups.items()]
+
+    def _launch_for(self, index, members):
+        key = (index, *members)
+        if key not in self._made:
+            self._made[key] = Launch(self.recipes[index], len(members) > 1, self._options.capturable, self._device)
+        buffers = [(self.params[k], self.grads[k], *self.states[k]) for k in members]
+        self._made[key].aim([([b.address for b in tensor], tensor[0].size) for tensor in buffers])
+        return self._made[key]
+
+    def _counted(self):
+        return [k for k, grad in enumerate(self.grads) if grad is not None]
+
+    def _run(self, grad_scale, clip_norm):
+        self._enter_device()
+        if self._launches is None:
+            self._launches, self._members = self._grouped(), self._counted()
+            self._waits = self._foreign_streams()
+        stream = self._explicit or stream_of(self._source())
+        recorded = self._options.capturable and capturing(stream)
+        ready = [(launch, self._coefficients(first, grad_scale)) for launch, first in self._launches]
+        self._order(stream)
+        for launch, coefficients in ready:
+            if not recorded:
+                launch.prepare(stream, coefficients)
+            launch.run(stream, coefficients)
+        if not recorded:
+            self._count()
+        if self._options.check:
+            stream.sync()
+
+    def advance(self):
+        """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
+        self._enter_device()
+        stream = self._explicit or stream_of(self._source())
+        for launch, first in self._launches or ():
+            launch.prepare(stream, self._coefficients(first, 1.0))
+        self._count()
+
+    def _count(self):
+        for k in self._members:
+            self.tensor_steps[k] += 1
+        self.steps += 1
+        if len(self._ready) > len(self.recipes):
+            self._ready = {}
+
+    def _enter_device(self):
+        """The device is made current once per thread; at each step where there are several."""
+        if os.getpid() != self._process:
+            raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
+        if not hasattr(self._entered, "once") or device.count() > 1:
+            device.current(self._device)
+            self._entered.once = True
+
+    def _foreign_streams(self):
+        """Streams that arrays name: the launch waits for them on the device, not here."""
+        buffers = [self.params[k] for k in self._members] + [self.grads[k] for k in self._members]
+        return {handle for handle in map(device.named_stream, buffers) if handle is not None}
+
+    def _order(self, stream):
+        for handle in self._waits:
+            if handle != int(stream.handle):
+                stream.wait(stream_of(handle))
