@@ -5,8 +5,11 @@ synchronisation, somewhere else; check=True looks for them after each step.  No 
 python -m fastrms.backends.cuda --cc 9.0 --rule adam --sass
 """
 
+import argparse
 import ctypes
 import os
+import re
+import sys
 import threading
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -296,3 +299,41 @@ class Plan(pyplan.Plan):
         for handle in self._waits:
             if handle != int(stream.handle):
                 stream.wait(stream_of(handle))
+
+
+def main(arguments=None):
+    """Print what a kernel is made of: its Python, PTX and SASS, registers and spills.  Needs no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m fastrms.backends.cuda", description=main.__doc__)
+    parser.add_argument("--cc", default="9.0", help="compute capability, 8.0 and above (default 9.0)")
+    parser.add_argument("--rule", default="rmsprop", choices=rules.RULES)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    for name in ("general", "many", "capturable"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("source", "ptx", "sass"):
+        parser.add_argument(f"--{name}", action="store_true", help=f"print only the {name} and the figures")
+    chosen = parser.parse_args(arguments)
+    if not re.fullmatch(r"\d{1,2}\.\d", chosen.cc):
+        parser.error(f"--cc {chosen.cc} is not a compute capability such as 9.0")
+    if not find_spec("numba_cuda"):
+        parser.error(NO_PACKAGE)
+    show(chosen, tuple(map(int, chosen.cc.split("."))))
+
+
+def show(chosen, cc):
+    from . import lowered, sass
+
+    ptx, rule, dtype = compiler(), rules.RULES[chosen.rule], np.dtype(chosen.dtype)
+    kind = ptx.Kind(chosen.many, chosen.capturable)
+    name, text = ptx.compile_ptx(chosen.rule, chosen.general, dtype, kind, cc)
+    made = sass.assemble(text, cc)
+    texts = {"source": lowered.text(rule, chosen.general) + "\n" + ptx.kernel_text(rule, dtype, kind, name)}
+    texts |= {"ptx": text, "sass": made.listing}
+    wanted = [name for name in texts if getattr(chosen, name)] or ["source", "ptx", "sass"]
+    for part in wanted:
+        sys.stdout.write(f"{texts[part]}\n")
+    sys.stdout.write(f"{name}, sm_{cc[0]}{cc[1]}: {made.registers} registers, {made.spills} bytes spilled, "
+                     f"{sum(made.operations.values())} instructions, {len(text)} bytes of PTX\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
