@@ -7,6 +7,7 @@ CUDA is imported at the first array.
 import functools
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -85,8 +86,11 @@ def acquire(x, name, *, writable):
 def _view(x, name):
     from cuda.core.utils import StridedMemoryView
 
-    if getattr(x, "__cuda_array_interface__", {}).get("mask") is not None:
+    interface = getattr(x, "__cuda_array_interface__", {})
+    if interface.get("mask") is not None:
         raise TypeError(f"{name} is a masked array; a mask would be ignored")
+    if interface.get("version", 3) == 2:
+        x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})  # the same without a stream
     try:
         return StridedMemoryView.from_any_interface(x, stream_ptr=-1)
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used

@@ -39,7 +39,8 @@ class Bound:
         self._refresh = [k for k, param in enumerate(self._params) if arrays.is_torch(param.owner)]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
-        self._shapes = [param.shape if arrays.is_c_order(param) else None for param in self._params]
+        plain = self._memory is arrays  # else no ndarray is taken as it is
+        self._shapes = [param.shape if plain and arrays.is_c_order(param) else None for param in self._params]
         self._bound = self._bound_object = self._last = None
         self._note_schedules()
         self._point_to(None)

@@ -26,7 +26,7 @@ def choose(name, own_rule=None, array=None):
     first for the host that works here and runs an own rule."""
     source = f"backend={name!r}"
     if name == "auto" and array is not None and device.is_device_array(array):
-        name = "cuda"
+        name, source = "cuda", "the arrays are in device memory, and backend='cuda'"
     elif name == "auto":
         name = os.environ.get("FASTRMS_BACKEND") or next(
             name for name in HOST if load(name).available() is None and (own_rule is None or name in FOR_OWN_RULES)

@@ -133,6 +133,7 @@ class Launch:
 
         self.itemsize, self.index = recipe.dtype.itemsize, index
         kind = compiler().Kind(many, capturable)
+        self.name = compiler().kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.make_config, self.launch = LaunchConfig, launch
         self.table, self.table_host, self.table_sent = None, None, True
@@ -169,10 +170,11 @@ class Launch:
             self.sent = coefficients
 
     def run(self, stream, coefficients):
-        if self.coefficients is None:
-            self.launch(stream, self.config, self.kernel, *self.head, *coefficients)
-        else:
-            self.launch(stream, self.config, self.kernel, *self.head, self.coefficients.address)
+        tail = coefficients if self.coefficients is None else (self.coefficients.address,)
+        try:
+            self.launch(stream, self.config, self.kernel, *self.head, *tail)
+        except Exception as error:  # of cuda.core, whose own classes are not public
+            raise RuntimeError(f"launching {self.name} failed: {error}") from error
 
 
 def update(recipe, step, grad_scale, param, grad, states):
@@ -196,6 +198,7 @@ class Plan(pyplan.Plan):
         self._made = {}  # Launches by (set, tensors): a captured graph may need them later
         self._launches = None  # of the gradients held now: (Launch, its first tensor)
         self._entered = threading.local()
+        self._entered.once = True  # by what made the state
 
     # what the parent does with NumPy arrays
 
@@ -250,11 +253,7 @@ class Plan(pyplan.Plan):
         return [k for k, grad in enumerate(self.grads) if grad is not None]
 
     def _run(self, grad_scale, clip_norm):
-        self._enter_device()
-        if self._launches is None:
-            self._launches, self._members = self._grouped(), self._counted()
-            self._waits = self._foreign_streams()
-        stream = self._explicit or stream_of(self._source())
+        stream = self._ready_to_launch()
         recorded = self._options.capturable and capturing(stream)
         ready = [(launch, self._coefficients(first, grad_scale)) for launch, first in self._launches]
         self._order(stream)
@@ -269,11 +268,18 @@ class Plan(pyplan.Plan):
 
     def advance(self):
         """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
-        self._enter_device()
-        stream = self._explicit or stream_of(self._source())
-        for launch, first in self._launches or ():
+        stream = self._ready_to_launch()
+        for launch, first in self._launches:
             launch.prepare(stream, self._coefficients(first, 1.0))
         self._count()
+
+    def _ready_to_launch(self):
+        """The stream; the device is current and the launches fit what is held."""
+        self._enter_device()
+        if self._launches is None:
+            self._launches, self._members = self._grouped(), self._counted()
+            self._waits = self._foreign_streams()
+        return self._explicit or stream_of(self._source())
 
     def _count(self):
         for k in self._members:
