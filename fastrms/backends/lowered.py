@@ -1,16 +1,15 @@
 """The rules in a form that CUDA cannot round differently: + - * / and sqrt as libdevice calls that round once (nothing
 is left for the compiler to contract), comparisons and select as instructions (nothing branches).
 
-A rule of rules.py or of a user is called once with Traced numbers, which write down each operation.  In a kernel every
-operation takes one type only, so a stray double is a compile error and not a slow kernel; its operands are numbers or
-whole vectors of lanes (tuples).
+A rule of rules.py or of a user is called once with Traced numbers, which write down each operation.  In a kernel a rule
+takes one real type only, so a stray double is a compile error and not a slow kernel; its arguments are numbers or whole
+vectors of lanes (tuples).
 """
 
 from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
@@ -30,7 +29,7 @@ class Traced:
             if not isinstance(operand, Traced):
                 raise TypeError(f"it holds {operand!r}; every number in it must be a coefficient")
         result = f"t{len(self.lines)}"
-        self.lines.append(f"{result} = {operation}({', '.join(operand.name for operand in operands)})")
+        self.lines.append((result, operation, [operand.name for operand in operands]))
         return Traced(result, self.lines)
 
     def sqrt(self):
@@ -60,15 +59,25 @@ for _name in ("lt", "le", "gt", "ge", "neg", "abs"):
     setattr(Traced, f"__{_name}__", _forward(_name))
 
 
-def text(rule, general, name="rule"):
-    """A rule as the source of a function of straight-line operations.  An own rule gets its gradient scaled."""
+def traced(rule, general):
+    """(operations, results) of a rule: (result, operation, operands) each, by name."""
     lines = []
-    traced = {name: Traced(name, lines) for name in rules.arguments(rule)}
-    results = _traceable(rule, general)(**traced)
-    if not isinstance(results, tuple) or len(results) != 1 + len(rules.state_names(rule)):
-        raise TypeError("it must return the new param and states")
-    returned = ", ".join(result.name for result in results)
-    return f"def {name}({', '.join(traced)}):\n" + "".join(f"    {line}\n" for line in lines) + f"    return {returned},\n"
+    numbers = {name: Traced(name, lines) for name in rules.arguments(rule)}
+    try:
+        results = _traceable(rule, general)(**numbers)
+    except TypeError as error:
+        raise TypeError(f"the rule of {rule} cannot run on CUDA: {error}") from None
+    count = 1 + len(rules.state_names(rule))
+    if not isinstance(results, tuple) or [type(result) for result in results] != [Traced] * count:
+        raise TypeError(f"the rule of {rule} must return the new param and states")
+    return lines, [result.name for result in results]
+
+
+def text(rule, general):
+    """The operations of a rule as Python, for people and for the key of the cache."""
+    lines, returned = traced(rule, general)
+    body = "".join(f"    {result} = {operation}({', '.join(operands)})\n" for result, operation, operands in lines)
+    return f"def rule({', '.join(rules.arguments(rule))}):\n{body}    return {', '.join(returned)}\n"
 
 
 def _traceable(rule, general):
@@ -114,52 +123,43 @@ def _element(kind):
     return kind.dtype if isinstance(kind, types.UniTuple) else kind
 
 
-def _lanewise(operation, *kinds):
-    """(signature, code) of an operation on numbers or lanes; None, a typing error, where their types differ."""
-    real, conditions = _element(kinds[-1]), kinds[:1] if operation == "select" else ()
-    if real not in REALS or any(_element(kind) is not real for kind in kinds[len(conditions) :]):
+def _typed(kinds, results, emit):
+    """(signature, code) of a rule for arguments of these types: all of one real type, numbers or lanes."""
+    real, tuples = _element(kinds[0]), [kind for kind in kinds if isinstance(kind, types.UniTuple)]
+    if real not in REALS or any(_element(kind) is not real for kind in kinds):
         return None
-    if any(_element(kind) is not types.boolean for kind in conditions):
-        return None
-    element = types.boolean if operation in ("lt", "le", "gt", "ge") else real
-    tuples = [kind for kind in kinds if isinstance(kind, types.UniTuple)]
-    result = types.UniTuple(element, tuples[0].count) if tuples else element
+    one = types.UniTuple(real, tuples[0].count) if tuples else real
 
     def code(context, builder, signature, values):
         def lane(k):
             pairs = zip(values, kinds, strict=True)
-            picked = [builder.extract_value(v, k) if isinstance(kind, types.UniTuple) else v for v, kind in pairs]
-            return EMIT[operation](builder, real, *picked)
+            return [builder.extract_value(v, k) if isinstance(kind, types.UniTuple) else v for v, kind in pairs]
 
-        if result is element:
-            return lane(0)
-        return context.make_tuple(builder, result, [lane(k) for k in range(result.count)])
+        if not tuples:
+            return context.make_tuple(builder, signature.return_type, emit(builder, real, lane(0)))
+        columns = zip(*(emit(builder, real, lane(k)) for k in range(one.count)), strict=True)  # lane after lane, as nvcc
+        made = [context.make_tuple(builder, one, column) for column in columns]
+        return context.make_tuple(builder, signature.return_type, made)
 
-    return result(*kinds), code
-
-
-def _unary(name):
-    return intrinsic(lambda typing, x: _lanewise(name, x))
-
-
-def _binary(name):
-    return intrinsic(lambda typing, x, y: _lanewise(name, x, y))
-
-
-def _ternary(name):
-    return intrinsic(lambda typing, x, y, z: _lanewise(name, x, y, z))
-
-
-OPERATIONS = {
-    **{name: _unary(name) for name in ("sqrt_rn", "neg", "abs")},
-    **{name: _binary(name) for name in ("add_rn", "sub_rn", "mul_rn", "div_rn", "lt", "le", "gt", "ge")},
-    "select": _ternary("select"),
-}
+    return types.UniTuple(one, results)(*kinds), code
 
 
 @cache
 def device_rule(rule, general):
-    """A rule as a device function of numbers or lanes, compiled into whatever kernel calls it without asking a driver."""
-    names = dict(OPERATIONS)
-    exec(text(rule, general), names)
-    return cuda.jit(device=True, inline="always")(names["rule"])
+    """A rule as a device function of numbers or lanes: an intrinsic, so it needs no driver and is always inlined."""
+    operations, returned = traced(rule, general)
+    arguments = rules.arguments(rule)
+
+    def emit(builder, real, numbers):
+        known = dict(zip(arguments, numbers, strict=True))
+        for result, operation, operands in operations:
+            known[result] = EMIT[operation](builder, real, *(known[name] for name in operands))
+        return [known[name] for name in returned]
+
+    names = {"typed": lambda *kinds: _typed(kinds, len(returned), emit)}
+    exec(f"def {rule_name(rule)}(typing, {', '.join(arguments)}): return typed({', '.join(arguments)})", names)
+    return intrinsic(names[rule_name(rule)])
+
+
+def rule_name(rule):
+    return rule.name if isinstance(rule, own.OwnRule) else rule.__name__
