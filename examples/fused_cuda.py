@@ -16,7 +16,7 @@ COEFFICIENTS = rules.coefficient_names(rules.RULES["adam"])
 
 SOURCE = f"""
 def fused(weight, exp_avg, exp_avg_sq, target, size, {", ".join(COEFFICIENTS)}):
-    at = cuda.blockIdx.x * uint64(256) + uint64(cuda.threadIdx.x)
+    at = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
     if at < size:
         grad = weight[at] - target[at]
         updated = adam(weight[at], grad, exp_avg[at], exp_avg_sq[at], {", ".join(COEFFICIENTS)})

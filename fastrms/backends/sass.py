@@ -36,7 +36,9 @@ def assemble(ptx, cc):
         listing = _run(tool("nvdisasm"), "-c", str(cubin)).stdout
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", info)))
-    return Assembled(int(re.search(r"Used (\d+) registers", info).group(1)), spills, listing, collections.Counter(operations))
+    return Assembled(
+        int(re.search(r"Used (\d+) registers", info).group(1)), spills, listing, collections.Counter(operations)
+    )
 
 
 def _run(*command):

@@ -36,7 +36,11 @@ def kernel(rule, general, dtype, kind, cc):
 def recipe_of(rule, general, dtype, visible):
     """Every coefficient away from its neutral value; `visible`: eps large enough to show in every element."""
     recipe = raw_recipe(rule, dtype, general)
-    return recipe._replace(values={**recipe.values, "eps": 0.1, "decay": 0.01}) if visible and "eps" in recipe.values else recipe
+    return (
+        recipe._replace(values={**recipe.values, "eps": 0.1, "decay": 0.01})
+        if visible and "eps" in recipe.values
+        else recipe
+    )
 
 
 def buffers_of(rule, dtype, size, ordinary):

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-FLAGS = ["-O1", "-march=native", "-ffp-contract=off", "-fno-fast-math", "-fwrapv", "-fno-strict-aliasing", "-shared", "-fPIC"]
+FLAGS = [
+    "-O1",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-fast-math",
+    "-fwrapv",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+]
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cta", "%ntid.x": "ntid", "%nctaid.x": "ncta"}
 SIZES = {"64": 8, "32": 4, "16": 2}
 ERRORS = {1: "misaligned access", 2: "load out of range", 3: "store out of range"}
@@ -37,7 +46,12 @@ class Region(ctypes.Structure):
 
 
 class Memory(ctypes.Structure):
-    _fields_ = [("region", ctypes.c_void_p), ("regions", ctypes.c_int), ("error", ctypes.c_int), ("address", ctypes.c_uint64)]
+    _fields_ = [
+        ("region", ctypes.c_void_p),
+        ("regions", ctypes.c_int),
+        ("error", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+    ]
 
 
 class Buffer:
@@ -120,7 +134,7 @@ class Kernel:
         target, where = operands if opcode.startswith("ld") else reversed(operands)
         base, offset = re.fullmatch(r"\[(%?[\w$]+)(?:\+(-?\d+))?\]", where).groups()
         if space == "param":
-            if offset or not kind[1:] in SIZES:
+            if offset or kind[1:] not in SIZES:
                 raise Refused(f"{opcode} {where}")
             return f"{self.operand(target)} = ({kind})P[{[name for _, name in self.parameters].index(base)}];"
         size, registers = SIZES[kind[1:]], [self.operand(x.strip()) for x in target.strip("{}").split(",")]
@@ -166,7 +180,7 @@ def folder():
     return tempfile.TemporaryDirectory(prefix="fastrms-ptx-")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def built(source):
     """A C text as a loaded library."""
     path = Path(folder().name, hashlib.sha256(source.encode()).hexdigest()[:16])

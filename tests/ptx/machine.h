@@ -26,6 +26,11 @@ static inline u64 bits_of_f64(double x) { u64 y; memcpy(&y, &x, 8); return y; }
     static inline bits mul_##t(bits a, bits b) { return mul_rn_##t(a, b); }                                     \
     static inline bits neg_##t(bits a) { return bits_of_##t(-t##_of(a)); }                                      \
     static inline bits abs_##t(bits a) { return bits_of_##t(absolute(t##_of(a))); }                                 \
+    static inline bits larger_##t(bits a, bits b, int sign) { /* not NaN where one is a number; +0 above -0 */       \
+        real x = sign * t##_of(a), y = sign * t##_of(b);                                                        \
+        return isnan(x) ? b : isnan(y) ? a : x == y ? (signbit(x) ? b : a) : x > y ? a : b; }                   \
+    static inline bits max_##t(bits a, bits b) { return larger_##t(a, b, 1); }                                  \
+    static inline bits min_##t(bits a, bits b) { return larger_##t(a, b, -1); }                                 \
     static inline bits mov_##t(bits a) { return a; }                                                            \
     static inline bits selp_##t(bits a, bits b, pred p) { return p ? a : b; }                                   \
     COMPARE(lt, <, t, real, bits) COMPARE(le, <=, t, real, bits) COMPARE(gt, >, t, real, bits)                  \

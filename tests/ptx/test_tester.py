@@ -31,7 +31,11 @@ def mutants(text):
         word = line.strip()
         changed = [line.replace(old, new, 1) for old, new in SWAPS.items() if re.match(rf"{re.escape(old)}", word)]
         if word.startswith("mad.lo.s64"):
-            changed = [re.sub(r", \d+, %rd\d+;", lambda m: m.group().rsplit(",", 1)[0] + ";", line).replace("mad.lo.s64", "mul.lo.s64")]
+            changed = [
+                re.sub(r", \d+, %rd\d+;", lambda m: m.group().rsplit(",", 1)[0] + ";", line).replace(
+                    "mad.lo.s64", "mul.lo.s64"
+                )
+            ]
         if word.startswith(("st.global", "ld.global", "@%p")):
             changed.append("")
         if word.startswith("@%p"):
@@ -46,10 +50,10 @@ def mutants(text):
 def right(text, rule, dtype):
     """Whether a kernel passes what test_ptx.py asks, on both kinds of numbers."""
     kernel = execute.Kernel(text)
-    for ordinary, size in ((True, 1027), (False, 1027)):
+    for ordinary, offset in ((True, 0), (False, 0), (True, 1)):  # the last has no vectors
         recipe = cases.recipe_of(rule, False, dtype, visible=ordinary)
-        buffers = cases.buffers_of(rule, dtype, size, ordinary)
-        tensor = cases.Tensor(buffers)
+        buffers = cases.buffers_of(rule, dtype, 1027, ordinary)
+        tensor = cases.Tensor(buffers, offset)
         try:
             cases.launch(kernel, ptx.Kind(), recipe, [tensor], backwards=ordinary)
             tensor.check(cases.expected(recipe, buffers), buffers[1])
@@ -69,7 +73,9 @@ def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     assert len(tried) > 60 and not unnoticed, unnoticed
 
 
-@pytest.mark.parametrize("line", ["div.full.f32", "sqrt.approx.f32", "ex2.approx.f32", "mul.rn.ftz.f32", "atom.global.add.f32"])
+@pytest.mark.parametrize(
+    "line", ["div.full.f32", "sqrt.approx.f32", "ex2.approx.f32", "mul.rn.ftz.f32", "atom.global.add.f32"]
+)
 def test_what_is_not_exact_or_not_known_is_refused(line):
     _, text = ptx.compile_ptx("rmsprop", False, DTYPES[0], ptx.Kind(), (9, 0))
     with pytest.raises(execute.Refused):
@@ -99,10 +105,19 @@ def test_random_programs_of_nvcc_and_gcc(seed, tmp_path):
     lines = "".join(f"{out}[t] = {expression(choose, 3, kind)};" for out, kind in (("f", "f"), ("i", "i"), ("u", "U")))
     arguments = "const float *A, const float *B, const int *X, const int *Y, float *f, int *i, unsigned long long *u"
     body = f"float a = A[t], b = B[t]; int x = X[t], y = Y[t]; unsigned long long w = x * 77ull ^ y; {lines}"
-    (tmp_path / "k.cu").write_text(f'extern "C" __global__ void k({arguments}) {{ int t = blockIdx.x * 128 + threadIdx.x; {body} }}')
-    (tmp_path / "k.c").write_text(f"#include <math.h>\nvoid k({arguments}) {{ for (int t = 0; t < {size}; t++) {{ {body} }} }}")
+    (tmp_path / "k.cu").write_text(
+        f'extern "C" __global__ void k({arguments}) {{ int t = blockIdx.x * 128 + threadIdx.x; {body} }}'
+    )
+    (tmp_path / "k.c").write_text(
+        f"#include <math.h>\nvoid k({arguments}) {{ for (int t = 0; t < {size}; t++) {{ {body} }} }}"
+    )
     arch = ["sm_80", "sm_90", "sm_100", "sm_120"][seed % 4]
-    subprocess.run(["nvcc", "-ptx", "-fmad=false", f"-arch={arch}", "k.cu", "-o", "k.ptx"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        ["nvcc", "-ptx", "-fmad=false", f"-arch={arch}", "k.cu", "-o", "k.ptx"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     subprocess.run(["gcc", *execute.FLAGS, "k.c", "-o", "k.so", "-lm"], cwd=tmp_path, check=True)
     rng = np.random.default_rng(seed)
     reals = [cases.wild_values(size, DTYPES[0], seed + k) for k in range(2)]
