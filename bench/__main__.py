@@ -17,32 +17,36 @@ except ModuleNotFoundError as error:
 
 import fastrms
 
-from . import machine, timing
+from . import machine, peers, timing
 from .check import WrongContender, check
-from .contenders import OPTIMIZERS, PLACEMENT, Problem
+from .contenders import contenders
+from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
 from .report import README
 from .results import Results
 
 QUICK_SIZES = [2**k for k in range(6, 25, 2)]
-FULL_SIZES = [2**k for k in range(6, 25)]
+FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
 QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing, for each rule and size
-QUICK_LIMIT = 40.0  # seconds; a quick run begins no further size after that
+QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
+QUICK_LIMIT = 42.0  # seconds; a quick run begins nothing further after that
 PIPE_WIDTH = 150  # columns where the output is not a terminal
+PEERS_PAUSE = 0.005  # seconds; OpenMP's threads go on spinning for some milliseconds after their last loop
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Times fastrms against NumPy.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Times fastrms against NumPy and other libraries.")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: ends within a minute")
     parser.add_argument("--sizes", type=positive_numbers, help="numbers of elements: 64,1024,65536")
-    parser.add_argument("--rules", type=known_rules, help=f"out of {','.join(OPTIMIZERS)}")
-    parser.add_argument("--threads", type=int, default=1, help="of fastrms (default: 1); NumPy has one")
+    parser.add_argument("--rules", type=known_rules, help=f"out of {','.join(RULES)}")
+    parser.add_argument("--threads", type=int, default=1, help="of fastrms and the peers (default: 1); NumPy has one")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--peers", action="store_true", help="torch, Optax, DeepSpeed, ...: those that are installed")
     parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
     parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README}")
     options = parser.parse_args(arguments)
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES)
-    options.rules = options.rules or (QUICK_RULES if options.quick else tuple(OPTIMIZERS))
+    options.rules = options.rules or (QUICK_RULES if options.quick else RULES)
     return options
 
 
@@ -58,42 +62,67 @@ def positive_numbers(text):
 
 def known_rules(text):
     for rule in text.split(","):
-        if rule not in OPTIMIZERS:
-            raise argparse.ArgumentTypeError(f"{rule!r} is not one of {', '.join(OPTIMIZERS)}")
+        if rule not in RULES:
+            raise argparse.ArgumentTypeError(f"{rule!r} is not one of {', '.join(RULES)}")
     return tuple(text.split(","))
 
 
-def measure(options, console):
-    """All rules and sizes, with a progress bar; the sizes that a quick run has no time for are left out."""
-    results = Results(options.dtype)
-    seconds = QUICK_SECONDS if options.quick else FULL_SECONDS
-    cells = [(rule, size) for size in options.sizes for rule in options.rules]
-    end = time.perf_counter() + QUICK_LIMIT
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cells))
-        for rule, size in cells:
-            progress.update(task, description=f"{rule} {report.size_name(size)}")
-            if options.quick and time.perf_counter() > end:
-                console.print(f"no time left in --quick: {rule}, {size} elements is left out")
-            else:
-                results.add(rule, size, measure_one(rule, size, options.dtype, seconds))
-            progress.advance(task)
-    return results
+class Run:
+    """What the options ask for: measured cell by cell, with a progress bar, one Results for each placement."""
+
+    def __init__(self, options, rivals, console):
+        self.options, self.rivals, self.console = options, rivals, console
+        self.seconds = QUICK_SECONDS if options.quick else FULL_SECONDS
+        self.end = time.perf_counter() + QUICK_LIMIT
+        self.results = {where: Results(options.dtype, where) for where in (WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK)}
+
+    def measure(self):
+        """Every size well placed; the largest, or QUICK_PLACEMENTS, also as it is allocated and back to back."""
+        sizes, rules = self.options.sizes, self.options.rules
+        most = QUICK_PLACEMENTS if self.options.quick else sizes[-1]
+        large = max((size for size in sizes if size <= most), default=sizes[0])
+        cells = [(WELL_PLACED, size, rule) for size in sizes for rule in rules]
+        cells += [(where, large, rule) for where in (AS_ALLOCATED, BACK_TO_BACK) for rule in rules]
+        cells.sort(key=lambda cell: cell[1])  # the smaller first: a quick run may not come to the last
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=len(cells))
+            for where, size, rule in cells:
+                progress.update(task, description=f"{rule} {report.size_name(size)} {where}")
+                if self.options.quick and time.perf_counter() > self.end:
+                    self.console.print(f"no time left in --quick: {rule}, {size} elements, {where} is left out")
+                else:
+                    self.measure_one(where, size, rule)
+                progress.advance(task)
+        return self.results
+
+    def measure_one(self, where, size, rule):
+        """Once, and once more where something was faster than a ceiling: that may have been one disturbed minimum."""
+        problem = Problem(rule, size, self.options.dtype, where)
+        made, reasons = contenders(problem, fastrms.get_num_threads(), peers=self.rivals)
+        check(problem, made)
+        calls = {(contender.name, contender.way): contender.step for contender in made}
+        results, pause = self.results[where], PEERS_PAUSE if self.rivals else 0.0
+        for _ in range(2):
+            results.add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
+            if not any(cell[:2] == (rule, size) for cell in results.above_ceiling()):
+                break
 
 
-def measure_one(rule, size, dtype, seconds):
-    problem = Problem(rule, size, dtype)
-    check(problem)
-    return timing.interleaved({contender.name: contender.step for contender in problem.contenders}, seconds)
-
-
-def show(results, console):
-    for rule in results.rules():
-        for table in report.tables(results, rule, console.width):
+def show(results, reasons, console):
+    placed = results[WELL_PLACED]
+    for rule in placed.rules():
+        for table in report.tables(placed, rule, console.width):
             console.print(table)
-    console.print("Minima over interleaved rounds; GB/s: the bytes that the rule must move, over the time taken.")
-    console.print("ceiling: a C loop of one addition per stream over the same buffers; in memory no update can be faster.")
+    if any(other.timings for other in results.values() if other is not placed):
+        console.print(report.placement_table(results))
+    console.print(report.LEGEND)
+    for line in report.footnotes(placed):
+        console.print(line)
+    for name, reason in reasons.items():
+        console.print(f"{name}: {reason}")
+    for line in report.complaints(placed):
+        console.print(f"[bold red]{line}")
 
 
 def main(arguments=None):
@@ -104,30 +133,40 @@ def main(arguments=None):
         fastrms.set_num_threads(options.threads)
     except ValueError as error:
         sys.exit(f"--threads: {error}")
-    facts = machine.describe()
+    rivals, reasons = gather_peers(options)
+    facts = machine.describe() | ({"peers": peers.versions()} if rivals else {})
     try:
         if options.readme:
             report.check_readme(README, "bench")
-        console.print(report.header(facts, PLACEMENT))
+        console.print(report.header(facts))
         clocks = [timing.clock()]
-        results = measure(options, console)
+        results = Run(options, rivals, console).measure()
         clocks.append(timing.clock())
     except (ValueError, WrongContender) as error:
         sys.exit(str(error))
-    show(results, console)
+    show(results, reasons, console)
     console.print(f"empty Python call: {clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end")
     console.print(f"wrote {', '.join(write(options, results, facts, clocks, command))}")
+    if report.complaints(results[WELL_PLACED]):
+        sys.exit(1)
+
+
+def gather_peers(options):
+    """(name -> function, name -> why it is not there) of the other libraries, which then run on as many threads."""
+    if not options.peers:
+        return {}, {}
+    peers.use_threads(options.threads)
+    return peers.available()
 
 
 def write(options, results, facts, clocks, command):
     """The files that were asked for; their names."""
-    picture.draw(results, facts)
-    written = list(picture.FILES)
+    written = picture.draw(results[WELL_PLACED], facts)
     if options.json:
         report.write_json(options.json, results, facts, clocks, command)
         written.append(options.json)
     if options.readme:
-        report.write_readme(README, "bench", report.markdown(results, facts, command))
+        report.write_readme(README, "bench", report.markdown(results, facts, clocks, command))
         written.append(str(README))
     return written
 

@@ -1,7 +1,6 @@
-"""What is timed: one rule at one size, done by NumPy twice, by fastrms on each backend, and by the ceiling.
+"""Who takes part: NumPy twice, fastrms on each backend, the two ceilings, and on demand the peers.
 
-The ceiling (fastrms_streams in C) reads and writes the same streams with next to no arithmetic: no update can be
-faster once the buffers are larger than the caches.
+A contender is one function of a Problem, which raises CannotDo with the reason where it has no such rule.
 """
 
 from collections.abc import Callable
@@ -12,76 +11,52 @@ from typing import NamedTuple
 import numpy as np
 
 import fastrms
-from fastrms import placement, rules
 
 from .baselines import InPlace, Naive
+from .problem import WELL_PLACED, CannotDo, allocate, divides
 
 OPTIMIZERS = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrms.Adam, "rprop": fastrms.RProp}
-NAIVE, IN_PLACE, CEILING = "naive NumPy", "in-place NumPy", "ceiling"
-FASTRMS = {"numpy": "fastrms numpy", "c": "fastrms c"}
-NAMES = (NAIVE, IN_PLACE, *FASTRMS.values(), CEILING)
-PLACEMENT = "every buffer starts where fastrms.placement.place puts it, staggered modulo 4 KiB against its neighbours"
+NAIVE, IN_PLACE, STREAMS, DIVIDER = "naive NumPy", "in-place NumPy", "streams", "divider"
+CEILINGS = (STREAMS, DIVIDER)
+BACKENDS = ("numpy", "numba", "c")
+FASTRMS = {backend: f"fastrms {backend}" for backend in BACKENDS}
+IN_TURN, CHUNK = 1024, 16 * 1024  # elements: blocks of the loop stream by stream, parts for the threads
+IN_L1 = 1024  # elements that the divider goes over again and again
 
 
 class Contender(NamedTuple):
-    """One way to make the update.  `step()` makes one on `buffers`: the parameter, then the states."""
+    """One way to make the update.  `step()` makes one; `read()` gives [parameter, states] afterwards, or the first few.
+
+    way: tells contenders of one name apart, of which the fastest counts.   formula: what it computes, for the check.
+    tolerance: where the arithmetic is not that of the dtype, how far it may be off, in multiples of lr.
+    compact: its states are smaller than the ceiling's.   changed: called after the gradients were changed in place.
+    """
 
     name: str
     step: Callable
-    buffers: list
+    read: Callable
+    way: str = ""
+    formula: str = "update"
+    tolerance: float | None = None
+    compact: bool = False
+    changed: Callable = lambda: None
 
 
-class Problem:
-    """One rule at one size: a gradient and a start that all share, a parameter and states for each contender."""
-
-    def __init__(self, rule, size, dtype):
-        self.rule, self.size, self.dtype = rule, size, np.dtype(dtype)
-        self.state_names = rules.state_names(rules.RULES[rule])
-        random = np.random.default_rng(size)
-        self.grad = place_beside(size, self.dtype, [])
-        random.standard_normal(out=self.grad, dtype=self.dtype)
-        self.start = random.standard_normal(size, dtype=self.dtype)
-        backends = [name for name in FASTRMS if name in fastrms.available_backends()]
-        self.contenders = [naive(self), in_place(self), *(bound(self, backend) for backend in backends)]
-        if "c" in backends:
-            self.contenders.append(ceiling(self))
-
-    def new_param(self):
-        param = place_beside(self.size, self.dtype, [self.grad])
-        param[:] = self.start
-        return param
-
-    def new_buffers(self):
-        """The gradient, a parameter and states, each placed away from the others."""
-        streams = [self.grad, self.new_param()]
-        for name in self.state_names:
-            state = place_beside(self.size, self.dtype, streams)
-            state.fill(first_value(name))
-            streams.append(state)
-        return streams
-
-
-def first_value(state_name):
-    """What a state starts at: RProp's step sizes at lr, all others at 0."""
-    return 0.01 if state_name == "step_size" else 0.0
-
-
-def place_beside(size, dtype, streams):
-    return placement.place(size, np.dtype(dtype), [address(stream) for stream in streams])
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
-
-
-def bytes_per_element(rule, dtype):
-    """What an update has to move: the gradient is read, the parameter and the states are read and written."""
-    return (3 + 2 * len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
-
-
-def held_per_element(rule, dtype):
-    """What must fit into a cache: parameter, gradient and states."""
-    return (2 + len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
+def contenders(problem, threads, names=None, peers=()):
+    """(contenders, reasons): those of `names`, or all, and peers (name -> function); name -> why one does not take part."""
+    backends = [backend for backend in BACKENDS if backend in fastrms.available_backends()]
+    makers = {NAIVE: naive, IN_PLACE: in_place, **{FASTRMS[backend]: partial(bound, backend) for backend in backends}}
+    makers.update(peers)
+    made, reasons = [], {}
+    for name, make in makers.items():
+        if names is None or name in names:
+            try:
+                made.append(make(problem))
+            except CannotDo as error:
+                reasons[name] = str(error)
+    if "c" in backends and problem.placement == WELL_PLACED:
+        made += [ceiling for ceiling in ceilings(problem, threads) if names is None or ceiling.name in names]
+    return made, reasons
 
 
 def step_counter(rule):
@@ -91,34 +66,72 @@ def step_counter(rule):
 def naive(problem):
     grad, param, *states = problem.new_buffers()
     step = partial(getattr(Naive, problem.rule), param, grad, *states, **step_counter(problem.rule))
-    return Contender(NAIVE, step, [param, *states])
+    return Contender(NAIVE, step, lambda: [param, *states])
 
 
 def in_place(problem):
-    grad, param, *states = problem.new_buffers()
-    scratch = [place_beside(problem.size, problem.dtype, [grad, param, *states])]
-    if problem.rule == "rprop":
-        scratch.append(place_beside(problem.size, bool, [grad, param, *states, *scratch]))
-    step = partial(getattr(InPlace, problem.rule), param, grad, *states, *scratch, **step_counter(problem.rule))
-    return Contender(IN_PLACE, step, [param, *states])
+    scratch = [problem.dtype, bool] if problem.rule == "rprop" else [problem.dtype]
+    grad, param, *others = problem.new_buffers(scratch=scratch)
+    states = others[: len(problem.state_names)]
+    step = partial(getattr(InPlace, problem.rule), param, grad, *others, **step_counter(problem.rule))
+    return Contender(IN_PLACE, step, lambda: [param, *states])
 
 
-def bound(problem, backend):
+def bound(backend, problem):
     """fastrms with bound buffers; it places its states itself."""
-    param = problem.new_param()
+    grad, param = problem.new_buffers(states=0)
     optimizer = OPTIMIZERS[problem.rule](param, backend=backend)
-    optimizer.bind(problem.grad)
-    states = [optimizer.state[name] for name in problem.state_names]
-    return Contender(FASTRMS[backend], optimizer.step, [param, *states])
+    optimizer.bind(grad)
+    return Contender(
+        FASTRMS[backend], optimizer.step, lambda: [param, *(optimizer.state[name] for name in problem.state_names)]
+    )
 
 
-def ceiling(problem):
-    from fastrms._core import ffi, lib
+def ceilings(problem, threads):
+    """The loops in C that no update can beat: over the same streams, and over the same divisions."""
+    for way, settings in streams_ways(problem.size, threads):
+        yield streams(problem, way, settings)
+    if divides(problem.rule):
+        yield divider(problem, "alone", {"chunk": CHUNK})
+        if threads > 1:
+            yield divider(problem, "shared", {"chunk": CHUNK, "shared": 1})
+
+
+def streams_ways(size, threads):
+    """The orders in which the ceiling goes through memory; which is fastest depends on the size and the machine."""
+    yield "together", {"chunk": CHUNK}
+    yield f"in turn by {IN_TURN}", {"chunk": CHUNK, "block": IN_TURN}
+    if threads > 1:
+        yield f"together, shared by {CHUNK}", {"chunk": CHUNK, "shared": 1}
+        yield "together, one part a thread", {"chunk": -(-size // threads), "shared": 1}
+        yield f"in turn by {IN_TURN}, shared by {CHUNK}", {"chunk": CHUNK, "block": IN_TURN, "shared": 1}
+
+
+def streams(problem, way, settings):
+    from fastrms._core import lib
 
     grad, param, *states = problem.new_buffers()
     for state in states:
         state.fill(0)
-    pointers = [ffi.from_buffer(array) for array in (param, grad, *states)]
-    padding = [ffi.NULL] * (lib.FASTRMS_MAX_STATES - len(states))
-    step = partial(lib.fastrms_streams, problem.size, problem.dtype.itemsize, len(states), *pointers, *padding)
-    return Contender(CEILING, step, [param, *states])
+    step = partial(lib.fastrms_streams, job(problem, param, grad, states, settings))
+    return Contender(STREAMS, step, lambda: [param, *states], way, STREAMS)
+
+
+def divider(problem, way, settings):
+    from fastrms._core import lib
+
+    values, quotients = allocate(min(IN_L1, problem.size), [problem.dtype] * 2, WELL_PLACED)
+    np.abs(problem.grad[:IN_L1], out=values)
+    step = partial(lib.fastrms_divider, job(problem, quotients, values, [], settings))
+    return Contender(DIVIDER, step, lambda kept_alive=values: [quotients], way, DIVIDER)
+
+
+def job(problem, param, grad, states, settings):
+    from fastrms._core import ffi
+
+    pointers = {"param": ffi.from_buffer(param), "grad": ffi.from_buffer(grad)}
+    made = ffi.new("fastrms_ceiling *", {"size": problem.size, "itemsize": problem.dtype.itemsize, "states": len(states)})
+    made.state = [ffi.from_buffer(state) for state in states]
+    for name, value in (pointers | settings).items():
+        setattr(made, name, value)
+    return made

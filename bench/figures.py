@@ -1,18 +1,13 @@
-"""The project's target figures, each measured in one interleaved run: `python -m bench.figures [--readme]`."""
+"""The project's target figures, each measured in interleaved runs: `python -m bench.figures {numpy,machine} [--readme]`.
+
+numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
+"""
 
 import argparse
-import statistics
-import subprocess
 import sys
 import time
-import tracemalloc
 from datetime import date
-from functools import partial
-from itertools import cycle
-from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 try:
     from rich.console import Console
@@ -26,23 +21,8 @@ except ModuleNotFoundError as error:
 import fastrms
 
 from . import machine, report
-from .baselines import Naive
-from .check import WrongContender, check
-from .contenders import FASTRMS, IN_PLACE, NAIVE, OPTIMIZERS, Contender, Problem, place_beside
-from .timing import clock, interleaved
-
-SECONDS = 3.0  # of timing for each figure
-LARGE = 2**24
-TENSORS, TENSOR_SIZE, GRADIENT_SETS = 100, 64, 50
-IMPORTS = 9
-PLACED = "staggered modulo 4 KiB, save for small tensors in lists (as NumPy allocates them) and where it says back to back"
-HEAVY_MODULES = {"numba", "torch", "matplotlib"}
-IMPORT = """
-import sys, numpy, time
-start = time.perf_counter()
-import fastrms
-print(time.perf_counter() - start, *sys.modules)
-"""
+from .check import WrongContender
+from .timing import clock
 
 
 class Figure(NamedTuple):
@@ -55,195 +35,54 @@ class Figure(NamedTuple):
 
 
 def at_least(what, times, target):
-    return Figure(what, f">= {target}x", f"{times:.1f}x", times >= target)
+    return Figure(what, f">= {target}x", f"{times:.2f}x" if times < 2 else f"{times:.1f}x", times >= target)
 
 
-def ratio(calls, slow, fast):
-    """How many times as fast `fast` is as `slow`, of the minima."""
-    timings = interleaved(calls, SECONDS)
-    return timings[slow].minimum / timings[fast].minimum
+def at_most(what, times, target):
+    return Figure(what, f"<= {target}x", f"{times:.2f}x", times <= target)
 
 
-def checked_problem(rule, size):
-    problem = Problem(rule, size, "float32")
-    check(problem)
-    return problem
-
-
-def functional():
-    problem = Problem("rmsprop", 64, "float32")
-    g, w, v = problem.new_buffers()
-    problem.contenders.append(Contender("functional", lambda: fastrms.rmsprop(w, g, v, lr=0.01), [w, v]))
-    check(problem)
-    calls = {contender.name: contender.step for contender in problem.contenders}
-    yield at_least("fastrms.rmsprop(w, g, v, lr=0.01), 64: over naive", ratio(calls, NAIVE, "functional"), 2.5)
-
-
-def bound():
-    for size, target in ((64, 20), (1024, 12)):
-        calls = {contender.name: contender.step for contender in checked_problem("rmsprop", size).contenders}
-        yield at_least(f"bound step(), {size}, RMSProp: over naive", ratio(calls, NAIVE, FASTRMS["c"]), target)
-
-
-def many_arrays(seed):
-    generator = np.random.default_rng(seed)
-    return [generator.standard_normal(TENSOR_SIZE, dtype=np.float32) for _ in range(TENSORS)]
-
-
-def naive_loop(params, averages, grads):
-    for param, grad, average in zip(params, grads, averages, strict=True):
-        Naive.rmsprop(param, grad, average)
-
-
-def many_bound():
-    grads = many_arrays(1)
-    naive, optimizer, check_equal = many_pair()
-    optimizer.bind(grads)
-    calls = {"naive": lambda: naive(grads), "fastrms": optimizer.step}
-    check_equal(calls)
-    what = f"{TENSORS} bound tensors of {TENSOR_SIZE}, one step: over a naive loop"
-    yield at_least(what, ratio(calls, "naive", "fastrms"), 60)
-
-
-def many_fresh():
-    """Gradient arrays that the optimizer has not seen lately, made beforehand: only the steps are timed."""
-    sets = [many_arrays(seed) for seed in range(1, GRADIENT_SETS + 1)]
-    naive, optimizer, check_equal = many_pair()
-    for_naive, for_fastrms = cycle(sets), cycle(sets)
-    calls = {"naive": lambda: naive(next(for_naive)), "fastrms": lambda: optimizer.step(next(for_fastrms))}
-    check_equal(calls)
-    what = f"{TENSORS} tensors of {TENSOR_SIZE}, new gradient arrays each step: over a naive loop"
-    yield at_least(what, ratio(calls, "naive", "fastrms"), 5)
-
-
-def many_pair():
-    """The naive loop and an optimizer on many small tensors, equal at the start, and a check that they stay so."""
-    params, averages = many_arrays(0), [np.zeros(TENSOR_SIZE, np.float32) for _ in range(TENSORS)]
-    copies = [param.copy() for param in params]
-
-    def check_equal(calls):
-        for call in calls.values():
-            call()
-        if not np.allclose(params, copies, rtol=1e-6, atol=1e-6):
-            raise WrongContender(f"fastrms.RMSProp on {TENSORS} tensors and the naive loop differ after a step")
-
-    return partial(naive_loop, params, averages), fastrms.RMSProp(copies, backend="c"), check_equal
-
-
-def large():
-    for rule, target in (("rmsprop", 5), ("adagrad", 5), ("adam", 6)):
-        calls = {contender.name: contender.step for contender in checked_problem(rule, LARGE).contenders}
-        timings = interleaved(calls, 2 * SECONDS)
-        fast = timings[FASTRMS["c"]].minimum
-        what = f"{OPTIMIZERS[rule].__name__}, {report.size_name(LARGE)}"
-        yield at_least(f"{what}: over naive NumPy", timings[NAIVE].minimum / fast, target)
-        yield at_least(f"{what}: over in-place NumPy", timings[IN_PLACE].minimum / fast, 3)
-
-
-def importing():
-    seconds, modules = [], set()
-    for _ in range(IMPORTS):
-        output = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout
-        first, *names = output.split()
-        seconds.append(float(first))
-        modules |= HEAVY_MODULES & set(names)
-    taken = statistics.median(seconds) * 1e3
-    yield Figure("import fastrms, after import numpy", "<= 60 ms", f"{taken:.0f} ms", taken <= 60)
-    yield Figure("heavy modules imported with it", "none", ", ".join(sorted(modules)) or "none", not modules)
-
-
-def memory():
-    size = 2**22
-    param, grad = np.ones(size, np.float32), np.ones(size, np.float32)
-    optimizer = fastrms.RMSProp(param, backend="c")
-    optimizer.bind(grad)
-    optimizer.step()
-    python, resident = python_peak(optimizer.step), resident_peak(optimizer.step)
-    what = "memory of a step, 2^22, bytes per element"
-    yield Figure(f"{what}: tracemalloc", "0", f"{python / size:.2f}", round(python / size, 2) == 0)
-    yield Figure(f"{what}: resident", "0", f"{resident / size:.2f}", resident / size < 0.1)
-
-
-def python_peak(call):
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    call()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak - before
-
-
-def resident_peak(call):
-    """Bytes by which the process grew at most: the kernel's high-water mark, set back first."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
-    call()
-    return max(0, status_bytes("VmHWM") - before)
-
-
-def status_bytes(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {field}")
-
-
-def placement():
-    for make in (fastrms.RMSProp, fastrms.Adam):
-        for size in (2**25, 2**26):
-            together = np.ones(2 * size, np.float32)
-            apart = [place_beside(size, np.float32, [])]
-            apart.append(place_beside(size, np.float32, apart))
-            calls = {
-                "back to back": bound_step(make, together[:size], together[size:]),
-                "staggered": bound_step(make, *apart),
-            }
-            slower = ratio(calls, "back to back", "staggered")
-            what = f"{make.__name__}, {report.size_name(size)}, back to back: time over staggered"
-            yield Figure(what, "<= 1.25x", f"{slower:.2f}x", slower <= 1.25)
-
-
-def bound_step(make, param, grad):
-    param.fill(1)
-    grad.fill(1)
-    optimizer = make(param, backend="c")
-    optimizer.bind(grad)
-    return optimizer.step
-
-
-MEASUREMENTS = (functional, bound, many_bound, many_fresh, large, importing, memory, placement)
+def share(what, percent, target):
+    return Figure(what, f">= {target} %", f"{percent:.1f} %", percent >= target)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures, one thread.")
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
+    parser.add_argument("set", nargs="?", choices=("numpy", "machine"), default="numpy", help="which (default: numpy)")
     parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
     options = parser.parse_args()
     if "c" not in fastrms.available_backends():
         sys.exit("the figures are those of the C backend, and fastrms was built without its C extension")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    fastrms.set_num_threads(1)
-    console.print(report.header(machine.describe(), PLACED))
-    table = Table("what", "target", "measured", "ok", caption="float32, one thread; times: minima of interleaved rounds")
-    start, first_clock = time.perf_counter(), clock()
-    figures = []
+    facts, figures = measure(options.set, console)
+    if options.readme:
+        report.write_readme(report.README, f"figures-{options.set}", markdown(options.set, facts, figures))
+
+
+def measure(name, console):
+    """(facts of the machine, figures) of one set, printed as well."""
+    from . import figures_machine, figures_numpy
+
+    chosen = {"numpy": figures_numpy, "machine": figures_machine}[name]
+    facts = machine.describe() | chosen.prepare()
+    start, first_clock, figures = time.perf_counter(), clock(), []
+    console.print(f"{machine.in_words(facts)}\n{machine.software(facts)}\nplacement: {chosen.PLACED}")
     try:
-        for measurement in track(MEASUREMENTS, "measuring", console=console, transient=True):
+        for measurement in track(chosen.MEASUREMENTS, "measuring", console=console, transient=True):
             figures += measurement()
     except WrongContender as error:
         sys.exit(str(error))
+    table = Table("what", "target", "measured", "ok", caption="float32; times: minima of interleaved rounds")
     for figure in figures:
         table.add_row(*figure[:3], "yes" if figure.ok else "NO", style=None if figure.ok else "bold red")
     console.print(table)
     console.print(f"empty Python call: {first_clock:.0f} ns at the start, {clock():.0f} ns at the end")
     console.print(f"{time.perf_counter() - start:.0f} s")
-    if options.readme:
-        report.write_readme(report.README, "figures", markdown(figures))
-    return figures
+    return facts, figures
 
 
-def markdown(figures):
-    facts = machine.describe()
-    command = "`python -m bench.figures --readme`"
+def markdown(name, facts, figures):
+    command = f"`python -m bench.figures {name} --readme`"
     return "\n".join(
         ["| what | target | measured |", "| --- | ---: | ---: |"]
         + [f"| {f.what} | {f.target} | {f.measured if f.ok else f'**{f.measured}, missed**'} |" for f in figures]

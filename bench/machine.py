@@ -19,6 +19,7 @@ def describe():
         "numpy": np.__version__,
         "fastrms": fastrms.__version__,
         "isa": fastrms.isa() or "none (no C extension)",
+        "compiler": fastrms.backends.load("c").compiler(),
         "threads": fastrms.get_num_threads(),
     }
 
@@ -29,15 +30,16 @@ def in_words(machine):
 
 
 def software(machine):
+    others = "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items())
     return (
-        f"Python {machine['python']}, NumPy {machine['numpy']}, fastrms {machine['fastrms']}, "
-        f"instruction set {machine['isa']}, {threads(machine)}"
+        f"Python {machine['python']}, NumPy {machine['numpy']}, fastrms {machine['fastrms']} ({machine['compiler']}), "
+        f"instruction set {machine['isa']}, {threads(machine)}{others}"
     )
 
 
 def threads(machine):
-    """Of fastrms and the ceiling; NumPy's arithmetic has always one."""
-    return "one thread" if machine["threads"] == 1 else f"up to {machine['threads']} threads of fastrms"
+    """Of fastrms, the ceilings and the peers; NumPy's arithmetic has always one."""
+    return "one thread" if machine["threads"] == 1 else f"up to {machine['threads']} threads (NumPy: one)"
 
 
 def cpu_model():

@@ -7,12 +7,19 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .contenders import CEILING, FASTRMS, IN_PLACE, NAIVE, NAMES, PLACEMENT
+from . import peers
+from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE
 from .machine import in_words, software
+from .problem import IN_WORDS, PLACEMENTS, WELL_PLACED
+from .results import ABOVE
 
 README = Path("README.md")
 LABELS_WIDTH, COLUMN_WIDTH = 36, 9
 README_SIZES = 6
+LEGEND = """\
+Minima over interleaved rounds.  GB/s: the bytes that the rule must move, over the time taken.
+streams: a C loop of one addition per stream, the fastest of several orders.  divider: the rule's square root and
+division on data in L1.  No update can be faster than the slower of the two; "% of ceiling" is the share of that."""
 
 
 def size_name(size):
@@ -27,15 +34,16 @@ def number(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def measures(results):
+def measures(results, rule):
     """(title, quantity, contenders) of each section of a table."""
-    fast = list(FASTRMS.values())
+    names = results.contenders(rule)
+    updates = [name for name in names if name not in CEILINGS]
     return (
-        ("ns per element", results.per_element, NAMES),
-        ("GB/s", results.bandwidth, NAMES),
-        ("times naive", results.over_naive, (IN_PLACE, *fast)),
-        ("times in-place", results.over_in_place, fast),
-        ("% of ceiling", results.share_of_ceiling, fast),
+        ("ns per element", results.per_element, names),
+        ("GB/s", results.bandwidth, [name for name in names if name != DIVIDER]),
+        ("times naive", results.over_naive, [name for name in updates if name != NAIVE]),
+        ("times in-place", results.over_in_place, [name for name in updates if name not in (NAIVE, IN_PLACE)]),
+        ("% of ceiling", results.share_of_ceiling, [name for name in updates if name not in (NAIVE, IN_PLACE)]),
     )
 
 
@@ -47,14 +55,16 @@ def tables(results, rule, width):
 
 
 def table(results, rule, sizes):
-    shown = Table(title=f"{rule}, {results.dtype}", title_justify="left", title_style="bold")
+    absent = [f"{name}: {reason}" for (where, name), reason in results.reasons.items() if where == rule]
+    shown = Table(title=f"{rule}, {results.dtype}", title_justify="left", title_style="bold", caption="\n".join(absent))
+    shown.caption_justify = "left"
     shown.add_column("")
     shown.add_column("elements")
     for size in sizes:
         shown.add_column(size_name(size), justify="right", min_width=5)
-    for title, quantity, names in measures(results):
-        for name in (name for name in results.contenders() if name in names):
-            style = "bold" if name == FASTRMS["c"] else "dim" if name == CEILING else None
+    for title, quantity, names in measures(results, rule):
+        for name in names:
+            style = "bold" if name == FASTRMS["c"] else "dim" if name in CEILINGS else None
             cells = [number(quantity(rule, size, name)) for size in sizes]
             if any(cells):
                 shown.add_row(title, name, *cells, style=style)
@@ -63,8 +73,40 @@ def table(results, rule, sizes):
     return shown
 
 
-def header(machine, placement):
-    return f"{in_words(machine)}\n{software(machine)}\nplacement: {placement}"
+def placement_rows(results):
+    """(rule, size, contender, nanoseconds per element in each placement) where more than one was measured."""
+    placed = results[WELL_PLACED]
+    size = max((size for other in results.values() if other is not placed for size in other.sizes()), default=None)
+    for rule in placed.rules():
+        for name in (name for name in placed.contenders(rule) if name not in CEILINGS):
+            yield rule, size, name, [results[where].per_element(rule, size, name) for where in PLACEMENTS]
+
+
+def placement_table(results):
+    shown = Table(title="placement: ns per element", title_justify="left", title_style="bold")
+    for column in ("rule", "elements", "contender", *PLACEMENTS):
+        shown.add_column(column, justify="right" if column in PLACEMENTS else "left")
+    for rule, size, name, times in placement_rows(results):
+        shown.add_row(rule, size_name(size), name, *map(number, times), style="bold" if name == FASTRMS["c"] else None)
+    return shown
+
+
+def footnotes(results):
+    """What must be known of the peers that took part."""
+    return [f"{name}: {note}." for name, note in peers.NOTES.items() if name in results.peers()]
+
+
+def header(machine):
+    return f"{in_words(machine)}\n{software(machine)}\nplacement: {IN_WORDS[WELL_PLACED]}"
+
+
+def complaints(results):
+    """Sentences on what makes the run invalid."""
+    return [
+        f"INVALID: {name}, {rule}, {size_name(size)} elements: {results.share_of_ceiling(rule, size, name):.0f} % of the "
+        f"{results.nearer_ceiling(rule, size)} ceiling; above {100 * ABOVE:.0f} % it is none, or the run was disturbed"
+        for rule, size, name in results.above_ceiling()
+    ]
 
 
 def write_json(path, results, machine, clocks, command):
@@ -73,12 +115,15 @@ def write_json(path, results, machine, clocks, command):
         "command": command,
         "date": date.today().isoformat(),
         "machine": machine,
-        "placement": PLACEMENT,
-        "dtype": results.dtype,
+        "placements": IN_WORDS,
+        "dtype": results[WELL_PLACED].dtype,
         "empty_call_ns": clocks,
+        "invalid": complaints(results[WELL_PLACED]),
         "results": [
-            {"rule": rule, "size": size, "contender": contender, **timing._asdict()}
-            for (rule, size, contender), timing in results.timings.items()
+            {"placement": where, "rule": rule, "size": size, "contender": name, "way": measured.ways[rule, size, name]}
+            | timing._asdict()
+            for where, measured in results.items()
+            for (rule, size, name), timing in measured.timings.items()
         ],
     }
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
@@ -102,30 +147,55 @@ def markers(name):
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def markdown(results, machine, command):
-    """One table: nanoseconds per element, and how many times as fast as naive NumPy."""
-    sizes = spread(results.sizes(), README_SIZES)
+def markdown(results, machine, clocks, command):
+    """Two tables: nanoseconds per element with the ratios over both NumPy baselines, and the placements."""
+    placed = results[WELL_PLACED]
+    sizes = spread(placed.sizes(), README_SIZES)
     lines = [
-        f"Nanoseconds per element ({results.dtype}; in brackets: times as fast as naive NumPy), one column per size:",
+        f"Nanoseconds per element ({placed.dtype}; in brackets: times as fast as naive and as in-place NumPy), one column "
+        "per size. The last row of a rule: the share of the nearer ceiling that `fastrms c` reaches.",
         "",
         f"| rule | | {' | '.join(map(size_name, sizes))} |",
         f"|---|---|{'---:|' * len(sizes)}",
     ]
-    for rule in results.rules():
-        for name in results.contenders():
-            cells = [markdown_cell(results, rule, size, name) for size in sizes]
+    for rule in placed.rules():
+        for name in placed.contenders(rule):
+            cells = [markdown_cell(placed, rule, size, name) for size in sizes]
             lines.append(f"| {rule} | {name} | {' | '.join(cells)} |")
-    lines += ["", f"{in_words(machine)}; {software(machine)}; {date.today().isoformat()}; `{command}`."]
-    lines += [f"Placement: {PLACEMENT}."]
+        shares = [share_in_words(placed, rule, size) for size in sizes]
+        lines.append(f"| {rule} | share | {' | '.join(shares)} |")
+    lines += ["", *markdown_placements(results), "", *(f"* {line}" for line in footnotes(placed)), "", *complaints(placed)]
+    lines += [f"{in_words(machine)}; {software(machine)}; {date.today().isoformat()}; `{command}`."]
+    lines += [f"An empty Python call took {clocks[0]:.0f} ns at the start and {clocks[1]:.0f} ns at the end of the run."]
     return "\n".join(lines)
 
 
 def markdown_cell(results, rule, size, name):
     taken = number(results.per_element(rule, size, name))
-    if name in (NAIVE, CEILING) or not taken:
+    if name == NAIVE or name in CEILINGS or not taken:
         return taken
-    cell = f"{taken} ({number(results.over_naive(rule, size, name))}x)"
+    over = [results.over_naive(rule, size, name)]
+    if name != IN_PLACE:
+        over.append(results.over_in_place(rule, size, name))
+    cell = f"{taken} ({', '.join(f'{number(times)}x' for times in over)})"
     return f"**{cell}**" if name == FASTRMS["c"] else cell
+
+
+def share_in_words(results, rule, size):
+    share = results.share_of_ceiling(rule, size, FASTRMS["c"])
+    return f"{share:.0f} % of {results.nearer_ceiling(rule, size)}" if share else ""
+
+
+def markdown_placements(results):
+    rows = list(placement_rows(results))
+    lines = [
+        f"Placement, {size_name(rows[0][1])} elements, nanoseconds per element:",
+        "",
+        f"| rule | | {' | '.join(PLACEMENTS)} |",
+        f"|---|---|{'---:|' * len(PLACEMENTS)}",
+    ]
+    lines += [f"| {rule} | {name} | {' | '.join(map(number, times))} |" for rule, _, name, times in rows]
+    return [*lines, "", *(f"*{where.capitalize()}*: {words}." for where, words in IN_WORDS.items())]
 
 
 def spread(values, count):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 MEASUREMENT = 1e-3  # seconds that one measurement lasts at least
 MOST_ROUNDS = 400
+WARM_UP = 2e-2  # seconds; a call that takes less is made once untimed, to find its data in the caches
 
 
 class Timing(NamedTuple):
@@ -18,26 +19,34 @@ class Timing(NamedTuple):
     repetitions: int
 
 
-def interleaved(calls, seconds, least_rounds=3):
-    """Timings of `calls` (name -> function without arguments), in rounds until `seconds` are over."""
-    timers = {name: Timer(call) for name, call in calls.items()}
+def interleaved(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
+    """Timings of `calls` (key -> function without arguments), in rounds until `seconds` are over.
+
+    pause: seconds to sleep before each measurement, so that another library's threads stop to spin.
+    before(key): what to set for that measurement, untimed.
+    """
+    timers = {key: Timer(call) for key, call in calls.items()}
     end = time.perf_counter() + seconds
-    repetitions = {name: calibrate(timer) for name, timer in timers.items()}
-    samples = {name: [] for name in calls}
+    calibrated = {key: calibrate(timer) for key, timer in timers.items()}
+    samples = {key: [] for key in calls}
     rounds = 0
     while rounds < least_rounds or (rounds < MOST_ROUNDS and time.perf_counter() < end):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(repetitions[name]) / repetitions[name] * 1e9)
+        for key, (repetitions, short) in calibrated.items():
+            time.sleep(pause)
+            before(key)
+            if short:
+                calls[key]()
+            samples[key].append(timers[key].timeit(repetitions) / repetitions * 1e9)
         rounds += 1
-    return {name: Timing(min(taken), median(taken), rounds, repetitions[name]) for name, taken in samples.items()}
+    return {key: Timing(min(taken), median(taken), rounds, calibrated[key][0]) for key, taken in samples.items()}
 
 
 def calibrate(timer):
-    """How many calls make one measurement."""
+    """(how many calls make one measurement, whether one call is short enough for a warm-up)."""
     repetitions = 1
     while (taken := timer.timeit(repetitions)) < MEASUREMENT:
         repetitions = max(2 * repetitions, int(1.1 * MEASUREMENT / max(taken, 1e-7) * repetitions))
-    return repetitions
+    return repetitions, taken < WARM_UP
 
 
 def clock():

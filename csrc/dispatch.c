@@ -49,3 +49,14 @@ fastrms_kernel *fastrms_find(const fastrms_group *group)
 {
     return isas[fastrms_isa_get()].kernels[group->rule][group->itemsize == 8][group->general != 0];
 }
+
+const char *fastrms_compiler(void)
+{
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#else
+    return "unknown";
+#endif
+}

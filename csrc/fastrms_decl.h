@@ -98,6 +98,20 @@ int fastrms_isa_supported(int isa);
 int fastrms_isa_get(void);
 int fastrms_isa_set(int isa);
 
-/* the benchmark's ceiling: one addition to every buffer that a rule with so many states writes */
-void fastrms_streams(int64_t size, int itemsize, int states, void *param, const void *grad,
-                     void *state0, void *state1, void *state2);
+/* the compiler that built the kernels, in words */
+const char *fastrms_compiler(void);
+
+/* The benchmark's ceilings.  fastrms_streams makes one addition to every buffer that a rule with so many states writes:
+ * all streams together, or in turn within blocks of so many elements where block > 0.  fastrms_divider makes `size`
+ * divisions and square roots of the first elements of grad, in L1, and leaves param[i] = grad[i] / sqrt(grad[i]) of those.
+ * shared: by all threads of the pool, in chunks, however small it is. */
+typedef struct {
+    int64_t size, block, chunk;
+    int32_t itemsize, states, shared, reserved;
+    void *param;
+    const void *grad;
+    void *state[FASTRMS_MAX_STATES];
+} fastrms_ceiling;
+
+void fastrms_streams(fastrms_ceiling *job);
+void fastrms_divider(fastrms_ceiling *job);

@@ -179,11 +179,11 @@ END(adam_amsgrad)
 RULE(rprop)
 {
     real g = prepare(grad, zero, grad_scale, clip_low, clip_high, zero);
-    real s = sign(g, zero, one) * sign(prev, zero, one);
+    real direction = sign(g, zero, one);
+    real s = direction * sign(prev, zero, one);
     real eta = select(s > zero, eta_plus, select(s < zero, eta_minus, one));
     step_size = clip(step_size * eta, step_min, step_max);
-    g = select(s < flip_below, zero, g);
-    param = param - sign(g, zero, one) * step_size;
-    prev = g;
+    param = param - select(s < flip_below, zero, direction) * step_size;
+    prev = select(s < flip_below, zero, g);
 }
 END(rprop)

@@ -64,7 +64,7 @@ class Optimizer(Bound):
 
     def __init_subclass__(cls):
         if "rule" in vars(cls):
-            if "recipe" in vars(cls) or cls.recipe.__func__ is not Optimizer.recipe.__func__:
+            if getattr(cls.recipe, "__func__", None) is not Optimizer.recipe.__func__:
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)

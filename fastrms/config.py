@@ -26,6 +26,7 @@ def show_config():
         "auto": backends.choose("auto").__name__.rpartition(".")[2],
         "isa": isa(),
         "isas": ", ".join(backends.load("c").isas()),
+        "compiler": backends.load("c").compiler(),
         "threads": threads.get_num_threads(),
     }
     for name, value in config.items():

@@ -64,34 +64,21 @@ def _choice_by_type(option, first, second, true):
     return of_words if isinstance(option, (types.UnicodeType, types.StringLiteral)) else of_flags
 
 
-def _flat(array):
-    """The numbers of a contiguous array in memory order."""
+def _addresses(arrays, shape):
+    """Where contiguous arrays begin; ValueError where one has another shape."""
 
 
-@overload(_flat, **_DEFAULT)
-def _flat_by_type(array):
-    if array.ndim == 1:
-        return lambda array: array
-    if array.layout == "F":
-        return lambda array: array.T.reshape(array.size)
-    return lambda array: array.reshape(array.size)
-
-
-def _flats(arrays, shape):
-    """All of them flat; ValueError where one has another shape."""
-
-
-@overload(_flats, **_DEFAULT)
-def _flats_by_type(arrays, shape):
+@overload(_addresses, **_DEFAULT)
+def _addresses_by_type(arrays, shape):
     if len(arrays) == 0:
         return lambda arrays, shape: ()
 
-    def flats(arrays, shape):
+    def addresses(arrays, shape):
         if arrays[0].shape != shape:
             raise ValueError("fastrms: param, grad and states must have one shape")
-        return (_flat(arrays[0]),) + _flats(arrays[1:], shape)
+        return (np.intp(arrays[0].ctypes.data),) + _addresses(arrays[1:], shape)
 
-    return flats
+    return addresses
 
 
 _names = {}
@@ -140,11 +127,15 @@ def _implementation(neutral, full, more, real, place, fixed):
         coefficients = np.empty(len(place), real)
         for k in range(len(place)):
             coefficients[k] = values[place[k]] if place[k] >= 0 else fixed[k]
-        arguments = _flats(arrays, arrays[0].shape) + (coefficients,) + more()
+        chosen(general, coefficients, arrays)
+
+    @compiler
+    def chosen(general, coefficients, arrays):  # the caller keeps what lies at the addresses
+        places = (arrays[0].size,) + _addresses(arrays, arrays[0].shape) + (np.intp(coefficients.ctypes.data),) + more()
         if general:
-            full(*arguments)
+            full(*places)
         else:
-            neutral(*arguments)
+            neutral(*places)
 
     return run
 
@@ -307,7 +298,7 @@ def _adam_of(parallel):
         """One Adam update in place, as fastrms.adam makes it; step counts from 1."""
         clip = np.inf if clip_value is None else clip_value
         form = _choice(bias_correction, "corrected", "folded", 1)
-        if amsgrad is None:
+        if amsgrad is None:  # noqa: SIM108  Numba leaves out the branch that would not compile
             maximum = 0 if max_exp_avg_sq is None else 2
         else:
             maximum = _choice(amsgrad, "corrected", "corrected", 2)

@@ -28,7 +28,9 @@ class OwnRecipe(NamedTuple):
     coefficients: Any  # of the subclass
     hyper: dict
     general: bool = False
-    unchanging: bool = False
+
+    def changing(self):
+        """All may change from step to step."""
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
@@ -61,6 +63,15 @@ def recipe(rule, coefficients, hyper, dtype):
     made = OwnRecipe(rule, dtype, coefficients, hyper)
     made.at(1, 1.0)
     return made
+
+
+def checked(rule, results):
+    """What an own rule returned, if it is what it should be."""
+    if not isinstance(results, tuple) or len(results) != 1 + len(rule.states):
+        raise TypeError(
+            f"the rule of {rule} must return a tuple ({', '.join(('param', *rule.states))}{',' * (not rule.states)})"
+        )
+    return results
 
 
 def function_of(rule, select, compiler=lambda function: function):

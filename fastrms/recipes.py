@@ -3,7 +3,6 @@
 csrc/step.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
 """
 
-from array import array
 from functools import lru_cache
 from math import sqrt
 from typing import NamedTuple
@@ -36,10 +35,13 @@ class Recipe(NamedTuple):
     values: dict
     corrections: tuple
 
-    @property
-    def unchanging(self):
-        """Whether every step has the same coefficients."""
-        return not self.corrections
+    def changing(self):
+        """(place, value, corrections) of each coefficient that changes from step to step."""
+        names = dict.fromkeys(correction.coefficient for correction in self.corrections)
+        return [
+            (list(self.values).index(name), self.values[name], [c for c in self.corrections if c.coefficient == name])
+            for name in names
+        ]
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
@@ -48,11 +50,6 @@ class Recipe(NamedTuple):
         for correction in self.corrections:
             values[correction.coefficient] = corrected(values[correction.coefficient], correction, step)
         return list(values.values())
-
-
-def ready(recipe, step, grad_scale):
-    """The coefficients of update number `step`, rounded once to the dtype; array() does it faster than NumPy."""
-    return np.frombuffer(array(recipe.dtype.char, recipe.at(step, grad_scale)), recipe.dtype)
 
 
 def series(decay, weight, terms):
@@ -71,13 +68,11 @@ def doubled(decay, terms):
 
 
 def corrected(value, correction, step):
-    if correction.linear:
-        quantity = 1 + float(step - 1) * correction.decay
-    else:
-        quantity = series(correction.decay, correction.weight, step + correction.ahead)
-    if correction.operation == DIVIDE:
+    _, operation, decay, weight, ahead, linear = correction
+    quantity = 1 + float(step - 1) * decay if linear else series(decay, weight, step + ahead)
+    if operation == DIVIDE:
         return value / quantity
-    return value * sqrt(quantity) if correction.operation == TIMES_ROOT else value / sqrt(quantity)
+    return value * sqrt(quantity) if operation == TIMES_ROOT else value / sqrt(quantity)
 
 
 def make(rule, dtype, general, values, corrections=()):

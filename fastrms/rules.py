@@ -172,12 +172,12 @@ def rprop(param, grad, prev, step_size,
           grad_scale, clip_low, clip_high, eta_minus, eta_plus, step_min, step_max, flip_below,
           zero, one):  # fmt: skip
     g = prepare(grad, zero, grad_scale, clip_low, clip_high, zero)
-    s = sign(g, zero, one) * sign(prev, zero, one)
+    direction = sign(g, zero, one)
+    s = direction * sign(prev, zero, one)
     eta = select(s > zero, eta_plus, select(s < zero, eta_minus, one))
     step_size = clip(step_size * eta, step_min, step_max)
-    g = select(s < flip_below, zero, g)
-    param = param - sign(g, zero, one) * step_size
-    prev = g
+    param = param - select(s < flip_below, zero, direction) * step_size
+    prev = select(s < flip_below, zero, g)
     return param, prev, step_size
 
 

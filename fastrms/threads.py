@@ -12,7 +12,7 @@ _without_c = None
 
 
 def set_num_threads(n):
-    """Let large steps (128 Ki elements on the C backend) use up to n threads (1 to 64), for the whole process."""
+    """Let large steps (64 Ki elements on the C backend) use up to n threads (1 to 64), for the whole process."""
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
     if not 1 <= n <= MOST:

@@ -1,61 +1,136 @@
 """The benchmark as a user runs it, small: it checks its contenders, prints tables, writes its files, and can say no."""
 
+import itertools
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import BACKENDS
 
+import fastrms
+
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from bench import __main__ as command
-from bench import check, contenders
+from bench import check, report
+from bench.contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, STREAMS, Contender, contenders
+from bench.problem import BACK_TO_BACK, PLACEMENTS, RULES, WELL_PLACED, Problem, allocate, bytes_per_element, divides
+from bench.results import Results
+from bench.timing import Timing, interleaved
+
+ROOT = Path(__file__).parent.parent
+needs_c = pytest.mark.skipif("c" not in BACKENDS, reason="the ceilings are C loops")
 
 
-def test_a_small_run_writes_table_picture_and_json(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """The command in an empty folder with a README; restores the number of threads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    threads = fastrms.get_num_threads()
+    yield tmp_path
+    fastrms.set_num_threads(threads)
+
+
+def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):
     command.main(["--quick", "--sizes", "64,1003", "--rules", "rmsprop,rprop", "--json", "out.json", "--readme"])
     out = capsys.readouterr().out
-    for words in (
-        "naive NumPy",
-        "in-place NumPy",
-        "ns per element",
-        "GB/s",
-        "times naive",
-        "placement:",
-        "empty Python call",
-    ):
+    titles = ("ns per element", "GB/s", "times naive", "times in-place", "placement:", "empty Python call")
+    for words in (NAIVE, IN_PLACE, *PLACEMENTS, *titles, *(CEILINGS if "c" in BACKENDS else ())):
         assert words in out
-    assert (tmp_path / "fastrms-bench.png").read_bytes().startswith(b"\x89PNG")
-    content = json.loads((tmp_path / "out.json").read_text())
-    timed = {(row["rule"], row["size"], row["contender"]) for row in content["results"]}
-    names = ["naive NumPy", "in-place NumPy", *[f"fastrms {b}" for b in BACKENDS], *(["ceiling"] if "c" in BACKENDS else [])]
-    assert timed == {(rule, size, name) for rule in ("rmsprop", "rprop") for size in (64, 1003) for name in names}
-    assert all(row["minimum"] > 0 and row["median"] >= row["minimum"] for row in content["results"])
-    readme = (tmp_path / "README.md").read_text()
+    for what in ("time", "bandwidth", "speedup"):
+        assert (small_run / f"fastrms-bench-{what}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (small_run / f"fastrms-bench-{what}.svg").read_text()
+    readme = (small_run / "README.md").read_text()
     assert readme.startswith("before") and readme.endswith("after\n") and "old" not in readme
     assert re.search(r"\| rmsprop \| naive NumPy \|", readme)
+    check_json(json.loads((small_run / "out.json").read_text()))
 
 
-@pytest.mark.parametrize("rule", contenders.OPTIMIZERS)
+def check_json(content):
+    timed = {(row["placement"], row["rule"], row["size"], row["contender"]) for row in content["results"]}
+    names = [NAIVE, IN_PLACE, *(FASTRMS[backend] for backend in BACKENDS)]
+    placed = {
+        (WELL_PLACED, rule, size, name)
+        for rule in ("rmsprop", "rprop")
+        for size in (64, 1003)
+        for name in names + ([STREAMS] + [DIVIDER] * (rule == "rmsprop") if "c" in BACKENDS else [])
+    }
+    elsewhere = {(where, rule, 1003, name) for where in PLACEMENTS[1:] for rule in ("rmsprop", "rprop") for name in names}
+    assert timed == placed | elsewhere
+    assert all(row["minimum"] > 0 and row["median"] >= row["minimum"] for row in content["results"])
+    assert content["machine"]["compiler"] == (fastrms.backends.load("c").compiler() if "c" in BACKENDS else None)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_contender_is_checked(rule, dtype):
-    """One wrong number in any contender stops the benchmark and is named."""
-    for victim in range(len(contenders.Problem(rule, 64, dtype).contenders)):
-        problem = contenders.Problem(rule, 1003, dtype)
-        check.check(problem)
-        problem = contenders.Problem(rule, 1003, dtype)
-        wrong = problem.contenders[victim]
-        wrong.buffers[0][-1] += 0.01
-        with pytest.raises(check.WrongContender, match=re.escape(wrong.name)):
-            check.check(problem)
+    """One wrong number in any contender, ceilings and their ways included, stops the benchmark and is named."""
+    problem = Problem(rule, 1003, dtype)
+    made, _ = contenders(problem, 2)
+    check.check(problem, made)
+    for victim in range(len(made)):
+        problem = Problem(rule, 1003, dtype)
+        made, _ = contenders(problem, 2)
+        made[victim].read()[0][-1] += 0.01
+        if made[victim].formula == DIVIDER:  # it writes its quotients anew
+            made[victim] = made[victim]._replace(step=lambda: None)
+        with pytest.raises(check.WrongContender, match=re.escape(made[victim].name)):
+            check.check(problem, made)
 
 
-def test_bytes_come_from_the_state_list():
-    assert contenders.bytes_per_element("rmsprop", "float32") == 20
-    assert contenders.bytes_per_element("adam", np.float64) == 56
+def test_the_ceilings_take_every_way():
+    problem = Problem("adam", 2**18, "float32")
+    ways = [(contender.name, contender.way) for contender in contenders(problem, 2)[0] if contender.name in CEILINGS]
+    assert len(set(ways)) == len(ways) == (7 if "c" in BACKENDS else 0)
+
+
+def test_a_contender_above_the_ceiling_makes_the_run_invalid():
+    results = Results("float32", WELL_PLACED)
+    made = [Contender(name, None, None) for name in (FASTRMS["c"], STREAMS, DIVIDER)]
+    speeds = {FASTRMS["c"]: 90.0, STREAMS: 50.0, DIVIDER: 100.0}
+    results.add("adam", 2**20, made, {(name, ""): Timing(ns, ns, 3, 1) for name, ns in speeds.items()}, {})
+    assert results.nearer_ceiling("adam", 2**20) == DIVIDER
+    assert results.above_ceiling() == [("adam", 2**20, FASTRMS["c"])]
+    assert "111 % of the divider ceiling" in report.complaints(results)[0]
+    slower = {(name, ""): Timing(1.2 * ns, ns, 3, 1) for name, ns in speeds.items()}
+    results.add("rmsprop", 2**20, made, slower | {(FASTRMS["c"], ""): Timing(119.0, 119.0, 3, 1)}, {})
+    assert len(results.above_ceiling()) == 1
+
+
+def test_of_several_ways_the_fastest_counts():
+    results = Results("float32", WELL_PLACED)
+    made = [Contender(STREAMS, None, None, way) for way in ("slow", "fast", "medium")]
+    timings = {(STREAMS, way): Timing(ns, ns, 3, 1) for way, ns in (("slow", 9.0), ("fast", 5.0), ("medium", 7.0))}
+    results.add("adam", 64, made, timings, {})
+    assert results.nanoseconds("adam", 64, STREAMS) == 5.0 and results.ways["adam", 64, STREAMS] == "fast"
+
+
+def test_rounds_are_interleaved():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = interleaved(calls, 0.0, least_rounds=4)
+    assert [timing.rounds for timing in timings.values()] == [4, 4]
+    changes = sum(first != second for first, second in itertools.pairwise(order))
+    assert changes >= 2 * 4 - 1  # a, b for the calibration, then a, b in every round
+
+
+def test_bytes_and_divisions_come_from_the_rule():
+    assert bytes_per_element("rmsprop", "float32") == 20
+    assert bytes_per_element("adam", np.float64) == 56
+    assert [divides(rule) for rule in RULES] == [True, True, True, False]
+
+
+def test_placements_lie_as_they_say():
+    dtypes = [np.dtype(np.float32)] * 4
+    starts = [array.ctypes.data for array in allocate(2**16, dtypes, BACK_TO_BACK)]
+    assert starts[0] % 4096 == 0 and np.diff(starts).tolist() == [2**18] * 3
+    apart = [array.ctypes.data % 4096 for array in allocate(2**16, dtypes, WELL_PLACED)]
+    assert min(abs(a - b) for k, a in enumerate(apart) for b in apart[:k]) >= 384
 
 
 @pytest.mark.parametrize("arguments", [["--sizes", "0"], ["--sizes", "big"], ["--rules", "sgd"], ["--dtype", "int8"]])
@@ -63,3 +138,21 @@ def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert arguments[1] in capsys.readouterr().err
+
+
+def test_the_pytest_benchmarks_run():
+    """`pytest bench` collects every rule and size, and one of each contender runs."""
+    run = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run([*run, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for rule in RULES:
+        assert f"[{rule}-64-naive_NumPy-1]" in listed
+    done = subprocess.run([*run, "--benchmark-disable", "-k", "adagrad-64"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"\d passed", done.stdout), done.stdout
+
+
+@needs_c
+def test_ceilings_and_updates_differ():
+    """The ceilings are loops of their own: no contender's buffers are another's."""
+    made, _ = contenders(Problem("adam", 64, "float32"), 2)
+    buffers = [buffer for contender in made for buffer in contender.read()]
+    assert len({buffer.ctypes.data for buffer in buffers}) == len(buffers)

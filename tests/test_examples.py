@@ -4,6 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+import fastrms
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -25,6 +28,16 @@ def test_digits(tmp_path, monkeypatch, capsys):
     assert all(len(values) == 5 and np.mean(values) > 0.95 for values in accuracies.values())
     assert all(np.mean(accuracies[name]) >= 0.97 for name in ("RMSProp", "AdaGrad", "Adam"))
     assert (tmp_path / "fastrms-digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trainer_numba(capsys):
+    """Every way learns, and all of them to the same weights."""
+    pytest.importorskip("numba")
+    results = load("trainer_numba").main(["--epochs", "25", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert len(results) == (3 if "c" in fastrms.available_backends() else 2) and "DIFFERENT" not in out
+    (want, _, accuracy), *others = results.values()
+    assert accuracy > 0.95 and all(np.array_equal(weights, want) for weights, _, _ in others)
 
 
 def test_every_example_is_tested():

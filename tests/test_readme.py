@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import fastrms
 from fastrms import dialects
@@ -34,6 +35,18 @@ def test_the_second_example_runs():
     exec(code_blocks()[1], names)
     assert names["info"].grad_norm > 0 and (w < 1).all() and (b < 1).all()
     assert names["opt"].steps == 1
+
+
+def test_the_numba_example_runs():
+    pytest.importorskip("numba")
+    names = {}
+    exec(next(text for text in code_blocks() if "numba.njit" in text), names)
+    assert 0 < names["w"][0] < 0.5
+
+
+def test_an_own_rule_is_short():
+    lion = next(text for text in code_blocks() if "class Lion" in text).split("class Lion")[1]
+    assert len([line for line in lion.splitlines() if line.strip()]) <= 12
 
 
 def shown(value):

@@ -33,7 +33,7 @@ def pool():
 
     yield set_pool
     fastrms.set_num_threads(before)
-    c.lib.fastrms_set_chunks(16 * 1024, 128 * 1024)
+    c.lib.fastrms_set_chunks(8 * 1024, 64 * 1024)
 
 
 @pytest.mark.parametrize("make, options", OPTIMIZERS)
@@ -74,7 +74,7 @@ def test_small_steps_start_no_thread():
         import numpy as np, fastrms
         from fastrms.backends import c
         fastrms.set_num_threads(4)
-        for size, workers in ((131071, 0), (131072, 3)):
+        for size, workers in ((65535, 0), (65536, 3)):
             w = np.ones(size, np.float32)
             fastrms.RMSProp(w).step(w + 1)
             assert c.lib.fastrms_workers() == workers, (size, c.lib.fastrms_workers())

@@ -31,6 +31,11 @@ def isa():
     return _isa_name(lib.fastrms_isa_get()) if lib else None
 
 
+def compiler():
+    """What built the kernels, with its version, or None without the C extension."""
+    return ffi.string(lib.fastrms_compiler()).decode() if lib else None
+
+
 def use_isa(name):
     """Force an instruction set for the whole process; ValueError if this CPU or binary has it not."""
     names = [_isa_name(k) for k in range(lib.fastrms_isa_count())]

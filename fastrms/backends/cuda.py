@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import device, recipes, rules
+from .. import device, rules
 from . import pyplan
 
 memory = device
@@ -141,8 +141,9 @@ class Launch:
         if capturable:
             self.coefficients = device.place(len(rules.coefficient_names(rules.find(recipe.rule))), recipe.dtype, index)
 
-    def aim(self, tensors):
-        """Take the buffers of the tensors, (addresses, size) each."""
+    def aim(self, tensors, numbers):
+        """Take the buffers of the tensors, (addresses, size) each, and the array of coefficients that is read at each run."""
+        self.numbers = numbers
         if len(tensors) == 1:
             addresses, size = tensors[0]
             count = vectors(addresses, size, self.itemsize)
@@ -160,17 +161,17 @@ class Launch:
             self.table_host, self.table_sent = host, False
         return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
 
-    def prepare(self, stream, coefficients):
+    def prepare(self, stream):
         """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
         if not self.table_sent:
             write(self.table, self.table_host, stream)
             self.table_sent = True
-        if self.coefficients is not None and coefficients != self.sent:
-            write(self.coefficients, np.array(coefficients), stream)
-            self.sent = coefficients
+        if self.coefficients is not None and self.numbers.tobytes() != self.sent:
+            write(self.coefficients, self.numbers, stream)
+            self.sent = self.numbers.tobytes()
 
-    def run(self, stream, coefficients):
-        tail = coefficients if self.coefficients is None else (self.coefficients.address,)
+    def run(self, stream):
+        tail = self.numbers if self.coefficients is None else (self.coefficients.address,)
         try:
             self.launch(stream, self.config, self.kernel, *self.head, *tail)
         except Exception as error:  # of cuda.core, whose own classes are not public
@@ -183,8 +184,13 @@ def update(recipe, step, grad_scale, param, grad, states):
         device.current(param.device)
         stream = stream_of(device.stream_source(param)())
         made = Launch(recipe, False, False, param.device)
-        made.aim([([buffer.address for buffer in (param, grad, *states)], param.size)])
-        made.run(stream, tuple(recipes.ready(recipe, step, grad_scale)))
+        numbers = pyplan.Coefficients(recipe)
+        numbers.make(step, grad_scale)
+        made.aim(
+            [([buffer.address for buffer in (param, grad, *states)], param.size)],
+            np.frombuffer(numbers.memory, recipe.dtype),
+        )
+        made.run(stream)
 
 
 class Plan(pyplan.Plan):
@@ -196,7 +202,6 @@ class Plan(pyplan.Plan):
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
         self._made = {}  # Launches by (set, tensors): a captured graph may need them later
-        self._launches = None  # of the gradients held now: (Launch, its first tensor)
         self._entered = threading.local()
         self._entered.once = True  # by what made the state
 
@@ -204,7 +209,6 @@ class Plan(pyplan.Plan):
 
     read_only = own = staticmethod(lambda buffer: buffer)
     assign = staticmethod(device.copy)
-    finished = tuple
 
     # what is launched
 
@@ -224,43 +228,40 @@ class Plan(pyplan.Plan):
     def _set_recipes(self, recipes):
         if any(recipe.general != self.recipes[index].general for index, recipe in (recipes or {}).items()):
             self._made = {}
-        if recipes:
-            self._launches = None
         super()._set_recipes(recipes)
 
-    def _taken(self):
-        self._launches = None
-
-    def _grouped(self):
-        """(Launch, its first tensor) for all tensors with a gradient."""
-        groups = {}
-        for k in self._counted():
+    def _prepare(self):
+        """(tensors with a gradient, (first tensor, Coefficients, Launch) for each group and step count)"""
+        tensors, groups = [k for k, grad in enumerate(self.grads) if grad is not None], {}
+        for k in tensors:
             if self.params[k].size:
                 index = self.sets[k]
-                alike = None if self.recipes[index].unchanging else self.tensor_steps[k]
+                alike = None if self.recipes[index].changing() == [] else self.tensor_steps[k]
                 groups.setdefault((index, alike), []).append(k)
-        return [(self._launch_for(index, members), members[0]) for (index, _), members in groups.items()]
+        self._prepared = tensors, [self._launch(index, members) for (index, _), members in groups.items()]
+        self._waits = self._foreign_streams(tensors)
+        return self._prepared
 
-    def _launch_for(self, index, members):
-        key = (index, *members)
+    def _launch(self, index, members):
+        recipe, key = self.recipes[index], (index, *members)
         if key not in self._made:
-            self._made[key] = Launch(self.recipes[index], len(members) > 1, self._options.capturable, self._device)
+            self._made[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
+        coefficients = pyplan.Coefficients(recipe)
         buffers = [(self.params[k], self.grads[k], *self.states[k]) for k in members]
-        self._made[key].aim([([b.address for b in tensor], tensor[0].size) for tensor in buffers])
-        return self._made[key]
-
-    def _counted(self):
-        return [k for k, grad in enumerate(self.grads) if grad is not None]
+        tensors = [([b.address for b in tensor], tensor[0].size) for tensor in buffers]
+        self._made[key].aim(tensors, np.frombuffer(coefficients.memory, recipe.dtype))
+        return members[0], coefficients, self._made[key]
 
     def _run(self, grad_scale, clip_norm):
-        stream = self._ready_to_launch()
+        stream = self._ready_to_launch(grad_scale)
         recorded = self._options.capturable and capturing(stream)
-        ready = [(launch, self._coefficients(first, grad_scale)) for launch, first in self._launches]
-        self._order(stream)
-        for launch, coefficients in ready:
+        for handle in self._waits:
+            if handle != int(stream.handle):
+                stream.wait(stream_of(handle))
+        for _, _, launch in self._prepared[1]:
             if not recorded:
-                launch.prepare(stream, coefficients)
-            launch.run(stream, coefficients)
+                launch.prepare(stream)
+            launch.run(stream)
         if not recorded:
             self._count()
         if self._options.check:
@@ -268,25 +269,22 @@ class Plan(pyplan.Plan):
 
     def advance(self):
         """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
-        stream = self._ready_to_launch()
-        for launch, first in self._launches:
-            launch.prepare(stream, self._coefficients(first, 1.0))
+        stream = self._ready_to_launch(1.0)
+        for _, _, launch in self._prepared[1]:
+            launch.prepare(stream)
         self._count()
 
-    def _ready_to_launch(self):
-        """The stream; the device is current and the launches fit what is held."""
+    def _ready_to_launch(self, grad_scale):
+        """The stream; the device is current, and launches and coefficients fit what is held."""
         self._enter_device()
-        if self._launches is None:
-            self._launches, self._members = self._grouped(), self._counted()
-            self._waits = self._foreign_streams()
+        for first, coefficients, _ in (self._prepared or self._prepare())[1]:
+            coefficients.make(self.tensor_steps[first] + 1, grad_scale)
         return self._explicit or stream_of(self._source())
 
     def _count(self):
-        for k in self._members:
+        for k in self._prepared[0]:
             self.tensor_steps[k] += 1
         self.steps += 1
-        if len(self._ready) > len(self.recipes):
-            self._ready = {}
 
     def _enter_device(self):
         """The device is made current once per thread; at each step where there are several."""
@@ -296,15 +294,10 @@ class Plan(pyplan.Plan):
             device.current(self._device)
             self._entered.once = True
 
-    def _foreign_streams(self):
+    def _foreign_streams(self, tensors):
         """Streams that arrays name: the launch waits for them on the device, not here."""
-        buffers = [self.params[k] for k in self._members] + [self.grads[k] for k in self._members]
+        buffers = [buffer for k in tensors for buffer in (self.params[k], self.grads[k])]
         return {handle for handle in map(device.named_stream, buffers) if handle is not None}
-
-    def _order(self, stream):
-        for handle in self._waits:
-            if handle != int(stream.handle):
-                stream.wait(stream_of(handle))
 
 
 def main(arguments=None):

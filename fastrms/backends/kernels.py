@@ -5,7 +5,6 @@ Numba's cache beside it can never run another rule or form.  Own rules are compi
 """
 
 import hashlib
-import inspect
 import os
 import platform
 import sys
@@ -20,52 +19,63 @@ import numpy as np
 from llvmlite import binding
 
 from .. import own, rules
+from . import inlined
 
 OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
 from numba import njit, prange, types
-from numpy import sqrt
+from numba.extending import intrinsic
+from numpy import empty, sqrt, uint8, uintp
 
-GENERAL = {general}
 OPTIONS = {options}
-inner = njit(**OPTIONS)
-real = types.{dtype}
-writable, constant = types.Array(real, 1, "C"), types.Array(real, 1, "C", readonly=True)
+real, word = types.{dtype}, types.intp
+fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
+IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
+
+@intrinsic
+def pointer(context, address):
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    return types.CPointer(real)(word), code
 """
 LOOP = """
-@inner
-def loop({buffers}, coefficients):
+@njit({signature}**OPTIONS)
+def kernel(size, {addresses}, coefficients):
+    {buffers}, numbers = {pointers}, pointer(coefficients)
     {names} = {values}
-    for i in range(param.size):
-        {results} = rule({elements})
+    {enter}
+    for i in range(size):
+        {body}
+    {leave}
 """
-SERIAL = """
-@njit([({types}, constant)], cache=CACHE, **OPTIONS)
-def kernel({buffers}, coefficients):
-    loop({buffers}, coefficients)
-"""
+SERIAL = "[types.void({words})], cache=CACHE, "
 PARALLEL = """
-@njit([({types}, constant, types.intp)], cache=CACHE, parallel=True, **OPTIONS)
-def kernel({buffers}, coefficients, parts):
+update = kernel
+
+@njit([types.void({words}, word)], cache=CACHE, parallel=True, **OPTIONS)
+def kernel(size, {addresses}, coefficients, parts):
     for part in prange(parts):
-        first, last = param.size * part // parts, param.size * (part + 1) // parts
-        loop({slices}, coefficients)
+        first, last = size * part // parts, size * (part + 1) // parts
+        update(last - first, {moved}, coefficients)
 """
+# each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
+ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
+if platform.libc_ver()[0] != "glibc":
+    ENTER = LEAVE = "pass"
 
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(param, grad, *states, coefficients[, parts]) for flat arrays; grad and coefficients are read-only arrays."""
-    head = HEAD.format(general=general, options=OPTIONS, dtype=dtype)
-    loops = loop_text(rules.find(rule), PARALLEL if parallel else SERIAL)
+    """kernel(size, *addresses, coefficients[, parts]): the addresses of param, grad, the states, and the coefficients."""
     if not isinstance(rule, str):
-        return own_kernel(rule, head + loops, dtype)
+        return own_kernel(rule, dtype, parallel)
     try:
-        text = head + rule_text(rules.RULES[rule]) + loops
+        text = module_text(rule, dtype, parallel, inlined.loop_body(rules.RULES[rule], general))
     except OSError:  # an installation without sources
-        return executed(head + loops, f"fastrms_{rule}", CACHE=False, rule=jitted(rule, general)).kernel
+        text = module_text(rule, dtype, parallel, calling(rules.RULES[rule]))
+        return executed(text, f"fastrms_{rule}", CACHE=False, rule=jitted(rule, general)).kernel
     name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}_{fingerprint(text)}"
     try:
         return executed(text, name, kept(text, name), CACHE=True).kernel
@@ -73,29 +83,38 @@ def kernel(rule, general, dtype, parallel=False):
         return executed(text, name, CACHE=False).kernel
 
 
-def loop_text(rule, ending):
-    """The loop over a rule, and the function around it.  An own rule gets its gradient scaled."""
-    states, names = rules.state_names(rule), rules.coefficient_names(rule)
-    buffers = ["param", "grad", *states]
-    elements = [f"{name}[i]" for name in buffers] + list(names)
-    if isinstance(rule, own.OwnRule):
-        elements.remove("grad_scale")
-        elements[1] += " * grad_scale"
-    return (LOOP + ending).format(
+def module_text(rule, dtype, parallel, body):
+    """The module of a kernel; body: the lines that update element i."""
+    rule = rules.find(rule)
+    buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
+    words = ", ".join(["word"] * (len(buffers) + 2))
+    text = HEAD + LOOP + (PARALLEL if parallel else "")
+    return text.format(
+        options=OPTIONS,
+        dtype=dtype,
+        signature="" if parallel else SERIAL.format(words=words),
+        words=words,
+        addresses=", ".join(f"{name}_at" for name in buffers),
+        moved=", ".join(f"{name}_at + first * {dtype.itemsize}" for name in buffers),
         buffers=", ".join(buffers),
+        pointers=", ".join(f"pointer({name}_at)" for name in buffers),
         names=", ".join(names) + ",",
-        values=", ".join(f"coefficients[{k}]" for k in range(len(names))) + ",",
-        results=", ".join(f"{name}[i]" for name in ("param", *states)) + ",",
-        elements=", ".join(elements),
-        slices=", ".join(f"{name}[first:last]" for name in buffers),
-        types=", ".join(["writable", "constant", *["writable"] * len(states)]),
+        values=", ".join(f"numbers[{k}]" for k in range(len(names))) + ",",
+        body="\n        ".join(body),
+        enter=ENTER,
+        leave=LEAVE,
     )
 
 
-def rule_text(rule):
-    """A rule and what it calls, as they stand in rules.py."""
-    sources = [inspect.getsource(function) for function in (rules.select, *rules.HELPERS, rule)]
-    return "".join(f"\n@inner\n{source}" for source in sources) + f"\nrule = {rule.__name__}\n"
+def calling(rule):
+    """The body of a loop that calls the function `rule`.  An own rule gets its gradient scaled."""
+    states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
+    elements = [f"{name}[i]" for name in ("param", "grad", *states)]
+    results = ", ".join(f"{name}[i]" for name in ("param", *states))
+    if isinstance(rule, own.OwnRule):
+        names.remove("grad_scale")
+        elements[1] += " * grad_scale"
+    return [f"{results}, = rule({', '.join(elements + names)})"]
 
 
 def jitted(rule, general):
@@ -103,21 +122,23 @@ def jitted(rule, general):
     return rules.compile_rule(rules.RULES[rule], general, compiler, select=compiler(rules.select))
 
 
-def own_kernel(rule, text, dtype):
+def own_kernel(rule, dtype, parallel):
     """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
     function = own.function_of(rule, compiler(rules.select), compiler)
+    real = numba.from_dtype(dtype)
     try:
-        made = executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+        function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
     except numba.errors.NumbaError as error:
         reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
         raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
-    for overload in function.overloads.values():
-        wrong = {str(part) for part in overload.signature.return_type} - {str(dtype)}
-        if wrong:
-            raise TypeError(
-                f"the rule of {rule} computes {wrong.pop()} from {dtype}; every number in it must be a coefficient"
-            )
-    return made
+    (overload,) = function.overloads.values()
+    returned = overload.signature.return_type
+    results = own.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
+    wrong = next((part for part in results if part != real), None)
+    if wrong is not None:
+        raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
+    text = module_text(rule, dtype, parallel, calling(rule))
+    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
 
 
 def fingerprint(text):

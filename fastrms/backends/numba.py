@@ -7,10 +7,10 @@ alone, and a forked child always alone.
 
 import os
 import threading
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
-from .. import recipes, threads
+from .. import threads
 from . import pyplan
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 17}  # elements from which two threads gain
@@ -31,26 +31,28 @@ def kernel(recipe, parallel=False):
     return kernels.kernel(recipe.rule, recipe.general, recipe.dtype, parallel)
 
 
-def updater(recipe):
-    """A function for one step on flat arrays, in place; grad and coefficients are read-only."""
-    serial = kernel(recipe)
-
-    def guarded(coefficients, param, grad, states):
-        if param.size < SMALLEST or not in_parallel(recipe, param, grad, *states, coefficients):
-            serial(param, grad, *states, coefficients)
-
-    return guarded
+def call(recipe, coefficients, param, grad, states):
+    """One update of these flat arrays, in place, as a function without arguments.  Whoever has it keeps them alive."""
+    addresses = [array.ctypes.data for array in (param, grad, *states)]
+    arguments = (param.size, *addresses, coefficients.buffer_info()[0])
+    serial = partial(kernel(recipe), *arguments)
+    return serial if param.size < SMALLEST else partial(guarded, serial, recipe, arguments)
 
 
-def in_parallel(recipe, param, *others):
-    """Run the step on several threads, unless the guard is against it; whether it ran."""
+def guarded(serial, recipe, arguments):
+    if not in_parallel(recipe, arguments):
+        serial()
+
+
+def in_parallel(recipe, arguments):
+    """Run the update on several threads, unless the guard is against it; whether it ran."""
     if threads.get_num_threads() == 1 or os.getpid() != _process or not _one_at_a_time.acquire(blocking=False):
         return False
     try:
         least, parts = layer()
-        if param.size < least or parts == 1:
+        if arguments[0] < least or parts == 1:
             return False
-        with_threads(parts, kernel(recipe, parallel=True), param, *others)
+        with_threads(parts, kernel(recipe, parallel=True), *arguments)
         return True
     finally:
         _one_at_a_time.release()
@@ -86,14 +88,10 @@ def with_threads(parts, function, *arguments):
         numba.set_num_threads(before)
 
 
-def update(recipe, step, grad_scale, param, grad, states):
-    """One step on flat arrays, in place."""
-    if param.size:
-        coefficients = recipes.ready(recipe, step, grad_scale)
-        updater(recipe)(pyplan.constant(coefficients), param, pyplan.constant(grad), states)
+update = partial(pyplan.update, call)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by Numba."""
 
-    updater = staticmethod(updater)
+    call = staticmethod(call)

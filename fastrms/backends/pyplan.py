@@ -3,10 +3,12 @@
 import os
 import threading
 import time
+import weakref
+from array import array
 
 import numpy as np
 
-from .. import arrays, recipes
+from .. import arrays, recipes, rules
 from . import BUSY, NOT_HELD, OK, OVERLAP
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
@@ -46,39 +48,64 @@ def block_exponent(block):
 
 
 class Forks:
-    """Between steps only: a fork waits for the steps that other threads are in, and new steps wait for the fork."""
+    """Between steps only: a fork takes the locks of all plans, and gives them back in the parent and in the child."""
 
     def __init__(self):
-        self.stepping = set()  # threads that are in a step
-        self.forking = threading.Lock()
-        os.register_at_fork(before=self._before, after_in_parent=self._in_parent, after_in_child=self._in_child)
+        self.plans = weakref.WeakSet()
+        self.lock = threading.Lock()
+        self.number = 0  # odd while one is under way
+        self.locked = []
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
 
-    def enter(self):
-        me = threading.get_ident()
-        self.stepping.add(me)
-        while self.forking.locked():
-            self.stepping.discard(me)
-            time.sleep(PAUSE)
-            self.stepping.add(me)
-
-    def leave(self):
-        self.stepping.discard(threading.get_ident())
+    def add(self, plan):
+        with self.lock:
+            self.plans.add(plan)
 
     def _before(self):
-        self.forking.acquire()
-        me = {threading.get_ident()}
-        while self.stepping - me:
-            time.sleep(PAUSE)
+        self.lock.acquire()
+        self.number += 1
+        self.locked = [plan.lock for plan in self.plans]
+        for lock in self.locked:
+            lock.acquire()
 
-    def _in_parent(self):
-        self.forking.release()
-
-    def _in_child(self):
-        self.forking = threading.Lock()
-        self.stepping = set()
+    def _after(self):
+        for lock in self.locked:
+            lock.release()
+        self.locked = []
+        self.number += 1
+        self.lock.release()
 
 
 forks = Forks()
+
+
+class Coefficients:
+    """Of tensors of one group that have had equally many steps: in memory that stays, made anew only where they change."""
+
+    def __init__(self, recipe):
+        count = len(rules.coefficient_names(rules.find(recipe.rule)))
+        self.recipe = recipe
+        self.memory = array(recipe.dtype.char, bytes(count * recipe.dtype.itemsize))
+        self._changing = recipe.changing()
+        self._scale = None
+
+    def make(self, step, grad_scale):
+        """For update number `step`, in double, rounded once."""
+        if self._changing is None or grad_scale != self._scale:
+            self.memory[:] = array(self.memory.typecode, self.recipe.at(step, grad_scale))
+            self._scale = grad_scale
+            return
+        for place, value, corrections in self._changing:
+            for correction in corrections:
+                value = recipes.corrected(value, correction, step)
+            self.memory[place] = value
+
+
+def update(call, recipe, step, grad_scale, param, grad, states):
+    """One step on flat arrays, in place, by what `call` of a Plan gives."""
+    coefficients = Coefficients(recipe)
+    coefficients.make(step, grad_scale)
+    call(recipe, coefficients.memory, param, constant(grad), states)()
 
 
 def constant(array):
@@ -90,7 +117,8 @@ def constant(array):
 
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
-    A subclass gives updater(recipe) -> function(coefficients, param, grad, states), one update of flat arrays in place."""
+    A subclass has call(recipe, coefficients, param, grad, states) -> function without arguments: one update of these flat
+    arrays in place, by whatever numbers the array.array `coefficients` then holds."""
 
     def __init__(self, params, states, sets, recipes):
         self.params = [param.flat for param in params]
@@ -101,12 +129,11 @@ class Plan:
         self.held = False
         self.steps = 0
         self.tensor_steps = [0] * len(params)
-        self._ready = {}  # coefficients that may also hold for the next step
-        self._updaters = {}
-        self._locks = {}  # by process: a fork must not inherit one that a thread of the parent holds
+        self._prepared = None
+        self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
+        forks.add(self)
 
-    own = staticmethod(arrays.own)
-    finished = staticmethod(constant)  # coefficients
+    own = staticmethod(arrays.own)  # this and the next two differ in device memory
 
     @staticmethod
     def read_only(grad):
@@ -116,35 +143,27 @@ class Plan:
     def assign(to, source):
         to[:] = source
 
-    def _taken(self):
-        """Other buffers or step counts than before."""
-
     def bound_step(self):
         """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
         return type(self)._step, self
 
     def _step(self):
-        lock = self._lock()
-        if not lock.acquire(blocking=False):
+        if not self._enter():
             return BUSY
         try:
-            forks.enter()
             if not self.held:
                 return NOT_HELD
             self._run(1.0, None)
             return OK
         finally:
-            forks.leave()
-            lock.release()
+            self.lock.release()
 
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
         step.  Returns (status, norm)."""
-        lock = self._lock()
-        if not lock.acquire(blocking=False):
+        if not self._enter():
             return BUSY, None
         try:
-            forks.enter()
             if grads is None and run and not self.held:
                 return NOT_HELD, None
             flats = self.params if params is None else [param.flat for param in params]
@@ -153,18 +172,23 @@ class Plan:
                 if self._overlap(flats, grads):
                     return OVERLAP, None
                 self.grads, self.held = grads, hold
+            if grads is not None or params is not None:
+                self._prepared = None
             self.params = flats
-            if params is not None or grads is not None:
-                self._taken()
             self._set_recipes(recipes)
             return OK, self._run(grad_scale, clip_norm) if run else None
         finally:
-            forks.leave()
-            lock.release()
+            self.lock.release()
 
-    def _lock(self):
-        """Of this process.  Reentrant: a thread that an interrupt kept from releasing it is not locked out."""
-        return self._locks.get(os.getpid()) or self._locks.setdefault(os.getpid(), threading.RLock())
+    def _enter(self):
+        """Take the lock, unless another thread is in a step; a fork is waited for."""
+        number = forks.number
+        while not self.lock.acquire(False):
+            if number % 2 == 0 and number == forks.number:
+                return False
+            time.sleep(PAUSE)
+            number = forks.number
+        return True
 
     def _overlap(self, params, grads):
         states = [state for states in self.states for state in states]
@@ -178,9 +202,8 @@ class Plan:
     def _set_recipes(self, recipes):
         for index, recipe in (recipes or {}).items():
             self.recipes[index] = recipe
-            self._updaters.pop(index, None)
         if recipes:
-            self._ready = {}
+            self._prepared = None
 
     def _run(self, grad_scale, clip_norm):
         norm = None
@@ -188,31 +211,27 @@ class Plan:
             norm = self.norm(grad_scale)
             if not norm <= clip_norm:
                 grad_scale = grad_scale * float(np.float64(clip_norm) / norm)
-        updates = [self._update(k, grad, grad_scale) for k, grad in enumerate(self.grads) if grad is not None]
-        for k, updater, arguments in updates:  # made before anything is written: compiling or an own rule may fail
-            if self.params[k].size:
-                updater(*arguments)
+        tensors, coefficients, calls = self._prepared or self._prepare()
+        for first, numbers in coefficients:  # before anything is written: an own rule may fail
+            numbers.make(self.tensor_steps[first] + 1, grad_scale)
+        for call in calls:
+            call()
+        for k in tensors:
             self.tensor_steps[k] += 1
         self.steps += 1
-        if len(self._ready) > len(self.recipes):
-            self._ready = {}
         return norm
 
-    def _update(self, k, grad, grad_scale):
-        """(k, function, arguments) of the next update of tensor k."""
-        index = self.sets[k]
-        updater = self._updaters.get(index)
-        if updater is None:
-            updater = self._updaters[index] = self.updater(self.recipes[index])
-        return k, updater, (self._coefficients(k, grad_scale), self.params[k], grad, self.states[k])
-
-    def _coefficients(self, k, grad_scale):
-        """Of the next update of tensor k; tensors of one group that have had equally many steps share them."""
-        recipe = self.recipes[self.sets[k]]
-        key = (self.sets[k], None if recipe.unchanging else self.tensor_steps[k], grad_scale)
-        if key not in self._ready:
-            self._ready[key] = self.finished(recipes.ready(recipe, self.tensor_steps[k] + 1, grad_scale))
-        return self._ready[key]
+    def _prepare(self):
+        """(tensors with a gradient, (tensor, Coefficients) for each group and step count, what to call)"""
+        tensors = [k for k, grad in enumerate(self.grads) if grad is not None]
+        first = {(self.sets[k], self.tensor_steps[k]): k for k in tensors}  # equal counts stay equal
+        numbers = {key: Coefficients(self.recipes[key[0]]) for key in first}
+        calls = []
+        for k in tensors:
+            shared = numbers[self.sets[k], self.tensor_steps[k]]
+            calls.append(self.call(shared.recipe, shared.memory, self.params[k], self.grads[k], self.states[k]))
+        self._prepared = tensors, [(first[key], numbers[key]) for key in first], calls
+        return self._prepared
 
     def norm(self, scale):
         total = ZERO
@@ -225,19 +244,16 @@ class Plan:
     def copy(self, pairs, recipes=None, steps=None):
         """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
         Returns (status, the step counts before)."""
-        lock = self._lock()
-        if not lock.acquire(blocking=False):
+        if not self._enter():
             return BUSY, None
         try:
-            forks.enter()
             before = [self.steps, *self.tensor_steps]
             for to, source in pairs:
                 self.assign(to, source)
             self._set_recipes(recipes)
             if steps is not None:
                 self.steps, *self.tensor_steps = steps
-                self._taken()
+                self._prepared = None
             return OK, before
         finally:
-            forks.leave()
-            lock.release()
+            self.lock.release()

@@ -1,0 +1,300 @@
+"""The rivals: PyTorch four times, optax, DeepSpeed, bitsandbytes and Thinc, each one function of a Problem.
+
+Each runs at the best setting that its documentation shows.  Importing this module imports none of the libraries.
+"""
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import platform
+import sys
+import warnings
+from functools import partial
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from .contenders import OPTIMIZERS, Contender
+from .problem import AS_ALLOCATED, CannotDo
+
+INSTALL = "pip install 'fastrms[peers]'"
+DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
+TORCH = {  # class, settings
+    "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.99, "eps": 1e-8}),
+    "adagrad": ("Adagrad", {"lr": 0.01, "eps": 1e-10}),
+    "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
+    "rprop": ("Rprop", {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),
+}
+TORCH_STATES = {
+    "rmsprop": ["square_avg"],
+    "adagrad": ["sum"],
+    "adam": ["exp_avg", "exp_avg_sq"],
+    "rprop": ["prev", "step_size"],
+}
+OPTAX = {
+    "rmsprop": ("rmsprop", {"learning_rate": 0.01, "decay": 0.99, "eps": 1e-8, "eps_in_sqrt": False}),
+    # Its eps is inside the root: 1e-10 outside is nearest to the square of that.
+    "adagrad": ("adagrad", {"learning_rate": 0.01, "initial_accumulator_value": 0.0, "eps": 1e-20}),
+    "adam": ("adam", {"learning_rate": 0.001, "b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+}
+DEEPSPEED_STATES = {"adagrad": ["exp_avg_sq"], "adam": ["exp_avg", "exp_avg_sq"]}
+VECTOR = 16  # elements; DeepSpeed's loop for the rest of a buffer is another one
+# Tolerances in multiples of lr.  A state of one byte, beside a large one, is rounded up until the second step vanishes.
+EIGHT_BIT = {"rmsprop": 7.1, "adagrad": 0.71, "adam": 1.0}
+ROUGH = 0.01
+NOTES = {
+    "optax": "XLA takes no buffers from outside: optax runs on those that XLA allocates, in every placement",
+    "bitsandbytes 8-bit": "its states are one byte per element; on a CPU it is a sequence of PyTorch operations",
+    "Thinc": "its kernel consumes the gradient, so every step begins with a copy of it; it has one thread",
+}
+
+
+def load(library):
+    """Import a library, set up to run on the CPU without a word."""
+    os.environ.update(JAX_PLATFORMS="cpu", DS_ACCELERATOR="cpu")
+    with warnings.catch_warnings(), silence():
+        warnings.simplefilter("ignore")
+        if library == "optax":
+            start_xla()
+        return importlib.import_module(library)
+
+
+@contextlib.contextmanager
+def silence():
+    """Libraries log at import that there is no GPU."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def start_xla():
+    """XLA makes a thread for each processor that the process may use when it starts; there is no setting for it."""
+    processors = os.sched_getaffinity(0)
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(processors)))
+    os.sched_setaffinity(0, sorted(processors)[:threads])
+    try:
+        import jax
+
+        # In float64, for 1 - 0.999**step in float32 is off by 1e-5; arrays keep the dtype of the problem.
+        jax.config.update("jax_enable_x64", True)
+        jax.devices()
+    finally:
+        os.sched_setaffinity(0, processors)
+
+
+def use_threads(number):
+    """Let the peers run on so many threads; to be called before the first is loaded, for XLA and OpenMP look only once."""
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(number)
+
+
+def available(names=None):
+    """(peers, reasons): those of `names`, or all, whose library can be imported; name -> why it cannot."""
+    found, reasons = {}, {}
+    for name, peer in PEERS.items():
+        if names is None or name in names:
+            try:
+                load(LIBRARIES[name])
+                found[name] = peer
+            except ModuleNotFoundError as error:
+                reasons[name] = f"not installed: {INSTALL}" if error.name == LIBRARIES[name] else f"lacks {error.name}"
+            except Exception as error:  # whatever a broken installation raises
+                reasons[name] = f"fails to import: {error}"
+    return found, reasons
+
+
+def versions():
+    """Of the installed libraries, by the names of their distributions."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def require(problem, library, rules, dtypes=("float32",)):
+    if problem.rule not in rules:
+        raise CannotDo(f"{library} has no {OPTIMIZERS[problem.rule].__name__}")
+    if problem.dtype.name not in dtypes:
+        raise CannotDo(f"{library} has no {problem.dtype.name}")
+
+
+def torch_for_loop(problem):
+    return of_torch("torch for-loop", problem, foreach=False)
+
+
+def torch_foreach(problem):
+    return of_torch("torch foreach", problem, foreach=True)
+
+
+def torch_fused(problem):
+    """PyTorch has fused kernels for the CPU, but not for every rule."""
+    require(problem, "torch fused", ("adagrad", "adam"), ("float32", "float64"))
+    return of_torch("torch fused", problem, fused=True)
+
+
+def torch_compile(problem):
+    """A compiled function that calls optimizer.step, as in PyTorch's recipe; with the tensor lr that schedulers need."""
+    torch = load("torch")
+    torch._logging.set_logs(dynamo=logging.ERROR)  # it warns that PyTorch's own profiling is left out
+    torch.compiler.reset()  # beyond eight sizes the code would run uncompiled
+    made = of_torch("torch.compile", problem, lr=torch.from_numpy(np.array(TORCH[problem.rule][1]["lr"], problem.dtype)))
+    # Compiled, 1 - 0.999**step is made in float32, and off by 1e-5; a counter in float64 would take twice the time.
+    tolerance = ROUGH if problem.rule == "adam" else None
+    return made._replace(step=torch.compile(lambda: made.step(), dynamic=False), tolerance=tolerance)
+
+
+def of_torch(name, problem, **setting):
+    """A contender out of torch.optim."""
+    torch = load("torch")
+    rule, settings = TORCH[problem.rule]
+    make = partial(getattr(torch.optim, rule), **{**settings, **setting})
+    return optimizing(name, problem, make, torch.tensor(0.0), TORCH_STATES[problem.rule])
+
+
+def torch_on_many(rule, params, grads):
+    """One step of each variant of torch.optim on many tensors: name -> function without arguments."""
+    torch = load("torch")
+    class_name, settings = TORCH[rule]
+    variants = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}, "torch.compile": {"foreach": True}}
+    if rule in ("adagrad", "adam"):
+        variants["torch fused"] = {"fused": True}
+    steps = {}
+    for name, setting in variants.items():
+        tensors = [torch.nn.Parameter(torch.from_numpy(param.copy())) for param in params]
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = torch.from_numpy(grad)
+        steps[name] = getattr(torch.optim, class_name)(tensors, **{**settings, **setting}).step
+    steps["torch.compile"] = torch.compile(steps["torch.compile"], dynamic=False)
+    return steps
+
+
+def optimizing(name, problem, make, step, state_names):
+    """A contender out of a torch.optim.Optimizer, whose states of these names lie where the problem wants them."""
+    torch = load("torch")
+    grad, values, *states = tensors(problem, None if state_names else 0)
+    param = torch.nn.Parameter(values)
+    param.grad = grad
+    optimizer = make([param])
+    if state_names:
+        optimizer.state[param] = {"step": step, **dict(zip(state_names, states, strict=True))}
+    read = [param.detach().numpy(), *(state.numpy() for state in states)]
+    return Contender(name, optimizer.step, lambda: read, changed=partial(grad.copy_, torch.from_numpy(problem.grad)))
+
+
+def tensors(problem, states):
+    """The problem's buffers as tensors; in memory of PyTorch's where every library allocates its own."""
+    torch = load("torch")
+    shared = [torch.from_numpy(array) for array in problem.new_buffers(states)]
+    return [tensor.clone() for tensor in shared] if problem.placement == AS_ALLOCATED else shared
+
+
+def optax(problem):
+    """One jitted function of update and apply_updates, to which parameter and states are donated."""
+    if problem.rule == "rprop":
+        raise CannotDo("optax's RProp moves one step late (optax#1725)")
+    optax = load("optax")
+    import jax
+
+    rule, settings = OPTAX[problem.rule]
+    rule = getattr(optax, rule)(**settings)
+    own = [param := jax.numpy.array(problem.start), rule.init(param), jax.numpy.array(problem.grad)]
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(param, state, grad):
+        change, state = rule.update(grad, state, param)
+        return optax.apply_updates(param, change), state
+
+    def step():
+        own[:2] = jax.block_until_ready(update(*own))
+
+    def changed():
+        own[2] = jax.numpy.array(problem.grad)
+
+    def read():
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(own[:2]) if leaf.ndim]
+
+    tolerance = ROUGH if problem.rule == "adagrad" else None  # an eps inside the root differs where the gradient is tiny
+    return Contender("optax", step, read, changed=changed, tolerance=tolerance)
+
+
+def deepspeed(problem):
+    """DeepSpeed compiles its kernels at first use, with g++ and ninja; it keeps them in ~/.cache/torch_extensions."""
+    require(problem, "DeepSpeed on a CPU", DEEPSPEED_STATES)
+    load("deepspeed")
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"]:  # where pip puts ninja, unless the virtual environment is activated
+        os.environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+    rule, settings = TORCH[problem.rule]
+    optimizers = importlib.import_module(f"deepspeed.ops.{problem.rule}")
+    make = partial(getattr(optimizers, f"DeepSpeedCPU{rule}"), **settings)
+    try:
+        if problem.rule == "adagrad":
+            return restoring(problem, optimizing("DeepSpeed", problem, make, 0, DEEPSPEED_STATES["adagrad"]))
+        made = optimizing("DeepSpeed", problem, partial(make, adamw_mode=False), 0, DEEPSPEED_STATES["adam"])
+    except RuntimeError as error:
+        raise CannotDo(f"{error} {error.__cause__}") from error
+    return made._replace(tolerance=ROUGH)  # 1 - 0.999**step is made in float32, and off by 1e-5
+
+
+def restoring(problem, made):
+    """DeepSpeed's AdaGrad overwrites the gradient where it does not use vectors."""
+    if platform.machine() == "x86_64" and problem.size % VECTOR == 0:
+        return made
+
+    def step():
+        made.step()
+        made.changed()
+
+    return made._replace(step=step)
+
+
+def bitsandbytes(problem):
+    """States of one byte at all sizes, though the library's own default is 32 bits below 4096 elements."""
+    require(problem, "bitsandbytes 8-bit", EIGHT_BIT)
+    library = load("bitsandbytes")
+    rule, settings = TORCH[problem.rule]
+    make = partial(getattr(library.optim, f"{rule}8bit"), min_8bit_size=0, **settings)
+    return optimizing("bitsandbytes 8-bit", problem, make, 0, [])._replace(tolerance=EIGHT_BIT[problem.rule], compact=True)
+
+
+def thinc(problem):
+    """The kernel of Thinc's Adam, without its Optimizer; its betas are float32, its eps is added before the correction."""
+    require(problem, "Thinc", ("adam",))
+    load("thinc")
+    kernel = importlib.import_module("thinc.backends").NumpyOps().adam
+    grad, param, mean, square = problem.new_buffers()
+    beta1, beta2, steps = float(np.float32(0.9)), float(np.float32(0.999)), count(1)
+
+    def step():
+        np.copyto(grad, problem.grad)
+        number = next(steps)
+        root = math.sqrt(1 - beta2**number)
+        kernel(param, grad, mean, square, beta1, beta2, 1e-8 * root, 0.001 * root / (1 - beta1**number))
+
+    return Contender("Thinc", step, lambda: [param, mean])  # the last state holds 1 - 0.999 in float32, off by 1e-5
+
+
+PEERS = {
+    "torch for-loop": torch_for_loop,
+    "torch foreach": torch_foreach,
+    "torch fused": torch_fused,
+    "torch.compile": torch_compile,
+    "optax": optax,
+    "DeepSpeed": deepspeed,
+    "bitsandbytes 8-bit": bitsandbytes,
+    "Thinc": thinc,
+}
+LIBRARIES = dict.fromkeys(PEERS, "torch") | {
+    "optax": "optax",
+    "DeepSpeed": "deepspeed",
+    "bitsandbytes 8-bit": "bitsandbytes",
+    "Thinc": "thinc",
+}

@@ -1,0 +1,89 @@
+"""What is updated: one rule at one size and dtype, in buffers of a stated placement.
+
+Well placed: every buffer starts where fastrms.placement puts it, staggered modulo 4 KiB against its neighbours.
+As allocated: where the library or NumPy puts it.  Back to back: one after the other in an arena that starts at a page,
+so that buffers of 2^k elements collide in every cache; fastrms still places its own states.
+"""
+
+import numpy as np
+
+from fastrms import placement, rules
+
+WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK = PLACEMENTS = ("well placed", "as allocated", "back to back")
+RULES = ("rmsprop", "adagrad", "adam", "rprop")
+IN_WORDS = {
+    WELL_PLACED: "every buffer starts where fastrms.placement.place puts it, staggered modulo 4 KiB against its neighbours",
+    AS_ALLOCATED: "every buffer lies where its library, or NumPy, allocates it",
+    BACK_TO_BACK: "all buffers of a contender lie back to back from a page boundary, but for the states of fastrms",
+}
+
+
+class CannotDo(Exception):
+    """Why a contender does not take part in a problem."""
+
+
+class Problem:
+    """The gradient and the parameters that all contenders start from; each gets buffers of its own."""
+
+    def __init__(self, rule, size, dtype, placement=WELL_PLACED):
+        self.rule, self.size, self.dtype, self.placement = rule, size, np.dtype(dtype), placement
+        self.state_names = rules.state_names(rules.RULES[rule])
+        random = np.random.default_rng(size)
+        self.grad = random.standard_normal(size, dtype=self.dtype)
+        self.start = random.standard_normal(size, dtype=self.dtype)
+        self._grads = [self.grad]
+
+    def new_buffers(self, states=None, scratch=()):
+        """[gradient, parameter, states, scratch arrays of the given dtypes], filled as the problem starts."""
+        count = len(self.state_names) if states is None else states
+        buffers = allocate(self.size, [self.dtype] * (2 + count) + [np.dtype(dtype) for dtype in scratch], self.placement)
+        for buffer, values in zip(buffers, (self.grad, self.start, *map(first_value, self.state_names)), strict=False):
+            buffer[:] = values
+        self._grads.append(buffers[0])
+        return buffers
+
+    def flip(self):
+        """Change the sign of every second gradient, in all contenders' buffers."""
+        for grad in self._grads:
+            grad[::2] *= -1
+
+
+def first_value(state_name):
+    """What a state starts at: RProp's step sizes at lr, all others at 0."""
+    return 0.01 if state_name == "step_size" else 0.0
+
+
+def allocate(size, dtypes, where):
+    """Arrays that are read and written side by side, in one of the PLACEMENTS."""
+    if where == AS_ALLOCATED:
+        return [np.empty(size, dtype) for dtype in dtypes]
+    if where == BACK_TO_BACK:
+        return arena(size, dtypes)
+    arrays = []
+    for dtype in dtypes:
+        arrays.append(placement.place(size, dtype, [array.ctypes.data for array in arrays]))
+    return arrays
+
+
+def arena(size, dtypes):
+    memory = np.empty(sum(size * dtype.itemsize for dtype in dtypes) + placement.PAGE, np.uint8)
+    start, arrays = -memory.ctypes.data % placement.PAGE, []
+    for dtype in dtypes:
+        arrays.append(memory[start : start + size * dtype.itemsize].view(dtype))
+        start += size * dtype.itemsize
+    return arrays
+
+
+def bytes_per_element(rule, dtype):
+    """What an update has to move: the gradient is read, the parameter and the states are read and written."""
+    return (3 + 2 * len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
+
+
+def held_per_element(rule, dtype):
+    """What must fit into a cache: parameter, gradient and states."""
+    return (2 + len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
+
+
+def divides(rule):
+    """Whether the rule takes a square root and divides by it, once per element."""
+    return "sqrt" in rules.RULES[rule].__code__.co_names

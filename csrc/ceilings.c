@@ -1,0 +1,122 @@
+/* What no update can beat, for the benchmark: the streams of a rule with next to no arithmetic, in several orders, and
+ * the division and square root of a rule with next to no memory. */
+#include <math.h>
+#include <string.h>
+#include "internal.h"
+
+enum { IN_L1 = 1024 };                                    /* elements */
+
+#if defined(__clang__)
+#define EACH _Pragma("clang loop vectorize(assume_safety)") for (int64_t i = 0; i < size; ++i)
+#else
+#define EACH _Pragma("GCC ivdep") for (int64_t i = 0; i < size; ++i)
+#endif
+#define STREAMS int64_t size, int states, real *restrict param, const real *restrict grad, \
+                real *restrict state0, real *restrict state1, real *restrict state2
+#define LOOPS(dtype, isa, target)                                                                               \
+    target static void together_##dtype##_##isa(STREAMS)                                                        \
+    {                                                                                                           \
+        if (states == 1)                                                                                        \
+            EACH { state0[i] += grad[i]; param[i] += state0[i]; }                                               \
+        else if (states == 2)                                                                                   \
+            EACH { state0[i] += grad[i]; state1[i] += grad[i]; param[i] += state0[i]; }                         \
+        else                                                                                                    \
+            EACH { state0[i] += grad[i]; state1[i] += grad[i]; state2[i] += grad[i]; param[i] += state0[i]; }   \
+    }                                                                                                           \
+    target static void in_turn_##dtype##_##isa(STREAMS)                                                         \
+    {                                                                                                           \
+        EACH state0[i] += grad[i];                                                                              \
+        if (states > 1)                                                                                         \
+            EACH state1[i] += grad[i];                                                                          \
+        if (states > 2)                                                                                         \
+            EACH state2[i] += grad[i];                                                                          \
+        EACH param[i] += state0[i];                                                                             \
+    }                                                                                                           \
+    target static void quotients_##dtype##_##isa(int64_t size, real *restrict to, const real *restrict x)       \
+    {                                                                                                           \
+        EACH to[i] = x[i] / sqrt(x[i]);                                                                         \
+    }
+
+#define real float
+#define sqrt sqrtf
+LOOPS(float, baseline, )
+#ifdef FASTRMS_AVX2
+LOOPS(float, avx2, FASTRMS_AVX2)
+#endif
+#undef sqrt
+#undef real
+#define real double
+LOOPS(double, baseline, )
+#ifdef FASTRMS_AVX2
+LOOPS(double, avx2, FASTRMS_AVX2)
+#endif
+#undef real
+
+typedef void float_streams(int64_t, int, float *, const float *, float *, float *, float *);
+typedef void double_streams(int64_t, int, double *, const double *, double *, double *, double *);
+static const struct {
+    float_streams *float_together, *float_in_turn;
+    double_streams *double_together, *double_in_turn;
+    void (*float_quotients)(int64_t, float *, const float *);
+    void (*double_quotients)(int64_t, double *, const double *);
+} loops[] = {
+#define TIER(isa) {together_float_##isa, in_turn_float_##isa, together_double_##isa, in_turn_double_##isa, \
+                   quotients_float_##isa, quotients_double_##isa},
+#ifdef FASTRMS_AVX2
+    TIER(avx2)
+#endif
+    TIER(baseline)                                        /* the order of dispatch.c */
+};
+
+static void streams_part(const fastrms_ceiling *job, int64_t begin, int64_t size)
+{
+    int isa = fastrms_isa_get(), turn = job->block > 0;
+    int64_t bytes = begin * job->itemsize;
+    char *param = (char *)job->param + bytes, *state[FASTRMS_MAX_STATES];
+    const char *grad = (const char *)job->grad + bytes;
+    for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
+        state[s] = job->state[s] ? (char *)job->state[s] + bytes : NULL;
+    if (job->itemsize == 4)
+        (turn ? loops[isa].float_in_turn : loops[isa].float_together)(
+            size, job->states, (float *)param, (const float *)grad, (float *)state[0], (float *)state[1], (float *)state[2]);
+    else
+        (turn ? loops[isa].double_in_turn : loops[isa].double_together)(
+            size, job->states, (double *)param, (const double *)grad, (double *)state[0], (double *)state[1], (double *)state[2]);
+}
+
+static void streams_range(void *context, int64_t begin, int64_t end)
+{
+    const fastrms_ceiling *job = context;
+    int64_t block = job->block > 0 ? job->block : end - begin;
+    for (; begin < end; begin += block)
+        streams_part(job, begin, end - begin < block ? end - begin : block);
+}
+
+static void divider_range(void *context, int64_t begin, int64_t end)
+{
+    const fastrms_ceiling *job = context;
+    union { float floats[IN_L1]; double doubles[IN_L1]; } to, from;
+    int isa = fastrms_isa_get(), first = begin == 0;
+    int64_t used = job->size < IN_L1 ? job->size : IN_L1;
+    memcpy(&from, job->grad, (size_t)(used * job->itemsize));
+    for (int64_t size; begin < end; begin += size) {
+        size = end - begin < used ? end - begin : used;
+        if (job->itemsize == 4)
+            loops[isa].float_quotients(size, to.floats, from.floats);
+        else
+            loops[isa].double_quotients(size, to.doubles, from.doubles);
+        __asm__ volatile("" : : "r"(&to) : "memory");      /* every round counts */
+    }
+    if (first)
+        memcpy(job->param, &to, (size_t)(used * job->itemsize));
+}
+
+static void run(fastrms_ceiling *job, fastrms_task *task)
+{
+    fastrms_enter_step();
+    fastrms_parallel(job->shared ? INT64_MAX : 0, task, job, job->size, job->chunk);
+    fastrms_leave_step();
+}
+
+void fastrms_streams(fastrms_ceiling *job) { run(job, streams_range); }
+void fastrms_divider(fastrms_ceiling *job) { run(job, divider_range); }

@@ -1,0 +1,52 @@
+/* Every kernel once, then whole steps of a tiny bound tensor: tests/test_instructions.py runs this under callgrind and
+ * reads the cost of each function.  Arguments: instruction set, elements per kernel, steps. */
+#include <stdlib.h>
+#include <string.h>
+#include "fastrms.h"
+
+enum { MOST = 1 << 14, TINY = 64 };
+static double memory[2 + FASTRMS_MAX_STATES][MOST];       /* zeros, like all coefficients: no loop branches on its data */
+
+static int force(const char *isa)
+{
+    for (int k = 0; k < fastrms_isa_count(); ++k)
+        if (!strcmp(fastrms_isa_name(k), isa))
+            return fastrms_isa_set(k);
+    return -1;
+}
+
+static void run_kernel(int rule, int itemsize, int general, int64_t size)
+{
+    fastrms_group group = {.rule = rule, .itemsize = itemsize, .general = general, .coefficients = FASTRMS_MAX_COEFFICIENTS};
+    if (fastrms_update(&group, size, 1, 1, memory[0], memory[1], memory[2], memory[3], memory[4]))
+        abort();
+}
+
+static void run_steps(int rule, int steps)
+{
+    fastrms_group group = {.rule = rule, .itemsize = 4, .coefficients = FASTRMS_MAX_COEFFICIENTS};
+    const void *grad = memory[1];
+    double ready[FASTRMS_MAX_COEFFICIENTS];
+    int64_t starts[2];
+    fastrms_tensor tensor = {.size = TINY, .param = memory[0], .state = {memory[2]}};
+    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .group = &group, .grad = &grad, .ready = ready, .starts = starts,
+                         .grad_scale = 1, .clip_norm = -1, .groups = 1, .states = 1, .held = 1};
+    for (int k = 0; k < steps; ++k)
+        if (fastrms_step(&plan))
+            abort();
+}
+
+int main(int count, char **arguments)
+{
+    int size = count == 4 ? atoi(arguments[2]) : 0;
+    if (size < 1 || size > MOST || force(arguments[1]) < 0)
+        return 2;
+    for (int rule = 0; rule < fastrms_rule_count(); ++rule) {
+        for (int itemsize = 4; itemsize <= 8; itemsize += 4)
+            for (int general = 0; general < 2; ++general)
+                run_kernel(rule, itemsize, general, size);
+        if (!strcmp(fastrms_rule_name(rule), "rmsprop"))
+            run_steps(rule, atoi(arguments[3]));
+    }
+    return 0;
+}

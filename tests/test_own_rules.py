@@ -1,0 +1,189 @@
+"""People's own rules: a subclass of Optimizer has checks, groups, state_dict, clipping and threads, on NumPy and Numba."""
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, DTYPES, backends, bits
+from test_readme import code_blocks
+
+import fastrms
+from fastrms.rules import clip, flush, larger, sign
+
+names = {}
+exec(next(text for text in code_blocks() if "class Lion" in text), names)
+Lion = names["Lion"]
+
+
+class Limited(fastrms.Optimizer):
+    """A rule that uses what fastrms.rules offers, and whose coefficients change with the step."""
+
+    defaults = {"lr": 0.1, "limit": 1.0, "form": "slow"}
+    state_names = ("largest", "prev")
+
+    @staticmethod
+    def coefficients(step, lr, limit, form):
+        return {"one": 1.0, "zero": 0.0, "tiny": 1e-30, "rate": lr / step if form == "slow" else lr, "high": limit,
+                "low": -limit}  # fmt: skip
+
+    @staticmethod
+    def rule(param, grad, largest, prev, rate, low, high, tiny, zero, one):
+        g = clip(grad, low, high)
+        largest = flush(larger(largest, abs(g)), tiny, zero)
+        return param - rate * sign(g, zero, one) * sign(prev, zero, one) * largest, largest, g
+
+    @staticmethod
+    def initial(h, state_name):
+        return h.limit / 2 if state_name == "largest" else 1.0
+
+
+OWN = [name for name in BACKENDS if name in backends.FOR_OWN_RULES]
+
+
+@pytest.fixture(params=OWN)
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lion_is_its_formula(backend, dtype):
+    """The README's class against Chen et al. 2023, algorithm 2, in double."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((7, 30)).astype(dtype)
+    theta, m = w.astype(float), 0.0
+    optimizer = Lion(w, lr=0.01, beta1=0.8, beta2=0.95, weight_decay=0.1, backend=backend)
+    for _ in range(50):
+        g = rng.standard_normal(w.shape).astype(dtype)
+        optimizer.step(g, grad_scale=0.5)
+        update = np.sign(0.8 * m + 0.2 * 0.5 * g.astype(float))
+        theta = theta - 0.01 * (update + 0.1 * theta)
+        m = 0.95 * m + 0.05 * 0.5 * g.astype(float)
+    assert np.allclose(w, theta, rtol=0, atol=50 * 4 * np.finfo(dtype).eps)
+    assert np.allclose(optimizer.state["exp_avg"], m, rtol=0, atol=50 * np.finfo(dtype).eps)
+
+
+def trained(make, backend, steps=30, **options):
+    """Bits after steps over groups, two dtypes, a schedule, clipping by norm, and a tensor that is skipped at times."""
+    rng = np.random.default_rng(2)
+    params = {"w": rng.standard_normal((5, 7)).astype("f4"), "b": rng.standard_normal(3), "big": rng.standard_normal(5003)}
+    groups = [{"params": {"w": params["w"]}, "lr": lambda step: 0.1 / (1 + step)}, {"params": [params["b"], params["big"]]}]
+    optimizer = make(groups, backend=backend, **options)
+    norms = []
+    for step in range(steps):
+        grads = [{"w": rng.standard_normal((5, 7)).astype("f4")}, [rng.standard_normal(3), rng.standard_normal(5003)]]
+        if step % 4 == 1:
+            grads[1][0] = None
+        norms.append(optimizer.step(grads, grad_scale=0.25, clip_norm=3.0).grad_norm)
+    assert optimizer._plan.tensor_steps == [30, 22, 30]
+    states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
+    return [bits(x) for x in [*params.values(), *states, np.array(norms)]]
+
+
+@pytest.mark.parametrize("make", [Lion, Limited])
+def test_same_bits_on_every_backend(make):
+    results = [trained(make, name) for name in OWN]
+    for result in results:
+        assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_in_parallel(backend, monkeypatch):
+    module = backends.load("numba")
+    monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.LEAST, 1))
+    monkeypatch.setattr(module, "SMALLEST", 1)
+    before = fastrms.get_num_threads()
+    fastrms.set_num_threads(2)
+    try:
+        assert all(np.array_equal(a, b) for a, b in zip(trained(Lion, backend), trained(Lion, "numpy"), strict=True))
+    finally:
+        fastrms.set_num_threads(before)
+
+
+def test_state_dict_resumes(backend):
+    rng = np.random.default_rng(3)
+    grads = [rng.standard_normal(50) for _ in range(12)]
+    whole, part = np.ones(50), np.ones(50)
+    running, first = Limited(whole, backend=backend), Limited(part, backend=backend)
+    for g in grads:
+        running.step(g)
+    for g in grads[:5]:
+        first.step(g)
+    resumed = Limited(part, backend=backend, limit=3.0)
+    resumed.load_state_dict(first.state_dict())
+    for g in grads[5:]:
+        resumed.step(g)
+    assert np.array_equal(whole, part) and resumed.steps == 12 and resumed.groups[0]["limit"] == 1.0
+    assert all(np.array_equal(resumed.state[k], running.state[k]) for k in ("largest", "prev"))
+
+
+def test_checks(backend):
+    w = np.ones(3)
+    optimizer = Lion(w, backend=backend)
+    for bad, error in ((np.ones(4), ValueError), (np.ones(3, "f4"), TypeError), (w, ValueError), ([1.0] * 3, TypeError)):
+        with pytest.raises(error, match="grads"):
+            optimizer.step(bad)
+    with pytest.raises(TypeError, match="Lion has no hyper-parameter 'rho'; it has lr"):
+        Lion(w, rho=0.9, backend=backend)
+    with pytest.raises(ValueError, match=r"beta1=1\.5 must be in"):
+        Lion(w, beta1=1.5, backend=backend)
+    with pytest.raises(TypeError, match="limit="):
+        Limited(w, limit=[1], backend=backend)
+    with pytest.raises(ValueError, match="limit=inf must be finite"):
+        Limited(w, limit=np.inf, backend=backend)
+    optimizer.groups[0]["lr"] = 0.5
+    optimizer.step(np.ones(3))
+    assert (w == 0.5).all() and "rule Lion" in optimizer.report() and optimizer.backend == backend
+    with pytest.raises(ValueError, match="backend='c' cannot run the rule of Lion"):
+        Lion(w, backend="c")
+    assert Lion(w).backend == OWN[0]
+
+
+def make(**names):
+    return type("Mine", (fastrms.Optimizer,), {"defaults": {"lr": 0.1}, **names})
+
+
+def test_a_wrong_definition_is_named(backend):
+    with pytest.raises(TypeError, match="first arguments must be param, grad, momentum"):
+        make(state_names=("momentum",), rule=lambda param, grad, lr: param)
+    with pytest.raises(TypeError, match=r"state_names='momentum' of Mine must be a tuple"):
+        make(state_names="momentum", rule=lambda param, grad, lr: param)
+    with pytest.raises(TypeError, match="takes grad_scale"):
+        make(rule=lambda param, grad, grad_scale: param)
+    with pytest.raises(TypeError, match=r"derive it from fastrms\.Optimizer"):
+        type("Mine", (fastrms.Adam,), {"rule": lambda param, grad: param})
+    with pytest.raises(TypeError, match="Mine has no rule"):
+        make()(np.ones(3), backend="numpy")
+    rule = staticmethod(lambda param, grad, rate: (param - rate * grad,))
+    with pytest.raises(ValueError, match="coefficients of Mine gives lr; its rule takes rate"):
+        make(rule=rule, coefficients=lambda step, lr: {"lr": lr})(np.ones(3), backend=backend)
+    with pytest.raises(ValueError, match="gives a NaN at step 1"):
+        make(rule=rule, coefficients=lambda step, lr: {"rate": float("nan")})(np.ones(3), backend=backend)
+
+
+def test_a_late_error_of_coefficients_changes_nothing(backend):
+    rule = staticmethod(lambda param, grad, rate: (param - rate * grad,))
+    mine = make(rule=rule, coefficients=lambda step, lr: {"rate": lr / (3 - step)})
+    params = [np.ones(3), np.ones(4)]
+    optimizer = mine(params, backend=backend)
+    optimizer.step([None, np.ones(4)])
+    optimizer.step([np.ones(3), np.ones(4)])
+    before = [p.copy() for p in params]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step([np.ones(3), np.ones(4)])
+    assert optimizer.steps == 2 and all(np.array_equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+def test_a_rule_of_the_wrong_kind_changes_nothing(backend):
+    """One result too few; and a number that is no coefficient, which Numba would compute with in float64."""
+    w = np.ones(8, np.float32)
+    few = make(rule=staticmethod(lambda param, grad, lr: param - lr * grad), coefficients=lambda step, lr: {"lr": lr})
+    with pytest.raises(TypeError, match="Mine"):
+        few(w, backend=backend).step(w + 1)
+    literal = make(rule=staticmethod(lambda param, grad, lr: (param - 0.3 * lr * grad,)),
+                   coefficients=lambda step, lr: {"lr": lr})  # fmt: skip
+    if backend == "numba":
+        with pytest.raises(TypeError, match="the rule of Mine computes float64 from float32; every number"):
+            literal(w, backend=backend).step(w + 1)
+        branch = make(
+            rule=staticmethod(lambda param, grad, lr: (param - str(lr),)), coefficients=lambda step, lr: {"lr": lr}
+        )
+        with pytest.raises(TypeError, match="Numba cannot compile the rule of Mine for float32"):
+            branch(w, backend=backend).step(w + 1)
+    assert (w == 1).all()
