@@ -3,7 +3,6 @@
 The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.
 """
 
-import numpy as np
 from numba import cuda
 from numba.cuda import types
 
@@ -24,11 +23,11 @@ def fused(weight, exp_avg, exp_avg_sq, target, size, {", ".join(COEFFICIENTS)}):
 """
 
 
-def compile_fused(cc, dtype=np.dtype(np.float32)):
-    """The PTX of the fused kernel; on a machine with a GPU, cuda.jit(fused) would launch it, too."""
+def compile_fused(cc):
+    """The PTX of the fused kernel, in float32."""
     names = {"cuda": cuda, "uint64": types.uint64, "adam": adam}
     exec(SOURCE, names)
-    real = ptx.REALS[dtype]
+    real = types.float32
     signature = types.void(*[types.CPointer(real)] * 4, types.uint64, *[real] * len(COEFFICIENTS))
     return ptx.named_ptx(names["fused"], signature, "fused", cc)
 

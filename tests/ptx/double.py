@@ -17,8 +17,8 @@ def start():
     """The double, loaded before anything looks for a driver."""
     folder = tempfile.mkdtemp(prefix="fastrms-driver-")
     path = f"{folder}/libcuda.so.1"
-    subprocess.run(["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", HERE / "driver.c", "-o", path, "-ldl"],
-                   check=True)  # fmt: skip
+    options = ["-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(["gcc", *options, HERE / "driver.c", "-o", path, "-ldl"], check=True)
     return Double(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
 
 

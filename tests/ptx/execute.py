@@ -141,7 +141,8 @@ class Kernel:
         if vector not in ([], [f"v{len(registers)}"]):
             raise Refused(opcode)
         error = "BAD_LOAD" if opcode.startswith("ld") else "BAD_STORE"
-        check = f"{{ u64 at = {self.operand(base)} + ({offset or 0}); if (!reach(m, at, {size * len(registers)}, {error})) goto end; "
+        reach = f"if (!reach(m, at, {size * len(registers)}, {error})) goto end;"
+        check = f"{{ u64 at = {self.operand(base)} + ({offset or 0}); {reach} "
         if opcode.startswith("ld"):
             moves = [f"LOAD({register}, {kind}, at + {k * size})" for k, register in enumerate(registers)]
         else:

@@ -6,12 +6,12 @@ import double
 
 DRIVER = double.start()  # before anything asks for a driver
 
-import numpy as np
-import pytest
-from conftest import bits
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from conftest import bits  # noqa: E402
 
-import fastrms
-from fastrms.backends import cuda, ptx
+import fastrms  # noqa: E402
+from fastrms.backends import cuda, ptx  # noqa: E402
 
 LEGACY = 1
 cuda.available.cache_clear()  # conftest.py has asked already
@@ -218,7 +218,7 @@ def test_what_is_refused_is_refused_before_any_launch(driver):
             fastrms.RMSProp(OnDevice(params)).step(OnDevice(grads))
         assert not driver.launches
     optimizer = fastrms.RMSProp(OnDevice(memory[:8]))
-    with pytest.raises(TypeError, match="is in host memory; backend='cuda' updates device memory: pass cupy.asarray"):
+    with pytest.raises(TypeError, match=r"is in host memory; backend='cuda' updates device memory: pass cupy.asarray"):
         optimizer.step(host)
     with pytest.raises(TypeError, match="is in host memory"):
         fastrms.RMSProp(host, backend="cuda")
