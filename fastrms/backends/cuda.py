@@ -142,7 +142,7 @@ class Launch:
             self.coefficients = device.place(len(rules.coefficient_names(rules.find(recipe.rule))), recipe.dtype, index)
 
     def aim(self, tensors, numbers):
-        """Take the buffers of the tensors, (addresses, size) each, and the array of coefficients that is read at each run."""
+        """Take the buffers of the tensors, (addresses, size) each, and the array of coefficients to read at each run."""
         self.numbers = numbers
         if len(tensors) == 1:
             addresses, size = tensors[0]

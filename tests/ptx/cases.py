@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, Guarded, backends, bits, raw_recipe, wild_values
 
-from fastrms import recipes, rules
+from fastrms import rules
 from fastrms.backends import cuda, ptx
 
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
@@ -41,6 +41,10 @@ def recipe_of(rule, general, dtype, visible):
         if visible and "eps" in recipe.values
         else recipe
     )
+
+
+def coefficients_of(recipe):
+    return np.array(recipe.at(1, 1.0)).astype(recipe.dtype)
 
 
 def buffers_of(rule, dtype, size, ordinary):
@@ -90,7 +94,7 @@ class Tensor:
 
 def launch(kernel, kind, recipe, tensors, backwards=False):
     """As the backend launches it: the same table, the same vectors, blocks and coefficients."""
-    itemsize, coefficients = recipe.dtype.itemsize, recipes.ready(recipe, 1, 1.0)
+    itemsize, coefficients = recipe.dtype.itemsize, coefficients_of(recipe)
     if kind.many:
         rows, tensor_of = cuda.table([(tensor.addresses, tensor.size) for tensor in tensors], itemsize)
         head, grid = [execute.Buffer(rows), execute.Buffer(tensor_of)], tensor_of.size

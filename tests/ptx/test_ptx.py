@@ -13,7 +13,6 @@ import cases
 import execute
 from conftest import DTYPES
 
-from fastrms import recipes
 from fastrms.backends import cuda, ptx
 
 LONGEST = max(cases.LENGTHS)
@@ -82,7 +81,7 @@ def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
         flat[start:] = values
     want = cases.expected(recipe, [flat[start:].copy() for flat in flats])
     table = (execute.Region * 3)(*[execute.Region(f.ctypes.data + 4 * start, f.ctypes.data + 4 * size) for f in flats])
-    words = [*(flat.ctypes.data for flat in flats), size, vectors, *map(execute.word, recipes.ready(recipe, 1, 1.0))]
+    words = [*(flat.ctypes.data for flat in flats), size, vectors, *map(execute.word, cases.coefficients_of(recipe))]
     kernel.launch_words(grid, cuda.THREADS, words, table, 3, blocks=(grid - 2, grid))
     assert touched.max() == size - 1 and (vectors == 0) == (offset == 1)
     for flat, result in zip((flats[0], flats[2]), want, strict=True):

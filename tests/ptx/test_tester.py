@@ -16,7 +16,6 @@ import cases
 import execute
 from conftest import DTYPES, bits
 
-from fastrms import recipes
 from fastrms.backends import ptx
 
 SWAPS = {"mul.rn": "add.rn", "add.rn": "sub.rn", "sub.rn": "add.rn", "div.rn": "mul.rn", "setp.lt.u64": "setp.le.u64",
@@ -143,5 +142,5 @@ def test_the_fused_example_has_the_bits_of_two_steps_apart():
     for cc in ((9, 0), (12, 0)):
         for buffer, values in zip(buffers, (weight, exp_avg, exp_avg_sq, target), strict=True):
             buffer.array[:] = values
-        execute.Kernel(compile_fused(cc)).launch(4, 256, [*buffers, 1003, *recipes.ready(recipe, 1, 1.0)])
+        execute.Kernel(compile_fused(cc)).launch(4, 256, [*buffers, 1003, *cases.coefficients_of(recipe)])
         assert all(np.array_equal(bits(b.array), w) for b, w in zip(buffers[:3], want, strict=True))
