@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 import fastrms
 
-from . import machine, peers, timing
+from . import first_step, machine, peers, timing
 from .check import WrongContender, check
 from .contenders import contenders
 from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
@@ -29,7 +29,7 @@ FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
 QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing, for each rule and size
 QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
-QUICK_LIMIT = 42.0  # seconds; a quick run begins nothing further after that
+QUICK_LIMIT = 36.0  # seconds; a quick run begins nothing further after that
 PIPE_WIDTH = 150  # columns where the output is not a terminal
 PEERS_PAUSE = 0.005  # seconds; OpenMP's threads go on spinning for some milliseconds after their last loop
 
@@ -140,11 +140,14 @@ def main(arguments=None):
             report.check_readme(README, "bench")
         console.print(report.header(facts))
         clocks = [timing.clock()]
+        compiling = first_step.sentence()
         results = Run(options, rivals, console).measure()
         clocks.append(timing.clock())
     except (ValueError, WrongContender) as error:
         sys.exit(str(error))
     show(results, reasons, console)
+    if compiling:
+        console.print(compiling)
     console.print(f"empty Python call: {clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end")
     console.print(f"wrote {', '.join(write(options, results, facts, clocks, command))}")
     if report.complaints(results[WELL_PLACED]):

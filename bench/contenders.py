@@ -19,7 +19,8 @@ OPTIMIZERS = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fa
 NAIVE, IN_PLACE, STREAMS, DIVIDER = "naive NumPy", "in-place NumPy", "streams", "divider"
 CEILINGS = (STREAMS, DIVIDER)
 BACKENDS = ("numpy", "numba", "c")
-FASTRMS = {backend: f"fastrms {backend}" for backend in BACKENDS}
+ON_LAYERS = tuple(f"numba ({layer})" for layer in ("omp", "tbb", "workqueue"))  # where a step may run on Numba's threads
+FASTRMS = {way: f"fastrms {way}" for way in ("numpy", "numba", *ON_LAYERS, "c")}
 IN_TURN, CHUNK = 1024, 16 * 1024  # elements: blocks of the loop stream by stream, parts for the threads
 IN_L1 = 1024  # elements that the divider goes over again and again
 
@@ -45,7 +46,7 @@ class Contender(NamedTuple):
 def contenders(problem, threads, names=None, peers=()):
     """(contenders, reasons): those of `names`, or all, and peers (name -> function); name -> why one does not take part."""
     backends = [backend for backend in BACKENDS if backend in fastrms.available_backends()]
-    makers = {NAIVE: naive, IN_PLACE: in_place, **{FASTRMS[backend]: partial(bound, backend) for backend in backends}}
+    makers = {NAIVE: naive, IN_PLACE: in_place, **{row(b, threads): partial(bound, b, threads) for b in backends}}
     makers.update(peers)
     made, reasons = [], {}
     for name, make in makers.items():
@@ -57,6 +58,14 @@ def contenders(problem, threads, names=None, peers=()):
     if "c" in backends and problem.placement == WELL_PLACED:
         made += [ceiling for ceiling in ceilings(problem, threads) if names is None or ceiling.name in names]
     return made, reasons
+
+
+def row(backend, threads):
+    """The name of a backend's row: on several threads Numba's says on which threading layer."""
+    if backend != "numba" or threads == 1:
+        return FASTRMS[backend]
+    layer, _ = fastrms.backends.load("numba").started()
+    return FASTRMS.get(f"numba ({layer})", FASTRMS["numba"])
 
 
 def step_counter(rule):
@@ -77,14 +86,13 @@ def in_place(problem):
     return Contender(IN_PLACE, step, lambda: [param, *states])
 
 
-def bound(backend, problem):
+def bound(backend, threads, problem):
     """fastrms with bound buffers; it places its states itself."""
     grad, param = problem.new_buffers(states=0)
     optimizer = OPTIMIZERS[problem.rule](param, backend=backend)
     optimizer.bind(grad)
-    return Contender(
-        FASTRMS[backend], optimizer.step, lambda: [param, *(optimizer.state[name] for name in problem.state_names)]
-    )
+    name = row(backend, threads)
+    return Contender(name, optimizer.step, lambda: [param, *(optimizer.state[name] for name in problem.state_names)])
 
 
 def ceilings(problem, threads):
@@ -107,11 +115,12 @@ def streams_ways(size, threads):
         yield f"in turn by {IN_TURN}, shared by {CHUNK}", {"chunk": CHUNK, "block": IN_TURN, "shared": 1}
 
 
-def streams(problem, way, settings):
+def streams(problem, way, settings, buffers=None):
+    """The loop in C over [gradient, parameter, states]: its own, unless they are given."""
     from fastrms._core import lib
 
-    grad, param, *states = problem.new_buffers()
-    for state in states:
+    grad, param, *states = buffers or problem.new_buffers()
+    for state in [] if buffers else states:
         state.fill(0)
     step = partial(lib.fastrms_streams, job(problem, param, grad, states, settings))
     return Contender(STREAMS, step, lambda: [param, *states], way, STREAMS)

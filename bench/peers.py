@@ -36,10 +36,10 @@ TORCH_STATES = {
     "rprop": ["prev", "step_size"],
 }
 OPTAX = {
-    "rmsprop": ("rmsprop", {"learning_rate": 0.01, "decay": 0.99, "eps": 1e-8, "eps_in_sqrt": False}),
-    # Its eps is inside the root: 1e-10 outside is nearest to the square of that.
-    "adagrad": ("adagrad", {"learning_rate": 0.01, "initial_accumulator_value": 0.0, "eps": 1e-20}),
-    "adam": ("adam", {"learning_rate": 0.001, "b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+    "rmsprop": {"learning_rate": 0.01, "decay": 0.99, "eps": 1e-8, "eps_in_sqrt": False},
+    # Its eps is inside the root, where the square of 1e-10 comes nearest to 1e-10 outside.
+    "adagrad": {"learning_rate": 0.01, "initial_accumulator_value": 0.0, "eps": 1e-20},
+    "adam": {"learning_rate": 0.001, "b1": 0.9, "b2": 0.999, "eps": 1e-8},
 }
 DEEPSPEED_STATES = {"adagrad": ["exp_avg_sq"], "adam": ["exp_avg", "exp_avg_sq"]}
 VECTOR = 16  # elements; DeepSpeed's loop for the rest of a buffer is another one
@@ -197,20 +197,13 @@ def tensors(problem, states):
 
 
 def optax(problem):
-    """One jitted function of update and apply_updates, to which parameter and states are donated."""
+    """On buffers of XLA's own, which are updated in place because they are donated."""
     if problem.rule == "rprop":
         raise CannotDo("optax's RProp moves one step late (optax#1725)")
-    optax = load("optax")
+    rule = getattr(load("optax"), problem.rule)(**OPTAX[problem.rule])
     import jax
 
-    rule, settings = OPTAX[problem.rule]
-    rule = getattr(optax, rule)(**settings)
-    own = [param := jax.numpy.array(problem.start), rule.init(param), jax.numpy.array(problem.grad)]
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(param, state, grad):
-        change, state = rule.update(grad, state, param)
-        return optax.apply_updates(param, change), state
+    update, own = jitted(rule), [param := jax.numpy.array(problem.start), rule.init(param), jax.numpy.array(problem.grad)]
 
     def step():
         own[:2] = jax.block_until_ready(update(*own))
@@ -218,11 +211,28 @@ def optax(problem):
     def changed():
         own[2] = jax.numpy.array(problem.grad)
 
-    def read():
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(own[:2]) if leaf.ndim]
-
     tolerance = ROUGH if problem.rule == "adagrad" else None  # an eps inside the root differs where the gradient is tiny
-    return Contender("optax", step, read, changed=changed, tolerance=tolerance)
+    return Contender("optax", step, lambda: arrays_in(own[:2]), changed=changed, tolerance=tolerance)
+
+
+def jitted(rule):
+    """One function of update and apply_updates, to which parameter and states are donated."""
+    import jax
+    import optax
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(param, state, grad):
+        change, state = rule.update(grad, state, param)
+        return optax.apply_updates(param, change), state
+
+    return update
+
+
+def arrays_in(tree):
+    """The parameter and the states of optax, without its counter."""
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if leaf.ndim]
 
 
 def deepspeed(problem):
@@ -240,7 +250,8 @@ def deepspeed(problem):
             return restoring(problem, optimizing("DeepSpeed", problem, make, 0, DEEPSPEED_STATES["adagrad"]))
         made = optimizing("DeepSpeed", problem, partial(make, adamw_mode=False), 0, DEEPSPEED_STATES["adam"])
     except RuntimeError as error:
-        raise CannotDo(f"{error} {error.__cause__}") from error
+        reason = str(error.__cause__).split("\n")[0]
+        raise CannotDo(f"DeepSpeed's kernels cannot be built: {reason}") from error
     return made._replace(tolerance=ROUGH)  # 1 - 0.999**step is made in float32, and off by 1e-5
 
 

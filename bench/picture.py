@@ -3,10 +3,10 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, STREAMS
+from .contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, ON_LAYERS, STREAMS
 from .machine import in_words, threads
 from .problem import held_per_element
-from .report import size_name, spread
+from .report import number, size_name, spread
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the markers tell the lines apart without colour.
 STYLES = {
@@ -14,6 +14,7 @@ STYLES = {
     IN_PLACE: {"color": "#E69F00", "marker": "s"},
     FASTRMS["numpy"]: {"color": "#56B4E9", "marker": "^"},
     FASTRMS["numba"]: {"color": "#009E73", "marker": "v"},
+    **{FASTRMS[way]: {"color": "#009E73", "marker": "v"} for way in ON_LAYERS},
     FASTRMS["c"]: {"color": "#0072B2", "marker": "D", "linewidth": 2.4},
     STREAMS: {"color": "#000000", "linestyle": "--", "linewidth": 1.2},
     DIVIDER: {"color": "#000000", "linestyle": ":", "linewidth": 1.2},
@@ -60,7 +61,7 @@ def draw_lines(results, machine, quantity, label):
     handles = {}
     for panel in panels.ravel():
         handles.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    legend = {"loc": "outside lower center", "ncols": min(7, len(handles)), "frameon": False}
+    legend = {"loc": "outside lower center", "ncols": min(3 * panels.shape[1], len(handles)), "frameon": False}
     figure.legend(handles.values(), handles.keys(), **legend)
     return figure
 
@@ -116,11 +117,11 @@ def draw_rule_bars(panel, results, rule, sizes):
         times = [results.times(rule, size, other, own) or 0 for other in others]
         at = [row + (place - (len(sizes) - 1) / 2) * height for row in range(len(others))]
         bars = panel.barh(at, times, height, label=f"{size_name(size)} elements", color=f"C{place}")
-        panel.bar_label(bars, [f"{value:.2g}x" if value else "" for value in times], fontsize=6, padding=2)
+        panel.bar_label(bars, [f"{number(value)}x" if value else "" for value in times], fontsize=6, padding=2)
     panel.set_title(f"{rule}: {own}")
     panel.set_yticks(range(len(others)), others)
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.axvline(1, color="0.3", linewidth=0.9)
-    panel.invert_yaxis()
+    panel.set_ylim(len(others) - 0.5, -0.5)
     panel.spines[["top", "right"]].set_visible(False)

@@ -31,7 +31,7 @@ class Problem:
         random = np.random.default_rng(size)
         self.grad = random.standard_normal(size, dtype=self.dtype)
         self.start = random.standard_normal(size, dtype=self.dtype)
-        self._grads = [self.grad]
+        self.grads = [self.grad]
 
     def new_buffers(self, states=None, scratch=()):
         """[gradient, parameter, states, scratch arrays of the given dtypes], filled as the problem starts."""
@@ -39,12 +39,12 @@ class Problem:
         buffers = allocate(self.size, [self.dtype] * (2 + count) + [np.dtype(dtype) for dtype in scratch], self.placement)
         for buffer, values in zip(buffers, (self.grad, self.start, *map(first_value, self.state_names)), strict=False):
             buffer[:] = values
-        self._grads.append(buffers[0])
+        self.grads.append(buffers[0])
         return buffers
 
     def flip(self):
         """Change the sign of every second gradient, in all contenders' buffers."""
-        for grad in self._grads:
+        for grad in self.grads:
             grad[::2] *= -1
 
 

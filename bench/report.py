@@ -189,13 +189,13 @@ def share_in_words(results, rule, size):
 def markdown_placements(results):
     rows = list(placement_rows(results))
     lines = [
-        f"Placement, {size_name(rows[0][1])} elements, nanoseconds per element:",
+        f"<details><summary>Placement, {size_name(rows[0][1])} elements, nanoseconds per element</summary>",
         "",
         f"| rule | | {' | '.join(PLACEMENTS)} |",
         f"|---|---|{'---:|' * len(PLACEMENTS)}",
     ]
     lines += [f"| {rule} | {name} | {' | '.join(map(number, times))} |" for rule, _, name, times in rows]
-    return [*lines, "", *(f"*{where.capitalize()}*: {words}." for where, words in IN_WORDS.items())]
+    return [*lines, "", *(f"* *{where.capitalize()}*: {words}." for where, words in IN_WORDS.items()), "", "</details>"]
 
 
 def spread(values, count):

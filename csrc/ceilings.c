@@ -6,11 +6,7 @@
 
 enum { IN_L1 = 1024 };                                    /* elements */
 
-#if defined(__clang__)
-#define EACH _Pragma("clang loop vectorize(assume_safety)") for (int64_t i = 0; i < size; ++i)
-#else
-#define EACH _Pragma("GCC ivdep") for (int64_t i = 0; i < size; ++i)
-#endif
+#define EACH INDEPENDENT for (int64_t i = 0; i < size; ++i)
 #define STREAMS int64_t size, int states, real *restrict param, const real *restrict grad, \
                 real *restrict state0, real *restrict state1, real *restrict state2
 #define LOOPS(dtype, isa, target)                                                                               \

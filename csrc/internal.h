@@ -11,6 +11,12 @@
 #define FASTRMS_AVX2 __attribute__((target("avx2")))      /* avx2 without fma: nothing may contract */
 #endif
 
+#if defined(__clang__)                                    /* before a loop: its buffers never overlap */
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 extern fastrms_kernel *const fastrms_kernels_baseline[][2][2];      /* [rule][float, double][neutral, general] */
 extern fastrms_kernel *const fastrms_kernels_avx2[][2][2];

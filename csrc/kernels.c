@@ -3,12 +3,6 @@
 #include <math.h>
 #include "internal.h"
 
-#if defined(__clang__)
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")                  /* buffers never overlap: checked above the kernels */
-#endif
-
 #define GENERAL 0
 #define form neutral
 #define real float

@@ -119,7 +119,7 @@ def test_empty_tensors_count_their_steps(torch, backend):
 def test_jax_arrays_are_gradients_but_not_parameters(backend):
     jax = pytest.importorskip("jax", reason="not installed: jax")
     w, want = np.ones(1003, np.float32), np.ones(1003, np.float32)
-    grads = jax.grad(lambda x: (x**3).sum())(jax.numpy.linspace(0.1, 1.0, 1003))
+    grads = jax.grad(lambda x: (x**3).sum())(jax.numpy.linspace(0.1, 1.0, 1003, dtype="float32"))
     optimizer = fastrms.Adam(w, backend=backend)
     optimizer.step(grads)
     optimizer.bind(grads)

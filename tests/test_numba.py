@@ -140,9 +140,9 @@ COMMON = """
     shared = []                          # sizes of the updates that ran on several threads
     run = backend.with_threads
 
-    def counted(parts, function, param, *arguments):
-        shared.append(param.size)
-        run(parts, function, param, *arguments)
+    def counted(parts, function, size, *arguments):
+        shared.append(size)
+        run(parts, function, size, *arguments)
 
     backend.with_threads = counted
 

@@ -85,6 +85,7 @@ def kernel(rule, general, dtype, parallel=False):
 
 def module_text(rule, dtype, parallel, body):
     """The module of a kernel; body: the lines that update element i."""
+    known = {"zero": "real(0)"} if isinstance(rule, str) else {}  # a select of it is a mask
     rule = rules.find(rule)
     buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
     words = ", ".join(["word"] * (len(buffers) + 2))
@@ -99,7 +100,7 @@ def module_text(rule, dtype, parallel, body):
         buffers=", ".join(buffers),
         pointers=", ".join(f"pointer({name}_at)" for name in buffers),
         names=", ".join(names) + ",",
-        values=", ".join(f"numbers[{k}]" for k in range(len(names))) + ",",
+        values=", ".join(known.get(name, f"numbers[{k}]") for k, name in enumerate(names)) + ",",
         body="\n        ".join(body),
         enter=ENTER,
         leave=LEAVE,

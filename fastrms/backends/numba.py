@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from .. import threads
 from . import pyplan
 
-LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 17}  # elements from which two threads gain
+LEAST = {"omp": 1 << 17, "tbb": 1 << 18, "workqueue": 1 << 18}  # elements from which two threads gain (tbb: not measured)
 SMALLEST = min(LEAST.values())
 _one_at_a_time = threading.Lock()
 _process = os.getpid()
