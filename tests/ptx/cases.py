@@ -29,8 +29,13 @@ OTHER_KINDS = [  # PTX has two dialects, before and from compute capability 10
 
 
 @cache
-def kernel(rule, general, dtype, kind, cc):
-    return execute.Kernel(ptx.compile_ptx(rule, general, dtype, kind, cc)[1])
+def text(rule, general, dtype, kind, cc):
+    return ptx.compile_ptx(rule, general, dtype, kind, cc)[1]
+
+
+@cache
+def kernel(*which):
+    return execute.Kernel(text(*which))
 
 
 def recipe_of(rule, general, dtype, visible):

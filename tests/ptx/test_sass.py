@@ -25,7 +25,7 @@ def count(operations, prefix):
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
 def test_machine_code(rule, general, dtype, cc):
-    made = sass.assemble(ptx.compile_ptx(rule, general, dtype, ptx.Kind(), cc)[1], cc)
+    made = sass.assemble(cases.text(rule, general, dtype, ptx.Kind(), cc), cc)
     updated = len(cases.buffers_of(rule, dtype, 1, True)) - 1
     assert made.spills == 0 and made.registers <= 56
     assert (made.operations["LDG.E.128"], made.operations["STG.E.128"]) == (updated + 1, updated)
@@ -47,7 +47,7 @@ def test_instructions_and_registers_as_by_hand(dtype, real, cc, tmp_path):
     for rule in ("rmsprop", "adam"):
         (entry,) = [text for text in entries if text.startswith(f".visible .entry {rule}_kernel")]
         hand = sass.assemble(head + entry, cc)
-        ours = sass.assemble(ptx.compile_ptx(rule, False, dtype, ptx.Kind(), cc)[1], cc)
+        ours = sass.assemble(cases.text(rule, False, dtype, ptx.Kind(), cc), cc)
         figures = [(made.registers, sum(made.operations.values())) for made in (ours, hand)]
         print(
             f"| {rule} {dtype} sm_{cc[0]}{cc[1]} | {figures[0][0]} / {figures[0][1]} | {figures[1][0]} / {figures[1][1]} |"

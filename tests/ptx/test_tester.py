@@ -64,7 +64,7 @@ def right(text, rule, dtype):
 @pytest.mark.parametrize("rule, dtype, cc", [("rmsprop", DTYPES[0], (9, 0)), ("adam", DTYPES[1], (12, 0))])
 def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     monkeypatch.setattr(execute, "FLAGS", ["-O0", *execute.FLAGS[1:]])
-    _, text = ptx.compile_ptx(rule, False, dtype, ptx.Kind(), cc)
+    text = cases.text(rule, False, dtype, ptx.Kind(), cc)
     assert right(text, rule, dtype)
     tried = list(mutants(text))
     unnoticed = [what for what, changed in tried if right(changed, rule, dtype)]
@@ -76,7 +76,7 @@ def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     "line", ["div.full.f32", "sqrt.approx.f32", "ex2.approx.f32", "mul.rn.ftz.f32", "atom.global.add.f32"]
 )
 def test_what_is_not_exact_or_not_known_is_refused(line):
-    _, text = ptx.compile_ptx("rmsprop", False, DTYPES[0], ptx.Kind(), (9, 0))
+    text = cases.text("rmsprop", False, DTYPES[0], ptx.Kind(), (9, 0))
     with pytest.raises(execute.Refused):
         execute.Kernel(re.sub(r"mul\.rn\.f32", line, text, count=1)).library  # noqa: B018
 
