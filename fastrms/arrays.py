@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import placement
+
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 _NOT_ARRAYS = (list, tuple, dict, set, int, float, complex, str, bytes, np.generic)
 
@@ -174,6 +176,8 @@ def own(array):
 
 def shaped(flat, like):
     """Flat numbers in memory order as an array in the shape and memory order of a Buffer."""
+    if not isinstance(flat, np.ndarray):
+        return flat.shaped(like)
     if not flat.size:
         return flat.reshape(like.shape)
     return np.lib.stride_tricks.as_strided(flat, like.shape, [stride * flat.itemsize for stride in like.strides])
@@ -186,3 +190,21 @@ def is_c_order(buffer):
         expected.append(stride if length > 1 else 0)
         stride *= length
     return buffer.strides == tuple(reversed(expected))
+
+
+def again(buffer, name):
+    """The Buffer of a torch tensor that may have been given other memory since."""
+    return acquire(buffer.owner, name, writable=True)
+
+
+def same_device(buffers, names):
+    """There is one host."""
+
+
+def on_host(flat):
+    return flat
+
+
+def place_beside(param, others):
+    """A new uninitialised flat array like a Buffer, well away from it and from others that run beside it."""
+    return placement.place(param.size, param.dtype, [param.address, *(own(flat).address for flat in others)])

@@ -68,27 +68,28 @@ class Optimizer(Bound):
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
-        keywords = {**cls.defaults, "dialect": None, "backend": "auto"}
+        keywords = {**cls.defaults, "dialect": None, "backend": "auto", "stream": None, "capturable": False, "check": False}
         cls.__signature__ = Signature(
             [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
             + [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in keywords.items()]
         )
 
-    def __init__(self, params, *, dialect=None, backend="auto", **options):
+    def __init__(self, params, *, dialect=None, backend="auto", stream=None, capturable=False, check=False, **options):
         if type(self) is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
-        module = backends.choose(backend, self.own_rule)
-        self.backend = module.__name__.rpartition(".")[2]
         members = params if structure.is_group_list(params) else [{"params": params}]
         parts = [structure.of(member["params"]) for member in members]
         self._structure = structure.GroupsOf([part for part, _ in parts]) if members is params else parts[0][0]
         leaves = [leaf for _, part_leaves in parts for leaf in part_leaves]
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
+        module = backends.choose(backend, self.own_rule, leaves[0])
+        self.backend, self._memory = module.__name__.rpartition(".")[2], backends.memory(module)
         self._names = self._structure.names("params")
         self._grad_names = self._structure.names("grads")
-        self._params = [arrays.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
+        self._params = [self._memory.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
+        self._memory.same_device(self._params, self._names)
         arrays.refuse_overlap(zip(self._names, self._params, strict=True))
         group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
         overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
@@ -98,7 +99,7 @@ class Optimizer(Bound):
         recipes = [self._recipe(group, dtype) for group, dtype in self._sets]
         self._rules = [recipe.rule for recipe in recipes]
         self._allocate()
-        self._bind_params(module, recipes)
+        self._bind_params(module, recipes, hyper.cuda_options(self.backend, stream, capturable, check))
 
     # hyper-parameters
 
@@ -216,18 +217,17 @@ class Optimizer(Bound):
         for k, param in enumerate(self._params):
             group, _ = self._sets[self._set_of[k]]
             h = SimpleNamespace(**self._groups[group]._values)
-            self._state.append(self.new_state(h, self._rules[self._set_of[k]], param))
+            self._state.append(self.new_state(h, self._rules[self._set_of[k]], param, self._memory))
         for group, dtype in self._sets:
             self._refuse_zero_state(SimpleNamespace(**self._groups[group]._values), (group, dtype), self._state)
 
     @classmethod
-    def new_state(cls, h, rule, param):
-        """Flat state buffers for a parameter (Buffer), each placed away from those that run beside it."""
-        beside, state = [param.address], {}
+    def new_state(cls, h, rule, param, memory):
+        """Flat state buffers for a parameter (Buffer), where the memory module places them."""
+        state = {}
         for name in rules.state_names(rules.find(rule)):
-            state[name] = placement.place(param.size, param.dtype, beside)
+            state[name] = memory.place_beside(param, state.values())
             state[name].fill(cls.initial(h, name))
-            beside.append(arrays.own(state[name]).address)
         return state
 
     @staticmethod
@@ -239,7 +239,9 @@ class Optimizer(Bound):
         if not self.needs_positive_state(h, owner[1]):
             return
         for k, tensor in enumerate(state):
-            if self._sets[self._set_of[k]] == owner and any((flat == 0).any() for flat in tensor.values()):
+            if self._sets[self._set_of[k]] == owner and any(
+                (self._memory.on_host(flat) == 0).any() for flat in tensor.values()
+            ):
                 raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {owner[1]}, and the sum of "
                                  f"{self._names[k]} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
 
@@ -266,7 +268,7 @@ class Optimizer(Bound):
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
         run has the bits of an unbroken one.  A callable lr is left out.  Pickle it together with the parameters."""
-        copies = [{name: np.empty_like(flat) for name, flat in tensor.items()} for tensor in self._state]
+        copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in tensor.items()} for tensor in self._state]
         steps, *tensor_steps = self._copy(copies, self._state)
         return {
             "optimizer": type(self).__name__,
@@ -361,7 +363,7 @@ class Optimizer(Bound):
                 f"{(3 + 2 * states) * dtype.itemsize} bytes moved per element"
             )
         for k, grad in enumerate(self._bound or []):
-            if grad is not None and placement.collide(self._params[k], grad):
+            if grad is not None and self._memory is arrays and placement.collide(self._params[k], grad):
                 lines.append(
                     f"{self._names[k]} and {self._grad_names[k]} start at nearly the same offset modulo 4 KiB and may evict "
                     f"each other from cache: start one of them some {placement.STEP} bytes further on"

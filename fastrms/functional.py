@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, hyper, rules
+from . import arrays, backends, device, hyper, rules
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
 
@@ -96,14 +96,18 @@ class Update:
 
     def checked(self, buffers, step, grad_scale, options):
         """The same for any array-likes, with the sentences."""
-        names = self.names
-        acquired = [arrays.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
+        names, memory = self.names, arrays
+        if options.get("backend", "auto") in ("auto", "cuda"):
+            memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
+        acquired = [memory.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
         param = acquired[0]
         for buffer, name in zip(acquired[1:], names[1:], strict=True):
-            arrays.same_layout(buffer, name, param, "param")
+            memory.same_layout(buffer, name, param, "param")
         arrays.refuse_overlap(zip(names, acquired, strict=True))
+        if memory is not arrays:
+            options = {**options, "backend": "cuda"}
         prepared = self.prepared(param.dtype, options)
-        if prepared.positive_state and any((buffer.flat == 0).any() for buffer in acquired[2:]):
+        if prepared.positive_state and any((memory.on_host(buffer.flat) == 0).any() for buffer in acquired[2:]):
             raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
         flats = [buffer.flat for buffer in acquired]
         prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
@@ -260,10 +264,11 @@ def init_state(optimizer, param, *, dialect=None, **options):
     if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
     maker = _BY_NAME[optimizer]
-    buffer = arrays.acquire(param, "param", writable=True)
+    memory = device if device.is_device_array(param) else arrays
+    buffer = memory.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     maker.checked_recipe(h, buffer.dtype)
-    flats = maker.new_state(h, maker.rule_name(h), buffer)
+    flats = maker.new_state(h, maker.rule_name(h), buffer, memory)
     return {name: arrays.shaped(flat, buffer) for name, flat in flats.items()}
 
 

@@ -129,3 +129,15 @@ CHECKS = {
     "bias_correction": choice(False, True, "corrected", "folded"),
     "amsgrad": choice(False, True, "corrected"),
 }
+
+
+def cuda_options(backend, stream, capturable, check):
+    """What only the CUDA backend takes, as the last argument of its Plan; no argument for the others."""
+    if backend == "cuda":
+        from .backends.cuda import Options
+
+        return [Options(stream, flag("capturable", capturable), flag("check", check))]
+    for name, value in (("stream", stream), ("capturable", capturable), ("check", check)):
+        if value is not None and value is not False:
+            raise TypeError(f"{name}={value!r} needs backend='cuda'; this runs on {backend!r}")
+    return []

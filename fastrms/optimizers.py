@@ -72,7 +72,9 @@ class RMSProp(Optimizer):
     weight_decay >= 0: L2, or decoupled.   maximize: ascend.   clip_value: bound on each gradient element, or None.
     initial_value: start of square_avg (1 in TF1 and MindSpore).
     dialect: None or "torch", "keras", "tf1", "mindspore", "optax": that framework's defaults; explicit arguments win.
-    backend: "auto", "c", "numba" or "numpy".
+    backend: "auto", "c", "numba", "numpy", or "cuda" for arrays in device memory, where "auto" means that.
+    Only with "cuda": stream, where to launch (None: where the arrays' library works); capturable, coefficients in device
+    memory for CUDA graphs; check, wait for each step and raise its error.
     State: square_avg, grad_avg (centered), momentum_buffer (momentum > 0), of the shape and dtype of each parameter.
     Raises TypeError for wrong kinds, ValueError for wrong values; nothing has changed then.
     """

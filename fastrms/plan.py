@@ -31,15 +31,16 @@ class Bound:
 
     __slots__ = ("_argument", "_call", "_no_grads", "_same_grads")  # what step() reads: 20 ns faster than in the dict
 
-    def _bind_params(self, backend, recipes):
-        """Hand parameters, states and recipes to the backend, once."""
+    def _bind_params(self, backend, recipes, options):
+        """Hand parameters, states, recipes and what only CUDA knows to the backend, once."""
         states = [list(state.values()) for state in self._state]
-        self._plan = backend.Plan(self._params, states, self._set_of, recipes)
+        self._plan = backend.Plan(self._params, states, self._set_of, recipes, *options)
         self._call, self._argument = self._plan.bound_step()
         self._refresh = [k for k, param in enumerate(self._params) if arrays.is_torch(param.owner)]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
-        self._shapes = [param.shape if arrays.is_c_order(param) else None for param in self._params]
+        plain = self._memory is arrays  # else no ndarray is taken as it is
+        self._shapes = [param.shape if plain and arrays.is_c_order(param) else None for param in self._params]
         self._bound = self._bound_object = self._last = None
         self._note_schedules()
         self._point_to(None)
@@ -101,6 +102,14 @@ class Bound:
             raise RuntimeError("c_step cannot serve a callable lr or torch tensors, which need Python at every step")
         return self._plan.addresses()
 
+    def advance(self):
+        """With backend="cuda" and capturable=True, before a captured CUDA graph with step() in it is launched again: count
+        the step and write its coefficients, an lr set since included, to the device."""
+        if self.backend != "cuda" or self._pointed is None:
+            raise RuntimeError("advance() needs backend='cuda', capturable=True and bound gradients: see bind()")
+        self._change_plan(recipes={k: self._recipe(*self._sets[k], self.steps) for k in self._scheduled}, run=False)
+        self._plan.advance()
+
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
@@ -149,8 +158,8 @@ class Bound:
     def _acquire_grad(self, k, grad):
         if grad is None:
             return None
-        buffer = arrays.acquire(grad, self._grad_names[k], writable=False)
-        arrays.same_layout(buffer, self._grad_names[k], self._params[k], self._names[k])
+        buffer = self._memory.acquire(grad, self._grad_names[k], writable=False)
+        self._memory.same_layout(buffer, self._grad_names[k], self._params[k], self._names[k])
         return buffer
 
     def _change_plan(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
@@ -165,7 +174,7 @@ class Bound:
     def _explain_overlap(self, params, grads):
         named = list(zip(self._names, params or self._params, strict=True))
         for k, tensor in enumerate(self._state):
-            named += [(f"{name} of {self._names[k]}", arrays.own(flat)) for name, flat in tensor.items()]
+            named += [(f"{name} of {self._names[k]}", self._memory.own(flat)) for name, flat in tensor.items()]
         for k, grad in enumerate(grads):
             if grad is not None:
                 named.append((self._grad_names[k], self._acquire_grad(k, getattr(grad, "owner", grad))))
@@ -176,8 +185,8 @@ class Bound:
         """torch may move a parameter (p.data = ...): its address is read anew at every step.  None where all stayed."""
         params = list(self._params)
         for k in self._refresh:
-            params[k] = arrays.acquire(params[k].owner, self._names[k], writable=True)
-            arrays.same_layout(params[k], self._names[k], self._params[k], f"{self._names[k]} when it was bound")
+            params[k] = self._memory.again(params[k], self._names[k])
+            self._memory.same_layout(params[k], self._names[k], self._params[k], f"{self._names[k]} when it was bound")
         moved = any(new.address != old.address for new, old in zip(params, self._params, strict=True))
         return params if moved else None
 

@@ -7,7 +7,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import bits, raw_recipe
+from conftest import BACKENDS, bits, raw_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -476,7 +476,7 @@ kinds = st.sampled_from(sorted({**BAD, **BAD_GRAD}.keys() - {"nothing bound"}) +
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(kinds, min_size=1, max_size=5), st.sampled_from(fastrms.available_backends()))
+@given(st.lists(kinds, min_size=1, max_size=5), st.sampled_from(BACKENDS))
 def test_all_or_nothing_over_many_tensors(cases, backend):
     """Whatever the mix of gradients: the step is made whole or not at all."""
     table = {**BAD, **BAD_GRAD, "fine": (lambda: good(9), None, None)}

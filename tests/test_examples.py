@@ -40,6 +40,13 @@ def test_trainer_numba(capsys):
     assert accuracy > 0.95 and all(np.array_equal(weights, want) for weights, _, _ in others)
 
 
+def test_fused_cuda():
+    """It compiles without a GPU; tests/ptx/test_tester.py executes it."""
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    text = load("fused_cuda").compile_fused((9, 0))
+    assert ".entry fused" in text and "fma." not in text and "f64" not in text
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert all(f'load("{path.stem}")' in tested for path in EXAMPLES.glob("*.py"))

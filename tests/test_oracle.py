@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fastrms
 
 REAL = {"float32": np.float64, "float64": np.longdouble}
-BACKENDS = fastrms.available_backends()
+BACKENDS = [name for name in fastrms.available_backends() if name != "cuda"]
 ROWS, COLUMNS, SEED = 3, 33, 0
 LONG, EARLY, MIDDLE = 10_000, 10, 1_000
 

@@ -4,9 +4,12 @@ bound buffers of one optimizer and makes a step over all of them."""
 import importlib
 import os
 
+from .. import arrays, device
+
 OK, BUSY, OVERLAP, NOT_HELD = 0, 1, 2, 5  # what a Plan answers, as in csrc/fastrms_decl.h
-NAMES = ("c", "numba", "numpy")  # in the order of preference
-FOR_OWN_RULES = ("numba", "numpy")
+HOST = ("c", "numba", "numpy")  # in the order of preference
+NAMES = (*HOST, "cuda")
+FOR_OWN_RULES = ("numba", "numpy", "cuda")
 
 
 def load(name):
@@ -18,19 +21,28 @@ def available_backends():
     return tuple(name for name in NAMES if load(name).available() is None)
 
 
-def choose(name, own_rule=None):
-    """The backend module for name: "auto" takes FASTRMS_BACKEND, else the first that works here and runs an own rule."""
+def choose(name, own_rule=None, array=None):
+    """The backend module for name: "auto" takes "cuda" where an array is in device memory, else FASTRMS_BACKEND, else the
+    first for the host that works here and runs an own rule."""
     source = f"backend={name!r}"
-    if name == "auto":
-        usable = [name for name in available_backends() if own_rule is None or name in FOR_OWN_RULES]
-        name = os.environ.get("FASTRMS_BACKEND") or usable[0]
+    if name == "auto" and array is not None and device.is_device_array(array):
+        name, source = "cuda", "the arrays are in device memory, and backend='cuda'"
+    elif name == "auto":
+        name = os.environ.get("FASTRMS_BACKEND") or next(
+            name for name in HOST if load(name).available() is None and (own_rule is None or name in FOR_OWN_RULES)
+        )
         source = f"FASTRMS_BACKEND={name!r}"
     if name not in NAMES:
         raise ValueError(f"{source} is not one of 'auto', {', '.join(map(repr, NAMES))}")
     if own_rule is not None and name not in FOR_OWN_RULES:
-        raise ValueError(f"{source} cannot run the rule of {own_rule}, which is Python: use 'numba' or 'numpy'")
+        raise ValueError(f"{source} cannot run the rule of {own_rule}, which is Python: use 'numba', 'numpy' or 'cuda'")
     module = load(name)
     reason = module.available()
     if reason:
         raise RuntimeError(f"{source} is not available: {reason}")
     return module
+
+
+def memory(module):
+    """The module for the arrays of a backend: arrays (host memory) or device."""
+    return getattr(module, "memory", arrays)

@@ -108,6 +108,13 @@ def update(call, recipe, step, grad_scale, param, grad, states):
     call(recipe, coefficients.memory, param, constant(grad), states)()
 
 
+def constant(array):
+    """A view that cannot be written: one type for Numba, whatever it came from."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
     A subclass has call(recipe, coefficients, param, grad, states) -> function without arguments: one update of these flat
@@ -125,6 +132,16 @@ class Plan:
         self._prepared = None
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
+
+    own = staticmethod(arrays.own)  # this and the next two differ in device memory
+
+    @staticmethod
+    def read_only(grad):
+        return constant(grad.reshape(-1) if isinstance(grad, np.ndarray) else grad.flat)
+
+    @staticmethod
+    def assign(to, source):
+        to[:] = source
 
     def bound_step(self):
         """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
@@ -151,7 +168,7 @@ class Plan:
                 return NOT_HELD, None
             flats = self.params if params is None else [param.flat for param in params]
             if grads is not None:
-                grads = [g if g is None else constant(g.reshape(-1) if isinstance(g, np.ndarray) else g.flat) for g in grads]
+                grads = [g if g is None else self.read_only(g) for g in grads]
                 if self._overlap(flats, grads):
                     return OVERLAP, None
                 self.grads, self.held = grads, hold
@@ -177,7 +194,7 @@ class Plan:
         states = [state for states in self.states for state in states]
         flats = [flat for flat in (*params, *grads, *states) if flat is not None]
         try:
-            arrays.refuse_overlap([(str(k), arrays.own(flat)) for k, flat in enumerate(flats)])
+            arrays.refuse_overlap([(str(k), self.own(flat)) for k, flat in enumerate(flats)])
         except ValueError:
             return True
         return False
@@ -232,7 +249,7 @@ class Plan:
         try:
             before = [self.steps, *self.tensor_steps]
             for to, source in pairs:
-                to[:] = source
+                self.assign(to, source)
             self._set_recipes(recipes)
             if steps is not None:
                 self.steps, *self.tensor_steps = steps
@@ -240,10 +257,3 @@ class Plan:
             return OK, before
         finally:
             self.lock.release()
-
-
-def constant(array):
-    """A view that cannot be written: one type for Numba, whatever it came from."""
-    view = array.view()
-    view.flags.writeable = False
-    return view

@@ -1,0 +1,112 @@
+"""What the tests of this folder run: every rule, form, dtype and architecture, and one way to launch them all."""
+
+from functools import cache
+
+import execute
+import numpy as np
+import pytest
+from conftest import DTYPES, Guarded, backends, bits, raw_recipe, wild_values
+
+from fastrms import rules
+from fastrms.backends import cuda, ptx
+
+ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+KINDS = [ptx.Kind(many, capturable) for many in (False, True) for capturable in (False, True)]
+LENGTHS = [*range(41), 255, 256, 257, 1023, 1024, 1025, 1026, 1027, 4099]
+ALL = [
+    pytest.param(rule, general, dtype, cc, id=f"{rule}-{'general' if general else 'neutral'}-{dtype}-{cc[0]}.{cc[1]}")
+    for rule in rules.RULES
+    for general in (False, True)
+    for dtype in DTYPES
+    for cc in ARCHITECTURES
+]
+OTHER_KINDS = [  # PTX has two dialects, before and from compute capability 10
+    pytest.param(rule, dtype, kind, cc, id=f"{rule}-{dtype}-{'many' * kind.many}{'capturable' * kind.capturable}")
+    for rule in rules.RULES
+    for dtype, cc in zip(DTYPES, [(9, 0), (12, 0)], strict=True)
+    for kind in KINDS[1:]
+]
+
+
+@cache
+def text(rule, general, dtype, kind, cc):
+    return ptx.compile_ptx(rule, general, dtype, kind, cc)[1]
+
+
+@cache
+def kernel(*which):
+    return execute.Kernel(text(*which))
+
+
+def recipe_of(rule, general, dtype, visible):
+    """Every coefficient away from its neutral value; `visible`: eps large enough to show in every element."""
+    recipe = raw_recipe(rule, dtype, general)
+    return (
+        recipe._replace(values={**recipe.values, "eps": 0.1, "decay": 0.01})
+        if visible and "eps" in recipe.values
+        else recipe
+    )
+
+
+def coefficients_of(recipe):
+    return np.array(recipe.at(1, 1.0)).astype(recipe.dtype)
+
+
+def buffers_of(rule, dtype, size, ordinary):
+    """param, grad and states: numbers of every magnitude and special ones, or ordinary ones."""
+    names = rules.arguments(rules.RULES[rule])[: 2 + len(rules.state_names(rules.RULES[rule]))]
+    values = [np.random.default_rng(k).standard_normal(size).astype(dtype) if ordinary else wild_values(size, dtype, k)
+              for k, _ in enumerate(names)]  # fmt: skip
+    return [np.abs(v) if name.endswith(("sq", "square_avg", "sum")) else v for name, v in zip(names, values, strict=True)]
+
+
+def expected(recipe, buffers):
+    """Param and states after a step in NumPy; C must agree where it is built."""
+    results = []
+    for name in ("numpy", "c"):
+        if backends.load(name).available() is None:
+            param, grad, *states = [b.copy() for b in buffers]
+            backends.load(name).update(recipe, 1, 1.0, param, grad, states)
+            results.append([bits(b) for b in (param, *states)])
+    for got, want in zip(results[0], results[-1], strict=True):
+        assert np.array_equal(got, want)
+    return results[0]
+
+
+class Tensor:
+    """Guarded copies of buffers, the first element `offset` elements behind a 16-byte boundary."""
+
+    def __init__(self, buffers, offset=0):
+        self.guarded = [self.at(values, offset) for values in buffers]
+        self.buffers = [execute.Buffer(guarded.array) for guarded in self.guarded]
+        self.addresses, self.size = [buffer.address for buffer in self.buffers], buffers[0].size
+
+    @staticmethod
+    def at(values, offset):
+        guarded = Guarded(values)
+        shift = -guarded.array.ctypes.data // values.itemsize % (16 // values.itemsize)
+        return Guarded(values, shift + offset) if (shift + offset) else guarded
+
+    def check(self, expected, grad):
+        """Bits as expected, gradient untouched, each updated word stored once, nothing stored elsewhere."""
+        param, gradient, *states = self.buffers
+        for buffer, want in zip((param, *states), expected, strict=True):
+            assert np.array_equal(bits(buffer.array), want[: self.size])
+            assert (buffer.stores == 1).all()
+        assert np.array_equal(bits(gradient.array), bits(grad[: self.size])) and not gradient.stores.any()
+        assert all(guarded.intact() for guarded in self.guarded)
+
+
+def launch(kernel, kind, recipe, tensors, backwards=False):
+    """As the backend launches it: the same table, the same vectors, blocks and coefficients."""
+    itemsize, coefficients = recipe.dtype.itemsize, coefficients_of(recipe)
+    if kind.many:
+        rows, tensor_of = cuda.table([(tensor.addresses, tensor.size) for tensor in tensors], itemsize)
+        head, grid = [execute.Buffer(rows), execute.Buffer(tensor_of)], tensor_of.size
+    else:
+        (tensor,) = tensors
+        vectors = cuda.vectors(tensor.addresses, tensor.size, itemsize)
+        head, grid = [*tensor.buffers, tensor.size, vectors], cuda.blocks(tensor.size, vectors, itemsize)
+    tail = [execute.Buffer(coefficients.copy())] if kind.capturable else coefficients
+    regions = [buffer for tensor in tensors for buffer in tensor.buffers] if kind.many else []
+    kernel.launch(grid, cuda.THREADS, [*head, *tail], regions, backwards=backwards)

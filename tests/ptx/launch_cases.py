@@ -1,0 +1,257 @@
+"""The backend on the driver double, run by test_launch.py in a process of its own: pytest tests/ptx/launch_cases.py.
+
+cuda.core and fastrms run as they are; only libcuda.so.1 is a double, whose launches execute the PTX on the CPU."""
+
+import double
+
+DRIVER = double.start()  # before anything asks for a driver
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from conftest import bits  # noqa: E402
+
+import fastrms  # noqa: E402
+from fastrms.backends import cuda, ptx  # noqa: E402
+
+LEGACY = 1
+cuda.available.cache_clear()  # conftest.py has asked already
+_compiled = ptx.compiled
+
+
+class Compiled(dict):
+    def __missing__(self, name):
+        raise LookupError(f"{name} was never compiled")
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    """The double with everything allowed again; it learns each kernel's PTX from what the backend compiles."""
+    DRIVER.compiled = getattr(DRIVER, "compiled", Compiled())
+
+    def compiled(*arguments):
+        made = _compiled(*arguments)
+        DRIVER.compiled[made.name] = made.ptx
+        return made
+
+    monkeypatch.setattr(ptx, "compiled", compiled)
+    DRIVER.regions, DRIVER.fail, DRIVER.errors = [], 0, []
+    DRIVER.library.double_capturing(0)
+    yield DRIVER
+    assert not DRIVER.errors
+
+
+class OnDevice:
+    """A producer's array: __cuda_array_interface__ over host memory that stands for device memory."""
+
+    def __init__(self, array, stream=None, version=3):
+        self.array, self.stream, self.version = array, stream, version
+
+    @property
+    def __cuda_array_interface__(self):
+        data = (self.array.ctypes.data, not self.array.flags.writeable)
+        made = {"shape": self.array.shape, "typestr": self.array.dtype.str, "data": data, "version": self.version,
+                "strides": self.array.strides}  # fmt: skip
+        return {**made, "stream": self.stream} if self.version > 2 else made
+
+
+class Stream:
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __cuda_stream__(self):
+        return 0, self.handle
+
+
+def numbers(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def same(a, b):
+    return np.array_equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp])
+def test_steps_have_the_bits_of_the_host(driver, make, dtype):
+    ours, theirs, grad = numbers(1003, dtype=dtype), numbers(1003, dtype=dtype), numbers(1003, dtype=dtype, seed=1)
+    optimizer, reference = make(OnDevice(ours)), make(theirs, backend="numpy")
+    assert optimizer.backend == "cuda"
+    optimizer.bind(OnDevice(grad))
+    reference.bind(grad)
+    for _ in range(4):
+        optimizer.step()
+        reference.step()
+    assert same(ours, theirs)
+    for name, state in reference.state.items():
+        assert same(optimizer.state[name].to_host(), state)
+
+
+def test_a_bound_step_is_one_driver_call(driver):
+    for capable in ({}, {"weight_decay": 0.1}):
+        optimizer = fastrms.RMSProp(OnDevice(numbers(100_003)), **capable)
+        optimizer.bind(OnDevice(numbers(100_003)))
+        optimizer.step()
+        assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
+        assert driver.launches[0][1:] == (98, 256, LEGACY)
+
+
+def test_many_tensors_are_one_driver_call(driver):
+    shapes = [(3, 5), (1003,), (0,), (), (257, 4)]
+    ours, theirs, grads = ([numbers(*shape, seed=k) for k, shape in enumerate(shapes)] for _ in range(3))
+    optimizer, reference = fastrms.Adam([OnDevice(x) for x in ours]), fastrms.Adam(theirs, backend="numpy")
+    optimizer.bind([OnDevice(g) for g in grads])
+    reference.bind(grads)
+    optimizer.step()
+    reference.step()
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
+    reference.step()
+    optimizer.step([None, *map(OnDevice, grads[1:])])  # another table, and other counts from now on
+    reference.step([None, *grads[1:]])
+    optimizer.step([OnDevice(g) for g in grads])
+    reference.step(grads)
+    assert optimizer._plan.tensor_steps == reference._plan.tensor_steps == [3, 4, 4, 4, 4]
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_misaligned_buffers_take_no_vectors(driver, offset):
+    memory, theirs, grad = numbers(1004), numbers(1004), numbers(1004, seed=1)
+    ours = memory[offset:1001]
+    optimizer, reference = fastrms.RMSProp(OnDevice(ours)), fastrms.RMSProp(theirs[offset:1001], backend="numpy")
+    optimizer.step(OnDevice(grad[offset:1001]))
+    reference.step(grad[offset:1001])
+    assert driver.launches[-1][1] == (1 if offset == 0 else 4) and same(memory, theirs)
+
+
+def test_the_stream_is_the_callers_or_the_producers(driver):
+    grad = OnDevice(numbers(64), stream=0x7770)
+    fastrms.RMSProp(OnDevice(numbers(64), stream=0x7770)).step(grad)
+    assert driver.launches[-1][3] == 0x7770
+    for stream in (0x8880, Stream(0x8880)):
+        fastrms.RMSProp(OnDevice(numbers(64)), stream=stream).step(OnDevice(numbers(64)))
+        assert driver.launches[-1][3] == 0x8880
+    fastrms.RMSProp(OnDevice(numbers(64), version=2)).step(OnDevice(numbers(64)))
+    assert driver.launches[-1][3] == LEGACY
+
+
+def test_another_stream_is_waited_for_on_the_device(driver):
+    optimizer = fastrms.RMSProp(OnDevice(numbers(64), stream=0x7770))
+    optimizer.bind(OnDevice(numbers(64), stream=0x9990))
+    calls = driver.census(optimizer.step)
+    assert calls["cuStreamWaitEvent"] == 1 and not any("Synchronize" in name for name in calls)
+
+
+def test_capturable_reads_a_changed_lr_from_the_device(driver):
+    ours, theirs, grad = numbers(99), numbers(99), numbers(99, seed=1)
+    optimizer = fastrms.Adam(OnDevice(ours), capturable=True, stream=0x7770)
+    reference = fastrms.Adam(theirs, backend="numpy")
+    optimizer.bind(OnDevice(grad))
+    optimizer.step()
+    reference.step(grad)
+    driver.run = False  # what is captured is recorded, not run
+    driver.library.double_capturing(1)
+    assert driver.census(optimizer.step) == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1} and optimizer.steps == 1
+    driver.library.double_capturing(0)
+    driver.run = True
+    optimizer.lr = reference.lr = 0.25
+    assert driver.census(optimizer.advance) == {"cuMemcpyHtoDAsync_v2": 1}
+    *_, launch = optimizer._plan._prepared[1][0]
+    launch.run(optimizer._plan._explicit)  # the graph, launched again
+    reference.step(grad)
+    assert same(ours, theirs) and optimizer.steps == 2
+    with pytest.raises(ValueError, match="a captured CUDA graph does not launch"):
+        optimizer.groups[0]["clip_value"] = 1.0
+
+
+def test_state_goes_to_the_host_and_back(driver):
+    grad = OnDevice(numbers(9))
+    optimizer = fastrms.Adam(OnDevice(numbers(9)))
+    optimizer.step(grad)
+    saved = optimizer.state_dict()
+    host = fastrms.Adam(numbers(9, seed=3), backend="numpy")
+    host.load_state_dict(saved)  # a state_dict is of NumPy arrays: it goes from one backend to the other
+    optimizer.step(grad)
+    optimizer.load_state_dict(saved)
+    assert optimizer.steps == 1 and same(optimizer.state["exp_avg"].to_host(), host.state["exp_avg"])
+
+
+def test_functions_and_own_rules(driver):
+    ours, theirs, grad = numbers(33), numbers(33), numbers(33, seed=1)
+    state = fastrms.init_state("rmsprop", OnDevice(ours))
+    fastrms.rmsprop(OnDevice(ours), OnDevice(grad), **state, lr=0.1)
+    fastrms.rmsprop(theirs, grad, **fastrms.init_state("rmsprop", theirs), lr=0.1, backend="numpy")
+    assert same(ours, theirs)
+    fastrms.rmsprop(OnDevice(ours), OnDevice(grad), state["square_avg"], lr=0.1, backend="cuda")
+
+    class Momentum(fastrms.Optimizer):
+        defaults = {"lr": 0.1, "momentum": 0.9}
+        state_names = ("buffer",)
+
+        @staticmethod
+        def coefficients(step, lr, momentum):
+            return {"lr": lr, "momentum": momentum}
+
+        def rule(param, grad, buffer, lr, momentum):
+            buffer = momentum * buffer + grad
+            return param - lr * buffer, buffer
+
+    optimizer, reference = Momentum(OnDevice(ours)), Momentum(ours.copy(), backend="numpy")
+    optimizer.step(OnDevice(grad), grad_scale=0.5)
+    reference.step(grad, grad_scale=0.5)
+    assert same(ours, reference._params[0].owner)
+
+
+def test_what_is_refused_is_refused_before_any_launch(driver):
+    read_only = numbers(8)
+    read_only.flags.writeable = False
+    memory, host = numbers(16), numbers(8)
+    for error, match, params, grads in (
+        (ValueError, "read-only", read_only, None),
+        (ValueError, "overlap in memory", memory[:8], memory[4:12]),
+        (ValueError, "has shape", memory[:8], numbers(9)),
+        (TypeError, "float64, params has float32", memory[:8], numbers(8, dtype=np.float64)),
+        (ValueError, "not dense", memory[::2], None),
+        (TypeError, "fastrms updates float32 and float64", memory[:8].astype(np.int32), None),
+    ):
+        driver.launches.clear()
+        with pytest.raises(error, match=match):
+            fastrms.RMSProp(OnDevice(params)).step(OnDevice(grads))
+        assert not driver.launches
+    optimizer = fastrms.RMSProp(OnDevice(memory[:8]))
+    with pytest.raises(TypeError, match=r"is in host memory; backend='cuda' updates device memory: pass cupy.asarray"):
+        optimizer.step(host)
+    with pytest.raises(TypeError, match="is in host memory"):
+        fastrms.RMSProp(host, backend="cuda")
+    with pytest.raises(ValueError, match="clip_norm needs a sum over all gradients"):
+        optimizer.step(OnDevice(host), clip_norm=1.0)
+    with pytest.raises(TypeError, match="is not a CUDA stream"):
+        fastrms.RMSProp(OnDevice(host), stream="left")
+    assert not driver.launches and optimizer.steps == 0
+
+
+def test_jax_arrays_are_refused_with_the_reason(driver):
+    jax = type("Array", (OnDevice,), {"__module__": "jaxlib.xla_extension"})
+    with pytest.raises(TypeError, match="params is a JAX array: JAX arrays are immutable"):
+        fastrms.RMSProp(jax(numbers(8)))
+
+
+def test_a_launch_that_fails_raises_and_counts_nothing(driver):
+    optimizer = fastrms.RMSProp(OnDevice(numbers(8)))
+    driver.fail = 700
+    with pytest.raises(RuntimeError, match="launching fastrms_rmsprop_neutral_float32 failed"):
+        optimizer.step(OnDevice(numbers(8)))
+    assert optimizer.steps == 0
+
+
+def test_check_waits_for_the_step(driver):
+    optimizer = fastrms.RMSProp(OnDevice(numbers(8)), check=True)
+    optimizer.bind(OnDevice(numbers(8)))
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1, "cuStreamSynchronize": 1}
+
+
+def test_a_kernel_is_compiled_once_and_kept(driver, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptx.config, "CACHE_DIR", str(tmp_path))
+    arguments = "adagrad", False, np.dtype(np.float32), ptx.Kind(), (12, 0)
+    made = _compiled.__wrapped__(*arguments)
+    monkeypatch.setattr(ptx, "compile_ptx", None)
+    assert _compiled.__wrapped__(*arguments) == made and made.cubin[:4] == b"\x7fELF"

@@ -1,0 +1,119 @@
+"""The CUDA backend where there is none: nothing is imported, and each thing that is missing has its own sentence.  And
+T6, the only GPU tests: skipped, with the reason, where there is no GPU."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import bits
+
+import fastrms
+from fastrms import arrays
+from fastrms.backends import cuda
+
+reason = cuda.available()
+
+
+def test_importing_fastrms_imports_no_cuda():
+    code = "import fastrms, sys; print([m for m in sys.modules if m.split('.')[0] in ('cuda', 'numba', 'numba_cuda')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_three_sentences_for_what_is_missing(monkeypatch):
+    class Driver:
+        cuInit = staticmethod(lambda flags: 100)
+
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    assert "numba-cuda is not installed: pip install 'fastrms[cu13]'" in cuda.available.__wrapped__()
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver)
+    assert "the NVIDIA driver finds no CUDA device" in cuda.available.__wrapped__()
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert "there is no NVIDIA driver" in cuda.available.__wrapped__()
+
+
+def test_the_cuda_target_of_numba_itself_is_refused(monkeypatch):
+    numba_cuda = pytest.importorskip("numba.cuda", reason="needs numba")
+    monkeypatch.setattr(numba_cuda, "implementation", "Built-in", raising=False)
+    with pytest.raises(RuntimeError, match="deprecated target, which is not supported; numba-cuda is not installed: pip"):
+        cuda.compiler()
+
+
+class OnDevice:
+    __cuda_array_interface__ = {"shape": (3,), "typestr": "<f4", "data": (4096, False), "version": 3}
+
+
+def test_device_arrays_on_host_backends_name_the_remedy():
+    for name in ("c", "numpy"):
+        with pytest.raises(
+            (TypeError, RuntimeError), match=r"is in device memory.*copy it to a NumPy array|is not available"
+        ):
+            fastrms.RMSProp(OnDevice(), backend=name)
+    with pytest.raises(TypeError, match="in device memory"):
+        arrays.acquire(OnDevice(), "grads", writable=False)
+
+
+@pytest.mark.skipif(reason is None, reason="there is a GPU")
+def test_device_arrays_and_auto_ask_for_what_is_missing():
+    for call in (lambda: fastrms.RMSProp(OnDevice()), lambda: fastrms.RMSProp(np.ones(3), backend="cuda")):
+        with pytest.raises(RuntimeError, match="backend='cuda' is not available: "):
+            call()
+
+
+@pytest.mark.parametrize("option", [{"capturable": True}, {"check": True}, {"stream": 1}])
+def test_what_only_cuda_knows(option):
+    with pytest.raises(TypeError, match=r"needs backend='cuda'; this runs on 'numpy'"):
+        fastrms.RMSProp(np.ones(3), backend="numpy", **option)
+
+
+# T6
+
+
+def test_gpu_libraries():
+    """Say once which GPU tests do not run, and why."""
+    if reason:
+        pytest.skip(f"T6 did not run: no GPU ({reason})")
+
+
+def libraries():
+    """(name, to the device, to the host) of the array libraries here."""
+    cupy = pytest.importorskip("cupy", reason="T6 needs CuPy")
+    torch = pytest.importorskip("torch", reason="T6 needs torch")
+    return (cupy.asarray, cupy.asnumpy), (lambda x: torch.as_tensor(x).cuda(), lambda x: x.cpu().numpy())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(reason is not None, reason=f"T6 needs a GPU: {reason}")
+@pytest.mark.parametrize("library", [0, 1])
+@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp])
+def test_on_a_real_gpu(make, library):
+    to_device, to_host = libraries()[library]
+    rng = np.random.default_rng(0)
+    params = [rng.standard_normal(n).astype(np.float32) for n in (1003, 5, 1 << 20)]
+    grads = [rng.standard_normal(p.size).astype(np.float32) for p in params]
+    there, there_grads = [to_device(p) for p in params], [to_device(g) for g in grads]
+    ours, theirs = make(there, check=True), make(params, backend="numpy")
+    for _ in range(5):
+        ours.step(there_grads)
+        theirs.step(grads)
+    assert all(np.array_equal(bits(to_host(a)), bits(b)) for a, b in zip(there, params, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(reason is not None, reason=f"T6 needs a GPU: {reason}")
+def test_throughput_on_a_real_gpu(capsys):
+    """GB/s of a step beside a device-to-device copy of as many bytes, as a table."""
+    cupy = pytest.importorskip("cupy", reason="T6 needs CuPy")
+    from cupyx.profiler import benchmark
+
+    with capsys.disabled():
+        print("\n| elements | step, GB/s | copy, GB/s |\n|---:|---:|---:|")
+        for power in range(20, 29, 2):
+            param, grad = cupy.ones(1 << power, cupy.float32), cupy.ones(1 << power, cupy.float32)
+            optimizer, to = fastrms.RMSProp(param), cupy.empty((1 << power) * 5 // 2, cupy.float32)
+            optimizer.bind(grad)
+            calls = (optimizer.step, ()), (cupy.copyto, (to, cupy.empty_like(to)))
+            times = [benchmark(call, args, n_repeat=20).gpu_times.min() for call, args in calls]
+            rates = [20 * (1 << power) / seconds / 1e9 for seconds in times]
+            print(f"| 2^{power} | {rates[0]:.0f} | {rates[1]:.0f} |")
