@@ -47,7 +47,7 @@ class Update:
     def one(self, options, param, grad, state):
         """make for a rule with one state, at the first step, without grad_scale: the same with still less Python."""
         try:
-            kinds, dtype, group = self.last_of_one[(*options, *options.values())]
+            kinds, dtype, group = self.last_of_one[tuple(options.items())]
             if (
                 (kinds is None or kinds == [*map(type, options.values())])
                 and type(param) is _ndarray is type(grad)
@@ -81,7 +81,7 @@ class Update:
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
-            kinds, dtype, group = self.last[(*options, *options.values())]
+            kinds, dtype, group = self.last[tuple(options.items())]
             shape, (_, grad, *_) = buffers[0].shape, buffers
             if (kinds is None or kinds == [*map(type, options.values())]) and all(
                 type(array) is _ndarray and array.dtype is dtype and array.shape == shape for array in buffers
@@ -126,7 +126,7 @@ class Update:
                 self.cache[key] = prepared
         if plain and prepared.group is not None:
             ambiguous = any(value in (0, 1) for value in options.values())
-            self.last = {(*options, *options.values()): (kinds if ambiguous else None, dtype, prepared.group)}
+            self.last = {tuple(options.items()): (kinds if ambiguous else None, dtype, prepared.group)}
         return prepared
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
