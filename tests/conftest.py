@@ -9,7 +9,7 @@ import fastrms
 from fastrms import backends, recipes, rules
 
 c = backends.load("c")
-BACKENDS = [name for name in fastrms.available_backends() if name in backends.HOST]  # test_cuda.py has the GPU
+BACKENDS = tuple(name for name in fastrms.available_backends() if name in backends.HOST)  # test_cuda.py has the GPU
 TIERS = [("c", isa) for isa in c.isas()] + [(name, None) for name in BACKENDS if name != "c"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
 
