@@ -31,7 +31,6 @@ QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing, for each rule and size
 QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
 QUICK_LIMIT = 36.0  # seconds; a quick run begins nothing further after that
 PIPE_WIDTH = 150  # columns where the output is not a terminal
-PEERS_PAUSE = 0.005  # seconds; OpenMP's threads go on spinning for some milliseconds after their last loop
 
 
 def parse(arguments):
@@ -102,7 +101,7 @@ class Run:
         made, reasons = contenders(problem, fastrms.get_num_threads(), peers=self.rivals)
         check(problem, made)
         calls = {(contender.name, contender.way): contender.step for contender in made}
-        results, pause = self.results[where], PEERS_PAUSE if self.rivals else 0.0
+        results, pause = self.results[where], peers.PAUSE if self.rivals else 0.0
         for _ in range(2):
             results.add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
             if not any(cell[:2] == (rule, size) for cell in results.above_ceiling()):

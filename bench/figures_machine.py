@@ -15,7 +15,6 @@ from .results import Results
 from .timing import interleaved
 
 SECONDS = 4.0  # of timing for each cell
-PAUSE = 0.005  # seconds before each measurement, in which other libraries' threads stop to spin
 OURS, STREAMED = FASTRMS["c"], 2**25
 PLACED = f"{IN_WORDS[WELL_PLACED]}, where it does not say back to back"
 RIVALS = {
@@ -44,7 +43,7 @@ def measured(rule, size, names, threads=None):
     check(problem, made)
     calls = {(contender.name, contender.way): contender.step for contender in made}
     results = Results("float32", WELL_PLACED)
-    results.add(rule, size, made, interleaved(calls, SECONDS, pause=PAUSE if rivals else 0.0), reasons)
+    results.add(rule, size, made, interleaved(calls, SECONDS, pause=peers.PAUSE if rivals else 0.0), reasons)
     return results
 
 
@@ -138,7 +137,7 @@ def many():
         params, grads = many_arrays()
         optimizer = OPTIMIZERS[rule](params, backend="c")
         optimizer.bind(grads)
-        timings = interleaved({OURS: optimizer.step} | rivals, SECONDS, pause=PAUSE)
+        timings = interleaved({OURS: optimizer.step} | rivals, SECONDS, pause=peers.PAUSE)
         fastest = min(rivals, key=lambda name: timings[name].minimum)
         yield at_least(f"{what} ({fastest})", timings[fastest].minimum / timings[OURS].minimum, 15)
 

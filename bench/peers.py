@@ -21,6 +21,7 @@ import numpy as np
 from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
+PAUSE = 0.005  # seconds before a measurement; OpenMP's threads go on spinning for some milliseconds after their last loop
 INSTALL = "pip install 'fastrms[peers]'"
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
