@@ -23,6 +23,11 @@ _WRONG = (AttributeError, BufferError, KeyError, TypeError, ValueError)
 _CACHE_SIZE = 256
 
 
+def _same(options, last):
+    """Equal hyper-parameters, of the same kinds too: True == 1.0."""
+    return options == last and all(type(options[name]) is type(last[name]) for name in options)
+
+
 class Prepared(NamedTuple):
     """What an update needs, made once per set of hyper-parameters."""
 
@@ -41,15 +46,14 @@ class Update:
         self.optimizer, self.rule, self.given = optimizer, rule, given
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.cache = {}
-        # hyper-parameters of the last call -> their kinds where equal ones differ, dtype, C group
-        self.last = self.last_of_one = {}
+        self.last = self.last_of_one = (None, None, None)  # hyper-parameters of the last call, dtype, C group
 
     def one(self, options, param, grad, state):
         """make for a rule with one state, at the first step, without grad_scale: the same with still less Python."""
         try:
-            kinds, dtype, group = self.last_of_one[tuple(options.items())]
+            last, dtype, group = self.last_of_one
             if (
-                (kinds is None or kinds == [*map(type, options.values())])
+                options == last
                 and type(param) is _ndarray is type(grad)
                 and type(state) is _ndarray
                 and param.dtype is dtype is grad.dtype
@@ -58,15 +62,19 @@ class Update:
                     (param.ndim == grad.ndim == state.ndim == 1 and len(param) == len(grad) == len(state))  # no tuples
                     or param.shape == grad.shape == state.shape
                 )
-                and not _c_update_one(
-                    group,
-                    param.size,
-                    _from_buffer(_BYTES, param, True),
-                    _from_buffer(grad),
-                    _from_buffer(_BYTES, state, True),
-                )
             ):
-                return
+                for value in options.values():
+                    if type(value) is not float:  # True == 1.0: make() tells them apart
+                        break
+                else:
+                    if not _c_update_one(
+                        group,
+                        param.size,
+                        _from_buffer(_BYTES, param, True),
+                        _from_buffer(grad),
+                        _from_buffer(_BYTES, state, True),
+                    ):
+                        return
         except _WRONG:
             pass  # the long way says what is wrong
         _refuse_bias_correction(options)
@@ -81,9 +89,9 @@ class Update:
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
-            kinds, dtype, group = self.last[tuple(options.items())]
+            last, dtype, group = self.last
             shape, (_, grad, *_) = buffers[0].shape, buffers
-            if (kinds is None or kinds == [*map(type, options.values())]) and all(
+            if _same(options, last) and all(
                 type(array) is _ndarray and array.dtype is dtype and array.shape == shape for array in buffers
             ):
                 pointers = [_from_buffer(grad) if array is grad else _from_buffer(_BYTES, array, True) for array in buffers]
@@ -125,8 +133,7 @@ class Update:
             if plain:
                 self.cache[key] = prepared
         if plain and prepared.group is not None:
-            ambiguous = any(value in (0, 1) for value in options.values())
-            self.last = {tuple(options.items()): (kinds if ambiguous else None, dtype, prepared.group)}
+            self.last = options, dtype, prepared.group
         return prepared
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
