@@ -6,15 +6,12 @@ from cffi import FFI
 
 # The order matters: -fno-fast-math first, or it turns errno back on and nothing vectorises.
 FLAGS = [
-    "-O3",  # -O2 of gcc 12 does not vectorise these loops
+    "-O3",  # -O2 of gcc 12 vectorises only what has a constant length: the tiles, not their tails
     "-fno-fast-math",  # a user's CFLAGS=-ffast-math must not reach the kernels
     "-fno-math-errno",  # a sqrt that may set errno stays a call
     "-fno-trapping-math",  # a compare-select may become a blend
     "-ffp-contract=off",  # a*b + c rounds twice, everywhere
     "-fvisibility=hidden",
-    "-fprefetch-loop-arrays",  # of large buffers: the processor's own prefetching leaves the divider waiting
-    *("--param", "prefetch-latency=2000", "--param", "simultaneous-prefetches=16"),  # all streams, 1 to 2 KiB ahead
-    *("--param", "min-insn-to-prefetch-ratio=1", "--param", "prefetch-min-insn-to-mem-ratio=1"),
     "-g0",
     "-pthread",
 ]

@@ -6,31 +6,48 @@
 
 enum { IN_L1 = 1024 };                                    /* elements */
 
-#define EACH INDEPENDENT for (int64_t i = 0; i < size; ++i)
+/* for every i, in tiles, with what lies ahead asked for, as the kernels do */
+#define EACH(work, ...)                                                                                         \
+    {                                                                                                           \
+        enum { TILE = FASTRMS_TILE / sizeof(real) };                                                            \
+        int64_t start = 0;                                                                                      \
+        for (; start + TILE <= size; start += TILE) {                                                           \
+            const real *ahead[] = {__VA_ARGS__};                                                                \
+            for (unsigned k = 0; k < sizeof ahead / sizeof *ahead; ++k)                                         \
+                for (int line = 0; line < FASTRMS_TILE; line += FASTRMS_LINE)                                   \
+                    FASTRMS_ASK(ahead[k] + start, line)                                                         \
+            INDEPENDENT for (int64_t i = start; i < start + TILE; ++i) work                                     \
+        }                                                                                                       \
+        INDEPENDENT for (int64_t i = start; i < size; ++i) work                                                 \
+    }
 #define STREAMS int64_t size, int states, real *restrict param, const real *restrict grad, \
                 real *restrict state0, real *restrict state1, real *restrict state2
 #define LOOPS(dtype, isa, target)                                                                               \
     target static void together_##dtype##_##isa(STREAMS)                                                        \
     {                                                                                                           \
         if (states == 1)                                                                                        \
-            EACH { state0[i] += grad[i]; param[i] += state0[i]; }                                               \
+            EACH({ state0[i] += grad[i]; param[i] += state0[i]; }, grad, param, state0)                         \
         else if (states == 2)                                                                                   \
-            EACH { state0[i] += grad[i]; state1[i] += grad[i]; param[i] += state0[i]; }                         \
+            EACH({ state0[i] += grad[i]; state1[i] += grad[i]; param[i] += state0[i]; },                        \
+                 grad, param, state0, state1)                                                                   \
         else                                                                                                    \
-            EACH { state0[i] += grad[i]; state1[i] += grad[i]; state2[i] += grad[i]; param[i] += state0[i]; }   \
+            EACH({ state0[i] += grad[i]; state1[i] += grad[i]; state2[i] += grad[i]; param[i] += state0[i]; },  \
+                 grad, param, state0, state1, state2)                                                           \
     }                                                                                                           \
     target static void in_turn_##dtype##_##isa(STREAMS)                                                         \
     {                                                                                                           \
-        EACH state0[i] += grad[i];                                                                              \
+        EACH(state0[i] += grad[i];, grad, state0)                                                               \
         if (states > 1)                                                                                         \
-            EACH state1[i] += grad[i];                                                                          \
+            EACH(state1[i] += grad[i];, grad, state1)                                                           \
         if (states > 2)                                                                                         \
-            EACH state2[i] += grad[i];                                                                          \
-        EACH param[i] += state0[i];                                                                             \
+            EACH(state2[i] += grad[i];, grad, state2)                                                           \
+        EACH(param[i] += state0[i];, param, state0)                                                             \
     }                                                                                                           \
     target static void quotients_##dtype##_##isa(int64_t size, real *restrict to, const real *restrict x)       \
     {                                                                                                           \
-        EACH to[i] = x[i] / sqrt(x[i]);                                                                         \
+        INDEPENDENT                                                                                             \
+        for (int64_t i = 0; i < size; ++i)                                                                      \
+            to[i] = x[i] / sqrt(x[i]);                                                                          \
     }
 
 #define real float
