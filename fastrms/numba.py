@@ -81,8 +81,8 @@ def _addresses_by_type(arrays, shape):
     return addresses
 
 
-_names = {}
-_names["doubled"] = compiler(texts.rebuilt(recipes.doubled.__wrapped__, _names))
+_names = {"select": compiler(texts.select)}
+_names.update({text.__name__: compiler(texts.rebuilt(text, _names)) for text in (recipes.bits, recipes.doubled)})
 _series = compiler(texts.rebuilt(recipes.series, _names))
 
 

@@ -29,8 +29,8 @@ class OwnRecipe(NamedTuple):
     hyper: dict
     general: bool = False
 
-    def changing(self):
-        """All may change from step to step."""
+    fixed = False
+    ahead = None  # the subclass is asked step by step
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""

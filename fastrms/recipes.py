@@ -3,13 +3,13 @@
 csrc/step.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
 """
 
-from functools import lru_cache
-from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
+from numpy import sqrt
 
 from . import rules
+from .rules import select
 
 DIVIDE, TIMES_ROOT, OVER_ROOT = range(3)  # value / q, value * sqrt(q), value / sqrt(q)
 
@@ -35,13 +35,19 @@ class Recipe(NamedTuple):
     values: dict
     corrections: tuple
 
-    def changing(self):
-        """(place, value, corrections) of each coefficient that changes from step to step."""
-        names = dict.fromkeys(correction.coefficient for correction in self.corrections)
-        return [
-            (list(self.values).index(name), self.values[name], [c for c in self.corrections if c.coefficient == name])
-            for name in names
-        ]
+    @property
+    def fixed(self):
+        """Whether no coefficient changes from step to step."""
+        return not self.corrections
+
+    def ahead(self, first, count):
+        """(place, values) of each coefficient that changes, for `count` updates from number `first`: what at() says."""
+        steps, columns = np.arange(first, first + count), {}
+        for correction in self.corrections:
+            value = columns.get(correction.coefficient, self.values[correction.coefficient])
+            columns[correction.coefficient] = corrected(value, correction, steps, many)
+        places = list(self.values)
+        return [(places.index(name), column.tolist()) for name, column in columns.items()]
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
@@ -54,22 +60,38 @@ class Recipe(NamedTuple):
 
 def series(decay, weight, terms):
     """weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees."""
-    return weight * doubled(decay, terms)[0]
+    return weight * doubled(decay, terms, bits(terms))
 
 
-@lru_cache(maxsize=256)  # the next step needs the same half
-def doubled(decay, terms):
-    """(1 + decay + ... + decay^(terms-1), decay^terms)"""
-    if terms == 0:
-        return 0.0, 1.0
-    total, power = doubled(decay, terms >> 1)
-    total, power = total * (1 + power), power * power
-    return (total * decay + 1, power * decay) if terms & 1 else (total, power)
+def bits(terms):
+    count = 0
+    while terms >> count:
+        count += 1
+    return count
 
 
-def corrected(value, correction, step):
+def doubled(decay, terms, count):
+    """1 + decay + ... + decay^(terms-1), from the `count` bits of terms."""
+    total, power = 0.0, 1.0  # of no terms, and decay to their number
+    for bit in range(count - 1, -1, -1):
+        total, power = total * (1 + power), power * power
+        odd = terms >> bit & 1
+        total, power = select(odd, total * decay + 1, total), select(odd, power * decay, power)
+    return total
+
+
+_doubled_of_many = rules.rebuilt(doubled, {"select": np.where})
+
+
+def many(decay, weight, terms):
+    """series of every number of terms in an array."""
+    return weight * _doubled_of_many(decay, terms, bits(int(terms.max())))
+
+
+def corrected(value, correction, step, series=series):
+    """value at update number `step`, or with series=many at an array of them."""
     _, operation, decay, weight, ahead, linear = correction
-    quantity = 1 + float(step - 1) * decay if linear else series(decay, weight, step + ahead)
+    quantity = 1 + (step - 1) * decay if linear else series(decay, weight, step + ahead)
     if operation == DIVIDE:
         return value / quantity
     return value * sqrt(quantity) if operation == TIMES_ROOT else value / sqrt(quantity)

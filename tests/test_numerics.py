@@ -93,6 +93,8 @@ def test_bias_correction_after_ten_thousand_steps(backend):
 def test_series_is_the_same_in_c_and_python(terms, decay, weight):
     got = c.lib.fastrms_series(decay, weight, terms)
     assert got == recipes.series(decay, weight, terms)
+    around = np.arange(terms, terms + 5)
+    assert recipes.many(decay, weight, around).tolist() == [recipes.series(decay, weight, int(n)) for n in around]
     if decay and terms < 1000:
         assert got == pytest.approx(weight * sum(decay**k for k in range(terms)), rel=1e-12)
 

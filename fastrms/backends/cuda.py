@@ -240,7 +240,7 @@ class Plan(pyplan.Plan):
         for k in tensors:
             if self.params[k].size:
                 index = self.sets[k]
-                alike = None if self.recipes[index].changing() == [] else self.tensor_steps[k]
+                alike = None if self.recipes[index].fixed else self.tensor_steps[k]
                 groups.setdefault((index, alike), []).append(k)
         self._prepared = tensors, [self._launch(index, members) for (index, _), members in groups.items()]
         self._waits = self._foreign_streams(tensors)

@@ -10,13 +10,20 @@ HELPERS = {function.__name__: function for function in (rules.select, *rules.HEL
 
 def loop_body(rule, general):
     """The lines that update element i of the buffers: the rule as it stands in rules.py, GENERAL settled."""
-    states = rules.state_names(rule)
-    buffers = ("param", "grad", *states)
+    buffers = ("param", "grad", *rules.state_names(rule))
     writer = Writer(general)
-    arguments = [f"{name}[i]" for name in buffers] + list(rules.coefficient_names(rule))
+    arguments = [load(name) for name in buffers] + list(rules.coefficient_names(rule))
     results = writer.call(rule, [ast.parse(text, mode="eval").body for text in arguments])
-    written = ", ".join(f"{name}[i]" for name in ("param", *states))
-    return [*writer.lines, f"{written} = {ast.unparse(results)}"]
+    return [*writer.lines, *stores(rule, map(ast.unparse, results.elts))]
+
+
+def load(name):
+    return f"load_{name}({name}, i)"
+
+
+def stores(rule, results):
+    """Lines that write what a rule returns."""
+    return [f"store_{name}({name}, i, {x})" for name, x in zip(("param", *rules.state_names(rule)), results, strict=True)]
 
 
 class Writer(ast.NodeTransformer):

@@ -21,44 +21,111 @@ from llvmlite import binding
 from .. import own, rules
 from . import inlined
 
+TILE, ASKED = 128, (1536, 1600)  # bytes; the lines that a tile asks for, from its start: as in csrc/internal.h
+CHUNK = 8 * 1024  # elements that a thread takes at once
 OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
-from numba import njit, prange, types
+from llvmlite import ir
+from numba import int64, njit, prange, types
 from numba.extending import intrinsic
 from numpy import empty, sqrt, uint8, uintp
 
 OPTIONS = {options}
+BUFFERS = {buffers}
 real, word = types.{dtype}, types.intp
 fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
 IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
 
+def element(builder, address, index):
+    return builder.gep(builder.inttoptr(address, ir.{ir}().as_pointer()), [index])
+
+def apart(builder, access, name):
+    \"\"\"Tells LLVM that no two buffers share a byte.\"\"\"
+    known = builder.module.add_metadata
+    scopes = {{buffer: known([buffer, known(["fastrms"])]) for buffer in BUFFERS}}
+    access.set_metadata("alias.scope", known([scopes.pop(name)]))
+    access.set_metadata("noalias", known(list(scopes.values())))
+    return access
+
+def stream(name):
+    @intrinsic
+    def load(context, address, index):
+        def code(context, builder, signature, arguments):
+            return apart(builder, builder.load(element(builder, *arguments)), name)
+        return real(word, word), code
+
+    @intrinsic
+    def store(context, address, index, value):
+        def code(context, builder, signature, arguments):
+            apart(builder, builder.store(arguments[2], element(builder, *arguments[:2])), name)
+            return context.get_dummy_value()
+        return types.void(word, word, real), code
+    return load, store
+
 @intrinsic
-def pointer(context, address):
+def ask(context, address):
     def code(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-    return types.CPointer(real)(word), code
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prototype = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], prototype)
+        to_read, all_caches, data = flag(0), flag(3), flag(1)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), to_read, all_caches, data])
+        return context.get_dummy_value()
+    return types.void(word), code
+
+@intrinsic
+def number(context, address, index):
+    def code(context, builder, signature, arguments):
+        return builder.load(element(builder, *arguments))
+    return real(word, word), code
+
+{streams}
 """
 LOOP = """
 @njit({signature}**OPTIONS)
 def kernel(size, {addresses}, coefficients):
-    {buffers}, numbers = {pointers}, pointer(coefficients)
     {names} = {values}
     {enter}
-    for i in range(size):
+    whole = size - size % {tile}
+    for first in range(0, whole, {tile}):
+        {ask}
+        for k in range({tile}):
+            i = first + k
+            {body_of_tile}
+    for i in range(whole, size):
         {body}
     {leave}
 """
 SERIAL = "[types.void({words})], cache=CACHE, "
+# each thread begins with its own slice and takes over what is left of others', as in csrc/pool.c: a late one holds up nobody
 PARALLEL = """
 update = kernel
 
+@intrinsic
+def take(context, address, count):
+    def code(context, builder, signature, arguments):
+        where = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", where, arguments[1], "monotonic")
+    return int64(word, int64), code
+
 @njit([types.void({words}, word)], cache=CACHE, parallel=True, **OPTIONS)
 def kernel(size, {addresses}, coefficients, parts):
+    taken = empty(parts * 8, int64)  # each in a cache line of its own
+    for part in range(parts):
+        taken[8 * part] = size * part // parts
+    at = taken.ctypes.data
     for part in prange(parts):
-        first, last = size * part // parts, size * (part + 1) // parts
-        update(last - first, {moved}, coefficients)
+        {enter_part}
+        for turn in range(parts):
+            whose = (part + turn) % parts
+            end = size * (whose + 1) // parts
+            first = take(at + 64 * whose, {chunk})
+            while first < end:
+                update(min({chunk}, end - first), {moved}, coefficients)
+                first = take(at + 64 * whose, {chunk})
+        {leave_part}
 """
 # each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
 ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
@@ -84,7 +151,7 @@ def kernel(rule, general, dtype, parallel=False):
 
 
 def module_text(rule, dtype, parallel, body):
-    """The module of a kernel; body: the lines that update element i."""
+    """The module of a kernel; body: the lines that update element i.  In tiles, as in csrc/kernels.inc."""
     known = {"zero": "real(0)"} if isinstance(rule, str) else {}  # a select of it is a mask
     rule = rules.find(rule)
     buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
@@ -92,30 +159,37 @@ def module_text(rule, dtype, parallel, body):
     text = HEAD + LOOP + (PARALLEL if parallel else "")
     return text.format(
         options=OPTIONS,
+        buffers=buffers,
         dtype=dtype,
+        ir={4: "FloatType", 8: "DoubleType"}[dtype.itemsize],
+        streams="\n".join(f"load_{name}, store_{name} = stream({name!r})" for name in buffers),
         signature="" if parallel else SERIAL.format(words=words),
         words=words,
-        addresses=", ".join(f"{name}_at" for name in buffers),
-        moved=", ".join(f"{name}_at + first * {dtype.itemsize}" for name in buffers),
-        buffers=", ".join(buffers),
-        pointers=", ".join(f"pointer({name}_at)" for name in buffers),
+        addresses=", ".join(buffers),
+        moved=", ".join(f"{name} + first * {dtype.itemsize}" for name in buffers),
         names=", ".join(names) + ",",
-        values=", ".join(known.get(name, f"numbers[{k}]") for k, name in enumerate(names)) + ",",
+        values=", ".join(known.get(name, f"number(coefficients, {k})") for k, name in enumerate(names)) + ",",
+        chunk=CHUNK,
+        tile=TILE // dtype.itemsize,
+        ask="; ".join(f"ask({name} + first * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
         body="\n        ".join(body),
-        enter=ENTER,
-        leave=LEAVE,
+        body_of_tile="\n            ".join(body),
+        enter="" if parallel else ENTER,
+        leave="" if parallel else LEAVE,
+        enter_part=ENTER,
+        leave_part=LEAVE,
     )
 
 
 def calling(rule):
     """The body of a loop that calls the function `rule`.  An own rule gets its gradient scaled."""
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
-    elements = [f"{name}[i]" for name in ("param", "grad", *states)]
-    results = ", ".join(f"{name}[i]" for name in ("param", *states))
+    elements = [inlined.load(name) for name in ("param", "grad", *states)]
+    results = [f"new_{name}" for name in ("param", *states)]
     if isinstance(rule, own.OwnRule):
         names.remove("grad_scale")
         elements[1] += " * grad_scale"
-    return [f"{results}, = rule({', '.join(elements + names)})"]
+    return [f"{', '.join(results)}, = rule({', '.join(elements + names)})", *inlined.stores(rule, results)]
 
 
 def jitted(rule, general):

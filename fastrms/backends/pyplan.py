@@ -8,7 +8,7 @@ from array import array
 
 import numpy as np
 
-from .. import arrays, recipes, rules
+from .. import arrays, rules
 from . import BUSY, NOT_HELD, OK, OVERLAP
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
@@ -82,23 +82,25 @@ forks = Forks()
 class Coefficients:
     """Of tensors of one group that have had equally many steps: in memory that stays, made anew only where they change."""
 
+    AHEAD = 256  # steps whose coefficients are made at once: one at a time costs 3 us each
+
     def __init__(self, recipe):
         count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.recipe = recipe
         self.memory = array(recipe.dtype.char, bytes(count * recipe.dtype.itemsize))
-        self._changing = recipe.changing()
         self._scale = None
+        self._first, self._columns = 0, []
 
     def make(self, step, grad_scale):
         """For update number `step`, in double, rounded once."""
-        if self._changing is None or grad_scale != self._scale:
+        if grad_scale != self._scale or not self.recipe.ahead:
             self.memory[:] = array(self.memory.typecode, self.recipe.at(step, grad_scale))
             self._scale = grad_scale
-            return
-        for place, value, corrections in self._changing:
-            for correction in corrections:
-                value = recipes.corrected(value, correction, step)
-            self.memory[place] = value
+        elif not self.recipe.fixed:
+            if not 0 <= step - self._first < self.AHEAD or not self._columns:
+                self._first, self._columns = step, self.recipe.ahead(step, self.AHEAD)
+            for place, values in self._columns:
+                self.memory[place] = values[step - self._first]
 
 
 def update(call, recipe, step, grad_scale, param, grad, states):
