@@ -111,11 +111,13 @@ static const char *wrong_rmsprop(const fastrms_group *group, const fastrms_hyper
         {"bias_correction", word(h->bias_correction, FASTRMS_CORRECTED, h->centered ? 0 : FASTRMS_FOLDED)}, {NULL, 0}});
 }
 
+static const char *const rmsprop_rules[2][2] = {          /* [centered][momentum] */
+    {"rmsprop", "rmsprop_momentum"}, {"rmsprop_centered", "rmsprop_centered_momentum"}};
+
 static void rmsprop(fastrms_group *group, const fastrms_hyper *h)
 {
-    static const char *const rule[2][2] = {{"rmsprop", "rmsprop_momentum"}, {"rmsprop_centered", "rmsprop_centered_momentum"}};
     int lr_first = h->lr_in_momentum || h->momentum == 0, corrected = h->bias_correction == FASTRMS_CORRECTED;
-    begin(group, rule[h->centered != 0][h->momentum > 0], needs_general(h) || h->nesterov || corrected, h);
+    begin(group, rmsprop_rules[h->centered != 0][h->momentum > 0], needs_general(h) || h->nesterov || corrected, h);
     set(group, "rho", h->rho);
     set(group, "one_minus_rho", 1 - h->rho);
     set(group, "v_scale", 1);

@@ -106,7 +106,6 @@ static float add_gradient(const image *x)
 {
     float hidden[HIDDEN], probability[DIGITS], back[HIDDEN] = {0};
     forward(x, hidden, probability);
-    float loss = -logf(fmaxf(probability[x->digit], 1e-30f));
     for (int d = 0; d < DIGITS; ++d) {
         float error = probability[d] - (d == x->digit);
         gradient.outer_bias[d] += error;
@@ -121,7 +120,7 @@ static float add_gradient(const image *x)
             for (int k = 0; k < PIXELS; ++k)
                 gradient.inner[h][k] += back[h] * x->pixel[k];
         }
-    return loss;
+    return -logf(fmaxf(probability[x->digit], 1e-30f));
 }
 
 /* AdamW: group 0 for the weights, group 1, without decay, for the biases */
@@ -185,24 +184,28 @@ static float accuracy(const image *first, int count)
     return (float)right / (float)count;
 }
 
-int main(int count, char **arguments)
+static void train(int count, const image *held_out, int held_out_count, FILE *steps)
 {
-    if (count != 3 && count != 4)
-        refuse("usage", "trainer digits.csv weights.bin [steps.bin]");
-    int found = read_images(arguments[1]), training = found - found / 5;       /* the last fifth is held out */
-    if (found < 5 * BATCH)
-        refuse("too few images", arguments[1]);
-    FILE *steps = count == 4 ? opened(arguments[3], "wb") : NULL, *result = opened(arguments[2], "wb");
     fastrms_plan *plan = make_plan();
     start_randomly(&weights.inner[0][0], HIDDEN * PIXELS, 0.2f);
     start_randomly(&weights.outer[0][0], DIGITS * HIDDEN, 0.3f);
     if (steps)
         write_floats(steps, &weights);
     for (int epoch = 1; epoch <= EPOCHS; ++epoch) {
-        float loss = train_epoch(plan, training, steps);
-        printf("epoch %2d: loss %.4f, accuracy %.2f %% on the held-out fifth\n", epoch, loss,
-               100 * accuracy(images + training, found - training));
+        float loss = train_epoch(plan, count, steps), right = accuracy(held_out, held_out_count);
+        printf("epoch %2d: loss %.4f, accuracy %.2f %% on the held-out fifth\n", epoch, loss, 100 * right);
     }
+}
+
+int main(int count, char **arguments)
+{
+    if (count != 3 && count != 4)
+        refuse("usage", "trainer digits.csv weights.bin [steps.bin]");
+    int found = read_images(arguments[1]), held_out = found / 5;       /* the last fifth */
+    if (found < 5 * BATCH)
+        refuse("too few images", arguments[1]);
+    FILE *result = opened(arguments[2], "wb"), *steps = count == 4 ? opened(arguments[3], "wb") : NULL;
+    train(found - held_out, images + found - held_out, held_out, steps);
     write_floats(result, &weights);
     if (fclose(result) || (steps && fclose(steps)))
         refuse("cannot write", arguments[2]);
