@@ -4,17 +4,8 @@ import glob
 
 from cffi import FFI
 
-# The order matters: -fno-fast-math first, or it turns errno back on and nothing vectorises.
-FLAGS = [
-    "-O3",  # -O2 of gcc 12 vectorises only what has a constant length: the tiles, not their tails
-    "-fno-fast-math",  # a user's CFLAGS=-ffast-math must not reach the kernels
-    "-fno-math-errno",  # a sqrt that may set errno stays a call
-    "-fno-trapping-math",  # a compare-select may become a blend
-    "-ffp-contract=off",  # a*b + c rounds twice, everywhere
-    "-fvisibility=hidden",
-    "-g0",
-    "-pthread",
-]
+with open("csrc/flags") as lines:
+    flags = [word for line in lines for word in line.partition("#")[0].split()]
 
 with open("csrc/fastrms_decl.h") as declarations:
     cdef = declarations.read()
@@ -26,8 +17,8 @@ ffibuilder.set_source(
     '#include "fastrms.h"\n',
     sources=sorted(glob.glob("csrc/*.c")),
     include_dirs=["csrc"],
-    depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")) + ["csrc/build_ffi.py"],
+    depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")) + ["csrc/build_ffi.py", "csrc/flags"],
     libraries=["m"],
-    extra_compile_args=FLAGS,
+    extra_compile_args=flags,
     extra_link_args=["-pthread"],
 )

@@ -73,6 +73,7 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
                  const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps);
 
+/* One step on raw buffers, without a plan; step is the number of this update, from 1; states the rule lacks are NULL. */
 int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
@@ -81,6 +82,32 @@ int64_t fastrms_segments(int64_t size);
 int fastrms_update_one(const fastrms_group *group, int64_t size, void *param, const void *grad, void *state);
 
 double fastrms_series(double decay, double weight, int64_t terms);
+
+/* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults; what
+ * a family does not know it ignores.  clip_value: 0 for none.  bias_correction: 0, FASTRMS_CORRECTED or FASTRMS_FOLDED.
+ * nesterov: 0 or 1 for RMSProp, 0, FASTRMS_DOZAT or FASTRMS_FOLDED for Adam.  amsgrad: 0, 1 or FASTRMS_CORRECTED. */
+#define FASTRMS_CORRECTED 2
+#define FASTRMS_FOLDED 3
+#define FASTRMS_DOZAT 4
+typedef struct {
+    double lr, rho, beta1, beta2, eps, eps_root, momentum, lr_decay, weight_decay, clip_value;
+    double eta_minus, eta_plus, step_min, step_max;
+    int32_t nesterov, centered, amsgrad, bias_correction, decoupled, maximize, lr_in_momentum, zero_on_flip;
+} fastrms_hyper;
+
+extern const fastrms_hyper fastrms_rmsprop_defaults;
+extern const fastrms_hyper fastrms_adagrad_defaults;
+extern const fastrms_hyper fastrms_adam_defaults;
+extern const fastrms_hyper fastrms_adamw_defaults;
+extern const fastrms_hyper fastrms_rprop_defaults;
+
+/* The group of these hyper-parameters for float (itemsize 4) or double (8), with the bits that Python computes.  The answer
+ * is NULL, or the name of the hyper-parameter that is refused, and *group is as it was.  Not checked is what only the state
+ * shows: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  RProp's state step_size starts as lr, by the caller. */
+const char *fastrms_rmsprop_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_adagrad_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_adam_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_rprop_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
 
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);

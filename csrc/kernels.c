@@ -1,5 +1,5 @@
 /* Every rule as a loop: float and double, neutral and general form, for each instruction set in one binary.
- * The loops are plain C that the compiler vectorises; build_ffi.py has the flags that make it do so. */
+ * The loops are plain C that the compiler vectorises; the file flags has those that make it do so. */
 #include <math.h>
 #include "internal.h"
 

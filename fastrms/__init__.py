@@ -3,7 +3,7 @@
 from . import rules
 from .backends import available_backends
 from .base import Optimizer
-from .config import isa, show_config
+from .config import get_include, isa, show_config
 from .functional import adagrad, adam, init_state, rmsprop, rprop
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
 from .plan import StepInfo
@@ -21,6 +21,7 @@ __all__ = [
     "adagrad",
     "adam",
     "available_backends",
+    "get_include",
     "get_num_threads",
     "init_state",
     "isa",

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,11 @@ from . import backends, threads
 def isa():
     """The instruction set that the C kernels use here ("avx2" or "baseline"), or None without the C extension."""
     return backends.load("c").isa()
+
+
+def get_include():
+    """The directory of fastrms.h, for C code that calls opt.c_step or links libfastrms.a (`make -C csrc` in the sources)."""
+    return str(Path(__file__).parent / "include")
 
 
 def show_config():

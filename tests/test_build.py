@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -71,8 +72,7 @@ def test_the_built_kernels_are_vectorised_and_exact():
 
 
 def flags():
-    text = (ROOT / "csrc" / "build_ffi.py").read_text()
-    return re.findall(r'^    "(-[^"]+)"', text, re.M)
+    return [word for line in (ROOT / "csrc" / "flags").read_text().splitlines() for word in line.partition("#")[0].split()]
 
 
 def compiled(tmp_path, options):
@@ -169,8 +169,35 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
-    _, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
+    assert {n for n in names if n.endswith(".h")} == {"fastrms/include/fastrms.h", "fastrms/include/fastrms_decl.h"}
+    python, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
     assert re.search(r"\d+ passed", out)
+    check_header(python, tmp_path)
+    check_sdist(tmp_path / "dist")
+
+
+def check_sdist(dist):
+    """All that C needs is in it, and nothing that was built."""
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"csrc/{name}" for name in ("Makefile", "flags", "recipes.c", "fastrms_decl.h", "kernels.inc")} <= names
+    assert {"examples/trainer_c/" + name for name in ("Makefile", "trainer.c", "export_digits.py", "same.py")} <= names
+    assert not [name for name in names if name.endswith((".o", ".a", ".so")) or "/build/" in name]
+
+
+def check_header(python, tmp_path):
+    """The installed wheel's fastrms.h is found by get_include() and compiles, with nothing of the sources in reach."""
+    program = "import fastrms; print(fastrms.get_include())"
+    include = subprocess.run(
+        [python, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert include.startswith(str(tmp_path)) and not Path(include, "fastrms.h").is_symlink()
+    text = "#include <fastrms.h>\nint main(void) { return sizeof(fastrms_plan) < 100; }\n"
+    (tmp_path / "program.c").write_text(text)
+    command = [COMPILER, f"-I{include}", "program.c", "-o", "program"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([tmp_path / "program"], check=True)
 
 
 def test_built_without_c_on_purpose(sources, tmp_path):

@@ -1,0 +1,1 @@
+../../csrc/fastrms_decl.h
