@@ -25,6 +25,9 @@ class Views(Mapping):
         if value is not self[name]:  # the same comes back from views[name] += x
             raise TypeError(f"[{name!r}] is a view into a flat buffer and stays; write into it: [{name!r}][...] = x")
 
+    def __delitem__(self, name):
+        raise TypeError(f"[{name!r}] is a view into a flat buffer and stays")
+
     def __iter__(self):
         return iter(self._views)
 
