@@ -4,6 +4,7 @@ from . import rules
 from .backends import available_backends
 from .base import Optimizer
 from .config import get_include, isa, show_config
+from .flat import FlatBuffer
 from .functional import adagrad, adam, init_state, rmsprop, rprop
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
 from .plan import StepInfo
@@ -14,6 +15,7 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "FlatBuffer",
     "Optimizer",
     "RMSProp",
     "RProp",

@@ -40,7 +40,7 @@ class Buffer(NamedTuple):
 def acquire(x, name, *, writable):
     """Buffer of x, or TypeError / ValueError that names it.  x: NumPy array, torch CPU tensor, or an object with
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
-    array = _from_torch(x, name) if is_torch(x) else _as_array(x, name)
+    array = as_array(x, name)
     address = array.__array_interface__["data"][0]
     if not array.dtype.isnative:
         raise TypeError(f"{name} has dtype {array.dtype.str}, which is not in native byte order")
@@ -51,6 +51,11 @@ def acquire(x, name, *, writable):
     if writable and not array.flags.writeable:
         raise ValueError(f"{name} is read-only; it is updated in place and must be writable")
     return Buffer(x, _flat(array, name), address, array.shape, _element_strides(array))
+
+
+def as_array(x, name):
+    """x as an ndarray of the same memory, or TypeError / ValueError that names it."""
+    return _from_torch(x, name) if is_torch(x) else _as_array(x, name)
 
 
 def is_torch(x):

@@ -68,31 +68,37 @@ class Optimizer(Bound):
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
-        keywords = {**cls.defaults, "dialect": None, "backend": "auto", "stream": None, "capturable": False, "check": False}
+        keywords = {
+            **cls.defaults,
+            "groups": None,
+            "dialect": None,
+            "backend": "auto",
+            "stream": None,
+            "capturable": False,
+            "check": False,
+        }
         cls.__signature__ = Signature(
             [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
             + [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in keywords.items()]
         )
 
-    def __init__(self, params, *, dialect=None, backend="auto", stream=None, capturable=False, check=False, **options):
+    def __init__(
+        self, params, *, groups=None, dialect=None, backend="auto", stream=None, capturable=False, check=False, **options
+    ):
         if type(self) is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
-        members = params if structure.is_group_list(params) else [{"params": params}]
-        parts = [structure.of(member["params"]) for member in members]
-        self._structure = structure.GroupsOf([part for part, _ in parts]) if members is params else parts[0][0]
-        leaves = [leaf for _, part_leaves in parts for leaf in part_leaves]
+        self._structure, leaves, group_of, overrides = structure.arrange(params, groups)
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
         module = backends.choose(backend, self.own_rule, leaves[0])
         self.backend, self._memory = module.__name__.rpartition(".")[2], backends.memory(module)
+        self._patterns = list(groups or ())
         self._names = self._structure.names("params")
         self._grad_names = self._structure.names("grads")
         self._params = [self._memory.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
         self._memory.same_device(self._params, self._names)
         arrays.refuse_overlap(zip(self._names, self._params, strict=True))
-        group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
-        overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
         self._groups = [Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)]
         self._sets = sorted({(g, p.dtype) for g, p in zip(group_of, self._params, strict=True)}, key=str)
         self._set_of = [self._sets.index((g, p.dtype)) for g, p in zip(group_of, self._params, strict=True)]
@@ -214,19 +220,20 @@ class Optimizer(Bound):
     def _allocate(self):
         """State buffers for every parameter."""
         self._state = []
-        for k, param in enumerate(self._params):
+        for k, (param, twin) in enumerate(zip(self._params, self._structure.twins(), strict=True)):
             group, _ = self._sets[self._set_of[k]]
             h = SimpleNamespace(**self._groups[group]._values)
-            self._state.append(self.new_state(h, self._rules[self._set_of[k]], param, self._memory))
+            self._state.append(self.new_state(h, self._rules[self._set_of[k]], param, self._memory, twin))
         for group, dtype in self._sets:
             self._refuse_zero_state(SimpleNamespace(**self._groups[group]._values), (group, dtype), self._state)
 
     @classmethod
-    def new_state(cls, h, rule, param, memory):
-        """Flat state buffers for a parameter (Buffer), where the memory module places them."""
-        state = {}
+    def new_state(cls, h, rule, param, memory, twin=None):
+        """Flat state buffers for a parameter (Buffer), where the memory module places them.  twin: the flat gradient, where
+        it is known, which runs beside them, too."""
+        state, known = {}, [] if twin is None else [twin]
         for name in rules.state_names(rules.find(rule)):
-            state[name] = memory.place_beside(param, state.values())
+            state[name] = memory.place_beside(param, [*known, *state.values()])
             state[name].fill(cls.initial(h, name))
         return state
 
@@ -275,13 +282,15 @@ class Optimizer(Bound):
             "dialect": self.dialect,
             "steps": steps,
             "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
+            "patterns": list(self._patterns),
             "tensors": [
                 {
-                    "name": self._names[k],
-                    "steps": count,
-                    "state": {name: self._shaped(k, flat) for name, flat in tensor.items()},
+                    "name": name,
+                    "steps": tensor_steps[k],
+                    "state": {state: part.of(self._shaped(k, flat)) for state, flat in copies[k].items()},
                 }
-                for k, (count, tensor) in enumerate(zip(tensor_steps, copies, strict=True))
+                for k, parts in enumerate(self._structure.parts("params"))
+                for name, part in parts
             ],
         }
 
@@ -310,17 +319,20 @@ class Optimizer(Bound):
         if d["optimizer"] != type(self).__name__:
             raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
         dialects.preset(d["dialect"], self.family)
-        for what, count in (("groups", len(self._groups)), ("tensors", len(self._params))):
+        parts = self._structure.parts("params")
+        for what, count in (("groups", len(self._groups)), ("tensors", sum(map(len, parts)))):
             if len(d[what]) != count:
                 raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
+        if d["patterns"] != self._patterns:
+            raise ValueError(f"the state_dict has groups by the patterns {d['patterns']}, "
+                             f"this optimizer by {self._patterns}")  # fmt: skip
         values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(d["groups"])]
         by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
-        missing = next((name for name in self._names if name not in by_name), None)
+        missing = next((name for named in parts for name, _ in named if name not in by_name), None)
         if missing is not None:
             raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
-        tensors = [by_name[name] for name in self._names]
-        flats = [self._checked_state(k, tensor["state"]) for k, tensor in enumerate(tensors)]
-        steps = [hyper.step_count("steps", count, least=0) for count in (d["steps"], *(t["steps"] for t in tensors))]
+        flats = [self._checked_state(k, named, by_name) for k, named in enumerate(parts)]
+        steps = [hyper.step_count("steps", d["steps"], least=0), *(self._one_count(named, by_name) for named in parts)]
         return values, flats, steps, d["dialect"]
 
     def _checked_group(self, k, saved, dialect):
@@ -333,19 +345,31 @@ class Optimizer(Bound):
         return {name: mine["lr"] if name == "lr" and ("lr" not in saved or callable(mine["lr"])) else checked[name]
                 for name in mine}  # fmt: skip
 
-    def _checked_state(self, k, saved):
-        if saved.keys() != self._state[k].keys():
-            raise ValueError(f"the state_dict has state {sorted(saved)} for {self._names[k]}, "
-                             f"this optimizer has {sorted(self._state[k])}")  # fmt: skip
-        flats = {}
-        for name, array in saved.items():
-            mine = self._params[k]
-            if type(array) is not np.ndarray or (array.dtype, array.shape) != (mine.dtype, mine.shape):
-                raise ValueError(
-                    f"{name} of {self._names[k]} in the state_dict must be an ndarray of {mine.dtype}, shape {mine.shape}"
-                )
-            flats[name] = np.empty(mine.size, mine.dtype)
-            self._shaped(k, flats[name])[...] = array
+    @staticmethod
+    def _one_count(named, by_name):
+        """The step count of a tensor, from those of the arrays in it."""
+        counts = {hyper.step_count("steps", by_name[name]["steps"], least=0): name for name, _ in named}
+        if len(counts) > 1:
+            said = ", ".join(f"{count} steps for {name}" for count, name in counts.items())
+            raise ValueError(f"the state_dict has {said}; in this FlatBuffer they are one tensor with one count")
+        return next(iter(counts))
+
+    def _checked_state(self, k, named, by_name):
+        """The flat state arrays of tensor k, from the saved ones of the arrays in it."""
+        mine = self._params[k]
+        flats = {name: np.empty(mine.size, mine.dtype) for name in self._state[k]}
+        for name, part in named:
+            saved = by_name[name]["state"]
+            if saved.keys() != flats.keys():
+                raise ValueError(f"the state_dict has state {sorted(saved)} for {name}, "
+                                 f"this optimizer has {sorted(flats)}")  # fmt: skip
+            for state, array in saved.items():
+                to = part.of(self._shaped(k, flats[state]))
+                if type(array) is not np.ndarray or (array.dtype, array.shape) != (to.dtype, to.shape):
+                    raise ValueError(
+                        f"{state} of {name} in the state_dict must be an ndarray of {to.dtype}, shape {to.shape}"
+                    )
+                to[...] = array
         return flats
 
     def report(self):

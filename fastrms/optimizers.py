@@ -63,7 +63,9 @@ class RMSProp(Optimizer):
         floor = 2**-20 (float32), 2**-49 (float64): above the rounding of square_avg
         param = param - u         decoupled: param - (u + lr*weight_decay*param)
 
-    params: one array, a sequence, a mapping, or a list of groups ``{"params": ..., "lr": ...}``; float32 or float64.
+    params: one array, a sequence, a mapping, a FlatBuffer, or a list of groups ``{"params": ..., "lr": ...}``; float32 or
+    float64.   groups: hyper-parameters by name, of a mapping or FlatBuffer: ``{"*.bias": {"weight_decay": 0}}``; the first
+    pattern that matches counts (fnmatch.fnmatchcase on str(name)), each must get a name, opt.groups[0] is for the rest.
     lr: step size >= 0, or callable(step) first called with 0.   rho in [0, 1): decay of the averages.
     eps, eps_root >= 0: added outside and inside the square root; not both 0.
     momentum in [0, 1).   nesterov, centered: bool.   lr_in_momentum: lr multiplies u before it enters the buffer

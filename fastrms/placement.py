@@ -21,15 +21,25 @@ def distance(a, b):
 
 
 def place(size, dtype, beside):
-    """A new uninitialised 1-D array for size elements, well away from the addresses in `beside`."""
+    """A new uninitialised 1-D array for size elements, well away from the addresses in `beside`.
+
+    From 4 MiB on NumPy's allocator asks Linux for huge pages, which halves the time of the first touch."""
     nbytes = size * dtype.itemsize
-    slack = LINE + (STEP * CANDIDATES if nbytes >= LARGE else 0)
-    memory = np.empty(nbytes + slack, np.uint8)
+    return within(np.empty(nbytes + slack(nbytes), np.uint8), nbytes, beside).view(dtype)
+
+
+def slack(nbytes):
+    """How much longer than a buffer of nbytes its memory has to be."""
+    return LINE + (STEP * CANDIDATES if nbytes >= LARGE else 0)
+
+
+def within(memory, nbytes, beside):
+    """The part of an array of bytes that lies best beside these addresses."""
     start = memory.__array_interface__["data"][0]
     first = -start % LINE
     offsets = [first + k * STEP for k in range(CANDIDATES if nbytes >= LARGE else 1)]
     best = max(offsets, key=lambda offset: min((distance(start + offset, other) for other in beside), default=PAGE))
-    return memory[best : best + nbytes].view(dtype)
+    return memory[best : best + nbytes]
 
 
 def collide(a, b):

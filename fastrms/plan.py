@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import arrays, backends, hyper
+from .structure import STEADY
 
 ONE = 1.0
 _NEVER = object()
@@ -49,13 +50,13 @@ class Bound:
         self._scheduled = [k for k, (group, _) in enumerate(self._sets) if callable(self._groups[group]["lr"])]
 
     def _point_to(self, pointed):
-        """Note what the plan holds: None, the bound gradients, or one array that came twice; and whether step() may call
-        the backend at once: nothing may move between steps (torch), and no schedule may need Python."""
+        """Note what the plan holds: None, the bound gradients, or an array or FlatBuffer.grads that came twice; and whether
+        step() may call the backend at once: nothing may move between steps (torch), and no schedule may need Python."""
         self._pointed = pointed
         ready = pointed is not None and not (self._scheduled or self._refresh or self._moving())
         held = self._bound_object if pointed is self._bound else pointed
         self._no_grads = None if ready and pointed is self._bound else _NEVER
-        self._same_grads = held if ready and type(held) is np.ndarray else _NEVER
+        self._same_grads = held if ready and type(held) in STEADY else _NEVER
 
     def _moving(self):
         return self._pointed is self._bound and any(b is not None and arrays.is_torch(b.owner) for b in self._bound)
@@ -131,7 +132,7 @@ class Bound:
         """(accepted, hold): the checked gradients, None where the plan points to them already; and what is held then."""
         if grads is None:
             return self._accept_bound(anew)
-        if grads is self._pointed and type(grads) is np.ndarray and not anew:
+        if grads is self._pointed and type(grads) in STEADY and not anew:
             return None, None
         accepted = [
             grad
@@ -141,9 +142,9 @@ class Bound:
                 self._indices, self._structure.leaves(grads, "grads"), self._dtypes, self._shapes, strict=True
             )
         ]
-        if type(grads) is not np.ndarray:
+        if type(grads) not in STEADY:
             return accepted, None
-        again = self._last is not None and self._last() is grads  # a single array that comes twice is held from then on
+        again = self._last is not None and self._last() is grads  # what comes twice is held from then on
         self._last = weakref.ref(grads)
         return accepted, grads if again else None
 

@@ -1,11 +1,66 @@
-"""The shapes that params and grads may have: one array, a sequence, a mapping, or a list of groups of these."""
+"""The shapes that params and grads may have: an array, a sequence, a mapping, a FlatBuffer, or a list of groups of these."""
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
+from .flat import FlatBuffer, Views, one_after_another
 
-def is_group_list(params):
+STEADY = (np.ndarray, Views)  # the types of gradients that hold the same arrays for ever: nobody can exchange one
+
+
+class Arrangement(NamedTuple):
+    """What an optimizer works on: the tensors of params, and the group and overrides that each belongs to."""
+
+    structure: object
+    leaves: list
+    group_of: list  # index for each leaf
+    overrides: list  # hyper-parameters of each group, by name
+
+
+def arrange(params, groups):
+    """The Arrangement of params, of a list of groups, or of named arrays with groups by pattern."""
+    if groups is not None:
+        return _by_pattern(params, groups)
+    listed = _is_group_list(params)
+    members = params if listed else [{"params": params}]
+    parts = [of(member["params"]) for member in members]
+    overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
+    return Arrangement(
+        structure=GroupsOf([part for part, _ in parts]) if listed else parts[0][0],
+        leaves=[leaf for _, leaves in parts for leaf in leaves],
+        group_of=[index for index, (part, _) in enumerate(parts) for _ in range(part.count)],
+        overrides=overrides,
+    )
+
+
+def _by_pattern(params, groups):
+    """The Arrangement of named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
+    if not isinstance(groups, Mapping) or not all(isinstance(p, str) and isinstance(o, Mapping) for p, o in groups.items()):
+        raise TypeError(f"groups={groups!r} must be a mapping name pattern -> mapping of hyper-parameters")
+    if not isinstance(params, (Mapping, FlatBuffer)):
+        raise TypeError(f"groups={groups!r} goes by name, and params is a {type(params).__name__} without names; pass a "
+                        f"mapping name -> array or a FlatBuffer")  # fmt: skip
+    owner = _owners(params.params if isinstance(params, FlatBuffer) else params, list(groups))
+    structure, leaves = of(params, owner)
+    group_of = [owner[key] for key in structure.keys]
+    return Arrangement(structure, leaves, group_of, [{}, *map(dict, groups.values())])
+
+
+def _owners(names, patterns):
+    """name -> the number of the first pattern that matches it, from 1; 0 where none does."""
+    owner = {name: next((k for k, p in enumerate(patterns, 1) if fnmatchcase(str(name), p)), 0) for name in names}
+    for k, pattern in enumerate(patterns, 1):
+        if k not in owner.values():
+            raise ValueError(f"groups[{pattern!r}] gets none of {', '.join(map(str, names))}: it matches no name, or an "
+                             f"earlier pattern takes all that it matches")  # fmt: skip
+    return owner
+
+
+def _is_group_list(params):
     return (
         isinstance(params, (list, tuple))
         and len(params) > 0
@@ -13,8 +68,11 @@ def is_group_list(params):
     )
 
 
-def of(params):
-    """(structure, leaves) of one array, a sequence or a mapping."""
+def of(params, owner=None):
+    """(structure, leaves) of one array, a sequence, a mapping or a FlatBuffer; owner: the group of each of its names."""
+    if isinstance(params, FlatBuffer):
+        structure = FlatOf(params, owner or dict.fromkeys(params.params, 0))
+        return structure, structure.cut(params.data)
     if isinstance(params, Mapping):
         return MappingOf(list(params)), list(params.values())
     if isinstance(params, (list, tuple)) or _is_plain_iterable(params):
@@ -35,7 +93,32 @@ def _is_plain_iterable(x):
     return False
 
 
-class One:
+class Part(NamedTuple):
+    """Where a named array lies in a tensor of the optimizer; place is None where it is the whole tensor."""
+
+    place: slice | None = None
+    shape: tuple = ()
+
+    def of(self, tensor):
+        """A view of the part, of an array in the shape of the tensor."""
+        return tensor if self.place is None else tensor[self.place].reshape(self.shape)
+
+
+class Structure:
+    """A shape that params may have, of `count` tensors."""
+
+    count: int
+
+    def parts(self, what):
+        """For each tensor the named arrays in it: (name, Part) pairs."""
+        return [[(name, Part())] for name in self.names(what)]
+
+    def twins(self):
+        """For each tensor the gradient array that is known beforehand to run beside it, or None."""
+        return [None] * self.count
+
+
+class One(Structure):
     """A single array."""
 
     count = 1
@@ -50,7 +133,7 @@ class One:
         return leaves[0]
 
 
-class SequenceOf:
+class SequenceOf(Structure):
     """A sequence of `count` arrays."""
 
     def __init__(self, count):
@@ -72,7 +155,7 @@ class SequenceOf:
         return list(leaves)
 
 
-class MappingOf:
+class MappingOf(Structure):
     """A mapping with the given keys."""
 
     def __init__(self, keys):
@@ -98,7 +181,56 @@ class MappingOf:
         return dict(zip(self.keys, leaves, strict=True))
 
 
-class GroupsOf:
+class FlatOf(Structure):
+    """A FlatBuffer: one tensor for each run of consecutive names that have the same owner."""
+
+    def __init__(self, flat, owner):
+        self.flat = flat
+        self.runs = [self._run(list(names)) for _, names in groupby(owner, owner.get)]
+        self.keys = [next(iter(run)) for run in self.runs]
+        self.count = len(self.runs)
+        self.places = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
+
+    def _run(self, names):
+        views = [self.flat.params[name] for name in names]
+        places = one_after_another(view.size for view in views)
+        return {name: Part(place, view.shape) for name, place, view in zip(names, places, views, strict=True)}
+
+    def names(self, what):
+        if self.count == 1:
+            return [what]
+        ends = [(next(iter(run)), next(reversed(run))) for run in self.runs]
+        return [f"{what}[{first!r}]" if first == last else f"{what}[{first!r}:{last!r}]" for first, last in ends]
+
+    def leaves(self, value, what):
+        size = self.flat.grad.size
+        if value is None:
+            return [None] * self.count
+        if value is self.flat.grads:
+            value = self.flat.grad
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{what} is a {type(value).__name__}; it must be the grads or grad of the FlatBuffer, or a 1-D "
+                            f"array of {size}: copy other gradients into flat.grads[name][...]")  # fmt: skip
+        if value.shape != (size,):
+            raise ValueError(f"{what} has shape {value.shape}, the FlatBuffer has {size} elements in one dimension")
+        return self.cut(value)
+
+    def cut(self, whole):
+        """The runs of a 1-D array."""
+        return [whole[place] for place in self.places]
+
+    def parts(self, what):
+        return [[(f"{what}[{name!r}]", part) for name, part in run.items()] for run in self.runs]
+
+    def twins(self):
+        return self.cut(self.flat.grad)
+
+    def build(self, leaves):
+        runs = zip(self.runs, leaves, strict=True)
+        return {n: None if leaf is None else part.of(leaf) for run, leaf in runs for n, part in run.items()}
+
+
+class GroupsOf(Structure):
     """A list of groups, each with a structure of its own."""
 
     def __init__(self, members):
@@ -107,6 +239,12 @@ class GroupsOf:
 
     def names(self, what):
         return [name for k, member in enumerate(self.members) for name in member.names(f"{what}[{k}]")]
+
+    def parts(self, what):
+        return [parts for k, member in enumerate(self.members) for parts in member.parts(f"{what}[{k}]")]
+
+    def twins(self):
+        return [twin for member in self.members for twin in member.twins()]
 
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)) or len(value) != len(self.members):

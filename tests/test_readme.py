@@ -37,6 +37,13 @@ def test_the_second_example_runs():
     assert names["opt"].steps == 1
 
 
+def test_the_flat_buffer_example_runs():
+    names = {}
+    exec(next(text for text in code_blocks() if "FlatBuffer(" in text), names)
+    flat = names["flat"]
+    assert names["opt"].steps == 1 and (flat.params["w1.bias"] < 0).all() and not flat.params["w2.bias"].any()
+
+
 def test_the_numba_example_runs():
     pytest.importorskip("numba")
     names = {}

@@ -1,0 +1,127 @@
+"""FlatBuffer: named arrays in one flat buffer, and their gradients in a second one that lies well apart from it."""
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+from operator import index
+
+import numpy as np
+
+from . import arrays, placement
+
+
+class Views(Mapping):
+    """Read-only mapping name -> view into a flat array.  Write into the views: an entry cannot be exchanged, it would
+    leave the buffer.  Copies and pickles as the dict that it shows."""
+
+    def __init__(self, flat, shapes):
+        places = one_after_another(map(math.prod, shapes.values()))
+        self._views = {name: flat[place].reshape(shape) for (name, shape), place in zip(shapes.items(), places, strict=True)}
+
+    def __getitem__(self, name):
+        return self._views[name]
+
+    def __setitem__(self, name, value):
+        if value is not self[name]:  # the same comes back from views[name] += x
+            raise TypeError(f"[{name!r}] is a view into a flat buffer and stays; write into it: [{name!r}][...] = x")
+
+    def __delitem__(self, name):
+        raise TypeError(f"[{name!r}] is a view into a flat buffer and stays")
+
+    def __iter__(self):
+        return iter(self._views)
+
+    def __len__(self):
+        return len(self._views)
+
+    def __reduce__(self):
+        return dict, (self._views,)
+
+    def __repr__(self):
+        return f"Views({', '.join(f'{name!r}: {view.shape}' for name, view in self.items())})"
+
+
+class FlatBuffer:
+    """Named arrays of one dtype, in C order and without gaps in one buffer, and their gradients in a second one.
+
+    shapes   mapping name -> shape, or a sequence of shapes, whose names are then 0, 1, ...; all values start at 0
+    dtype    float32 or float64
+    data, grad        the two flat arrays, 1-D; where they start is chosen so that they do not evict each other from cache
+    params, grads     read-only mappings name -> view of data and of grad, in the shape of that name
+
+    fastrms.RMSProp(flat) updates data as one tensor, whatever the number of names.  TypeError for another dtype or a
+    shape that is none, ValueError for a negative length or no names at all.  A copy or pickle is a new FlatBuffer.
+    """
+
+    def __init__(self, shapes, dtype=np.float32):
+        shapes = {name: _shape(f"shapes[{name!r}]", shape) for name, shape in _named(shapes, "shapes").items()}
+        if np.dtype(dtype) not in arrays.DTYPES:
+            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64")
+        size = sum(map(math.prod, shapes.values()))
+        data = placement.place(size, np.dtype(dtype), [])
+        grad = placement.place(size, data.dtype, [arrays.own(data).address])
+        for flat in (data, grad):
+            flat.fill(0)
+        vars(self).update(data=data, grad=grad, params=Views(data, shapes), grads=Views(grad, shapes))
+
+    @classmethod
+    def like(cls, params):
+        """A FlatBuffer with copies of these arrays, and gradients of 0.  params: a mapping name -> array, or a sequence;
+        NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or all float64."""
+        given = {name: arrays.as_array(x, f"params[{name!r}]") for name, x in _named(params, "params").items()}
+        first, dtype = next((name, x.dtype) for name, x in given.items())
+        for name, x in given.items():
+            if x.dtype not in arrays.DTYPES:
+                raise TypeError(f"params[{name!r}] has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
+            if x.dtype != dtype:
+                raise TypeError(f"params[{name!r}] has dtype {x.dtype}, params[{first!r}] has {dtype}; a FlatBuffer has one")
+        made = cls({name: x.shape for name, x in given.items()}, dtype)
+        for name, x in given.items():
+            made.params[name][...] = x
+        return made
+
+    def __setattr__(self, name, value):
+        if name not in vars(self):
+            raise AttributeError(f"a FlatBuffer has no attribute {name!r}")
+        if value is not getattr(self, name):  # the same comes back from flat.grad += x
+            raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}[...] = x")
+
+    def __reduce__(self):
+        shapes = {name: view.shape for name, view in self.params.items()}
+        return _rebuilt, (shapes, self.data, self.grad)
+
+    def __repr__(self):
+        return f"<FlatBuffer of {len(self.params)} array(s), {self.data.size} {self.data.dtype}>"
+
+
+def _rebuilt(shapes, data, grad):
+    """A FlatBuffer with these contents."""
+    made = FlatBuffer(shapes, data.dtype)
+    made.data[...], made.grad[...] = data, grad
+    return made
+
+
+def _named(values, what):
+    """values as a dict; the names of a sequence are its indices."""
+    if not isinstance(values, (Mapping, list, tuple)):
+        raise TypeError(f"{what} is a {type(values).__name__}; it must be a mapping by name, or a sequence")
+    if not values:
+        raise ValueError(f"{what} is empty; a FlatBuffer needs at least one array")
+    return dict(values if isinstance(values, Mapping) else enumerate(values))
+
+
+def _shape(name, shape):
+    """shape as a tuple of int; one int is a length."""
+    try:
+        lengths = tuple(map(index, shape if isinstance(shape, (tuple, list)) else (shape,)))
+    except TypeError:
+        raise TypeError(f"{name}={shape!r} is not a shape: it must be a tuple of int") from None
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"{name}={shape!r} has a negative length")
+    return lengths
+
+
+def one_after_another(sizes):
+    """Slices of these sizes, without gaps."""
+    ends = list(accumulate(sizes))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
