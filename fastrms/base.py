@@ -267,14 +267,17 @@ class Optimizer(Bound):
 
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
-        run has the bits of an unbroken one.  A callable lr is left out.  Pickle it together with the parameters."""
+        run has the bits of an unbroken one.  A schedule of fastrms.schedules is in it with its counters, any other callable
+        lr is left out.  Pickle it together with the parameters, or see save()."""
+        from . import schedules
+
         copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in tensor.items()} for tensor in self._state]
         steps, *tensor_steps = self._copy(copies, self._state)
         return {
             "optimizer": type(self).__name__,
             "dialect": self.dialect,
             "steps": steps,
-            "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
+            "groups": schedules.described(self._groups),
             "tensors": [
                 {
                     "name": self._names[k],
@@ -294,26 +297,33 @@ class Optimizer(Bound):
         return before
 
     def load_state_dict(self, d):
-        """Take over what state_dict() gave, hyper-parameters included; only a callable lr of this optimizer stays.
+        """Take over what state_dict() gave, hyper-parameters included.  A callable lr of this optimizer stays, unless it is
+        of fastrms.schedules and so is the saved one; a Plateau stays the object that it is, with the saved counters.
         Tensors are matched by name.  ValueError, with nothing changed, where d does not fit this optimizer."""
         try:
-            values, flats, steps, dialect = self._checked_state_dict(d)
+            values, flats, steps, dialect, plateaus = self._checked_state_dict(d)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
         recipes = self._recipes_for(values, flats, "this state_dict")
         self._copy(self._state, flats, recipes, steps)
         super().__setattr__("dialect", dialect)
+        for plateau, loaded in plateaus:
+            vars(plateau).update(vars(loaded))
         self._take_values(values)
 
     def _checked_state_dict(self, d):
-        """Group values, flat state arrays, step counts and dialect out of a state_dict, checked against this optimizer."""
+        """Group values, flat state arrays, step counts, dialect, and (Plateau of this optimizer, saved one) pairs out of a
+        state_dict, checked against this optimizer."""
+        from . import schedules
+
         if d["optimizer"] != type(self).__name__:
             raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
         dialects.preset(d["dialect"], self.family)
         for what, count in (("groups", len(self._groups)), ("tensors", len(self._params))):
             if len(d[what]) != count:
                 raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
-        values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(d["groups"])]
+        groups, plateaus = schedules.revived(d["groups"], [group["lr"] for group in self._groups])
+        values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(groups)]
         by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
         missing = next((name for name in self._names if name not in by_name), None)
         if missing is not None:
@@ -321,17 +331,16 @@ class Optimizer(Bound):
         tensors = [by_name[name] for name in self._names]
         flats = [self._checked_state(k, tensor["state"]) for k, tensor in enumerate(tensors)]
         steps = [hyper.step_count("steps", count, least=0) for count in (d["steps"], *(t["steps"] for t in tensors))]
-        return values, flats, steps, d["dialect"]
+        return values, flats, steps, d["dialect"], plateaus
 
     def _checked_group(self, k, saved, dialect):
-        """All hyper-parameters of group k; its own lr where that is a callable or the saved one was."""
+        """All hyper-parameters of group k; its own lr where the saved group has none."""
         mine = self._groups[k]._values
         if saved.keys() | {"lr"} != mine.keys():
             name = next(iter((saved.keys() | {"lr"}) ^ mine.keys()))
             raise ValueError(f"groups[{k}] of the state_dict and {type(self).__name__} do not both have {name!r}")
         checked = {name: self._checked(dialect, name, value) for name, value in saved.items()}
-        return {name: mine["lr"] if name == "lr" and ("lr" not in saved or callable(mine["lr"])) else checked[name]
-                for name in mine}  # fmt: skip
+        return {name: checked.get(name, mine["lr"]) for name in mine}
 
     def _checked_state(self, k, saved):
         if saved.keys() != self._state[k].keys():
