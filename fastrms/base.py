@@ -357,6 +357,23 @@ class Optimizer(Bound):
             self._shaped(k, flats[name])[...] = array
         return flats
 
+    def save(self, path):
+        """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact; the parameters are yours to
+        save.  The file is written beside path, synced and renamed, so path is at any moment the old file or the new one;
+        a writer that is killed may leave its part as path.<random>.tmp.  A symbolic link is followed.  OSError as the
+        filesystem has it, with the old file untouched; ImportError without safetensors."""
+        from . import checkpoint
+
+        checkpoint.save(self, path)
+
+    def load(self, path):
+        """Take over what save() wrote, as load_state_dict() does; the next steps have the bits of an unbroken run.
+        ValueError, naming path, where the file is truncated, foreign, or does not fit this optimizer; OSError as the
+        filesystem has it; nothing has changed then."""
+        from . import checkpoint
+
+        checkpoint.load(self, path)
+
     def report(self):
         """What runs, on what, and which of your buffers lie badly: a text for people."""
         lines = [
