@@ -318,6 +318,8 @@ def _with_schedules(plain):
             if told["object"] not in made:
                 made[told["object"]] = _revive(told)
             values["lr"] = made[told["object"]]
+        elif "lr" in values:
+            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
         groups.append(values)
     return groups
 
