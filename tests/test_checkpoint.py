@@ -289,7 +289,7 @@ def test_files_move_between_backends(tmp_path):
 
 
 KILLED = """
-    import mmap, os, random, signal, sys, time
+    import glob, mmap, os, random, signal, sys, time
     import numpy as np, fastrms
     from fastrms import checkpoint
 
@@ -310,6 +310,7 @@ KILLED = """
     done = mmap.mmap(-1, 8)        # shared with the child: the last file that it has finished
     save(), optimizer.load(path)
     random.seed(1)
+    parts = 0
     for kill in range(kills):
         done[:] = optimizer.steps.to_bytes(8, "little")
         child = os.fork()
@@ -324,7 +325,10 @@ KILLED = """
         finished = int.from_bytes(done[:], "little")
         assert optimizer.steps in (finished, finished + 1), (optimizer.steps, finished)
         assert (total == optimizer.steps).all()
-    print(optimizer.steps, len([name for name in os.listdir(os.path.dirname(path)) if name.endswith(".tmp")]))
+        for part in glob.glob(path + ".*.tmp"):
+            os.remove(part)
+            parts += 1
+    print(parts)
 """
 
 
@@ -337,8 +341,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path):
     """SIGKILL at 200 random moments; parts of files show that some hit the write."""
     run = killed(tmp_path / "o", "renamed")
     assert run.returncode == 0, run.stderr
-    steps, parts = map(int, run.stdout.split())
-    assert steps > 1 and parts > 0
+    assert int(run.stdout) > 0
 
 
 def test_a_straight_write_would_not_survive_that(tmp_path):
