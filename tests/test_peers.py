@@ -198,6 +198,78 @@ def test_torch(torch, name, theirs, mine, dtype):
     assert_near(ours(name, "torch", dtype, mine, halve=name != "RProp"), path, "torch")
 
 
+# state_dicts of torch, there and back in mid-run
+
+
+def torch_steps(torch, optimizer, params, gradients):
+    for gradient in gradients:
+        for param, part in zip(params, np.split(gradient, [40]), strict=True):
+            param.grad = torch.from_numpy(part.copy())
+        optimizer.step()
+
+
+def our_steps(optimizer, gradients):
+    for gradient in gradients:
+        optimizer.step(np.split(gradient, [40]))
+
+
+@BOTH
+@pytest.mark.parametrize("there", [True, False], ids=["from-torch", "to-torch"])
+@pytest.mark.parametrize(("name", "theirs", "mine"), cases(TORCH))
+def test_torch_takes_over_in_mid_run_and_we_from_torch(torch, name, theirs, mine, there, dtype):
+    """The receiver is made with other numbers; it takes those of the state_dict, and both go on alike."""
+    start, gradients = problem(dtype)
+    ours = [part.copy() for part in np.split(start, [40])]
+    params = [torch.nn.Parameter(torch.from_numpy(part.copy())) for part in ours]
+    maker, structural = getattr(torch.optim, TORCH_NAMES[name]), ("momentum", "centered", "amsgrad")
+    given = {k: v for k, v in (theirs if not there else mine).items() if k in structural}
+    torch_optimizer = maker(params, **(theirs if there else {**given, "lr": 0.5}))
+    our_optimizer = getattr(fastrms, name)(ours, **({**given, "lr": 0.5} if there else mine))
+    if there:
+        torch_steps(torch, torch_optimizer, params, gradients[:HALVED_AT])
+        our_optimizer.load_torch_state_dict(torch_optimizer.state_dict())
+        for x, param in zip(ours, params, strict=True):
+            x[...] = param.detach().numpy()
+    else:
+        our_steps(our_optimizer, gradients[:HALVED_AT])
+        torch_optimizer.load_state_dict(our_optimizer.to_torch_state_dict())
+        for x, param in zip(ours, params, strict=True):
+            param.data.copy_(torch.from_numpy(x))
+    torch_steps(torch, torch_optimizer, params, gradients[HALVED_AT:])
+    our_steps(our_optimizer, gradients[HALVED_AT:])
+    expected = np.concatenate([start, *(param.detach().numpy() for param in params)]).reshape(2, -1)
+    assert_near(np.concatenate([start, *ours]).reshape(2, -1), expected, "torch")
+    steps = [int(state["step"]) for state in torch_optimizer.state_dict()["state"].values()]
+    assert steps == [t["steps"] for t in our_optimizer.state_dict()["tensors"]] == [STEPS, STEPS]
+
+
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_torch_groups_and_tensors_without_gradient(torch, name):
+    """Two groups, a tensor that torch has no state for, steps that differ; there and back gives the same state_dict."""
+    params = [torch.nn.Parameter(torch.full((2, 3), k + 1.0)) for k in range(3)]
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2}]
+    theirs = getattr(torch.optim, TORCH_NAMES[name])(groups)
+    for k in range(2):
+        params[0].grad, params[2].grad = torch.ones(2, 3), torch.ones(2, 3) if k else None
+        theirs.step()
+    ours = getattr(fastrms, name)([{"params": params[:2]}, {"params": params[2:]}])
+    ours.load_torch_state_dict(theirs.state_dict())
+    assert ours.lr == [0.1, 0.2] and ours.steps == 2
+    assert [t["steps"] for t in ours.state_dict()["tensors"]] == [2, 0, 1]
+    other = getattr(fastrms, name)([{"params": params[:2]}, {"params": params[2:]}])
+    other.load_torch_state_dict(ours.to_torch_state_dict())
+    assert str(other.state_dict()) == str(ours.state_dict())
+    assert [group["params"] for group in ours.to_torch_state_dict()["param_groups"]] == [[0, 1], [2]]
+    before, ones = [p.detach().clone() for p in params], [np.ones((2, 3), np.float32) for _ in range(3)]
+    ours.step([ones[:2], ones[2:]])
+    want = [p.detach().clone() for p in params]
+    for p, x in zip(params, before, strict=True):
+        p.data.copy_(x)
+        p.grad = torch.ones(2, 3)
+    theirs.step()
+    assert all(torch.allclose(p, x, rtol=1e-6, atol=0) for p, x in zip(params, want, strict=True))
+
+
 # Keras 3
 
 KERAS_NAMES = {"RMSProp": "RMSprop", "AdaGrad": "Adagrad", "Adam": "Adam", "AdamW": "AdamW"}
