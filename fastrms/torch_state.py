@@ -44,22 +44,32 @@ def _members(optimizer):
 
 def exported(optimizer):
     """See Optimizer.to_torch_state_dict."""
+    d = torch_form(optimizer)
     try:
         import torch
     except ImportError:
         raise ImportError("to_torch_state_dict() makes torch tensors: pip install torch") from None
-    d, members = optimizer.state_dict(), _members(optimizer)
+    tensors = {
+        number: {"step": torch.tensor(state.pop("step"), dtype=torch.float32)}
+        | {name: torch.from_numpy(array) for name, array in state.items()}
+        for number, state in d["state"].items()
+    }
+    return {**d, "state": tensors}
+
+
+def torch_form(optimizer):
+    """torch's state_dict with NumPy arrays, and floats for step."""
+    members = _members(optimizer)
     order = [k for group in members for k in group]
-    state = {number: _torch_tensors(torch, d["tensors"][k]) for number, k in enumerate(order)}
     groups = [_torch_group(optimizer, k, [order.index(n) for n in group]) for k, group in enumerate(members)]
-    return {"state": state, "param_groups": groups}
+    tensors = optimizer.state_dict()["tensors"]
+    return {"state": {number: _torch_state(tensors[k]) for number, k in enumerate(order)}, "param_groups": groups}
 
 
-def _torch_tensors(torch, tensor):
+def _torch_state(tensor):
     if tensor["steps"] > MOST_STEPS:
         raise ValueError(f"{tensor['name']} has made {tensor['steps']} steps; torch counts in float32, up to {MOST_STEPS}")
-    state = {name: torch.from_numpy(array) for name, array in tensor["state"].items()}
-    return {"step": torch.tensor(float(tensor["steps"]), dtype=torch.float32), **state}
+    return {"step": float(tensor["steps"]), **tensor["state"]}
 
 
 def _torch_group(optimizer, k, numbers):
@@ -92,14 +102,15 @@ def _refuse_what_torch_lacks(optimizer, h, names):
 
 def imported(optimizer, d):
     """See Optimizer.load_torch_state_dict."""
+    names = _names(optimizer)
     try:
-        plain = _plain(optimizer, d)
+        plain = _plain(optimizer, names, d)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"this is not a state_dict of torch.optim that fits {optimizer.family}: {error!r}") from None
     optimizer.load_state_dict(plain)
 
 
-def _plain(optimizer, d):
+def _plain(optimizer, names, d):
     """A state_dict of torch in the form of ours."""
     groups, members = d["param_groups"], _members(optimizer)
     if [len(group["params"]) for group in groups] != [len(group) for group in members]:
@@ -107,7 +118,7 @@ def _plain(optimizer, d):
             f"the state_dict has groups of {[len(group['params']) for group in groups]} parameters, "
             f"this optimizer has {[len(group) for group in members]}"
         )
-    values = [_our_group(optimizer, group) for group in groups]
+    values = [_our_group(optimizer, names, group) for group in groups]
     tensors = [None] * len(optimizer._params)
     for group, mine, h in zip(groups, members, values, strict=True):
         for number, k in zip(group["params"], mine, strict=True):
@@ -118,10 +129,10 @@ def _plain(optimizer, d):
     }  # fmt: skip
 
 
-def _our_group(optimizer, group):
+def _our_group(optimizer, names, group):
     """Our hyper-parameters: those that torch does not have are at their defaults, which are torch's."""
     values = dict(optimizer.defaults)
-    for theirs, ours in _names(optimizer).items():
+    for theirs, ours in names.items():
         if theirs in YOUNG and theirs not in group:
             continue
         if isinstance(ours, tuple):
