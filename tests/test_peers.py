@@ -541,3 +541,116 @@ def test_mindspore_rmsprop_has_its_eps_in_two_places(mindspore):
         candidates.append(np.abs(param - first) / np.spacing(np.abs(first).max()))
     assert np.minimum(*candidates).max() <= BOUNDS["mindspore", "float32"]
     assert candidates[0].max() > 1000
+
+
+# schedules
+
+
+def random_metrics(seed):
+    """Multiples of 1/64, so that float32 and float64 compare them alike; thresholds are odd multiples of 1/128."""
+    rng = np.random.default_rng(seed)
+    falling = 2 - np.minimum(np.cumsum(rng.random(80)) / 30, 0.7)
+    return (np.round((falling + rng.normal(size=80) * rng.choice([0.01, 0.1])) * 64) / 64).tolist()
+
+
+def torch_rates(torch, metrics, options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    names = {"eps": "min_change"}
+    given = {name: options[names.get(name, name)] for name in (*PLATEAU, "threshold_mode", "eps", "threshold")}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **given)
+    for metric in metrics:
+        scheduler.step(metric)
+        yield optimizer.param_groups[0]["lr"]
+
+
+def keras_rates(keras, metrics, options):
+    given = {name: options[name] for name in PLATEAU}
+    callback = keras.callbacks.ReduceLROnPlateau("loss", min_delta=options["threshold"], **given)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.optimizer = keras.optimizers.SGD(0.1)
+    callback.set_model(model)
+    callback.on_train_begin()
+    for epoch, metric in enumerate(metrics):
+        callback.on_epoch_end(epoch, {"loss": metric})
+        yield float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
+PLATEAU = ("factor", "patience", "mode", "cooldown", "min_lr")
+
+
+def plateau_options(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "factor": 0.5, "patience": int(rng.integers(0, 5)), "mode": str(rng.choice(["min", "min", "max"])),
+        "cooldown": int(rng.integers(0, 4)), "min_lr": float(rng.choice([0, 0.003])),
+        "threshold": float(rng.choice([1, 3, 9])) / 128, "threshold_mode": str(rng.choice(["abs", "rel"])),
+        "min_change": float(rng.choice([0, 0.001])),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_torch_plateau(torch, seed):
+    options, metrics = plateau_options(seed), random_metrics(seed)
+    plateau = fastrms.schedules.Plateau(0.1, **options)
+    mine = [(plateau.update(metric), plateau.rate)[1] for metric in metrics]
+    assert mine == list(torch_rates(torch, metrics, options)) and mine[-1] < 0.1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_keras_plateau(keras, seed):
+    options, metrics = plateau_options(seed), random_metrics(seed)
+    del options["threshold_mode"], options["min_change"]
+    plateau = fastrms.schedules.Plateau.keras(0.1, **options)
+    mine = [(plateau.update(metric), plateau.rate)[1] for metric in metrics]
+    theirs = list(keras_rates(keras, metrics, options))  # float32
+    assert np.allclose(mine, theirs, rtol=1e-5, atol=0) and mine[-1] < 0.1
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3, 6])
+@pytest.mark.parametrize("seed", range(8))
+def test_keras_early_stopping(keras, seed, patience):
+    metrics, model = random_metrics(seed), keras.Sequential([keras.layers.Dense(1)])
+    callback = keras.callbacks.EarlyStopping("loss", min_delta=1 / 128, patience=patience, mode="min")
+    callback.set_model(model)
+    callback.on_train_begin()
+    stopping = fastrms.schedules.EarlyStopping(np.ones(1), patience, threshold=1 / 128)
+    for epoch, metric in enumerate(metrics):
+        callback.on_epoch_end(epoch, {"loss": metric})
+        assert stopping.update(metric) == (callback.stopped_epoch == epoch > 0)
+        if callback.stopped_epoch:
+            return
+
+
+def torch_schedule(torch, make, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        yield optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_torch_schedules(torch):
+    kinds = torch.optim.lr_scheduler
+    for mine, make in [
+        (fastrms.schedules.Step(0.1, 7, 0.3), lambda o: kinds.StepLR(o, 7, 0.3)),
+        (fastrms.schedules.Exponential(0.1, 0.9), lambda o: kinds.ExponentialLR(o, 0.9)),
+        (fastrms.schedules.Cosine(0.1, 50, end=0.01), lambda o: kinds.CosineAnnealingLR(o, 50, eta_min=0.01)),
+    ]:
+        assert np.allclose([mine(t) for t in range(51)], list(torch_schedule(torch, make, 51)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("staircase", [False, True])
+def test_keras_exponential(keras, staircase):
+    theirs = keras.optimizers.schedules.ExponentialDecay(0.1, 7, 0.3, staircase=staircase)
+    mine = fastrms.schedules.Exponential(0.1, 0.3, 7, staircase=staircase)
+    assert np.allclose([mine(t) for t in range(50)], [float(theirs(t)) for t in range(50)], rtol=1e-5, atol=0)
+
+
+def test_optax_cosine_and_its_schedules_as_ours(optax):
+    """Float32 there.  An Optax schedule goes where ours goes."""
+    theirs = optax.warmup_cosine_decay_schedule(0.01, 0.1, 5, 20, 0.001)
+    mine = fastrms.schedules.Cosine(0.1, 20, end=0.001, warmup=5, start=0.01)
+    assert np.allclose([mine(t) for t in range(25)], [float(theirs(t)) for t in range(25)], rtol=2e-6, atol=0)
+    paths = [ours("Adam", "optax", "float64", {"lr": lr}, halve=False) for lr in (mine, theirs)]
+    assert np.allclose(*paths, rtol=1e-5, atol=1e-7)
