@@ -36,8 +36,8 @@ __all__ = [
 
 
 def __getattr__(name):
-    """fastrms.numba and fastrms.cuda, which import Numba, come when they are asked for."""
-    if name not in ("numba", "cuda"):
+    """fastrms.numba and fastrms.cuda, which import Numba, and fastrms.schedules come when they are asked for."""
+    if name not in ("numba", "cuda", "schedules"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 

@@ -274,14 +274,17 @@ class Optimizer(Bound):
 
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.  A resumed
-        run has the bits of an unbroken one.  A callable lr is left out.  Pickle it together with the parameters."""
+        run has the bits of an unbroken one.  A schedule of fastrms.schedules is in it with its counters, any other callable
+        lr is left out.  Pickle it together with the parameters, or see save()."""
+        from . import schedules
+
         copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in tensor.items()} for tensor in self._state]
         steps, *tensor_steps = self._copy(copies, self._state)
         return {
             "optimizer": type(self).__name__,
             "dialect": self.dialect,
             "steps": steps,
-            "groups": [{k: v for k, v in group.items() if not callable(v)} for group in self._groups],
+            "groups": schedules.described(self._groups),
             "patterns": list(self._patterns),
             "tensors": [
                 {
@@ -303,19 +306,25 @@ class Optimizer(Bound):
         return before
 
     def load_state_dict(self, d):
-        """Take over what state_dict() gave, hyper-parameters included; only a callable lr of this optimizer stays.
+        """Take over what state_dict() gave, hyper-parameters included.  A callable lr of this optimizer stays, unless it is
+        of fastrms.schedules and so is the saved one; a Plateau stays the object that it is, with the saved counters.
         Tensors are matched by name.  ValueError, with nothing changed, where d does not fit this optimizer."""
         try:
-            values, flats, steps, dialect = self._checked_state_dict(d)
+            values, flats, steps, dialect, plateaus = self._checked_state_dict(d)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
         recipes = self._recipes_for(values, flats, "this state_dict")
         self._copy(self._state, flats, recipes, steps)
         super().__setattr__("dialect", dialect)
+        for plateau, loaded in plateaus:
+            vars(plateau).update(vars(loaded))
         self._take_values(values)
 
     def _checked_state_dict(self, d):
-        """Group values, flat state arrays, step counts and dialect out of a state_dict, checked against this optimizer."""
+        """Group values, flat state arrays, step counts, dialect, and (Plateau of this optimizer, saved one) pairs out of a
+        state_dict, checked against this optimizer."""
+        from . import schedules
+
         if d["optimizer"] != type(self).__name__:
             raise ValueError(f"the state_dict is of {d['optimizer']}, this is {type(self).__name__}")
         dialects.preset(d["dialect"], self.family)
@@ -326,24 +335,24 @@ class Optimizer(Bound):
         if d["patterns"] != self._patterns:
             raise ValueError(f"the state_dict has groups by the patterns {d['patterns']}, "
                              f"this optimizer by {self._patterns}")  # fmt: skip
-        values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(d["groups"])]
+        groups, plateaus = schedules.revived(d["groups"], [group["lr"] for group in self._groups])
+        values = [self._checked_group(k, saved, d["dialect"]) for k, saved in enumerate(groups)]
         by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
         missing = next((name for named in parts for name, _ in named if name not in by_name), None)
         if missing is not None:
             raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
         flats = [self._checked_state(k, named, by_name) for k, named in enumerate(parts)]
         steps = [hyper.step_count("steps", d["steps"], least=0), *(self._one_count(named, by_name) for named in parts)]
-        return values, flats, steps, d["dialect"]
+        return values, flats, steps, d["dialect"], plateaus
 
     def _checked_group(self, k, saved, dialect):
-        """All hyper-parameters of group k; its own lr where that is a callable or the saved one was."""
+        """All hyper-parameters of group k; its own lr where the saved group has none."""
         mine = self._groups[k]._values
         if saved.keys() | {"lr"} != mine.keys():
             name = next(iter((saved.keys() | {"lr"}) ^ mine.keys()))
             raise ValueError(f"groups[{k}] of the state_dict and {type(self).__name__} do not both have {name!r}")
         checked = {name: self._checked(dialect, name, value) for name, value in saved.items()}
-        return {name: mine["lr"] if name == "lr" and ("lr" not in saved or callable(mine["lr"])) else checked[name]
-                for name in mine}  # fmt: skip
+        return {name: checked.get(name, mine["lr"]) for name in mine}
 
     @staticmethod
     def _one_count(named, by_name):
@@ -371,6 +380,41 @@ class Optimizer(Bound):
                     )
                 to[...] = array
         return flats
+
+    def save(self, path):
+        """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact; the parameters are yours to
+        save.  The file is written beside path, synced and renamed, so path is at any moment the old file or the new one;
+        a writer that is killed may leave its part as path.<random>.tmp.  A symbolic link is followed.  OSError as the
+        filesystem has it, with the old file untouched; ImportError without safetensors."""
+        from . import checkpoint
+
+        checkpoint.save(self, path)
+
+    def load(self, path):
+        """Take over what save() wrote, as load_state_dict() does; the next steps have the bits of an unbroken run.
+        ValueError, naming path, where the file is truncated, foreign, or does not fit this optimizer; OSError as the
+        filesystem has it; nothing has changed then."""
+        from . import checkpoint
+
+        checkpoint.load(self, path)
+
+    def to_torch_state_dict(self):
+        """What ``load_state_dict()`` of torch.optim's RMSprop, Adagrad, Adam, AdamW or Rprop takes, for an optimizer of
+        as many groups, and the same parameters in the same order.  A schedule becomes its present rate.
+        ValueError names a hyper-parameter that torch does not have (clip_value, nesterov, eps_root, ...), TypeError a rule;
+        ImportError without torch."""
+        from . import torch_state
+
+        return torch_state.exported(self)
+
+    def load_torch_state_dict(self, d):
+        """Take over what ``state_dict()`` of torch's optimizer of this name gave, hyper-parameters included; its tensors
+        may be anything that params may be.  What torch does not have gets its default; a callable lr of this optimizer
+        stays.  Parameters are matched by their order.  steps becomes the largest step of a parameter.
+        ValueError, with nothing changed, where d does not fit this optimizer; TypeError where torch has no such rule."""
+        from . import torch_state
+
+        torch_state.imported(self, d)
 
     def report(self):
         """What runs, on what, and which of your buffers lie badly: a text for people."""

@@ -44,6 +44,17 @@ def test_the_flat_buffer_example_runs():
     assert names["opt"].steps == 1 and (flat.params["w1.bias"] < 0).all() and not flat.params["w2.bias"].any()
 
 
+def test_the_schedules_and_checkpoints_run(tmp_path, monkeypatch):
+    """Five bad epochs: the rate falls once, and the best parameters come back."""
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"fastrms": fastrms, "w": np.ones(5, np.float32), "gw": np.ones(5, np.float32)}
+    for words in ("import Cosine", "opt.save("):
+        exec(next(text for text in code_blocks() if words in text), names)
+    assert names["plateau"].rate == 0.01 * 0.1 and names["opt"].lr is names["plateau"]
+    assert names["opt"].steps == 2 and (tmp_path / "run.safetensors").exists()
+
+
 def test_the_numba_example_runs():
     pytest.importorskip("numba")
     names = {}

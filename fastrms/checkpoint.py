@@ -1,0 +1,109 @@
+"""An optimizer in a safetensors file: written whole or not at all, and checked before anything is taken over.
+
+The tensors are the state arrays, named "<tensor>/<state>".  The metadata has one entry, "fastrms": the rest of
+state_dict() as JSON, whose numbers are those of repr() and so exact.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+
+import numpy as np
+
+VERSION = 1
+
+
+def _library():
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError("save() and load() need safetensors: pip install 'fastrms[checkpoint]'") from None
+    return safetensors
+
+
+def save(optimizer, path):
+    """See Optimizer.save."""
+    library = _library()
+    tensors, header = _packed(optimizer.state_dict())
+    _replace(os.path.realpath(os.fsdecode(path)), library.numpy.save(tensors, {"fastrms": json.dumps(header)}))
+
+
+def _packed(d):
+    """(tensors, header): the state arrays in C order by their names in the file, and all else of a state_dict."""
+    tensors = {
+        f"{tensor['name']}/{name}": np.asarray(array, order="C")
+        for tensor in d["tensors"]
+        for name, array in tensor["state"].items()
+    }
+    if len(tensors) != sum(len(tensor["state"]) for tensor in d["tensors"]):
+        raise ValueError("two parameters have the same name, so their state cannot be told apart in a file")
+    listed = [{**tensor, "state": list(tensor["state"])} for tensor in d["tensors"]]
+    return tensors, {"version": VERSION, **d, "tensors": listed}
+
+
+def _replace(path, data):
+    """Put data in the place of a file: written beside it, on the disk before the name changes hands."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    with open(temporary, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+    _sync_directory(os.path.dirname(path))
+
+
+def _sync_directory(path):
+    """Wait until the new name is on the disk, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(optimizer, path):
+    """See Optimizer.load."""
+    d = _read(_library(), os.fspath(path))
+    try:
+        optimizer.load_state_dict(d)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(library, path):
+    """The state_dict in a file; OSError as the filesystem has it, ValueError where the file is not one of ours."""
+    with open(path, "rb"):  # safetensors words what the filesystem refuses less clearly
+        pass
+    try:
+        with library.safe_open(path, "np") as file:
+            return _unpacked(file, path)
+    except library.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _unpacked(file, path):
+    """The state_dict out of an open file."""
+    try:
+        header = json.loads((file.metadata() or {})["fastrms"])
+        version, listed = header.pop("version"), header["tensors"]
+        names = [f"{tensor['name']}/{name}" for tensor in listed for name in tensor["state"]] if version == VERSION else []
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise ValueError(f"{path} was not written by fastrms: it lacks its metadata") from None
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this fastrms reads version {VERSION}")
+    if sorted(names) != sorted(file.keys()):
+        raise ValueError(f"{path} does not hold the tensors that its metadata lists")
+    for name in names:
+        if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F64"):
+            raise ValueError(f"{path}: {name} has dtype {dtype}; a state is F32 or F64")
+    tensors = [
+        {**tensor, "state": {name: file.get_tensor(f"{tensor['name']}/{name}") for name in tensor["state"]}}
+        for tensor in listed
+    ]
+    return {**header, "tensors": tensors}

@@ -1,0 +1,367 @@
+"""Learning rates that change: functions of the step, and plateau reduction and early stopping, which are fed a metric.
+
+A schedule is callable(step) -> rate, step being the number of steps made, 0 first; it goes where an lr goes.  Step,
+Exponential, Cosine and Plateau are stored in state_dict() and save(), counters included; other callables are not.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+
+from . import arrays, hyper, structure
+
+
+def _factor(name, value):
+    value = hyper.number(name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} must be above 0 and at most 1")
+    return value
+
+
+def _count(name, value):
+    return hyper.step_count(name, value, least=0)
+
+
+def _period(name, value):
+    return hyper.step_count(name, value, least=1)
+
+
+def _check(owner, **checks):
+    """Put the checked values in place of the given ones."""
+    for name, check in checks.items():
+        object.__setattr__(owner, name, check(name, getattr(owner, name)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """lr * factor**(step // every)      (PyTorch's StepLR, counted in steps, not epochs)
+
+    lr >= 0; every >= 1, in steps; 0 < factor <= 1.  TypeError, ValueError otherwise.
+    """
+
+    lr: float
+    every: int
+    factor: float = 0.1
+
+    def __post_init__(self):
+        _check(self, lr=hyper.non_negative, every=_period, factor=_factor)
+
+    def __call__(self, step):
+        return self.lr * self.factor ** (step // self.every)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """lr * factor**(step/every), the exponent rounded down if staircase      (Keras' ExponentialDecay; every=1:
+    PyTorch's ExponentialLR)
+
+    lr >= 0; 0 < factor <= 1; every >= 1, in steps.  TypeError, ValueError otherwise.
+    """
+
+    lr: float
+    factor: float
+    every: int = 1
+    staircase: bool = False
+
+    def __post_init__(self):
+        _check(self, lr=hyper.non_negative, factor=_factor, every=_period, staircase=hyper.flag)
+
+    def __call__(self, step):
+        return self.lr * self.factor ** (step // self.every if self.staircase else step / self.every)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From start up to lr in `warmup` steps, then down to end at step number `steps`, where it stays.
+
+    ::
+
+        step < warmup:  start + (lr - start) * step/warmup
+        then:           end + (lr - end) * (1 + cos(pi * (step - warmup)/(steps - warmup)))/2
+
+    Loshchilov, Hutter 2017 (SGDR) without restarts; the whole is Optax' warmup_cosine_decay_schedule, whose decay_steps
+    counts the warm-up in, as `steps` does.  lr, end, start >= 0; 0 <= warmup < steps.  TypeError, ValueError otherwise.
+    """
+
+    lr: float
+    steps: int
+    end: float = 0.0
+    warmup: int = 0
+    start: float = 0.0
+
+    def __post_init__(self):
+        rate = hyper.non_negative
+        _check(self, lr=rate, steps=_period, end=rate, warmup=_count, start=rate)
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup={self.warmup} must be below steps={self.steps}, which counts it in")
+
+    def __call__(self, step):
+        if step < self.warmup:
+            return self.start + (self.lr - self.start) * (step / self.warmup)
+        if step >= self.steps:
+            return self.end
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return self.end + (self.lr - self.end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _improves(metric, best, mode, threshold, threshold_mode):
+    """Whether metric beats best by the threshold; best None stands for the worst there is.  NaN beats nothing."""
+    if best is None:
+        best = math.inf if mode == "min" else -math.inf
+    sign = -1 if mode == "min" else 1
+    bar = best * (1 + sign * threshold) if threshold_mode == "rel" else best + sign * threshold
+    return metric < bar if mode == "min" else metric > bar
+
+
+def _metric(value):
+    """A metric as a float; NaN may come, it counts as no improvement."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric={value!r} is a {type(value).__name__}; it must be a number") from None
+
+
+_MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
+
+
+@dataclass(eq=False)
+class Plateau:
+    """The rate falls by `factor` when the metric given to update() has stopped improving.
+
+    An improvement is a metric below best*(1 - threshold) (threshold_mode "rel") or best - threshold ("abs"); above
+    best*(1 + threshold), best + threshold with mode "max".  NaN is none.  Every other update() is a bad one, and
+
+    counting="torch": reduces when there are more than `patience` bad ones in a row; the next `cooldown` are not counted.
+    counting="keras": reduces when there are `patience` of them (0 means 1); the next `cooldown` - 1 are not counted.
+
+    The rate becomes max(rate*factor, min_lr); a change of `min_change` or less is not made.  The defaults are those of
+    PyTorch's ReduceLROnPlateau; keras() gives those of Keras'.  "rel" is meant for positive metrics, as it is there.
+    lr, threshold, min_lr, min_change >= 0; 0 < factor < 1; patience, cooldown >= 0.  TypeError, ValueError otherwise.
+    Counters: rate (the present one), best (None at first), bad, cooling (how many updates are still not counted).
+    """
+
+    lr: float
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    threshold_mode: str = "rel"
+    mode: str = "min"
+    cooldown: int = 0
+    min_lr: float = 0.0
+    min_change: float = 1e-8
+    counting: str = "torch"
+    rate: float = field(init=False)
+    best: float | None = field(init=False, default=None)
+    bad: int = field(init=False, default=0)
+    cooling: int = field(init=False, default=0)
+
+    def __post_init__(self):
+        _check(self, lr=hyper.non_negative, factor=_factor, patience=_count, threshold=hyper.non_negative,
+               threshold_mode=_THRESHOLD_MODE, mode=_MODE, cooldown=_count, min_lr=hyper.non_negative,
+               min_change=hyper.non_negative, counting=hyper.choice("torch", "keras"))  # fmt: skip
+        if self.factor == 1:
+            raise ValueError("factor=1.0 would reduce nothing; it must be below 1")
+        self.rate = self.lr
+
+    @classmethod
+    def keras(cls, lr, factor=0.1, patience=10, **options):
+        """With the values of Keras' ReduceLROnPlateau: counting "keras", an absolute threshold, any change made."""
+        return cls(lr, factor, patience, **{"threshold_mode": "abs", "min_change": 0.0, "counting": "keras", **options})
+
+    def __call__(self, step):
+        return self.rate
+
+    def count(self, rate, best, bad, cooling):
+        """Set the counters, as they once were."""
+        best = None if best is None else hyper.number("best", best)
+        counters = hyper.non_negative("rate", rate), best, _count("bad", bad), _count("cooling", cooling)
+        self.rate, self.best, self.bad, self.cooling = counters
+
+    def update(self, metric):
+        """Count one metric, a number (usually the loss of an epoch).  Returns whether the rate was reduced."""
+        metric = _metric(metric)
+        improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
+        if improved:
+            self.best = metric
+        counted = self.cooling <= (self.counting == "keras")
+        self.bad = self.bad + 1 if counted and not improved else 0
+        self.cooling = max(self.cooling - 1, 0)
+        if self.bad < (max(self.patience, 1) if self.counting == "keras" else self.patience + 1):
+            return False
+        return self._reduce()
+
+    def _reduce(self):
+        before, reduced = self.rate, max(self.rate * self.factor, self.min_lr)
+        self.bad, self.cooling = 0, self.cooldown
+        if before - reduced > self.min_change:
+            self.rate = reduced
+        return self.rate < before
+
+
+class EarlyStopping:
+    """Says when to stop, and keeps the parameters (with optimizer=: and its state) of the best metric.
+
+    ::
+
+        stopping = EarlyStopping(params, patience=5)
+        for epoch in ...:
+            ...
+            if stopping.update(loss):
+                break
+        stopping.restore()
+
+    It stops when `patience` (at least 1) updates in a row were no improvement, as Keras' EarlyStopping counts; threshold,
+    threshold_mode, mode: as in Plateau.  Restarting from the best parameters with a smaller rate is this and a Plateau:
+    ``if plateau.update(loss): stopping.restore()``.
+
+    params: what an optimizer takes, a FlatBuffer or groups of mappings among it, of float32 or float64 in host
+    memory.  They are copied here (so restore() may come at any time) and at every improvement.
+    Attributes: best (metric, None at first), bad (updates since).  TypeError, ValueError for wrong arguments.
+    """
+
+    def __init__(self, params, patience=10, threshold=0.0, threshold_mode="abs", mode="min", optimizer=None):
+        self.patience, self.threshold = _count("patience", patience), hyper.non_negative("threshold", threshold)
+        self.threshold_mode, self.mode = _THRESHOLD_MODE("threshold_mode", threshold_mode), _MODE("mode", mode)
+        arranged = structure.arrange(params, None)
+        self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
+        self._optimizer = optimizer
+        self.best, self.bad = None, 0
+        self._keep()
+
+    def _buffers(self):
+        """Each parameter; torch may have moved it since."""
+        named = zip(self._leaves, self._names, strict=True)
+        return [arrays.acquire(leaf, name, writable=True) for leaf, name in named]
+
+    def _keep(self):
+        self._kept = [buffer.flat.copy() for buffer in self._buffers()]
+        self._kept_state = None if self._optimizer is None else self._optimizer.state_dict()
+
+    def update(self, metric):
+        """Count one metric, a number, and copy the parameters if it is the best.  Returns whether to stop."""
+        metric = _metric(metric)
+        if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
+            self._keep()
+            self.best, self.bad = metric, 0
+        else:
+            self.bad += 1
+        return self.bad >= max(self.patience, 1)
+
+    def restore(self):
+        """Write the best parameters back, in place; the optimizer, if given, gets its state and step counts of that moment
+        and keeps its hyper-parameters, lr included.  The bad updates are counted anew."""
+        buffers = self._buffers()
+        for buffer, kept, name in zip(buffers, self._kept, self._names, strict=True):
+            if (buffer.size, buffer.dtype) != (kept.size, kept.dtype):
+                raise ValueError(f"{name} has changed its size or dtype since it was kept")
+        if self._optimizer is not None:
+            groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
+            self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
+        for buffer, kept in zip(buffers, self._kept, strict=True):
+            np.copyto(buffer.flat, kept)
+        self.bad = 0
+
+    def state_dict(self):
+        """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
+        kept = zip(self._names, self._kept, self._buffers(), strict=True)
+        params = {name: arrays.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
+        return {"best": self.best, "bad": self.bad, "params": params, "optimizer": self._kept_state}
+
+    def load_state_dict(self, d):
+        """Take over what state_dict() gave.  ValueError, with nothing changed, where d does not fit these parameters."""
+        try:
+            best = None if d["best"] is None else hyper.number("best", d["best"])
+            bad, params, state = _count("bad", d["bad"]), d["params"], d["optimizer"]
+            arrays_of = [params[name] for name in self._names]
+            fits = [(x.shape, x.dtype) == (b.shape, b.dtype) for x, b in zip(arrays_of, self._buffers(), strict=True)]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
+        if not all(fits) or (state is None) != (self._optimizer is None):
+            raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
+        self._kept, self._kept_state, self.best, self.bad = self._taken(arrays_of), state, best, bad
+
+    def _taken(self, values):
+        flats = [np.empty(value.size, value.dtype) for value in values]
+        for flat, value, buffer in zip(flats, values, self._buffers(), strict=True):
+            arrays.shaped(flat, buffer)[...] = value
+        return flats
+
+
+# in a state_dict
+
+KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}
+
+
+def _is_ours(rate):
+    return KINDS.get(type(rate).__name__) is type(rate)
+
+
+def described(groups):
+    """The hyper-parameters of groups as plain values.  A schedule of ours becomes its fields, its class and the number of
+    its object, as groups may share one; any other callable is left out."""
+    numbers, plain = {}, []
+    for group in groups:
+        rate, values = group["lr"], dict(group)
+        if _is_ours(rate):
+            number = numbers.setdefault(id(rate), len(numbers))
+            values["lr"] = {"schedule": type(rate).__name__, "object": number, **asdict(rate)}
+        elif callable(rate):
+            del values["lr"]
+        plain.append(values)
+    return plain
+
+
+def revived(plain, rates):
+    """(groups, plateaus) of what described() gave, for an optimizer whose groups have these rates now.
+
+    groups: the plain values with a schedule in place of its description, and without lr where the present one stays.
+    plateaus: (present, saved) Plateaus, of which the first shall take over the second.  ValueError, TypeError, KeyError.
+    """
+    groups, pairs = _with_schedules(plain), {}
+    for values, rate in zip(groups, rates, strict=True):
+        if callable(rate) and not (_is_ours(rate) and _is_ours(values.get("lr"))):
+            values.pop("lr", None)
+        elif type(rate) is Plateau:
+            pairs[id(rate), id(values["lr"])] = rate, values["lr"]
+    _refuse_lost(pairs)
+    stays = {id(saved): rate for rate, saved in pairs.values()}
+    for values in groups:
+        if "lr" in values:
+            values["lr"] = stays.get(id(values["lr"]), values["lr"])
+    return groups, list(pairs.values())
+
+
+def _with_schedules(plain):
+    made, groups = {}, []
+    for saved in plain:
+        values = {**saved}
+        told = values.get("lr")
+        if isinstance(told, dict):
+            if told["object"] not in made:
+                made[told["object"]] = _revive(told)
+            values["lr"] = made[told["object"]]
+        elif "lr" in values:
+            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
+        groups.append(values)
+    return groups
+
+
+def _revive(told):
+    """The schedule with the fields and counters that described() wrote."""
+    kind = KINDS[told["schedule"]]
+    values = {name: value for name, value in told.items() if name not in ("schedule", "object")}
+    counters = {f.name: values.pop(f.name) for f in fields(kind) if not f.init}
+    schedule = kind(**values)
+    if kind is Plateau:
+        schedule.count(**counters)
+    return schedule
+
+
+def _refuse_lost(pairs):
+    """A Plateau that somebody feeds must neither be replaced nor come to stand for other groups than it did."""
+    for _, saved in pairs.values():
+        if type(saved) is not Plateau:
+            raise ValueError(f"lr is a Plateau here, the saved one is a {type(saved).__name__}; set lr to a number first")
+    if any(len({key[k] for key in pairs}) < len(pairs) for k in (0, 1)):
+        raise ValueError("the groups that share a Plateau here are not those that shared one when it was saved")
