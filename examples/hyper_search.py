@@ -64,7 +64,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         return self.network_.probabilities(validate_data(self, X, dtype=np.float32, reset=False))
 
     def predict(self, X):
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
 
 
 def search(images, digits, grid, folds, **fixed):

@@ -46,14 +46,14 @@ def digits_for(seed, count):
 
 
 def train(network, optimizer, parts, size, epochs, random, say):
-    """The running loss after each batch, 0.95 of the one before and 0.05 of its own; the accuracy after each epoch."""
+    """The running loss after each batch (0.05 of it the batch's, all of it for RProp); the accuracy after each epoch."""
     images, held_out, digits, held_out_digits = parts
-    running, accuracies = [], []
+    running, accuracies, share = [], [], 0.05 if size else 1
     for epoch in range(1, epochs + 1):
         for batch in batches(size or len(digits), len(digits), random):
             loss = network.backward(images[batch], digits[batch])
             optimizer.step()
-            running.append(0.95 * running[-1] + 0.05 * loss if running else loss)
+            running.append((1 - share) * running[-1] + share * loss if running else loss)
         accuracies.append(network.accuracy(held_out, held_out_digits))
         say(f"epoch {epoch:2}   running loss {running[-1]:.4f}   accuracy {accuracies[-1]:.1%}")
     return running, accuracies

@@ -5,8 +5,8 @@
 3. From the best weights so far on, a small constant rate until the validation loss stops improving:
    fastrms.schedules.EarlyStopping, which restores the best weights of all stages.
 
-The count of epochs without improvement has to be compared with a patience; a circulating sample tests `>= 0` and so lowers the
-rate at every epoch.
+The count of epochs without improvement has to be compared with a patience; a circulating sample tests `>= 0` and so lowers
+the rate at every epoch.
 
 Run with `python examples/rate_plan.py`; prints the end of each stage and draws fastrms-plan.png.
 """
@@ -106,7 +106,7 @@ def draw(history, picture):
 
 
 def show(history, loss, accuracy):
-    table = Table("stage", "epochs", "last rate", "last training loss", "last validation loss", "least")
+    table = Table("stage", "epochs", "last rate", "last loss", "validation", "its least")
     for stage in (1, 2, 3):
         part = [epoch for epoch in history if epoch.stage == stage]
         least = min(epoch.validation for epoch in part)
