@@ -374,6 +374,24 @@ class Optimizer(Bound):
 
         checkpoint.load(self, path)
 
+    def to_torch_state_dict(self):
+        """What ``load_state_dict()`` of torch.optim's RMSprop, Adagrad, Adam, AdamW or Rprop takes, for an optimizer of
+        as many groups, and the same parameters in the same order.  A schedule becomes its present rate.
+        ValueError names a hyper-parameter that torch does not have (clip_value, nesterov, eps_root, ...), TypeError a rule;
+        ImportError without torch."""
+        from . import torch_state
+
+        return torch_state.exported(self)
+
+    def load_torch_state_dict(self, d):
+        """Take over what ``state_dict()`` of torch's optimizer of this name gave, hyper-parameters included; its tensors
+        may be anything that params may be.  What torch does not have gets its default; a callable lr of this optimizer
+        stays.  Parameters are matched by their order.  steps becomes the largest step of a parameter.
+        ValueError, with nothing changed, where d does not fit this optimizer; TypeError where torch has no such rule."""
+        from . import torch_state
+
+        torch_state.imported(self, d)
+
     def report(self):
         """What runs, on what, and which of your buffers lie badly: a text for people."""
         lines = [

@@ -231,13 +231,13 @@ class EarlyStopping:
         self.best, self.bad = None, 0
         self._keep()
 
-    def _flats(self):
-        """The numbers of each parameter; torch may have moved them since."""
-        acquired = zip(self._leaves, self._names, strict=True)
-        return [arrays.acquire(leaf, name, writable=True).flat for leaf, name in acquired]
+    def _buffers(self):
+        """Each parameter; torch may have moved it since."""
+        named = zip(self._leaves, self._names, strict=True)
+        return [arrays.acquire(leaf, name, writable=True) for leaf, name in named]
 
     def _keep(self):
-        self._kept = [flat.copy() for flat in self._flats()]
+        self._kept = [buffer.flat.copy() for buffer in self._buffers()]
         self._kept_state = None if self._optimizer is None else self._optimizer.state_dict()
 
     def update(self, metric):
@@ -253,16 +253,41 @@ class EarlyStopping:
     def restore(self):
         """Write the best parameters back, in place; the optimizer, if given, gets its state and step counts of that moment
         and keeps its hyper-parameters, lr included.  The bad updates are counted anew."""
-        flats = self._flats()
-        for flat, kept, name in zip(flats, self._kept, self._names, strict=True):
-            if (flat.size, flat.dtype) != (kept.size, kept.dtype):
+        buffers = self._buffers()
+        for buffer, kept, name in zip(buffers, self._kept, self._names, strict=True):
+            if (buffer.size, buffer.dtype) != (kept.size, kept.dtype):
                 raise ValueError(f"{name} has changed its size or dtype since it was kept")
         if self._optimizer is not None:
             groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
             self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
-        for flat, kept in zip(flats, self._kept, strict=True):
-            np.copyto(flat, kept)
+        for buffer, kept in zip(buffers, self._kept, strict=True):
+            np.copyto(buffer.flat, kept)
         self.bad = 0
+
+    def state_dict(self):
+        """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
+        kept = zip(self._names, self._kept, self._buffers(), strict=True)
+        params = {name: arrays.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
+        return {"best": self.best, "bad": self.bad, "params": params, "optimizer": self._kept_state}
+
+    def load_state_dict(self, d):
+        """Take over what state_dict() gave.  ValueError, with nothing changed, where d does not fit these parameters."""
+        try:
+            best = None if d["best"] is None else hyper.number("best", d["best"])
+            bad, params, state = _count("bad", d["bad"]), d["params"], d["optimizer"]
+            arrays_of = [params[name] for name in self._names]
+            fits = [(x.shape, x.dtype) == (b.shape, b.dtype) for x, b in zip(arrays_of, self._buffers(), strict=True)]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
+        if not all(fits) or (state is None) != (self._optimizer is None):
+            raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
+        self._kept, self._kept_state, self.best, self.bad = self._taken(arrays_of), state, best, bad
+
+    def _taken(self, values):
+        flats = [np.empty(value.size, value.dtype) for value in values]
+        for flat, value, buffer in zip(flats, values, self._buffers(), strict=True):
+            arrays.shaped(flat, buffer)[...] = value
+        return flats
 
 
 # in a state_dict
@@ -318,6 +343,8 @@ def _with_schedules(plain):
             if told["object"] not in made:
                 made[told["object"]] = _revive(told)
             values["lr"] = made[told["object"]]
+        elif "lr" in values:
+            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
         groups.append(values)
     return groups
 

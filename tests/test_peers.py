@@ -198,6 +198,78 @@ def test_torch(torch, name, theirs, mine, dtype):
     assert_near(ours(name, "torch", dtype, mine, halve=name != "RProp"), path, "torch")
 
 
+# state_dicts of torch, there and back in mid-run
+
+
+def torch_steps(torch, optimizer, params, gradients):
+    for gradient in gradients:
+        for param, part in zip(params, np.split(gradient, [40]), strict=True):
+            param.grad = torch.from_numpy(part.copy())
+        optimizer.step()
+
+
+def our_steps(optimizer, gradients):
+    for gradient in gradients:
+        optimizer.step(np.split(gradient, [40]))
+
+
+@BOTH
+@pytest.mark.parametrize("there", [True, False], ids=["from-torch", "to-torch"])
+@pytest.mark.parametrize(("name", "theirs", "mine"), cases(TORCH))
+def test_torch_takes_over_in_mid_run_and_we_from_torch(torch, name, theirs, mine, there, dtype):
+    """The receiver is made with other numbers; it takes those of the state_dict, and both go on alike."""
+    start, gradients = problem(dtype)
+    ours = [part.copy() for part in np.split(start, [40])]
+    params = [torch.nn.Parameter(torch.from_numpy(part.copy())) for part in ours]
+    maker, structural = getattr(torch.optim, TORCH_NAMES[name]), ("momentum", "centered", "amsgrad")
+    given = {k: v for k, v in (theirs if not there else mine).items() if k in structural}
+    torch_optimizer = maker(params, **(theirs if there else {**given, "lr": 0.5}))
+    our_optimizer = getattr(fastrms, name)(ours, **({**given, "lr": 0.5} if there else mine))
+    if there:
+        torch_steps(torch, torch_optimizer, params, gradients[:HALVED_AT])
+        our_optimizer.load_torch_state_dict(torch_optimizer.state_dict())
+        for x, param in zip(ours, params, strict=True):
+            x[...] = param.detach().numpy()
+    else:
+        our_steps(our_optimizer, gradients[:HALVED_AT])
+        torch_optimizer.load_state_dict(our_optimizer.to_torch_state_dict())
+        for x, param in zip(ours, params, strict=True):
+            param.data.copy_(torch.from_numpy(x))
+    torch_steps(torch, torch_optimizer, params, gradients[HALVED_AT:])
+    our_steps(our_optimizer, gradients[HALVED_AT:])
+    expected = np.concatenate([start, *(param.detach().numpy() for param in params)]).reshape(2, -1)
+    assert_near(np.concatenate([start, *ours]).reshape(2, -1), expected, "torch")
+    steps = [int(state["step"]) for state in torch_optimizer.state_dict()["state"].values()]
+    assert steps == [t["steps"] for t in our_optimizer.state_dict()["tensors"]] == [STEPS, STEPS]
+
+
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_torch_groups_and_tensors_without_gradient(torch, name):
+    """Two groups, a tensor that torch has no state for, steps that differ; there and back gives the same state_dict."""
+    params = [torch.nn.Parameter(torch.full((2, 3), k + 1.0)) for k in range(3)]
+    groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.2}]
+    theirs = getattr(torch.optim, TORCH_NAMES[name])(groups)
+    for k in range(2):
+        params[0].grad, params[2].grad = torch.ones(2, 3), torch.ones(2, 3) if k else None
+        theirs.step()
+    ours = getattr(fastrms, name)([{"params": params[:2]}, {"params": params[2:]}])
+    ours.load_torch_state_dict(theirs.state_dict())
+    assert ours.lr == [0.1, 0.2] and ours.steps == 2
+    assert [t["steps"] for t in ours.state_dict()["tensors"]] == [2, 0, 1]
+    other = getattr(fastrms, name)([{"params": params[:2]}, {"params": params[2:]}])
+    other.load_torch_state_dict(ours.to_torch_state_dict())
+    assert str(other.state_dict()) == str(ours.state_dict())
+    assert [group["params"] for group in ours.to_torch_state_dict()["param_groups"]] == [[0, 1], [2]]
+    before, ones = [p.detach().clone() for p in params], [np.ones((2, 3), np.float32) for _ in range(3)]
+    ours.step([ones[:2], ones[2:]])
+    want = [p.detach().clone() for p in params]
+    for p, x in zip(params, before, strict=True):
+        p.data.copy_(x)
+        p.grad = torch.ones(2, 3)
+    theirs.step()
+    assert all(torch.allclose(p, x, rtol=1e-6, atol=0) for p, x in zip(params, want, strict=True))
+
+
 # Keras 3
 
 KERAS_NAMES = {"RMSProp": "RMSprop", "AdaGrad": "Adagrad", "Adam": "Adam", "AdamW": "AdamW"}
@@ -469,3 +541,116 @@ def test_mindspore_rmsprop_has_its_eps_in_two_places(mindspore):
         candidates.append(np.abs(param - first) / np.spacing(np.abs(first).max()))
     assert np.minimum(*candidates).max() <= BOUNDS["mindspore", "float32"]
     assert candidates[0].max() > 1000
+
+
+# schedules
+
+
+def random_metrics(seed):
+    """Multiples of 1/64, so that float32 and float64 compare them alike; thresholds are odd multiples of 1/128."""
+    rng = np.random.default_rng(seed)
+    falling = 2 - np.minimum(np.cumsum(rng.random(80)) / 30, 0.7)
+    return (np.round((falling + rng.normal(size=80) * rng.choice([0.01, 0.1])) * 64) / 64).tolist()
+
+
+def torch_rates(torch, metrics, options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    names = {"eps": "min_change"}
+    given = {name: options[names.get(name, name)] for name in (*PLATEAU, "threshold_mode", "eps", "threshold")}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **given)
+    for metric in metrics:
+        scheduler.step(metric)
+        yield optimizer.param_groups[0]["lr"]
+
+
+def keras_rates(keras, metrics, options):
+    given = {name: options[name] for name in PLATEAU}
+    callback = keras.callbacks.ReduceLROnPlateau("loss", min_delta=options["threshold"], **given)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.optimizer = keras.optimizers.SGD(0.1)
+    callback.set_model(model)
+    callback.on_train_begin()
+    for epoch, metric in enumerate(metrics):
+        callback.on_epoch_end(epoch, {"loss": metric})
+        yield float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
+PLATEAU = ("factor", "patience", "mode", "cooldown", "min_lr")
+
+
+def plateau_options(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "factor": 0.5, "patience": int(rng.integers(0, 5)), "mode": str(rng.choice(["min", "min", "max"])),
+        "cooldown": int(rng.integers(0, 4)), "min_lr": float(rng.choice([0, 0.003])),
+        "threshold": float(rng.choice([1, 3, 9])) / 128, "threshold_mode": str(rng.choice(["abs", "rel"])),
+        "min_change": float(rng.choice([0, 0.001])),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_torch_plateau(torch, seed):
+    options, metrics = plateau_options(seed), random_metrics(seed)
+    plateau = fastrms.schedules.Plateau(0.1, **options)
+    mine = [(plateau.update(metric), plateau.rate)[1] for metric in metrics]
+    assert mine == list(torch_rates(torch, metrics, options)) and mine[-1] < 0.1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_keras_plateau(keras, seed):
+    options, metrics = plateau_options(seed), random_metrics(seed)
+    del options["threshold_mode"], options["min_change"]
+    plateau = fastrms.schedules.Plateau.keras(0.1, **options)
+    mine = [(plateau.update(metric), plateau.rate)[1] for metric in metrics]
+    theirs = list(keras_rates(keras, metrics, options))  # float32
+    assert np.allclose(mine, theirs, rtol=1e-5, atol=0) and mine[-1] < 0.1
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3, 6])
+@pytest.mark.parametrize("seed", range(8))
+def test_keras_early_stopping(keras, seed, patience):
+    metrics, model = random_metrics(seed), keras.Sequential([keras.layers.Dense(1)])
+    callback = keras.callbacks.EarlyStopping("loss", min_delta=1 / 128, patience=patience, mode="min")
+    callback.set_model(model)
+    callback.on_train_begin()
+    stopping = fastrms.schedules.EarlyStopping(np.ones(1), patience, threshold=1 / 128)
+    for epoch, metric in enumerate(metrics):
+        callback.on_epoch_end(epoch, {"loss": metric})
+        assert stopping.update(metric) == (callback.stopped_epoch == epoch > 0)
+        if callback.stopped_epoch:
+            return
+
+
+def torch_schedule(torch, make, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        yield optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_torch_schedules(torch):
+    kinds = torch.optim.lr_scheduler
+    for mine, make in [
+        (fastrms.schedules.Step(0.1, 7, 0.3), lambda o: kinds.StepLR(o, 7, 0.3)),
+        (fastrms.schedules.Exponential(0.1, 0.9), lambda o: kinds.ExponentialLR(o, 0.9)),
+        (fastrms.schedules.Cosine(0.1, 50, end=0.01), lambda o: kinds.CosineAnnealingLR(o, 50, eta_min=0.01)),
+    ]:
+        assert np.allclose([mine(t) for t in range(51)], list(torch_schedule(torch, make, 51)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("staircase", [False, True])
+def test_keras_exponential(keras, staircase):
+    theirs = keras.optimizers.schedules.ExponentialDecay(0.1, 7, 0.3, staircase=staircase)
+    mine = fastrms.schedules.Exponential(0.1, 0.3, 7, staircase=staircase)
+    assert np.allclose([mine(t) for t in range(50)], [float(theirs(t)) for t in range(50)], rtol=1e-5, atol=0)
+
+
+def test_optax_cosine_and_its_schedules_as_ours(optax):
+    """Float32 there.  An Optax schedule goes where ours goes."""
+    theirs = optax.warmup_cosine_decay_schedule(0.01, 0.1, 5, 20, 0.001)
+    mine = fastrms.schedules.Cosine(0.1, 20, end=0.001, warmup=5, start=0.01)
+    assert np.allclose([mine(t) for t in range(25)], [float(theirs(t)) for t in range(25)], rtol=2e-6, atol=0)
+    paths = [ours("Adam", "optax", "float64", {"lr": lr}, halve=False) for lr in (mine, theirs)]
+    assert np.allclose(*paths, rtol=1e-5, atol=1e-7)

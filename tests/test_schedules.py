@@ -148,6 +148,29 @@ def test_restart_from_the_best_with_a_smaller_rate(backend):
     assert np.array_equal(train(optimizer, w, gradients[4:]), train(reference, want, gradients[4:]))
 
 
+def test_early_stopping_is_resumed():
+    """By pickle; in another memory order; a dict that does not fit changes nothing."""
+    w, b = np.arange(6.0).reshape(2, 3), np.ones(3, np.float32)
+    optimizer = fastrms.Adam([w, b])
+    stopping = EarlyStopping([w, b], patience=3, optimizer=optimizer)
+    optimizer.step([w + 1, b + 1])
+    stopping.update(1.0), stopping.update(2.0)
+    best = w.copy(), b.copy()
+    optimizer.step([w + 1, b + 1])
+    saved = pickle.loads(pickle.dumps(stopping.state_dict()))
+    moved = [np.asfortranarray(np.zeros((2, 3))), np.zeros(3, np.float32)]
+    other = EarlyStopping(moved, patience=3, optimizer=fastrms.Adam(moved))
+    same = dict.fromkeys(saved["params"], b)
+    for change in ({"bad": -1}, {"best": "x"}, {"params": {}}, {"optimizer": None}, {"params": same}):
+        with pytest.raises(ValueError):
+            other.load_state_dict({**saved, **change})
+        assert (other.best, other.bad) == (None, 0)
+    other.load_state_dict(saved)
+    assert (other.best, other.bad) == (1.0, 1) and not other.update(3.0) and other.update(3.0)
+    other.restore()
+    assert all(np.array_equal(x, y) for x, y in zip(moved, best, strict=True)) and other._optimizer.steps == 1
+
+
 SCHEDULES = [
     Step(0.1, 2, 0.5), Exponential(0.1, 0.7, 3, staircase=True), Cosine(0.1, 7, 0.01, 3, 0.001), Plateau(0.1, patience=1)
 ]  # fmt: skip

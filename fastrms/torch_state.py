@@ -1,0 +1,160 @@
+"""The state_dict of a torch.optim optimizer to and from ours, for the rules that torch has.
+
+torch numbers its parameters through all groups, counts the steps of each, and keeps a state from the first step on.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from . import arrays, hyper
+
+ADAM = {
+    "lr": "lr", "betas": ("beta1", "beta2"), "eps": "eps", "weight_decay": "weight_decay", "amsgrad": "amsgrad",
+    "maximize": "maximize", "decoupled_weight_decay": "decoupled",
+}  # fmt: skip
+NAMES = {  # torch's name: ours
+    "RMSProp": {"lr": "lr", "alpha": "rho", "eps": "eps", "weight_decay": "weight_decay", "momentum": "momentum",
+                "centered": "centered", "maximize": "maximize"},
+    "AdaGrad": {"lr": "lr", "lr_decay": "lr_decay", "eps": "eps", "weight_decay": "weight_decay",
+                "initial_accumulator_value": "initial_value", "maximize": "maximize"},
+    "Adam": ADAM,
+    "AdamW": ADAM,
+    "RProp": {"lr": "lr", "etas": ("eta_minus", "eta_plus"), "step_sizes": ("step_min", "step_max"), "maximize": "maximize"},
+}  # fmt: skip
+YOUNG = ("maximize", "decoupled_weight_decay")  # older versions of torch do not write these
+FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}  # how torch computes, not what
+MOST_STEPS = 2**24  # torch counts in float32
+
+
+def _names(optimizer):
+    if optimizer.family not in NAMES:
+        raise TypeError(f"torch.optim has no {type(optimizer).__name__}")
+    return NAMES[optimizer.family]
+
+
+def _members(optimizer):
+    """The numbers of the tensors of each group, in torch's order."""
+    of_group = [optimizer._sets[k][0] for k in optimizer._set_of]
+    return [[k for k, group in enumerate(of_group) if group == g] for g in range(len(optimizer._groups))]
+
+
+# ours to torch's
+
+
+def exported(optimizer):
+    """See Optimizer.to_torch_state_dict."""
+    d = torch_form(optimizer)
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("to_torch_state_dict() makes torch tensors: pip install torch") from None
+    tensors = {
+        number: {"step": torch.tensor(state.pop("step"), dtype=torch.float32)}
+        | {name: torch.from_numpy(array) for name, array in state.items()}
+        for number, state in d["state"].items()
+    }
+    return {**d, "state": tensors}
+
+
+def torch_form(optimizer):
+    """torch's state_dict with NumPy arrays, and floats for step."""
+    members = _members(optimizer)
+    order = [k for group in members for k in group]
+    groups = [_torch_group(optimizer, k, [order.index(n) for n in group]) for k, group in enumerate(members)]
+    tensors = optimizer.state_dict()["tensors"]
+    return {"state": {number: _torch_state(tensors[k]) for number, k in enumerate(order)}, "param_groups": groups}
+
+
+def _torch_state(tensor):
+    if tensor["steps"] > MOST_STEPS:
+        raise ValueError(f"{tensor['name']} has made {tensor['steps']} steps; torch counts in float32, up to {MOST_STEPS}")
+    return {"step": float(tensor["steps"]), **tensor["state"]}
+
+
+def _torch_group(optimizer, k, numbers):
+    h = vars(optimizer.at_step(optimizer._groups[k]._values, optimizer.steps))
+    names = _names(optimizer)
+    _refuse_what_torch_lacks(optimizer, h, names)
+    values = {theirs: tuple(h[n] for n in ours) if isinstance(ours, tuple) else h[ours] for theirs, ours in names.items()}
+    return {**values, **FLAGS, "params": numbers}
+
+
+def _refuse_what_torch_lacks(optimizer, h, names):
+    """Our defaults are torch's, so what has no name there must have its default, unless it makes no difference."""
+    known = {name for ours in names.values() for name in (ours if isinstance(ours, tuple) else (ours,))}
+    idle = {"initial_value"}  # the state has it
+    if h.get("weight_decay") == 0:
+        idle.add("decoupled")
+    if h.get("momentum") == 0:
+        idle.add("lr_in_momentum")
+    for name, value in h.items():
+        if name not in known | idle and value != optimizer.defaults[name]:
+            raise ValueError(f"torch.optim has no {name}={value!r} for {optimizer.family}")
+    if optimizer.family == "AdamW" and not h["decoupled"] and h["weight_decay"]:
+        raise ValueError("decoupled=False: torch's AdamW is always decoupled; use fastrms.Adam and torch.optim.Adam")
+    if h.get("amsgrad") == "corrected":
+        raise ValueError("torch.optim has no amsgrad='corrected'")
+
+
+# torch's to ours
+
+
+def imported(optimizer, d):
+    """See Optimizer.load_torch_state_dict."""
+    names = _names(optimizer)
+    try:
+        plain = _plain(optimizer, names, d)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"this is not a state_dict of torch.optim that fits {optimizer.family}: {error!r}") from None
+    optimizer.load_state_dict(plain)
+
+
+def _plain(optimizer, names, d):
+    """A state_dict of torch in the form of ours."""
+    groups, members = d["param_groups"], _members(optimizer)
+    if [len(group["params"]) for group in groups] != [len(group) for group in members]:
+        raise ValueError(
+            f"the state_dict has groups of {[len(group['params']) for group in groups]} parameters, "
+            f"this optimizer has {[len(group) for group in members]}"
+        )
+    values = [_our_group(optimizer, names, group) for group in groups]
+    tensors = [None] * len(optimizer._params)
+    for group, mine, h in zip(groups, members, values, strict=True):
+        for number, k in zip(group["params"], mine, strict=True):
+            tensors[k] = _our_tensor(optimizer, k, d["state"].get(number), h)
+    return {
+        "optimizer": type(optimizer).__name__, "dialect": "torch", "steps": max(t["steps"] for t in tensors),
+        "groups": values, "tensors": tensors,
+    }  # fmt: skip
+
+
+def _our_group(optimizer, names, group):
+    """Our hyper-parameters: those that torch does not have are at their defaults, which are torch's."""
+    values = dict(optimizer.defaults)
+    for theirs, ours in names.items():
+        if theirs in YOUNG and theirs not in group:
+            continue
+        if isinstance(ours, tuple):
+            values.update({name: group[theirs][k] for k, name in enumerate(ours)})
+        else:
+            values[ours] = group[theirs]
+    return {name: optimizer._checked("torch", name, value) for name, value in values.items()}
+
+
+def _our_tensor(optimizer, k, saved, h):
+    """The state of one tensor; torch has none before its first gradient."""
+    param, names = optimizer._params[k], optimizer._state[k]
+    if not saved:
+        fresh = {name: np.full(param.shape, optimizer.initial(SimpleNamespace(**h), name), param.dtype) for name in names}
+        return {"name": optimizer._names[k], "steps": 0, "state": fresh}
+    step = hyper.number("step", saved["step"])
+    if not step.is_integer():
+        raise ValueError(f"step={step!r} of {optimizer._names[k]} is not a whole number")
+    state = {name: _array(x, f"{name} of {optimizer._names[k]}") for name, x in saved.items() if name != "step"}
+    return {"name": optimizer._names[k], "steps": int(step), "state": state}
+
+
+def _array(x, name):
+    buffer = arrays.acquire(x, name, writable=False)
+    return arrays.shaped(buffer.flat, buffer)
