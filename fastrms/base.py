@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping
 from inspect import Parameter, Signature
+from math import isfinite
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,7 +131,7 @@ class Optimizer(Bound):
     def checked_recipe(cls, h, dtype):
         """The recipe, with every number finite in dtype."""
         for name, value in vars(h).items():
-            if isinstance(value, float) and not np.isfinite(rounded(value, dtype)):
+            if isinstance(value, float) and not isfinite(rounded(value, dtype)):
                 raise ValueError(f"{name}={value!r} is not finite in {dtype}")
         return cls.recipe(h, dtype)
 

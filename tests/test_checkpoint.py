@@ -348,3 +348,21 @@ def test_a_straight_write_would_not_survive_that(tmp_path):
     """The test above bites: written straight to its path, the file is soon found torn."""
     run = killed(tmp_path / "o", "straight")
     assert run.returncode == 1 and "not a whole safetensors file" in run.stderr, run.stdout + run.stderr
+
+
+def test_a_flat_buffer_resumes(tmp_path):
+    """With groups by pattern, whose patterns are in the file."""
+    shapes, groups = {"w": (2, 3), "w.bias": (3,)}, {"*.bias": {"lr": 0.5}}
+    flats = [fastrms.FlatBuffer(shapes) for _ in range(2)]
+    optimizers = [fastrms.RMSProp(flat, momentum=0.9, groups=groups) for flat in flats]
+    for flat in flats:
+        flat.grad[...] = np.arange(flat.grad.size)
+    optimizers[0].step(flats[0].grad)
+    optimizers[0].save(tmp_path / "flat")
+    flats[1].data[...] = flats[0].data
+    optimizers[1].load(tmp_path / "flat")
+    for optimizer, flat in zip(optimizers, flats, strict=True):
+        optimizer.step(flat.grad)
+    assert np.array_equal(flats[0].data, flats[1].data) and optimizers[1].steps == 2
+    with pytest.raises(ValueError, match="patterns"):
+        fastrms.RMSProp(flats[0], momentum=0.9, groups={"w": {}}).load(tmp_path / "flat")

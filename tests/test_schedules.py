@@ -148,6 +148,17 @@ def test_restart_from_the_best_with_a_smaller_rate(backend):
     assert np.array_equal(train(optimizer, w, gradients[4:]), train(reference, want, gradients[4:]))
 
 
+def test_early_stopping_takes_a_flat_buffer():
+    flat = fastrms.FlatBuffer({"w": (2, 3), "b": (3,)})
+    stopping = EarlyStopping(flat, patience=1)
+    flat.data[...] = 1
+    assert not stopping.update(0.5)
+    flat.data[...] = 2
+    assert stopping.update(0.6)
+    stopping.restore()
+    assert (flat.data == 1).all()
+
+
 def test_early_stopping_is_resumed():
     """By pickle; in another memory order; a dict that does not fit changes nothing."""
     w, b = np.arange(6.0).reshape(2, 3), np.ones(3, np.float32)

@@ -200,3 +200,24 @@ def test_own_rules_have_no_counterpart():
     for call in (optimizer.to_torch_state_dict, lambda: optimizer.load_torch_state_dict({})):
         with pytest.raises(TypeError, match=r"torch\.optim has no Plain"):
             call()
+
+
+@pytest.mark.parametrize("groups", [None, {"*.bias": {"weight_decay": 0.0}}])
+def test_a_flat_buffer_goes_as_its_named_arrays(groups):
+    """As the mapping of the same arrays goes, there and back."""
+    shapes = {"a": (2, 3), "a.bias": (3,), "b": (3, 1), "b.bias": (1,)}
+    flat = fastrms.FlatBuffer(shapes)
+    flat.grad[...] = np.arange(flat.grad.size) - 5.5
+    separate = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    of_flat = fastrms.Adam(flat, weight_decay=0.1, groups=groups)
+    of_mapping = fastrms.Adam(separate, weight_decay=0.1, groups=groups)
+    of_flat.step(flat.grad)
+    of_mapping.step(dict(flat.grads))
+    torchs, others = torch_form(of_flat), torch_form(of_mapping)
+    assert torchs["param_groups"] == others["param_groups"] and torchs["state"].keys() == others["state"].keys()
+    for number, state in torchs["state"].items():
+        assert all(np.array_equal(x, others["state"][number][name]) for name, x in state.items())
+    again = fastrms.Adam(fastrms.FlatBuffer(shapes), groups=groups)
+    again.load_torch_state_dict(torchs)
+    for name, tree in of_flat.state.items():
+        assert all(np.array_equal(x, again.state[name][key]) for key, x in tree.items())
