@@ -40,6 +40,10 @@ class One:
 
     count = 1
 
+    def labels(self):
+        """Of each leaf, what names it in a streamed step."""
+        return [0]
+
     def names(self, what):
         return [what]
 
@@ -55,6 +59,9 @@ class SequenceOf:
 
     def __init__(self, count):
         self.count = count
+
+    def labels(self):
+        return list(range(self.count))
 
     def names(self, what):
         return [f"{what}[{k}]" for k in range(self.count)]
@@ -78,6 +85,9 @@ class MappingOf:
     def __init__(self, keys):
         self.keys = keys
         self.count = len(keys)
+
+    def labels(self):
+        return self.keys
 
     def names(self, what):
         return [f"{what}[{key!r}]" for key in self.keys]
@@ -104,6 +114,9 @@ class GroupsOf:
     def __init__(self, members):
         self.members = members
         self.count = sum(member.count for member in members)
+
+    def labels(self):
+        return [(k, label) for k, member in enumerate(self.members) for label in member.labels()]
 
     def names(self, what):
         return [name for k, member in enumerate(self.members) for name in member.names(f"{what}[{k}]")]

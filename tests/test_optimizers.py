@@ -499,7 +499,8 @@ def test_signatures_and_docstrings_show_every_hyper_parameter():
 
     for make in CLASSES:
         parameters = inspect.signature(make).parameters
-        assert parameters.keys() == {"params", *make.defaults, "dialect", "backend", "stream", "capturable", "check"}
+        options = {"dialect", "nonfinite", "zero_grad", "backend", "stream", "capturable", "check"}
+        assert parameters.keys() == {"params", *make.defaults} | options
         family = make.__mro__[1] if make is fastrms.AdamW else make
         text = family.__doc__ + fastrms.RMSProp.__doc__
         assert all(name in text for name in parameters)
