@@ -5,7 +5,9 @@
 #include <string.h>
 #include "internal.h"
 
-enum { TILE = 4096 };                                    /* elements */
+#define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+enum { TILE = 4096 };                                     /* elements */
 
 /* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
 double fastrms_series(double decay, double weight, int64_t terms)
@@ -94,7 +96,7 @@ static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64
 }
 
 /* each tile of the gradient is zeroed while it is in cache */
-static void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     for (; size > 0; offset += TILE, size -= TILE) {
         int64_t length = size < TILE ? size : TILE;
@@ -118,8 +120,10 @@ static void update_range(void *context, int64_t begin, int64_t end)
     }
     for (; begin < end; ++k) {
         int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
-        if (begin < stop)
-            (plan->zero_grad ? update_and_zero : update_part)(plan, k, begin - plan->starts[k], stop - begin);
+        if (begin < stop && plan->zero_grad)
+            update_and_zero(plan, k, begin - plan->starts[k], stop - begin);
+        else if (begin < stop)
+            update_part(plan, k, begin - plan->starts[k], stop - begin);
         begin = stop;
     }
     fastrms_leave(mode);
@@ -163,8 +167,8 @@ static fastrms_found found_in(const fastrms_plan *plan)
     return found;
 }
 
-/* everything about the gradients that must be known before the first write, in one reading */
-static int look(fastrms_plan *plan)
+/* in one reading of the gradients, everything that must be known of them before the first write */
+static void look(fastrms_plan *plan)
 {
     int64_t segments = 0, elements = 0;
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -174,10 +178,9 @@ static int look(fastrms_plan *plan)
         }
     fastrms_parallel(elements, look_range, plan, segments, 1);
     plan->found = found_in(plan);
-    return plan->found.nonfinite ? FASTRMS_NONFINITE : FASTRMS_OK;
 }
 
-/* clip_norm < 0 asks for no norm at all; a NaN norm makes the factor NaN, as every framework has it */
+/* a NaN norm makes the factor NaN, as every framework has it */
 static double clipped_scale(const fastrms_plan *plan)
 {
     if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
@@ -185,9 +188,8 @@ static double clipped_scale(const fastrms_plan *plan)
     return plan->grad_scale * (plan->clip_norm / plan->found.grad_norm);
 }
 
-static void update(fastrms_plan *plan)
+static ALWAYS_INLINE void update(fastrms_plan *plan, double grad_scale)
 {
-    double grad_scale = clipped_scale(plan);
     if (!plan->unchanging || grad_scale != 1)
         prepare(plan, grad_scale);
     int64_t elements = plan->starts[plan->tensors];
@@ -197,7 +199,7 @@ static void update(fastrms_plan *plan)
     ++plan->steps;
 }
 
-/* of a step that was left out: what has been accumulated into them is of no use */
+/* of a step that is left out: what has been accumulated in them is of no use */
 static void zero_gradients(const fastrms_plan *plan)
 {
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -205,15 +207,27 @@ static void zero_gradients(const fastrms_plan *plan)
             zero_part(plan, k, 0, plan->tensor[k].size);
 }
 
+static APART int look_and_update(fastrms_plan *plan)
+{
+    look(plan);
+    if (plan->found.nonfinite) {
+        if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
+            zero_gradients(plan);
+        return FASTRMS_NONFINITE;
+    }
+    update(plan, clipped_scale(plan));
+    return FASTRMS_OK;
+}
+
 static int run(fastrms_plan *plan)
 {
+    int status = FASTRMS_OK;
     fastrms_enter_step();
     fastrms_mode mode = fastrms_enter();
-    int status = plan->clip_norm >= 0 || plan->on_nonfinite ? look(plan) : FASTRMS_OK;
-    if (status == FASTRMS_OK)
-        update(plan);
-    else if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
-        zero_gradients(plan);
+    if (plan->clip_norm < 0 && !plan->on_nonfinite)
+        update(plan, plan->grad_scale);
+    else
+        status = look_and_update(plan);
     fastrms_leave(mode);
     fastrms_leave_step();
     return status;
@@ -240,10 +254,11 @@ static int acquire(fastrms_plan *plan)
 
 int fastrms_step(fastrms_plan *plan)
 {
-    int status = acquire(plan);
-    if (status)
-        return status;
-    return release(plan, plan->held ? run(plan) : FASTRMS_NOT_HELD);
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    if (!plan->held || plan->streaming)
+        return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
+    return release(plan, run(plan));
 }
 
 static int by_start(const void *a, const void *b)
