@@ -86,10 +86,10 @@ def test_a_gradient_that_does_not_fit_changes_nothing(backend):
             ("a", np.ones(10, np.float32), TypeError, r"grads\['a'\] has dtype float32"),
             ("a", np.ones(9), ValueError, "has shape"),
             ("a", [1.0] * 10, TypeError, "is a list"),
-            ("a", memory[:10], ValueError, r"params\['a'\] and grads\['a'\] overlap"),
+            ("a", memory[:10], ValueError, r"grads\['a'\] and params\['a'\] overlap"),
             ("a", memory[15:25], ValueError, r"params\['b'\] and grads\['a'\] overlap"),
             ("b", memory[1:11], ValueError, "overlap"),
-            ("a", state["b"], ValueError, r"exp_avg of params\['b'\].*overlap|overlap"),
+            ("a", state["b"], ValueError, r"exp_avg of params\['b'\] "),
         ]:
             with pytest.raises(error, match=words):
                 s.step(name, grad)
@@ -105,6 +105,7 @@ def test_everything_else_is_refused_while_a_block_is_open(backend):
     optimizer.bind(g)
     optimizer.step()
     saved = optimizer.state_dict()
+    function, address = optimizer.c_step if backend == "c" else (None, None)
     with optimizer.streaming() as s:
         before = everything([w], optimizer)
         for call in (
@@ -118,7 +119,6 @@ def test_everything_else_is_refused_while_a_block_is_open(backend):
             assert everything([w], optimizer) == before and optimizer.lr == 0.01
         s.step(0, g)
         if backend == "c":
-            function, address = optimizer.c_step
             assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t)(function)(address) == 7
     optimizer.step()  # still bound
     want = np.ones(5)
