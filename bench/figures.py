@@ -1,4 +1,4 @@
-"""The project's target figures, each measured in interleaved runs: `python -m bench.figures {numpy,machine,step} [--readme]`.
+"""The project's target figures, measured in interleaved runs: `python -m bench.figures {numpy,machine,step} [--readme]`.
 
 numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
@@ -49,9 +49,8 @@ def share(what, percent, target):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    parser.add_argument(
-        "set", nargs="?", choices=("numpy", "machine", "step"), default="numpy", help="which (default: numpy)"
-    )
+    sets = ("numpy", "machine", "step")
+    parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
     options = parser.parse_args()
     if "c" not in fastrms.available_backends():

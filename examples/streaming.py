@@ -10,6 +10,7 @@ Run with `python examples/streaming.py`; prints the time of a batch and the test
 import argparse
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def new_weights(hidden, layers):
     random, sizes = np.random.default_rng(0), [PIXELS, *[hidden] * layers, DIGITS]
     return {
         f"w{k}": (random.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
-        for k, shape in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for k, shape in enumerate(pairwise(sizes))
     }
 
 
