@@ -5,21 +5,42 @@
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 #include "internal.h"
 
 enum { BLOCK = 4096, LANES = 8 };
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* four numbers as doubles; written as vectors, since no compiler makes them of the lanes by itself */
+typedef float four_floats __attribute__((vector_size(16)));
+typedef double four __attribute__((vector_size(32)));
+
+INLINE void add_four(four *sums, const float *single, const double *twice, double scale)
+{
+    four_floats narrow;
+    four x;
+    if (single) {
+        memcpy(&narrow, single, sizeof narrow);
+        x = __builtin_convertvector(narrow, four);
+    } else {
+        memcpy(&x, twice, sizeof x);
+    }
+    x *= scale;
+    *sums += x * x;
+}
+
 INLINE double block_sum(int64_t size, const float *single, const double *twice, double scale)
 {
-    double lane[LANES] = {0};
+    four low = {0}, high = {0};
     int64_t whole = size - size % LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int j = 0; j < LANES; ++j) {
-            double x = (single ? (double)single[i + j] : twice[i + j]) * scale;
-            lane[j] += x * x;
-        }
+    for (int64_t i = 0; i < whole; i += LANES) {
+        add_four(&low, single ? single + i : NULL, twice ? twice + i : NULL, scale);
+        add_four(&high, single ? single + i + 4 : NULL, twice ? twice + i + 4 : NULL, scale);
+    }
+    double lane[LANES];
+    memcpy(lane, &low, sizeof low);
+    memcpy(lane + 4, &high, sizeof high);
     for (int64_t i = whole; i < size; ++i) {
         double x = (single ? (double)single[i] : twice[i]) * scale;
         lane[i - whole] += x * x;

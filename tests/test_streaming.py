@@ -131,6 +131,27 @@ def test_everything_else_is_refused_while_a_block_is_open(backend):
             call()
 
 
+def test_bound_steps_go_on_around_a_block(backend):
+    """Coefficients that the plan keeps from step to step are those of each tensor still, whichever was streamed."""
+    results = []
+    for streamed in (False, True):
+        params, grads = [np.ones(3), np.ones(4)], [np.ones(3), np.ones(4)]
+        groups = [{"params": params[0], "lr": 0.1}, {"params": params[1], "lr": 0.3}]
+        optimizer = fastrms.RMSProp(groups, backend=backend)
+        for _ in range(2):
+            optimizer.bind(grads)
+            optimizer.step()
+            if streamed:
+                with optimizer.streaming() as s:
+                    s.step((1, 0), grads[1])
+            else:
+                optimizer.step([None, grads[1]])
+                optimizer.bind(grads)
+            optimizer.step()
+        results.append(everything(params, optimizer))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_leaving_early_takes_nothing_back_and_says_what_was_done(backend, error):
     params, want = [np.ones(3) for _ in range(4)], [np.ones(3) for _ in range(4)]
