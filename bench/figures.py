@@ -1,6 +1,7 @@
 """The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--readme]`.
 
 numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
+step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 """
 
@@ -49,9 +50,8 @@ def share(what, percent, target):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    parser.add_argument(
-        "set", nargs="?", choices=("numpy", "machine", "flat"), default="numpy", help="which (default: numpy)"
-    )
+    sets = ("numpy", "machine", "step", "flat")
+    parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
     options = parser.parse_args()
     if "c" not in fastrms.available_backends():
@@ -64,9 +64,10 @@ def main():
 
 def measure(name, console):
     """(facts of the machine, figures) of one set, printed as well."""
-    from . import figures_flat, figures_machine, figures_numpy
+    from . import figures_flat, figures_machine, figures_numpy, figures_step
 
-    chosen = {"numpy": figures_numpy, "machine": figures_machine, "flat": figures_flat}[name]
+    sets = {"numpy": figures_numpy, "machine": figures_machine, "step": figures_step, "flat": figures_flat}
+    chosen = sets[name]
     facts = machine.describe() | chosen.prepare()
     start, first_clock, figures = time.perf_counter(), clock(), []
     console.print(f"{machine.in_words(facts)}\n{machine.software(facts)}\nplacement: {chosen.PLACED}")

@@ -4,13 +4,20 @@
 #define FASTRMS_MAX_COEFFICIENTS 24
 #define FASTRMS_MAX_CORRECTIONS 4
 
-/* what a call answers; everything but OK has changed nothing */
+/* what a call answers; everything but OK has changed nothing (NONFINITE may have zeroed the gradients) */
 #define FASTRMS_OK 0
 #define FASTRMS_BUSY 1
 #define FASTRMS_OVERLAP 2
 #define FASTRMS_MISALIGNED 3
 #define FASTRMS_MISSING 4
 #define FASTRMS_NOT_HELD 5
+#define FASTRMS_NONFINITE 6      /* no step was made: on_nonfinite, and a gradient is not finite */
+#define FASTRMS_STREAMING 7      /* a streamed step is open; of fastrms_stream_step: none is */
+
+/* on_nonfinite of a plan: look for nothing; leave the step out; leave it out, and the gradients as they are */
+#define FASTRMS_PROPAGATE 0
+#define FASTRMS_SKIP 1
+#define FASTRMS_REFUSE 2
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
  * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
@@ -37,13 +44,22 @@ typedef struct {
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
 
-/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes. */
+/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes; nonfinite: of how many elements. */
 typedef struct {
     double sum;
-    int64_t exponent;
+    int64_t exponent, nonfinite;
 } fastrms_squares;
 
-/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone.  Scratch: ready for one set of
+/* What a step found in the gradients before it wrote anything: their norm, where clip_norm asked for it; with on_nonfinite
+ * how many elements of grad * grad_scale are NaN or infinite or have a square that overflows their type, and the first
+ * tensor with such a one, -1 where there is none. */
+typedef struct {
+    double grad_norm;
+    int64_t nonfinite, tensor;
+} fastrms_found;
+
+/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone; zero_grad: a step writes zeros over the gradients,
+ * also one left out by FASTRMS_SKIP.  streaming, streamed: see fastrms_stream_open.  Scratch: ready for one set of
  * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; ranges
  * (2 * tensors * (2 + states)).  held: grad[] points to memory that stays; fastrms_step refuses without it.
  * unchanging: ready[] holds for the next step too; set it to 0 after writing to a group. */
@@ -56,8 +72,9 @@ typedef struct {
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;
-    double grad_scale, clip_norm, grad_norm;
-    int32_t groups, states, busy, held, unchanging, reserved;
+    double grad_scale, clip_norm;
+    fastrms_found found;
+    int32_t groups, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
 } fastrms_plan;
 
 /* One step over all tensors, of the gradients that the plan holds. */
@@ -65,9 +82,18 @@ int fastrms_step(fastrms_plan *plan);
 
 /* What a plan takes over and does in one call that no other thread and no interrupt can cut: all of it, or nothing.
  * param, grad: new addresses for every tensor, or NULL; group: all groups anew, or NULL; hold: grad stays valid;
- * run: make a step, with grad_scale, and with clip_norm unless it is negative, and leave the norm in *grad_norm. */
+ * run: make a step, with grad_scale, and with clip_norm unless it is negative; *found, unless found is NULL, takes what it
+ * found.  FASTRMS_NONFINITE leaves the step out, not what was taken over. */
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
-                   int hold, int run, double grad_scale, double clip_norm, double *grad_norm);
+                   int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
+
+/* A step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor that
+ * has a gradient, then close.  The first counts the step.  In between all other calls with this plan answer
+ * FASTRMS_STREAMING.  param: a new address, or NULL; group: all groups anew, or NULL.  The plan's own gradients stay. */
+int fastrms_stream_open(fastrms_plan *plan);
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_group *group,
+                        double grad_scale);
+void fastrms_stream_close(fastrms_plan *plan);
 
 /* Copy `count` buffers and the step counts (tensors + 1 of them, the plan's own first) in or out, in the same sense. */
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,

@@ -37,9 +37,13 @@ void fastrms_leave_step(void);
 int32_t fastrms_generation(void);
 #define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds these two by name */
 
-/* norm.c: sums of squares in one fixed order, segment by segment */
+/* norm.c: sums of squares in one fixed order and counts of nonfinite elements, segment by segment */
 #define FASTRMS_SEGMENT (1 << 18)
-fastrms_squares fastrms_segment_squares(int64_t size, int itemsize, const void *grad);
+typedef struct {
+    int squares, nonfinite;
+    double grad_scale;                                    /* for the count only */
+} fastrms_wanted;
+fastrms_squares fastrms_look(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted);
 void fastrms_add_squares(fastrms_squares *total, fastrms_squares part);
 double fastrms_root(const fastrms_squares *total, double scale);
 

@@ -5,6 +5,10 @@
 #include <string.h>
 #include "internal.h"
 
+#define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+enum { TILE = 4096 };                                     /* elements */
+
 /* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
 double fastrms_series(double decay, double weight, int64_t terms)
 {
@@ -85,6 +89,22 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
                         plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
 
+static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+{
+    int itemsize = plan->group[plan->tensor[k].group].itemsize;
+    memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
+}
+
+/* each tile of the gradient is zeroed while it is in cache */
+static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+{
+    for (; size > 0; offset += TILE, size -= TILE) {
+        int64_t length = size < TILE ? size : TILE;
+        update_part(plan, k, offset, length);
+        zero_part(plan, k, offset, length);
+    }
+}
+
 /* update elements [begin, end) of all elements of the step, which may be parts of several tensors */
 static void update_range(void *context, int64_t begin, int64_t end)
 {
@@ -100,63 +120,76 @@ static void update_range(void *context, int64_t begin, int64_t end)
     }
     for (; begin < end; ++k) {
         int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
-        if (begin < stop)
+        if (begin < stop && plan->zero_grad)
+            update_and_zero(plan, k, begin - plan->starts[k], stop - begin);
+        else if (begin < stop)
             update_part(plan, k, begin - plan->starts[k], stop - begin);
         begin = stop;
     }
     fastrms_leave(mode);
 }
 
-/* norms of segments [begin, end) of the gradients, each to its place in plan->segments */
-static void norm_range(void *context, int64_t begin, int64_t end)
+/* look at segments [begin, end) of the gradients, each to its place in plan->segments */
+static void look_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
     fastrms_mode mode = fastrms_enter();
     int64_t first = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
+        const fastrms_group *group = &plan->group[plan->tensor[k].group];
+        fastrms_wanted wanted = {plan->clip_norm >= 0, plan->on_nonfinite, group->value[0] * plan->grad_scale};
         int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
-        int itemsize = plan->group[plan->tensor[k].group].itemsize;
         for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
             int64_t start = s * FASTRMS_SEGMENT, length = size - start < FASTRMS_SEGMENT ? size - start : FASTRMS_SEGMENT;
-            plan->segments[first + s] =
-                fastrms_segment_squares(length, itemsize, (const char *)plan->grad[k] + start * itemsize);
+            const char *part = (const char *)plan->grad[k] + start * group->itemsize;
+            plan->segments[first + s] = fastrms_look(length, group->itemsize, part, wanted);
         }
         first += count;
     }
     fastrms_leave(mode);
 }
 
-static double global_norm(fastrms_plan *plan)
+/* sums up what look_range left of each tensor's segments */
+static fastrms_found found_in(const fastrms_plan *plan)
 {
-    fastrms_squares total = {0, -1000};
+    fastrms_squares total = {0, -1000, 0};
+    fastrms_found found = {0, 0, -1};
+    int64_t s = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        int64_t end = s + (plan->grad[k] ? fastrms_segments(plan->tensor[k].size) : 0);
+        for (; s < end; ++s)
+            fastrms_add_squares(&total, plan->segments[s]);
+        if (total.nonfinite && found.tensor < 0)
+            found.tensor = k;
+    }
+    found.nonfinite = total.nonfinite;
+    found.grad_norm = fastrms_root(&total, plan->grad_scale);
+    return found;
+}
+
+/* in one reading of the gradients, everything that must be known of them before the first write */
+static void look(fastrms_plan *plan)
+{
     int64_t segments = 0, elements = 0;
     for (int64_t k = 0; k < plan->tensors; ++k)
         if (plan->grad[k]) {
             segments += fastrms_segments(plan->tensor[k].size);
             elements += plan->tensor[k].size;
         }
-    fastrms_parallel(elements, norm_range, plan, segments, 1);
-    for (int64_t s = 0; s < segments; ++s)
-        fastrms_add_squares(&total, plan->segments[s]);
-    return fastrms_root(&total, plan->grad_scale);
+    fastrms_parallel(elements, look_range, plan, segments, 1);
+    plan->found = found_in(plan);
 }
 
-/* clip_norm < 0 asks for no norm at all; a NaN norm makes the factor NaN, as every framework has it */
-static double clipped_scale(fastrms_plan *plan)
+/* a NaN norm makes the factor NaN, as every framework has it */
+static double clipped_scale(const fastrms_plan *plan)
 {
-    if (plan->clip_norm < 0)
+    if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
         return plan->grad_scale;
-    plan->grad_norm = global_norm(plan);
-    if (plan->grad_norm <= plan->clip_norm)
-        return plan->grad_scale;
-    return plan->grad_scale * (plan->clip_norm / plan->grad_norm);
+    return plan->grad_scale * (plan->clip_norm / plan->found.grad_norm);
 }
 
-static void run(fastrms_plan *plan)
+static ALWAYS_INLINE void update(fastrms_plan *plan, double grad_scale)
 {
-    fastrms_enter_step();
-    fastrms_mode mode = fastrms_enter();
-    double grad_scale = clipped_scale(plan);
     if (!plan->unchanging || grad_scale != 1)
         prepare(plan, grad_scale);
     int64_t elements = plan->starts[plan->tensors];
@@ -164,14 +197,40 @@ static void run(fastrms_plan *plan)
     for (int64_t k = 0; k < plan->tensors; ++k)
         plan->tensor[k].steps += plan->grad[k] != NULL;
     ++plan->steps;
-    fastrms_leave(mode);
-    fastrms_leave_step();
 }
 
-static int acquire(fastrms_plan *plan)
+/* of a step that is left out: what has been accumulated in them is of no use */
+static void zero_gradients(const fastrms_plan *plan)
 {
-    int32_t here = fastrms_generation();
-    return __atomic_exchange_n(&plan->busy, here, __ATOMIC_ACQUIRE) == here ? FASTRMS_BUSY : FASTRMS_OK;
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        if (plan->grad[k])
+            zero_part(plan, k, 0, plan->tensor[k].size);
+}
+
+static APART int look_and_update(fastrms_plan *plan)
+{
+    look(plan);
+    if (plan->found.nonfinite) {
+        if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
+            zero_gradients(plan);
+        return FASTRMS_NONFINITE;
+    }
+    update(plan, clipped_scale(plan));
+    return FASTRMS_OK;
+}
+
+static int run(fastrms_plan *plan)
+{
+    int status = FASTRMS_OK;
+    fastrms_enter_step();
+    fastrms_mode mode = fastrms_enter();
+    if (plan->clip_norm < 0 && !plan->on_nonfinite)
+        update(plan, plan->grad_scale);
+    else
+        status = look_and_update(plan);
+    fastrms_leave(mode);
+    fastrms_leave_step();
+    return status;
 }
 
 static int release(fastrms_plan *plan, int status)
@@ -180,14 +239,26 @@ static int release(fastrms_plan *plan, int status)
     return status;
 }
 
+static int acquire_part(fastrms_plan *plan)
+{
+    int32_t here = fastrms_generation();
+    return __atomic_exchange_n(&plan->busy, here, __ATOMIC_ACQUIRE) == here ? FASTRMS_BUSY : FASTRMS_OK;
+}
+
+static int acquire(fastrms_plan *plan)
+{
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    return plan->streaming ? release(plan, FASTRMS_STREAMING) : FASTRMS_OK;
+}
+
 int fastrms_step(fastrms_plan *plan)
 {
-    if (acquire(plan))
+    if (acquire_part(plan))
         return FASTRMS_BUSY;
-    if (!plan->held)
-        return release(plan, FASTRMS_NOT_HELD);
-    run(plan);
-    return release(plan, FASTRMS_OK);
+    if (!plan->held || plan->streaming)
+        return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
+    return release(plan, run(plan));
 }
 
 static int by_start(const void *a, const void *b)
@@ -243,10 +314,11 @@ static void set_groups(fastrms_plan *plan, const fastrms_group *group)
 }
 
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
-                   int hold, int run_now, double grad_scale, double clip_norm, double *grad_norm)
+                   int hold, int run_now, double grad_scale, double clip_norm, fastrms_found *found)
 {
-    if (acquire(plan))
-        return FASTRMS_BUSY;
+    int status = acquire(plan);
+    if (status)
+        return status;
     if (!grad && run_now && !plan->held)
         return release(plan, FASTRMS_NOT_HELD);
     if (grad && would_overlap(plan, param, grad))
@@ -263,20 +335,54 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
     if (run_now) {
         plan->grad_scale = grad_scale;
         plan->clip_norm = clip_norm;
-        run(plan);
+        status = run(plan);
         plan->grad_scale = 1;
         plan->clip_norm = -1;
-        if (clip_norm >= 0)
-            *grad_norm = plan->grad_norm;
+        if (found)
+            *found = plan->found;
     }
+    return release(plan, status);
+}
+
+int fastrms_stream_open(fastrms_plan *plan)
+{
+    int status = acquire(plan);
+    if (status)
+        return status;
+    plan->streaming = 1;
+    plan->streamed = 0;
+    return release(plan, FASTRMS_OK);
+}
+
+void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
+
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_group *group,
+                        double grad_scale)
+{
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    if (!plan->streaming)
+        return release(plan, FASTRMS_STREAMING);
+    set_groups(plan, group);
+    if (param)
+        plan->tensor[tensor].param = param;
+    double ready[FASTRMS_MAX_COEFFICIENTS];
+    int64_t starts[2];
+    fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .group = plan->group, .grad = &grad, .ready = ready,
+                        .starts = starts, .grad_scale = grad_scale, .clip_norm = -1, .zero_grad = plan->zero_grad};
+    run(&one);
+    plan->steps += !plan->streamed;
+    plan->streamed = 1;
+    plan->unchanging = 0;                                 /* the count of this tensor has moved */
     return release(plan, FASTRMS_OK);
 }
 
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
                  const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps)
 {
-    if (acquire(plan))
-        return FASTRMS_BUSY;
+    int status = acquire(plan);
+    if (status)
+        return status;
     fastrms_enter_step();
     for (int64_t k = 0; k < count; ++k)
         memcpy(to[k], from[k], (size_t)bytes[k]);

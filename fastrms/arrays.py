@@ -49,7 +49,7 @@ def acquire(x, name, *, writable):
     if address % array.itemsize:
         raise ValueError(f"{name} starts at address {address:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
-        raise ValueError(f"{name} is read-only; it is updated in place and must be writable")
+        raise ValueError(f"{name} is read-only; it is written in place and must be writable")
     return Buffer(x, _flat(array, name), address, array.shape, _element_strides(array))
 
 

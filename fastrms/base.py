@@ -11,6 +11,15 @@ from . import arrays, backends, dialects, hyper, own, placement, rules, structur
 from .plan import Bound
 from .recipes import rounded
 
+OPTIONS = {
+    "nonfinite": "propagate",
+    "zero_grad": False,
+    "backend": "auto",
+    "stream": None,
+    "capturable": False,
+    "check": False,
+}
+
 
 class Group(MutableMapping):
     """The hyper-parameters of one group; setting one checks it and takes effect at the next step."""
@@ -54,7 +63,7 @@ class Optimizer(Bound):
                    All arithmetic is in the dtype of param as long as every number in it is a coefficient.
     initial(h, state_name)     how a state starts; 0.0 unless given.
 
-    grad arrives multiplied by grad_scale and the clip_norm factor.
+    grad arrives multiplied by grad_scale and the clip_norm factor.  nonfinite, zero_grad: as in fastrms.RMSProp.
     """
 
     defaults: dict = {}
@@ -69,26 +78,18 @@ class Optimizer(Bound):
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
-        keywords = {
-            **cls.defaults,
-            "groups": None,
-            "dialect": None,
-            "backend": "auto",
-            "stream": None,
-            "capturable": False,
-            "check": False,
-        }
+        keywords = {**cls.defaults, "groups": None, "dialect": None, **OPTIONS}
         cls.__signature__ = Signature(
             [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
             + [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in keywords.items()]
         )
 
-    def __init__(
-        self, params, *, groups=None, dialect=None, backend="auto", stream=None, capturable=False, check=False, **options
-    ):
+    def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False, backend="auto",
+                 stream=None, capturable=False, check=False, **options):  # fmt: skip
         if type(self) is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
+        self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         self._structure, leaves, group_of, overrides = structure.arrange(params, groups)
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
@@ -106,7 +107,8 @@ class Optimizer(Bound):
         recipes = [self._recipe(group, dtype) for group, dtype in self._sets]
         self._rules = [recipe.rule for recipe in recipes]
         self._allocate()
-        self._bind_params(module, recipes, hyper.cuda_options(self.backend, stream, capturable, check))
+        gradients = self._nonfinite, self._zero_grad
+        self._bind_params(module, recipes, (*gradients, *hyper.cuda_options(self.backend, stream, capturable, check)))
 
     # hyper-parameters
 
@@ -303,7 +305,7 @@ class Optimizer(Bound):
         pairs = [(mine[name], other[name]) for mine, other in zip(to, source, strict=True) for name in mine]
         status, before = self._plan.copy(pairs, recipes, steps)
         if status:
-            raise self._busy()
+            raise self._refusal(status)
         return before
 
     def load_state_dict(self, d):

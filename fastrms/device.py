@@ -78,7 +78,7 @@ def acquire(x, name, *, writable):
     if view.ptr % view.dtype.itemsize:
         raise ValueError(f"{name} starts at address {view.ptr:#x}, which is not aligned to {view.dtype.itemsize} bytes")
     if writable and view.readonly:
-        raise ValueError(f"{name} is read-only; it is updated in place and must be writable")
+        raise ValueError(f"{name} is read-only; it is written in place and must be writable")
     strides = _dense_strides(view, name)
     return DeviceBuffer(x, view.ptr, tuple(view.shape), strides, np.dtype(view.dtype), view.device_id, _stream_of(x, name))
 

@@ -5,6 +5,8 @@ import numbers
 
 import numpy as np
 
+from . import backends
+
 MOST_STEPS = 2**62
 
 
@@ -103,6 +105,8 @@ def choice(*allowed):
 
     return check
 
+
+on_nonfinite = choice(*backends.ON_NONFINITE)
 
 CHECKS = {
     "lr": rate_or_schedule,

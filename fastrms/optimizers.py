@@ -73,6 +73,10 @@ class RMSProp(Optimizer):
     bias_correction: False, "corrected" (averages divided by 1 - rho**t; Optax), "folded" (lr * sqrt(1 - rho**t)).
     weight_decay >= 0: L2, or decoupled.   maximize: ascend.   clip_value: bound on each gradient element, or None.
     initial_value: start of square_avg (1 in TF1 and MindSpore).
+    nonfinite: what a step does where elements of grad*grad_scale, before any clipping, are NaN or infinite or have a square
+    that overflows the dtype: "propagate" does not look; "skip" updates nothing in any tensor, counts no step and says so in
+    StepInfo; "raise" does the same and raises FloatingPointError.   zero_grad: a step writes zeros over the gradients
+    (writable arrays, then), a skipped one too; not one that raises.
     dialect: None or "torch", "keras", "tf1", "mindspore", "optax": that framework's defaults; explicit arguments win.
     backend: "auto", "c", "numba", "numpy", or "cuda" for arrays in device memory, where "auto" means that.
     Only with "cuda": stream, where to launch (None: where the arrays' library works); capturable, coefficients in device
@@ -131,7 +135,7 @@ class AdaGrad(Optimizer):
     lr: step size >= 0, or callable(step) first called with 0.   lr_decay >= 0: as above, t counts from 1 (PyTorch).
     eps, eps_root >= 0: outside and inside the root; both 0 only where the sum starts above 0 (TF1).
     initial_value: start of the sum (0.1 in Keras, TF1, Optax, MindSpore).
-    params, weight_decay, decoupled, maximize, clip_value, dialect, backend: as in RMSProp.
+    params, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
     State: sum.  Raises as RMSProp does.
     """
 
@@ -174,7 +178,7 @@ class Adam(Optimizer):
     "folded" (TF, MindSpore: beta1*exp_avg + (1 - beta1)*g in place of exp_avg).  True is refused: it does not say which.
     bias_correction: "corrected" as above (True means that), "folded": lr*sqrt(1 - beta2**t)/(1 - beta1**t) on the raw
     averages, so that eps is the paper's "epsilon hat" (Keras, TF1, MindSpore), False: none.
-    params, weight_decay, decoupled, maximize, clip_value, dialect, backend: as in RMSProp.
+    params, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
     State: exp_avg, exp_avg_sq, max_exp_avg_sq (amsgrad).  Raises as RMSProp does.
     """
 
@@ -246,7 +250,8 @@ class RProp(Optimizer):
 
     lr >= 0: the first step_size; it is used once and cannot be a schedule.   0 < eta_minus < 1 < eta_plus.
     0 <= step_min <= step_max.   zero_on_flip: False gives plain Rprop-, which moves even when the sign flips.
-    params, maximize, clip_value, dialect, backend: as in RMSProp.  State: prev, step_size.  Raises as RMSProp does.
+    params, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
+    State: prev, step_size.  Raises as RMSProp does.
     """
 
     defaults = {

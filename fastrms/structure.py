@@ -123,6 +123,10 @@ class One(Structure):
 
     count = 1
 
+    def labels(self):
+        """Of each leaf, what names it in a streamed step."""
+        return [0]
+
     def names(self, what):
         return [what]
 
@@ -138,6 +142,9 @@ class SequenceOf(Structure):
 
     def __init__(self, count):
         self.count = count
+
+    def labels(self):
+        return list(range(self.count))
 
     def names(self, what):
         return [f"{what}[{k}]" for k in range(self.count)]
@@ -161,6 +168,9 @@ class MappingOf(Structure):
     def __init__(self, keys):
         self.keys = keys
         self.count = len(keys)
+
+    def labels(self):
+        return self.keys
 
     def names(self, what):
         return [f"{what}[{key!r}]" for key in self.keys]
@@ -195,6 +205,9 @@ class FlatOf(Structure):
         views = [self.flat.params[name] for name in names]
         places = one_after_another(view.size for view in views)
         return {name: Part(place, view.shape) for name, place, view in zip(names, places, views, strict=True)}
+
+    def labels(self):
+        raise TypeError("a FlatBuffer is updated as one, not name by name: a streamed step needs the mapping flat.params")
 
     def names(self, what):
         if self.count == 1:
@@ -236,6 +249,9 @@ class GroupsOf(Structure):
     def __init__(self, members):
         self.members = members
         self.count = sum(member.count for member in members)
+
+    def labels(self):
+        return [(k, label) for k, member in enumerate(self.members) for label in member.labels()]
 
     def names(self, what):
         return [name for k, member in enumerate(self.members) for name in member.names(f"{what}[{k}]")]

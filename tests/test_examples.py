@@ -184,6 +184,15 @@ def test_trainer_numba(capsys):
     assert accuracy > 0.95 and all(np.array_equal(weights, want) for weights, _, _ in others)
 
 
+def test_streaming(capsys):
+    """It learns, and both ways to the same weights."""
+    results = load("streaming").main(["--hidden", "48", "--layers", "2", "--epochs", "40"])
+    assert "DIFFERENT" not in capsys.readouterr().out
+    whole, streamed = results["whole"], results["streamed"]
+    assert all(np.array_equal(whole[0][name], streamed[0][name]) for name in whole[0]) and whole[2] > 0.8
+    assert whole[2] == streamed[2]
+
+
 def test_fused_cuda():
     """It compiles without a GPU; tests/ptx/test_tester.py executes it."""
     pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")

@@ -55,6 +55,26 @@ def test_the_schedules_and_checkpoints_run(tmp_path, monkeypatch):
     assert names["opt"].steps == 2 and (tmp_path / "run.safetensors").exists()
 
 
+def test_the_example_of_gradients_in_the_step_runs(capsys):
+    w, b = np.ones(5, np.float32), np.ones(3, np.float32)
+    for value, said in ((1.0, ""), (np.inf, "8 elements overflowed: nothing was updated\n")):
+        names = {"fastrms": fastrms, "w": w, "b": b, "gw": w * np.float32(value), "gb": b * np.float32(value)}
+        exec(next(text for text in code_blocks() if "info.nonfinite" in text), names)
+        assert capsys.readouterr().out == said and (names["gw"] == 0).all() and names["opt"].steps == (not said)
+
+
+def test_the_streaming_example_runs():
+    w = {"first": np.ones(5, np.float32), "second": np.ones(3, np.float32)}
+    names = {
+        "opt": fastrms.Adam(w),
+        "layers": list(w),
+        "backward": lambda name, out: out,
+        "scratch": {k: v * 2 for k, v in w.items()},
+    }
+    exec(next(text for text in code_blocks() if "opt.streaming" in text), names)
+    assert names["s"].updated == ["second", "first"] and names["opt"].steps == 1 and all((v < 1).all() for v in w.values())
+
+
 def test_the_numba_example_runs():
     pytest.importorskip("numba")
     names = {}

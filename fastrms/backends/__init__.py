@@ -3,13 +3,24 @@ bound buffers of one optimizer and makes a step over all of them."""
 
 import importlib
 import os
+from typing import NamedTuple
 
 from .. import arrays, device
 
-OK, BUSY, OVERLAP, NOT_HELD = 0, 1, 2, 5  # what a Plan answers, as in csrc/fastrms_decl.h
+OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING = 0, 1, 2, 5, 6, 7  # what a Plan answers, as in csrc/fastrms_decl.h
+ON_NONFINITE = ("propagate", "skip", "raise")  # in the order of csrc/fastrms_decl.h
 HOST = ("c", "numba", "numpy")  # in the order of preference
 NAMES = (*HOST, "cuda")
 FOR_OWN_RULES = ("numba", "numpy", "cuda")
+
+
+class Found(NamedTuple):
+    """What a step found in the gradients before it wrote anything; None for what was not looked for.
+    tensor: the first with a nonfinite element, -1 where there is none."""
+
+    grad_norm: float | None
+    nonfinite: int | None
+    tensor: int
 
 
 def load(name):

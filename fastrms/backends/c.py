@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from .. import arrays, rules
-from . import OK
+from . import OK, ON_NONFINITE, Found
 
 try:
     from .._core import ffi, lib
@@ -106,7 +106,7 @@ def update(recipe, step, grad_scale, param, grad, states):
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param."""
 
-    def __init__(self, params, states, sets, recipes):
+    def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         count = len(params)
         self._tensor = ffi.new("fastrms_tensor[]", count)
         self._group = ffi.new("fastrms_group[]", len(recipes))
@@ -133,6 +133,7 @@ class Plan:
         plan.starts, plan.segments = self._starts, self._segments
         plan.states = max(map(len, states))
         plan.grad_scale, plan.clip_norm = 1.0, -1.0
+        plan.on_nonfinite, plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
 
     def bound_step(self):
         """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
@@ -144,8 +145,9 @@ class Plan:
 
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
-        step: all of it in one C call, or nothing.  Returns (status, norm)."""
-        norm = ffi.NULL if clip_norm is None else ffi.new("double *")
+        step: all of it in one C call, or nothing.  Returns (status, Found, or None where nothing was looked for)."""
+        looks = run and (clip_norm is not None or self._plan.on_nonfinite)
+        found = ffi.new("fastrms_found *") if looks else ffi.NULL
         status = lib.fastrms_change(
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
@@ -155,9 +157,31 @@ class Plan:
             run,
             grad_scale,
             -1.0 if clip_norm is None else clip_norm,
-            norm,
+            found,
         )
-        return status, norm[0] if norm else None
+        return status, self._found(found, clip_norm) if looks else None
+
+    def _found(self, found, clip_norm):
+        norm = None if clip_norm is None else found.grad_norm
+        return Found(norm, found.nonfinite if self._plan.on_nonfinite else None, found.tensor)
+
+    def stream_open(self):
+        """Begin a step that is made tensor by tensor; returns a status."""
+        return lib.fastrms_stream_open(self._plan)
+
+    def stream_step(self, k, param, grad, recipes, grad_scale):
+        """Update tensor k from a Buffer, with the param (Buffer or None) and recipes taken over first; returns a status."""
+        return lib.fastrms_stream_step(
+            self._plan,
+            k,
+            ffi.NULL if param is None else pointer(param.address),
+            self._address(grad),
+            self._groups_with(recipes) if recipes else ffi.NULL,
+            grad_scale,
+        )
+
+    def stream_close(self):
+        lib.fastrms_stream_close(self._plan)
 
     def _address(self, grad):
         if type(grad) is np.ndarray:
@@ -197,3 +221,6 @@ class Plan:
     @property
     def tensor_steps(self):
         return [self._tensor[k].steps for k in range(len(self._tensor))]
+
+    def steps_of(self, k):
+        return self._tensor[k].steps

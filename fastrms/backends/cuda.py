@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import device, rules
-from . import pyplan
+from . import OK, pyplan
 
 memory = device
 VECTOR, THREADS = 16, 256  # bytes per thread, threads per block
 NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
+BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
 NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
 
 
@@ -118,6 +119,14 @@ def write(to, host, stream):
     device.checked(answer, "writing tables or coefficients")
 
 
+def zero(buffer, stream):
+    """Write zeros over a DeviceBuffer on a stream."""
+    from cuda.bindings import driver
+
+    if buffer.size:
+        device.checked(driver.cuMemsetD8Async(buffer.address, 0, buffer.nbytes, int(stream.handle)), "zeroing gradients")
+
+
 def capturing(stream):
     """Whether a CUDA graph is being captured on the stream: what is launched then is recorded and not run."""
     from cuda.bindings import driver
@@ -200,8 +209,10 @@ def update(recipe, step, grad_scale, param, grad, states):
 class Plan(pyplan.Plan):
     """Bound buffers in device memory.  Tensors that share hyper-parameters and step count share a launch."""
 
-    def __init__(self, params, states, sets, recipes, options=Options()):  # noqa: B008 (immutable)
-        super().__init__(params, states, sets, recipes)
+    def __init__(self, params, states, sets, recipes, nonfinite, zero_grad, options):
+        if nonfinite != "propagate":
+            raise ValueError(f"nonfinite={nonfinite!r} {BLIND}")
+        super().__init__(params, states, sets, recipes, nonfinite, zero_grad)
         self._options, self._device, self._process = options, params[0].device, os.getpid()
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
@@ -211,7 +222,7 @@ class Plan(pyplan.Plan):
 
     # what the parent does with NumPy arrays
 
-    read_only = own = staticmethod(lambda buffer: buffer)
+    flat_grad = own = staticmethod(lambda buffer: buffer)
     assign = staticmethod(device.copy)
 
     # what is launched
@@ -266,10 +277,14 @@ class Plan(pyplan.Plan):
             if not recorded:
                 launch.prepare(stream)
             launch.run(stream)
+        if self.zero_grad:
+            for k in self._prepared[0]:
+                zero(self.grads[k], stream)
         if not recorded:
             self._count()
         if self._options.check:
             stream.sync()
+        return OK, None
 
     def advance(self):
         """Before a captured graph is launched again: count its step, and write the coefficients of that step."""

@@ -5,11 +5,12 @@ import threading
 import time
 import weakref
 from array import array
+from functools import partial
 
 import numpy as np
 
 from .. import arrays, rules
-from . import BUSY, NOT_HELD, OK, OVERLAP
+from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
 ZERO = (0.0, -1000)
@@ -45,6 +46,15 @@ def add(total, part):
 def block_exponent(block):
     most = np.fmax.reduce(np.abs(block), initial=0.0)
     return max(int(np.frexp(most)[1]), -1000) if 0 < most < np.inf else 0
+
+
+def nonfinite(grad, scale):
+    """How many elements of grad*scale are NaN or infinite or have a square that overflows their dtype."""
+    count = 0
+    for first in range(0, grad.size, SEGMENT):
+        scaled = grad[first : first + SEGMENT] * grad.dtype.type(scale)
+        count += scaled.size - int(np.count_nonzero(np.isfinite(scaled * scaled)))
+    return count
 
 
 class Forks:
@@ -122,7 +132,8 @@ class Plan:
     A subclass has call(recipe, coefficients, param, grad, states) -> function without arguments: one update of these flat
     arrays in place, by whatever numbers the array.array `coefficients` then holds."""
 
-    def __init__(self, params, states, sets, recipes):
+    def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
+        self.nonfinite, self.zero_grad = nonfinite, zero_grad
         self.params = [param.flat for param in params]
         self.states = [list(state) for state in states]
         self.sets = list(sets)
@@ -132,14 +143,16 @@ class Plan:
         self.steps = 0
         self.tensor_steps = [0] * len(params)
         self._prepared = None
+        self.streaming = self._streamed = False
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
 
     own = staticmethod(arrays.own)  # this and the next two differ in device memory
 
-    @staticmethod
-    def read_only(grad):
-        return constant(grad.reshape(-1) if isinstance(grad, np.ndarray) else grad.flat)
+    def flat_grad(self, grad):
+        """A gradient as it is held: only read, unless it is to be zeroed."""
+        flat = grad.reshape(-1) if isinstance(grad, np.ndarray) else grad.flat
+        return flat if self.zero_grad else constant(flat)
 
     @staticmethod
     def assign(to, source):
@@ -150,27 +163,26 @@ class Plan:
         return type(self)._step, self
 
     def _step(self):
-        if not self._enter():
-            return BUSY
+        status = self._enter()
+        if status:
+            return status
         try:
-            if not self.held:
-                return NOT_HELD
-            self._run(1.0, None)
-            return OK
+            return self._run(1.0, None)[0] if self.held else NOT_HELD
         finally:
             self.lock.release()
 
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
-        step.  Returns (status, norm)."""
-        if not self._enter():
-            return BUSY, None
+        step.  Returns (status, Found, or None where nothing was looked for)."""
+        status = self._enter()
+        if status:
+            return status, None
         try:
             if grads is None and run and not self.held:
                 return NOT_HELD, None
             flats = self.params if params is None else [param.flat for param in params]
             if grads is not None:
-                grads = [g if g is None else self.read_only(g) for g in grads]
+                grads = [g if g is None else self.flat_grad(g) for g in grads]
                 if self._overlap(flats, grads):
                     return OVERLAP, None
                 self.grads, self.held = grads, hold
@@ -178,19 +190,56 @@ class Plan:
                 self._prepared = None
             self.params = flats
             self._set_recipes(recipes)
-            return OK, self._run(grad_scale, clip_norm) if run else None
+            return self._run(grad_scale, clip_norm) if run else (OK, None)
         finally:
             self.lock.release()
 
-    def _enter(self):
-        """Take the lock, unless another thread is in a step; a fork is waited for."""
+    def _enter(self, streamed=False):
+        """Take the lock, unless another thread is in a step, or this is not a part of the streamed step that is open; a
+        fork is waited for.  Returns a status."""
         number = forks.number
         while not self.lock.acquire(False):
             if number % 2 == 0 and number == forks.number:
-                return False
+                return BUSY
             time.sleep(PAUSE)
             number = forks.number
-        return True
+        if self.streaming == streamed:
+            return OK
+        self.lock.release()
+        return STREAMING
+
+    def stream_open(self):
+        """Begin a step that is made tensor by tensor; returns a status."""
+        status = self._enter()
+        if not status:
+            self.streaming, self._streamed = True, False
+            self.lock.release()
+        return status
+
+    def stream_close(self):
+        self.streaming = False
+
+    def stream_step(self, k, param, grad, recipes, grad_scale):
+        """Update tensor k from a Buffer, with the param (Buffer or None) and recipes taken over first; returns a status."""
+        status = self._enter(streamed=True)
+        if status:
+            return status
+        try:
+            self._prepared = None  # the count of this tensor moves
+            self._set_recipes(recipes)
+            if param is not None:
+                self.params[k] = param.flat
+            numbers, grad = Coefficients(self.recipes[self.sets[k]]), self.flat_grad(grad)
+            numbers.make(self.tensor_steps[k] + 1, grad_scale)
+            self.call(numbers.recipe, numbers.memory, self.params[k], grad, self.states[k])()
+            if self.zero_grad:
+                grad.fill(0)
+            self.tensor_steps[k] += 1
+            self.steps += not self._streamed
+            self._streamed = True
+            return OK
+        finally:
+            self.lock.release()
 
     def _overlap(self, params, grads):
         states = [state for states in self.states for state in states]
@@ -208,11 +257,15 @@ class Plan:
             self._prepared = None
 
     def _run(self, grad_scale, clip_norm):
-        norm = None
-        if clip_norm is not None:
-            norm = self.norm(grad_scale)
-            if not norm <= clip_norm:
-                grad_scale = grad_scale * float(np.float64(clip_norm) / norm)
+        """(status, Found or None)"""
+        found = self._look(grad_scale, clip_norm)
+        if found is not None and found.nonfinite:
+            if self.zero_grad and self.nonfinite == "skip":
+                for grad in filter(lambda grad: grad is not None, self.grads):
+                    grad.fill(0)
+            return NONFINITE, found
+        if clip_norm is not None and not found.grad_norm <= clip_norm:
+            grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
         tensors, coefficients, calls = self._prepared or self._prepare()
         for first, numbers in coefficients:  # before anything is written: an own rule may fail
             numbers.make(self.tensor_steps[first] + 1, grad_scale)
@@ -221,7 +274,18 @@ class Plan:
         for k in tensors:
             self.tensor_steps[k] += 1
         self.steps += 1
-        return norm
+        return OK, found
+
+    def _look(self, grad_scale, clip_norm):
+        """Found: everything about the gradients that must be known before the first write."""
+        if clip_norm is None and self.nonfinite == "propagate":
+            return None
+        norm = None if clip_norm is None else self.norm(grad_scale)
+        if self.nonfinite == "propagate":
+            return Found(norm, None, -1)
+        with np.errstate(all="ignore"):
+            counts = [0 if grad is None else nonfinite(grad, grad_scale) for grad in self.grads]
+        return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1))
 
     def _prepare(self):
         """(tensors with a gradient, (tensor, Coefficients) for each group and step count, what to call)"""
@@ -232,6 +296,8 @@ class Plan:
         for k in tensors:
             shared = numbers[self.sets[k], self.tensor_steps[k]]
             calls.append(self.call(shared.recipe, shared.memory, self.params[k], self.grads[k], self.states[k]))
+            if self.zero_grad:
+                calls.append(partial(self.grads[k].fill, 0))
         self._prepared = tensors, [(first[key], numbers[key]) for key in first], calls
         return self._prepared
 
@@ -246,8 +312,9 @@ class Plan:
     def copy(self, pairs, recipes=None, steps=None):
         """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
         Returns (status, the step counts before)."""
-        if not self._enter():
-            return BUSY, None
+        status = self._enter()
+        if status:
+            return status, None
         try:
             before = [self.steps, *self.tensor_steps]
             for to, source in pairs:
@@ -259,3 +326,6 @@ class Plan:
             return OK, before
         finally:
             self.lock.release()
+
+    def steps_of(self, k):
+        return self.tensor_steps[k]

@@ -74,6 +74,7 @@ CALL(cuMemFreeAsync, uint64_t p, void *s) free((void *)p); OK
 CALL(cuMemFree_v2, uint64_t p) free((void *)p); OK
 CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) memmove((void *)to, (void *)from, n); OK
 CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
+CALL(cuMemsetD8Async, uint64_t to, unsigned char value, size_t n, void *s) memset((void *)to, value, n); OK
 CALL(cuMemPoolGetAttribute, void *pool, int attribute, void *v) *(uint64_t *)v = 0; OK
 CALL(cuMemPoolSetAttribute, void *pool, int attribute, void *v) OK
 CALL(cuDeviceGetDefaultMemPool, void **pool, int d) *pool = (void *)0x11; OK

@@ -229,6 +229,29 @@ def test_what_is_refused_is_refused_before_any_launch(driver):
     assert not driver.launches and optimizer.steps == 0
 
 
+def test_zero_grad_zeroes_on_the_stream(driver):
+    params, grads = [numbers(9), numbers(1003)], [numbers(9), numbers(1003)]
+    want = [p.copy() for p in params]
+    fastrms.RMSProp(want, backend="numpy").step(grads)
+    optimizer = fastrms.RMSProp([OnDevice(p) for p in params], zero_grad=True)
+    optimizer.step([OnDevice(g) for g in grads])
+    assert all(np.array_equal(bits(p), bits(w)) for p, w in zip(params, want, strict=True))
+    assert all((g == 0).all() for g in grads) and optimizer.steps == 1
+    optimizer.step([None, OnDevice(grads[1])])
+    read_only = numbers(9)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match=r"grads\[0\] is read-only"):
+        optimizer.step([OnDevice(read_only), None])
+
+
+def test_what_looks_at_all_gradients_is_refused(driver):
+    for nonfinite in ("skip", "raise"):
+        with pytest.raises(ValueError, match=f"nonfinite='{nonfinite}' looks at all gradients before the first update"):
+            fastrms.RMSProp(OnDevice(numbers(8)), nonfinite=nonfinite)
+    with pytest.raises(ValueError, match="streaming needs a host backend"):
+        fastrms.RMSProp(OnDevice(numbers(8))).streaming()
+
+
 def test_jax_arrays_are_refused_with_the_reason(driver):
     jax = type("Array", (OnDevice,), {"__module__": "jaxlib.xla_extension"})
     with pytest.raises(TypeError, match="params is a JAX array: JAX arrays are immutable"):

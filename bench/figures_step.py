@@ -1,0 +1,123 @@
+"""The figures of what a step does beside the update: clipping by norm, looking for what is not finite, zeroing, streaming.
+
+Each may cost one more pass over the gradients: what NumPy takes for such a pass alone, on the same buffers.
+"""
+
+import numpy as np
+
+import fastrms
+
+from .check import WrongContender
+from .figures import Figure, at_least
+from .problem import IN_WORDS, WELL_PLACED, allocate
+from .report import size_name
+from .timing import interleaved
+
+SECONDS = 6.0  # of timing for each cell
+SIZES = (2**20, 2**25)
+TENSOR, BATCH, SLACK = 2**20, 8, 1.25  # of the streamed step; by how much a pass may exceed its ceiling
+CLIP, SKIP, BOTH, ZERO = "clip_norm", 'nonfinite="skip"', "both of these", "zero_grad"
+PLACED = f"{IN_WORDS[WELL_PLACED]}; the tensors of the streamed step lie where NumPy allocates them"
+
+
+def prepare():
+    """All cores; no facts beside those of the machine."""
+    return {"threads": fastrms.get_num_threads()}
+
+
+def passes():
+    """What each option adds to a step, against a pass of a trivial loop over the gradient."""
+    for make in (fastrms.RMSProp, fastrms.Adam):
+        for size in SIZES:
+            timings = interleaved(calls_of(make, size), SECONDS)
+            times = {name: timing.minimum / size for name, timing in timings.items()}
+            for name, kind in ((CLIP, "read"), (SKIP, "read"), (BOTH, "read"), (ZERO, "write")):
+                what = f"{make.__name__}, {size_name(size)}: {name}"
+                yield extra(what, times[name] - times["plain"], times[kind], kind)
+
+
+def extra(what, added, ceiling, kind):
+    """One row: nanoseconds per element added, and those of the pass that it may cost."""
+    measured = f"{added:+.2f} ns per element, {kind} alone {ceiling:.2f}"
+    return Figure(what, f"<= {SLACK} x one {kind}", measured, added <= SLACK * ceiling)
+
+
+def calls_of(make, size):
+    """Steps with each option over the same parameters and gradients; a read and a write of the gradient alone."""
+    param, grad = allocate(size, [np.dtype(np.float32)] * 2, WELL_PLACED)
+    param.fill(1)
+    grad.fill(1e-3)
+
+    def bound(**options):
+        optimizer = make(param, backend="c", **options)
+        optimizer.bind(grad)
+        return optimizer
+
+    plain, zeroing, looking = bound(), bound(zero_grad=True), bound(nonfinite="skip")
+    measured = looking.step(clip_norm=1e9)
+    if measured.nonfinite != 0 or not np.isclose(measured.grad_norm, 1e-3 * size**0.5):
+        raise WrongContender(f"fastrms.{make.__name__} found {measured} in gradients of 1e-3")
+    return {
+        "plain": plain.step,
+        CLIP: lambda: plain.step(clip_norm=1e9),
+        SKIP: looking.step,
+        BOTH: lambda: looking.step(clip_norm=1e9),
+        ZERO: zeroing.step,
+        "read": lambda: grad.max(),
+        "write": lambda: grad.fill(1e-3),
+    }
+
+
+def streamed():
+    """Gradients as matrix products, one tensor after the other, and the step: whole, and streamed through one scratch."""
+    for make in (fastrms.RMSProp, fastrms.Adam):
+        layers = Layers(SIZES[-1] // TENSOR, int(TENSOR**0.5))
+        wholes, parts = layers.params(), layers.params()
+        calls = {"whole": layers.whole(make, wholes), "streamed": layers.streamed(make, parts)}
+        for call in calls.values():
+            call()
+        if not all(np.array_equal(a, b) for a, b in zip(wholes, parts, strict=True)):
+            raise WrongContender(f"fastrms.{make.__name__}: the streamed step differs from the whole one")
+        timings = interleaved(calls, SECONDS)
+        gain = timings["whole"].minimum / timings["streamed"].minimum
+        what = f"{make.__name__}, {size_name(SIZES[-1])} in tensors of {size_name(TENSOR)}"
+        yield at_least(f"{what}: gradients and step, streamed over whole", gain, 1.2)
+
+
+class Layers:
+    """Square weight matrices, and what a backward pass makes their gradients from: activities and deltas of a batch."""
+
+    def __init__(self, count, side):
+        random = np.random.default_rng(0)
+        self.count, self.side = count, side
+        self.activities, self.deltas = (random.standard_normal((count, BATCH, side), dtype=np.float32) for _ in range(2))
+
+    def params(self):
+        return [np.ones((self.side, self.side), np.float32) for _ in range(self.count)]
+
+    def gradient(self, k, out):
+        return np.matmul(self.activities[k].T, self.deltas[k], out=out)
+
+    def whole(self, make, params):
+        optimizer, grads = make(params, backend="c"), self.params()
+        optimizer.bind(grads)
+
+        def step():
+            for k, grad in enumerate(grads):
+                self.gradient(k, grad)
+            optimizer.step()
+
+        return step
+
+    def streamed(self, make, params):
+        optimizer, scratch = make(params, backend="c"), np.empty_like(params[0])
+
+        def step():
+            with optimizer.streaming() as s:
+                for k in range(self.count):
+                    s.step(k, self.gradient(k, scratch))
+
+        return step
+
+
+MEASUREMENTS = (passes, streamed)
