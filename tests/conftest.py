@@ -99,3 +99,25 @@ class Guarded:
 
     def intact(self):
         return bool((self.memory[self.outside] == 77.25).all())
+
+
+# for the beginning of a program in a string, indented as those in the tests are
+THREADS_AT_ONCE = """
+    import threading
+
+    def at_once(count, work):
+        errors = []
+
+        def run():
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        runners = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join()
+        assert not errors, errors[0]
+"""

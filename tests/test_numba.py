@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, DTYPES, backends, bits, c, raw_recipe
+from conftest import BACKENDS, DTYPES, THREADS_AT_ONCE, backends, bits, c, raw_recipe
 from test_same_bits import scalar_reference, wild_buffers
 
 import fastrms
@@ -129,7 +129,9 @@ def test_the_check_of_the_code_bites(monkeypatch, options, complaint):
 
 # threads
 
-COMMON = """
+COMMON = (
+    THREADS_AT_ONCE
+    + """
     import os, signal, sys, threading, warnings
     import numpy as np, fastrms
     from fastrms.backends import numba as backend
@@ -168,6 +170,7 @@ COMMON = """
         _, status = os.waitpid(pid, 0)
         assert status == 0, status
 """
+)
 
 
 def with_layer(code, layer, **environment):
@@ -187,21 +190,7 @@ print("fine")
 def test_six_python_threads_at_once(layer):
     """One runs in parallel, the others alone; without the guard workqueue aborts here."""
     with_layer("""
-    errors = []
-
-    def work():
-        try:
-            for _ in range(10):
-                check(steps=20)
-        except BaseException as error:
-            errors.append(error)
-
-    runners = [threading.Thread(target=work, daemon=True) for _ in range(6)]
-    for runner in runners:
-        runner.start()
-    for runner in runners:
-        runner.join()
-    assert not errors, errors[0]
+    at_once(6, lambda: [check(steps=20) for _ in range(10)])
     """, layer)  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def test_what_a_streamed_step_cannot_do(backend):
 
 def test_a_flat_buffer_streams_through_its_mapping(backend):
     flat = fastrms.FlatBuffer({"w": (2, 3), "b": (3,)})
-    with pytest.raises(TypeError, match="flat.params"):
+    with pytest.raises(TypeError, match=r"flat\.params"):
         fastrms.RMSProp(flat, backend=backend).streaming()
     optimizer = fastrms.RMSProp(flat.params, lr=1.0, rho=0.0, backend=backend)
     with optimizer.streaming() as s:

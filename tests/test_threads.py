@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import bits, c, forced
+from conftest import THREADS_AT_ONCE, bits, c, forced
 from test_same_bits import OPTIMIZERS, many_steps
 
 import fastrms
@@ -93,7 +93,9 @@ def in_process(code, python=sys.executable, **environment):
     return run.stdout.strip()
 
 
-COMMON = """
+COMMON = (
+    THREADS_AT_ONCE
+    + """
     import os, sys, threading, signal, time
     import numpy as np, fastrms
     from fastrms.backends import c
@@ -123,6 +125,7 @@ COMMON = """
         _, status = os.waitpid(pid, 0)
         assert status == 0, status
 """
+)
 
 
 def test_fork_after_use_and_again_in_the_child():
@@ -197,21 +200,7 @@ def test_multiprocessing(method, tmp_path):
 
 def test_thirty_two_python_threads_at_once():
     assert in_process(COMMON + """
-    errors = []
-
-    def work():
-        try:
-            for _ in range(20):
-                check(size=20_011)
-        except BaseException as error:
-            errors.append(error)
-
-    runners = [threading.Thread(target=work) for _ in range(32)]
-    for runner in runners:
-        runner.start()
-    for runner in runners:
-        runner.join()
-    assert not errors, errors[0]
+    at_once(32, lambda: [check(size=20_011) for _ in range(20)])
     print("fine")
     """) == "fine"  # fmt: skip
 
