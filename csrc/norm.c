@@ -1,7 +1,7 @@
-/* The norm of a gradient in double, in one order of additions: eight lanes within a block of 4096, blocks in
- * sequence within a segment of 2^18, segments in sequence, whichever thread computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows;
- * squares of floats cannot.  backends/pyplan.py computes the same bits.
- * A count of elements that are not finite is taken on the way, block by block, so that memory is read once for both. */
+/* The norm of a gradient in double, in one order of additions: eight lanes within a block of 4096, blocks in sequence
+ * within a segment of 2^18, segments in sequence, whichever thread computed them.  Each block of doubles is scaled by a
+ * power of two of its own, so that no square overflows; squares of floats cannot.  backends/pyplan.py computes the same
+ * bits.  Elements that are not finite are counted on the way, block by block, so that memory is read once for both. */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
@@ -35,6 +35,7 @@ INLINE double block_sum(int64_t size, const float *single, const double *twice, 
     four low = {0}, high = {0};
     int64_t whole = size - size % LANES;
     for (int64_t i = 0; i < whole; i += LANES) {
+        FASTRMS_ASK(single ? (const void *)(single + i) : twice + i, 0)
         add_four(&low, single ? single + i : NULL, twice ? twice + i : NULL, scale);
         add_four(&high, single ? single + i + 4 : NULL, twice ? twice + i + 4 : NULL, scale);
     }
