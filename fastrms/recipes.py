@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
             value = columns.get(correction.coefficient, self.values[correction.coefficient])
             columns[correction.coefficient] = corrected(value, correction, steps, many)
         places = list(self.values)
-        return [(places.index(name), column.tolist()) for name, column in columns.items()]
+        return [(places.index(name), column) for name, column in columns.items()]
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""

@@ -146,17 +146,20 @@ class Launch:
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.make_config, self.launch = LaunchConfig, launch
         self.table, self.table_host, self.table_sent = None, None, True
-        self.coefficients = self.sent = None
-        if capturable:
-            self.coefficients = device.place(len(rules.coefficient_names(rules.find(recipe.rule))), recipe.dtype, index)
+        count = len(rules.coefficient_names(rules.find(recipe.rule)))
+        self.coefficients = device.place(count, recipe.dtype, index) if capturable else None
+        self.sent = self.numbers = None
 
-    def aim(self, tensors, numbers):
-        """Take the buffers of the tensors, (addresses, size) each, and the array of coefficients to read at each run.
+    def take(self, numbers):
+        """The array of coefficients of the runs to come.
 
         A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
         would widen a Python float, and a NumPy number costs it 0.5 us more."""
         self.numbers = numbers
         self.words = memoryview(numbers).cast("B").cast("I") if self.itemsize == 4 else memoryview(numbers)
+
+    def aim(self, tensors):
+        """Take the buffers of the tensors, (addresses, size) each."""
         if len(tensors) == 1:
             addresses, size = tensors[0]
             count = vectors(addresses, size, self.itemsize)
@@ -197,12 +200,8 @@ def update(recipe, step, grad_scale, param, grad, states):
         device.current(param.device)
         stream = stream_of(device.stream_source(param)())
         made = Launch(recipe, False, False, param.device)
-        numbers = pyplan.Coefficients(recipe)
-        numbers.make(step, grad_scale)
-        made.aim(
-            [([buffer.address for buffer in (param, grad, *states)], param.size)],
-            np.frombuffer(numbers.memory, recipe.dtype),
-        )
+        made.take(pyplan.Coefficients(recipe).values(step, grad_scale))
+        made.aim([([buffer.address for buffer in (param, grad, *states)], param.size)])
         made.run(stream)
 
 
@@ -261,11 +260,10 @@ class Plan(pyplan.Plan):
         recipe, key = self.recipes[index], (index, *members)
         if key not in self._made:
             self._made[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
-        coefficients = pyplan.Coefficients(recipe)
         buffers = [(self.params[k], self.grads[k], *self.states[k]) for k in members]
         tensors = [([b.address for b in tensor], tensor[0].size) for tensor in buffers]
-        self._made[key].aim(tensors, np.frombuffer(coefficients.memory, recipe.dtype))
-        return members[0], coefficients, self._made[key]
+        self._made[key].aim(tensors)
+        return members[0], pyplan.Coefficients(recipe), self._made[key]
 
     def _run(self, grad_scale, clip_norm):
         stream = self._ready_to_launch(grad_scale)
@@ -296,8 +294,10 @@ class Plan(pyplan.Plan):
     def _ready_to_launch(self, grad_scale):
         """The stream; the device is current, and launches and coefficients fit what is held."""
         self._enter_device()
-        for first, coefficients, _ in (self._prepared or self._prepare())[1]:
-            coefficients.make(self.tensor_steps[first] + 1, grad_scale)
+        for first, coefficients, launch in (self._prepared or self._prepare())[1]:
+            numbers = coefficients.values(self.tensor_steps[first] + 1, grad_scale)
+            if numbers is not launch.numbers:
+                launch.take(numbers)
         return self._explicit or stream_of(self._source())
 
     def _count(self):

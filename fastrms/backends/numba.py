@@ -6,6 +6,7 @@ alone, and a forked child always alone.
 """
 
 import os
+import sys
 import threading
 from functools import cache, partial
 from importlib.util import find_spec
@@ -24,27 +25,32 @@ def available():
 
 
 def kernel(recipe, parallel=False):
+    return compiler()(recipe.rule, recipe.general, recipe.dtype, parallel)
+
+
+@cache
+def compiler():
     try:
         from . import kernels
     except ImportError as error:
         raise RuntimeError(f"backend='numba' is not available, importing numba failed: {error}") from error
-    return kernels.kernel(recipe.rule, recipe.general, recipe.dtype, parallel)
+    return kernels.kernel
 
 
-def call(recipe, coefficients, param, grad, states):
-    """One update of these flat arrays, in place, as a function without arguments.  Whoever has it keeps them alive."""
-    addresses = [array.ctypes.data for array in (param, grad, *states)]
-    arguments = (param.size, *addresses, coefficients.buffer_info()[0])
+def call(recipe, param, grad, states):
+    """One update of these flat arrays, in place, as a function of the address of the coefficients.  Whoever has it keeps
+    the arrays alive."""
+    arguments = (param.size, *(array.ctypes.data for array in (param, grad, *states)))
     serial = partial(kernel(recipe), *arguments)
     return serial if param.size < SMALLEST else partial(guarded, serial, recipe, arguments)
 
 
-def guarded(serial, recipe, arguments):
-    if not in_parallel(recipe, arguments):
-        serial()
+def guarded(serial, recipe, arguments, coefficients):
+    if not in_parallel(recipe, arguments, coefficients):
+        serial(coefficients)
 
 
-def in_parallel(recipe, arguments):
+def in_parallel(recipe, arguments, coefficients):
     """Run the update on several threads, unless the guard is against it; whether it ran."""
     if threads.get_num_threads() == 1 or os.getpid() != _process or not _one_at_a_time.acquire(blocking=False):
         return False
@@ -52,7 +58,7 @@ def in_parallel(recipe, arguments):
         least, parts = layer()
         if arguments[0] < least or parts == 1:
             return False
-        with_threads(parts, kernel(recipe, parallel=True), *arguments)
+        with_threads(parts, kernel(recipe, parallel=True), *arguments, coefficients)
         return True
     finally:
         _one_at_a_time.release()
@@ -78,9 +84,10 @@ def started():
 
 def with_threads(parts, function, *arguments):
     """The caller's own number of Numba threads is as before afterwards."""
-    import numba
-
+    numba = sys.modules["numba"]
     before = numba.get_num_threads()
+    if before == parts:
+        return function(*arguments, parts)
     numba.set_num_threads(parts)
     try:
         function(*arguments, parts)
@@ -88,10 +95,10 @@ def with_threads(parts, function, *arguments):
         numba.set_num_threads(before)
 
 
-update = partial(pyplan.update, call)
+update = partial(pyplan.update, call, pyplan.Coefficients.address)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by Numba."""
 
-    call = staticmethod(call)
+    call, given = staticmethod(call), staticmethod(pyplan.Coefficients.address)

@@ -27,7 +27,7 @@ def compiled(rule, general):
     return scaled
 
 
-def in_chunks(rule, coefficients, param, grad, states):
+def in_chunks(rule, param, grad, states, coefficients):
     with np.errstate(all="ignore"):
         for start in range(0, param.size, CHUNK):
             part = slice(start, start + CHUNK)
@@ -37,16 +37,15 @@ def in_chunks(rule, coefficients, param, grad, states):
                 buffer[:] = result
 
 
-def call(recipe, coefficients, param, grad, states):
-    """One update of these flat arrays, in place, as a function without arguments."""
-    numbers = np.frombuffer(coefficients, recipe.dtype)  # scalars of the dtype, which do not promote
-    return partial(in_chunks, compiled(recipe.rule, recipe.general), numbers, param, grad, states)
+def call(recipe, param, grad, states):
+    """One update of these flat arrays, in place, as a function of the coefficients: scalars of the dtype."""
+    return partial(in_chunks, compiled(recipe.rule, recipe.general), param, grad, states)
 
 
-update = partial(pyplan.update, call)
+update = partial(pyplan.update, call, pyplan.Coefficients.values)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by NumPy."""
 
-    call = staticmethod(call)
+    call, given = staticmethod(call), staticmethod(pyplan.Coefficients.values)

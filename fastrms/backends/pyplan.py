@@ -1,15 +1,15 @@
 """A plan held in Python, which the NumPy and the Numba backend share: what is bound, step counts, the norm, forks."""
 
+import math
 import os
 import threading
 import time
 import weakref
-from array import array
 from functools import partial
 
 import numpy as np
 
-from .. import arrays, rules
+from .. import arrays
 from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
@@ -90,34 +90,56 @@ forks = Forks()
 
 
 class Coefficients:
-    """Of tensors of one group that have had equally many steps: in memory that stays, made anew only where they change."""
+    """Of tensors of one group that have had equally many steps: rows in memory, one for each step to come."""
 
-    AHEAD = 1024  # steps whose coefficients are made at once, in 0.3 ms: one at a time costs 5 us each
+    AHEAD = 1024  # rows that are made at once, in 0.3 ms: one at a time costs 5 us each
 
     def __init__(self, recipe):
-        count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.recipe = recipe
-        self.memory = array(recipe.dtype.char, bytes(count * recipe.dtype.itemsize))
-        self._scale = None
-        self._first, self._columns = 0, []
+        self._scale = self._rows = self._row = self._row_at = None
+        self._first = self._end = self._start = self._stride = 0
 
-    def make(self, step, grad_scale):
-        """For update number `step`, in double, rounded once."""
-        if grad_scale != self._scale or not self.recipe.ahead:
-            self.memory[:] = array(self.memory.typecode, self.recipe.at(step, grad_scale))
-            self._scale = grad_scale
-        elif not self.recipe.fixed:
-            if not 0 <= step - self._first < self.AHEAD or not self._columns:
-                self._first, self._columns = step, self.recipe.ahead(step, self.AHEAD)
-            for place, values in self._columns:
-                self.memory[place] = values[step - self._first]
+    def address(self, step, grad_scale):
+        """Where the coefficients of update number `step` are, rounded once from double; good until the next call."""
+        if grad_scale != self._scale or not self._first <= step < self._end:
+            self._fill(step, grad_scale)
+        return self._start + (step - self._first) * self._stride
+
+    def values(self, step, grad_scale):
+        """The same as an array, which is the same object while they do not change."""
+        place = self.address(step, grad_scale)
+        if place != self._row_at:
+            self._row = self._rows[(place - self._start) // self._rows.strides[0]]
+            self._row_at = place
+        return self._row
+
+    def _fill(self, step, grad_scale):
+        """One row where nothing else is known to come: for all steps, or for one with this grad_scale."""
+        recipe = self.recipe
+        count = self.AHEAD if recipe.ahead and not recipe.fixed and grad_scale == self._scale else 1
+        now = recipe.at(step, grad_scale)
+        with np.errstate(over="ignore", under="ignore"):
+            rows = np.empty((count, len(now)), recipe.dtype)
+            rows[:] = now
+            for place, column in recipe.ahead(step, count) if count > 1 else ():
+                rows[:, place] = column
+        self._rows, self._scale, self._first, self._row_at = rows, grad_scale, step, None
+        self._start, self._stride = rows.ctypes.data, 0 if recipe.fixed else rows.strides[0]
+        if recipe.fixed:
+            self._first, self._end = 0, math.inf
+        else:
+            self._end = step + count
 
 
-def update(call, recipe, step, grad_scale, param, grad, states):
-    """One step on flat arrays, in place, by what `call` of a Plan gives."""
+def update(call, given, recipe, step, grad_scale, param, grad, states):
+    """One step on flat arrays, in place, by what `call` and `given` of a Plan are."""
     coefficients = Coefficients(recipe)
-    coefficients.make(step, grad_scale)
-    call(recipe, coefficients.memory, param, constant(grad), states)()
+    call(recipe, param, constant(grad), states)(given(coefficients, step, grad_scale))
+
+
+def zero(grad, coefficients):
+    """In place of an update: nothing but zeros."""
+    grad.fill(0)
 
 
 def constant(array):
@@ -129,8 +151,8 @@ def constant(array):
 
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
-    A subclass has call(recipe, coefficients, param, grad, states) -> function without arguments: one update of these flat
-    arrays in place, by whatever numbers the array.array `coefficients` then holds."""
+    A subclass has call(recipe, param, grad, states) -> function(coefficients): one update of these flat arrays in place, and
+    given, a method of Coefficients: the form in which it takes those."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         self.nonfinite, self.zero_grad = nonfinite, zero_grad
@@ -230,8 +252,8 @@ class Plan:
             if param is not None:
                 self.params[k] = param.flat
             numbers, grad = self._coefficients(self.sets[k], k), self.flat_grad(grad)
-            numbers.make(self.tensor_steps[k] + 1, grad_scale)
-            self.call(numbers.recipe, numbers.memory, self.params[k], grad, self.states[k])()
+            coefficients = self.given(numbers, self.tensor_steps[k] + 1, grad_scale)
+            self.call(numbers.recipe, self.params[k], grad, self.states[k])(coefficients)
             if self.zero_grad:
                 grad.fill(0)
             self.tensor_steps[k] += 1
@@ -266,11 +288,13 @@ class Plan:
             return NONFINITE, found
         if clip_norm is not None and not found.grad_norm <= clip_norm:
             grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
-        tensors, coefficients, calls = self._prepared or self._prepare()
-        for first, numbers in coefficients:  # before anything is written: an own rule may fail
-            numbers.make(self.tensor_steps[first] + 1, grad_scale)
-        for call in calls:
-            call()
+        tensors, groups = self._prepared or self._prepare()
+        ready = [  # before anything is written: an own rule may fail
+            (calls, self.given(numbers, self.tensor_steps[first] + 1, grad_scale)) for first, numbers, calls in groups
+        ]
+        for calls, coefficients in ready:
+            for call in calls:
+                call(coefficients)
         for k in tensors:
             self.tensor_steps[k] += 1
         self.steps += 1
@@ -288,17 +312,16 @@ class Plan:
         return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1))
 
     def _prepare(self):
-        """(tensors with a gradient, (tensor, Coefficients) for each group and step count, what to call)"""
+        """(tensors with a gradient, (tensor, Coefficients, what to call) for each group and step count)"""
         tensors = [k for k, grad in enumerate(self.grads) if grad is not None]
-        first = {(self.sets[k], self.tensor_steps[k]): k for k in tensors}  # equal counts stay equal
-        numbers = {key: self._coefficients(key[0], first[key]) for key in first}
-        calls = []
+        groups = {}  # equal counts stay equal
         for k in tensors:
-            shared = numbers[self.sets[k], self.tensor_steps[k]]
-            calls.append(self.call(shared.recipe, shared.memory, self.params[k], self.grads[k], self.states[k]))
+            recipe, alike = self.recipes[self.sets[k]], (self.sets[k], self.tensor_steps[k])
+            _, _, calls = groups.setdefault(alike, (k, self._coefficients(self.sets[k], k), []))
+            calls.append(self.call(recipe, self.params[k], self.grads[k], self.states[k]))
             if self.zero_grad:
-                calls.append(partial(self.grads[k].fill, 0))
-        self._prepared = tensors, [(first[key], numbers[key]) for key in first], calls
+                calls.append(partial(zero, self.grads[k]))
+        self._prepared = tensors, list(groups.values())
         return self._prepared
 
     def _coefficients(self, index, tensor):
