@@ -263,7 +263,7 @@ class Plan(pyplan.Plan):
         buffers = [(self.params[k], self.grads[k], *self.states[k]) for k in members]
         tensors = [([b.address for b in tensor], tensor[0].size) for tensor in buffers]
         self._made[key].aim(tensors)
-        return members[0], pyplan.Coefficients(recipe), self._made[key]
+        return members[0], self._coefficients(index, members[0]), self._made[key]
 
     def _run(self, grad_scale, clip_norm):
         stream = self._ready_to_launch(grad_scale)
