@@ -185,13 +185,17 @@ class Plan:
         return type(self)._step, self
 
     def _step(self):
-        status = self._enter()
-        if status:
-            return status
+        lock = self.lock
+        if not lock.acquire(False):  # else _enter would find the same, in twice the time
+            status = self._enter()
+            if status:
+                return status
         try:
+            if self.streaming:
+                return STREAMING
             return self._run(1.0, None)[0] if self.held else NOT_HELD
         finally:
-            self.lock.release()
+            lock.release()
 
     def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
@@ -280,8 +284,9 @@ class Plan:
 
     def _run(self, grad_scale, clip_norm):
         """(status, Found or None)"""
-        found = self._look(grad_scale, clip_norm)
-        if found is not None and found.nonfinite:
+        looks = clip_norm is not None or self.nonfinite != "propagate"
+        found = self._look(grad_scale, clip_norm) if looks else None
+        if looks and found.nonfinite:
             if self.zero_grad and self.nonfinite == "skip":
                 for grad in filter(lambda grad: grad is not None, self.grads):
                     grad.fill(0)
@@ -289,21 +294,19 @@ class Plan:
         if clip_norm is not None and not found.grad_norm <= clip_norm:
             grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
         tensors, groups = self._prepared or self._prepare()
-        ready = [  # before anything is written: an own rule may fail
-            (calls, self.given(numbers, self.tensor_steps[first] + 1, grad_scale)) for first, numbers, calls in groups
-        ]
+        ready, counts = [], self.tensor_steps
+        for first, given, calls in groups:  # before anything is written: an own rule may fail
+            ready.append((calls, given(counts[first] + 1, grad_scale)))
         for calls, coefficients in ready:
             for call in calls:
                 call(coefficients)
         for k in tensors:
-            self.tensor_steps[k] += 1
+            counts[k] += 1
         self.steps += 1
         return OK, found
 
     def _look(self, grad_scale, clip_norm):
         """Found: everything about the gradients that must be known before the first write."""
-        if clip_norm is None and self.nonfinite == "propagate":
-            return None
         norm = None if clip_norm is None else self.norm(grad_scale)
         if self.nonfinite == "propagate":
             return Found(norm, None, -1)
@@ -312,12 +315,14 @@ class Plan:
         return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1))
 
     def _prepare(self):
-        """(tensors with a gradient, (tensor, Coefficients, what to call) for each group and step count)"""
+        """(tensors with a gradient, (tensor, what gives its coefficients, what to call) for each group and step count)"""
         tensors = [k for k, grad in enumerate(self.grads) if grad is not None]
         groups = {}  # equal counts stay equal
         for k in tensors:
             recipe, alike = self.recipes[self.sets[k]], (self.sets[k], self.tensor_steps[k])
-            _, _, calls = groups.setdefault(alike, (k, self._coefficients(self.sets[k], k), []))
+            if alike not in groups:
+                groups[alike] = k, partial(self.given, self._coefficients(self.sets[k], k)), []
+            _, _, calls = groups[alike]
             calls.append(self.call(recipe, self.params[k], self.grads[k], self.states[k]))
             if self.zero_grad:
                 calls.append(partial(zero, self.grads[k]))
