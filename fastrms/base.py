@@ -126,8 +126,8 @@ class Optimizer(Bound):
         value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
 
-    def _recipe(self, group, dtype, step=None):
-        return self.checked_recipe(self.at_step(self._groups[group]._values, step), dtype)
+    def _recipe(self, group, dtype):
+        return self.checked_recipe(self.at_step(self._groups[group]._values), dtype)
 
     @classmethod
     def checked_recipe(cls, h, dtype):

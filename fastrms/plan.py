@@ -50,6 +50,7 @@ class Bound:
         self._point_to(None)
 
     def _note_schedules(self):
+        self._of_rate = {}  # set -> (rate, recipe)
         self._scheduled = [k for k, (group, _) in enumerate(self._sets) if callable(self._groups[group]["lr"])]
 
     def _point_to(self, pointed):
@@ -157,8 +158,13 @@ class Bound:
         self._plan.advance()
 
     def _scheduled_recipes(self):
-        """Those of the next step, where lr is a schedule."""
-        return {k: self._recipe(*self._sets[k], self.steps) for k in self._scheduled}
+        """Those of the next step, where lr is a schedule; made anew only where the rate has changed."""
+        for k in self._scheduled:
+            group, dtype = self._sets[k]
+            h = self.at_step(self._groups[group]._values, self.steps)
+            if k not in self._of_rate or self._of_rate[k][0] != h.lr:
+                self._of_rate[k] = h.lr, self.checked_recipe(h, dtype)
+        return {k: self._of_rate[k][1] for k in self._scheduled}
 
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:

@@ -255,6 +255,21 @@ def test_a_loaded_dialect_is_reported(backend):
     assert torch.dialect == "keras" and dict(torch.groups[0]) == dict(keras.groups[0])
 
 
+def test_a_schedule_that_stands_still_takes_other_changes_over(backend):
+    """Its recipe is kept while the rate is the same, and only then."""
+    rates = [0.1, 0.1, 0.1, 0.1, 0.2, 0.2]
+    made = [fastrms.RMSProp(np.ones(5), lr=lr, backend=backend) for lr in (0.1, lambda step: rates[step])]
+    for step, rate in enumerate(rates):
+        if step == 2:
+            for optimizer in made:
+                optimizer.groups[0]["weight_decay"] = 0.5
+        if rate != 0.1:
+            made[0].lr = rate
+        for optimizer in made:
+            optimizer.step(np.full(5, 0.5))
+    assert np.array_equal(made[0]._params[0].owner, made[1]._params[0].owner)
+
+
 def test_lr_of_all_groups_is_set_or_none(backend):
     """float64 could take the value, float32 cannot: neither group has it then."""
     optimizer = fastrms.RMSProp([{"params": np.ones(3)}, {"params": np.ones(3, np.float32)}], backend=backend)
