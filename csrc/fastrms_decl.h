@@ -77,11 +77,13 @@ typedef struct {
     int32_t groups, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
 } fastrms_plan;
 
-/* One step over all tensors, of the gradients that the plan holds. */
+/* One step over all tensors, of the gradients that the plan holds; fastrms_step_held makes it only while they are those
+ * that fastrms_change was told to hold under this number, and answers FASTRMS_NOT_HELD otherwise. */
 int fastrms_step(fastrms_plan *plan);
+int fastrms_step_held(fastrms_plan *plan, int held);
 
 /* What a plan takes over and does in one call that no other thread and no interrupt can cut: all of it, or nothing.
- * param, grad: new addresses for every tensor, or NULL; group: all groups anew, or NULL; hold: grad stays valid;
+ * param, grad: new addresses for every tensor, or NULL; group: all groups anew, or NULL; hold: a number not 0 where grad stays valid;
  * run: make a step, with grad_scale, and with clip_norm unless it is negative; *found, unless found is NULL, takes what it
  * found.  FASTRMS_NONFINITE leaves the step out, not what was taken over. */
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,

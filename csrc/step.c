@@ -261,6 +261,15 @@ int fastrms_step(fastrms_plan *plan)
     return release(plan, run(plan));
 }
 
+int fastrms_step_held(fastrms_plan *plan, int held)
+{
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    if (plan->held != held || plan->streaming)
+        return release(plan, FASTRMS_NOT_HELD);
+    return release(plan, run(plan));
+}
+
 static int by_start(const void *a, const void *b)
 {
     uintptr_t x = *(const uintptr_t *)a, y = *(const uintptr_t *)b;

@@ -98,6 +98,7 @@ class Optimizer(Bound):
         self._patterns = list(groups or ())
         self._names = self._structure.names("params")
         self._grad_names = self._structure.names("grads")
+        self._refuse_equal_names()
         self._params = [self._memory.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
         self._memory.same_device(self._params, self._names)
         arrays.refuse_overlap(zip(self._names, self._params, strict=True))
@@ -109,6 +110,13 @@ class Optimizer(Bound):
         self._allocate()
         gradients = self._nonfinite, self._zero_grad
         self._bind_params(module, recipes, (*gradients, *hyper.cuda_options(self.backend, stream, capturable, check)))
+
+    def _refuse_equal_names(self):
+        """state_dict() goes by name."""
+        names = [name for parts in self._structure.parts("params") for name, _ in parts]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise ValueError(f"two keys of params read alike: {twice}; their state could not be told apart")
 
     # hyper-parameters
 
@@ -164,8 +172,9 @@ class Optimizer(Bound):
                 raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
             values[index] = {**values[index], name: self._checked(self.dialect, name, value)}
         recipes = self._recipes_for(values, self._state, f"setting {changes[0][1]}={changes[0][2]!r}")
-        self._change_plan(recipes=recipes, run=False)
-        self._take_values(values)
+        with self._by_one:
+            self._change_plan(recipes=recipes, run=False)
+            self._take_values(values)
 
     def _recipes_for(self, values, state, source):
         """The recipe of every set for new hyper-parameters of all groups; a schedule is asked at the next step only."""
@@ -317,11 +326,12 @@ class Optimizer(Bound):
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
         recipes = self._recipes_for(values, flats, "this state_dict")
-        self._copy(self._state, flats, recipes, steps)
-        super().__setattr__("dialect", dialect)
-        for plateau, loaded in plateaus:
-            vars(plateau).update(vars(loaded))
-        self._take_values(values)
+        with self._by_one:
+            self._copy(self._state, flats, recipes, steps)
+            super().__setattr__("dialect", dialect)
+            for plateau, loaded in plateaus:
+                vars(plateau).update(vars(loaded))
+            self._take_values(values)
 
     def _checked_state_dict(self, d):
         """Group values, flat state arrays, step counts, dialect, and (Plateau of this optimizer, saved one) pairs out of a

@@ -36,8 +36,6 @@ def _packed(d):
         for tensor in d["tensors"]
         for name, array in tensor["state"].items()
     }
-    if len(tensors) != sum(len(tensor["state"]) for tensor in d["tensors"]):
-        raise ValueError("two parameters have the same name, so their state cannot be told apart in a file")
     listed = [{**tensor, "state": list(tensor["state"])} for tensor in d["tensors"]]
     return tensors, {"version": VERSION, **d, "tensors": listed}
 
@@ -69,7 +67,7 @@ def _sync_directory(path):
 
 def load(optimizer, path):
     """See Optimizer.load."""
-    d = _read(_library(), os.fspath(path))
+    d = _read(_library(), os.fsdecode(path))
     try:
         optimizer.load_state_dict(d)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Bound buffers: gradients checked against parameters and states, then one backend call per step for all of them."""
 
+import threading
 import weakref
 from bisect import bisect_left
 from typing import NamedTuple
@@ -27,19 +28,47 @@ class StepInfo(NamedTuple):
 APPLIED = StepInfo(True, None, None)
 
 
+def in_use(name):
+    return RuntimeError(f"this {name} is in use by another thread, or by the call that a signal handler interrupts; "
+                        f"give each thread its own, or a lock")  # fmt: skip
+
+
+class ByOne:
+    """As a `with` block: one thread at a time, and not again under a signal handler while it is within."""
+
+    def __init__(self, name):
+        self._name, self._inside = name, False
+        self._lock = threading.RLock()  # reentrant: an interrupt may have kept its thread from releasing it
+
+    def __enter__(self):
+        if not self._lock.acquire(False):
+            raise in_use(self._name)
+        if self._inside:
+            self._lock.release()
+            raise in_use(self._name)
+        self._inside = True
+
+    def __exit__(self, *error):
+        self._inside = False
+        self._lock.release()
+
+
 class Bound:
     """The stepping half of an Optimizer: what the plan of the backend points to, and when it may be called at once.
 
-    Nothing is locked from Python: whatever must not be cut in two is one call of the backend.
+    Whatever must not be cut in two is one call of the backend.  What Python notes of it, beside the fast path of step(), is
+    locked; the fast path names the gradients that it means, and the backend refuses others.
     """
 
-    __slots__ = ("_argument", "_call", "_no_grads", "_same_grads")  # what step() reads: 20 ns faster than in the dict
+    # what step() reads: 20 ns faster than in the dict
+    __slots__ = ("_argument", "_call", "_call_held", "_no_grads", "_same_grads")
 
     def _bind_params(self, backend, recipes, options):
         """Hand parameters, states, recipes and what only CUDA knows to the backend, once."""
         states = [list(state.values()) for state in self._state]
         self._plan = backend.Plan(self._params, states, self._set_of, recipes, *options)
-        self._call, self._argument = self._plan.bound_step()
+        self._call, self._call_held, self._argument = self._plan.bound_step()
+        self._by_one, self._holds = ByOne(type(self).__name__), 0
         self._refresh = [k for k, param in enumerate(self._params) if arrays.is_torch(param.owner)]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
@@ -60,7 +89,8 @@ class Bound:
         ready = pointed is not None and self.nonfinite == "propagate" and not self._needs_python()
         held = self._bound_object if pointed is self._bound else pointed
         self._no_grads = None if ready and pointed is self._bound else _NEVER
-        self._same_grads = held if ready and type(held) in STEADY else _NEVER
+        steady = ready and type(held) in STEADY and not self._zero_grad  # which asks each time whether it may write
+        self._same_grads = (held if steady else _NEVER), self._holds
 
     def _needs_python(self):
         """Whether a schedule must be asked, or something may move between steps (torch)."""
@@ -81,14 +111,21 @@ class Bound:
         Returns StepInfo.  Raises before anything is written; FloatingPointError with nonfinite="raise", RuntimeError when
         another thread uses this optimizer or a streaming block is open.
         """
-        if (
-            (grads is self._no_grads or grads is self._same_grads)
-            and grad_scale is ONE
-            and clip_norm is None
-            and not self._call(self._argument)
-        ):
-            return APPLIED
-        return self._checked_step(grads, grad_scale, clip_norm)
+        if grad_scale is ONE and clip_norm is None:
+            if grads is self._no_grads:
+                if not self._call(self._argument):
+                    return APPLIED
+            else:
+                same = self._same_grads
+                if grads is same[0] and not self._call_held(self._argument, same[1]):
+                    return APPLIED
+        with self._by_one:
+            return self._checked_step(grads, grad_scale, clip_norm)
+
+    def _hold(self):
+        """A new number for gradients that the plan shall hold."""
+        self._holds = self._holds % (2**31 - 1) + 1
+        return self._holds
 
     def bind(self, grads):
         """Gradient buffers that stay where they are: step() without grads reads them, without checking them again."""
@@ -96,10 +133,11 @@ class Bound:
             raise TypeError("grads is None; bind() needs the gradient buffers")
         leaves = self._structure.leaves(grads, "grads")
         bound = [self._acquire_grad(k, grad) for k, grad in enumerate(leaves)]
-        self._point_to(None)
-        self._change_plan(grads=bound, hold=True, run=False)
-        self._bound, self._bound_object = bound, grads
-        self._point_to(bound)
+        with self._by_one:
+            self._point_to(None)
+            self._change_plan(grads=bound, hold=self._hold(), run=False)
+            self._bound, self._bound_object = bound, grads
+            self._point_to(bound)
 
     def streaming(self, grad_scale=1.0):
         """A step that is made tensor by tensor, while each gradient is still in cache, as a `with` block::
@@ -176,7 +214,8 @@ class Bound:
         accepted, hold = self._accept(grads, anew=params is not None)
         if accepted is not None:
             self._point_to(None)
-        found = self._change_plan(params, accepted, recipes, hold is not None, True, grad_scale, clip_norm)
+        number = 0 if hold is None else self._hold()
+        found = self._change_plan(params, accepted, recipes, number, True, grad_scale, clip_norm)
         if params is not None:
             self._params, self._occupied = params, None
         if hold is not None:
@@ -225,7 +264,7 @@ class Bound:
         """(accepted, hold): the checked gradients, None where the plan points to them already; and what is held then."""
         if grads is None:
             return self._accept_bound(anew)
-        if grads is self._pointed and type(grads) in STEADY and not anew:
+        if grads is self._pointed and type(grads) in STEADY and not anew and not self._zero_grad:
             return None, None
         accepted = [
             grad
@@ -256,7 +295,7 @@ class Bound:
         self._memory.same_layout(buffer, self._grad_names[k], self._params[k], self._names[k])
         return buffer
 
-    def _change_plan(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+    def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         """plan.change, with the sentence where it refuses."""
         status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
         if status == backends.OVERLAP:
@@ -292,4 +331,4 @@ class Bound:
     def _refusal(self, status):
         if status == backends.STREAMING:
             return RuntimeError(f"a streaming block of this {type(self).__name__} is open; leave it first")
-        return RuntimeError(f"this {type(self).__name__} is in use by another thread; give each thread its own, or a lock")
+        return in_use(type(self).__name__)

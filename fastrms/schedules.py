@@ -4,12 +4,14 @@ A schedule is callable(step) -> rate, step being the number of steps made, 0 fir
 Exponential, Cosine and Plateau are stored in state_dict() and save(), counters included; other callables are not.
 """
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
 from . import arrays, hyper, structure
+from .base import Optimizer
 
 
 def _factor(name, value):
@@ -117,9 +119,13 @@ def _improves(metric, best, mode, threshold, threshold_mode):
 def _metric(value):
     """A metric as a float; NaN may come, it counts as no improvement."""
     try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"metric={value!r} is a {type(value).__name__}; it must be a number") from None
+    except OverflowError:
+        raise ValueError("metric is too large for a float") from None
 
 
 _MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
@@ -225,6 +231,10 @@ class EarlyStopping:
         self.threshold_mode, self.mode = _THRESHOLD_MODE("threshold_mode", threshold_mode), _MODE("mode", mode)
         arranged = structure.arrange(params, None)
         self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
+        if not self._leaves:
+            raise ValueError("params is empty: there is nothing to keep")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
         self._optimizer = optimizer
         self.best, self.bad = None, 0
         self._keep()
@@ -235,8 +245,8 @@ class EarlyStopping:
         return [arrays.acquire(leaf, name, writable=True) for leaf, name in named]
 
     def _keep(self):
-        self._kept = [buffer.flat.copy() for buffer in self._buffers()]
-        self._kept_state = None if self._optimizer is None else self._optimizer.state_dict()
+        state = None if self._optimizer is None else self._optimizer.state_dict()
+        self._kept, self._kept_state = [buffer.flat.copy() for buffer in self._buffers()], state
 
     def update(self, metric):
         """Count one metric, a number, and copy the parameters if it is the best.  Returns whether to stop."""
@@ -266,16 +276,18 @@ class EarlyStopping:
         """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
         kept = zip(self._names, self._kept, self._buffers(), strict=True)
         params = {name: arrays.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
-        return {"best": self.best, "bad": self.bad, "params": params, "optimizer": self._kept_state}
+        return {"best": self.best, "bad": self.bad, "params": params, "optimizer": copy.deepcopy(self._kept_state)}
 
     def load_state_dict(self, d):
         """Take over what state_dict() gave.  ValueError, with nothing changed, where d does not fit these parameters."""
         try:
             best = None if d["best"] is None else hyper.number("best", d["best"])
-            bad, params, state = _count("bad", d["bad"]), d["params"], d["optimizer"]
+            bad, params, state = _count("bad", d["bad"]), d["params"], copy.deepcopy(d["optimizer"])
+            if state is not None and self._optimizer is not None:
+                self._optimizer._checked_state_dict(state)
             arrays_of = [params[name] for name in self._names]
             fits = [(x.shape, x.dtype) == (b.shape, b.dtype) for x, b in zip(arrays_of, self._buffers(), strict=True)]
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")

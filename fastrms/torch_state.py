@@ -3,6 +3,7 @@
 torch numbers its parameters through all groups, counts the steps of each, and keeps a state from the first step on.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -139,6 +140,11 @@ def _plain(optimizer, names, d):
             f"the state_dict has groups of {[len(group['params']) for group in groups]} parameters, "
             f"this optimizer has {[len(group) for group in members]}"
         )
+    numbers = [number for group in groups for number in group["params"]]
+    strange = next((number for number in d["state"] if number not in numbers), None)
+    if strange is not None or len(set(numbers)) < len(numbers):
+        raise ValueError(f"the state_dict has state for {list(d['state'])}, its groups list the parameters {numbers}; "
+                         f"each must be listed once")  # fmt: skip
     values = [_our_group(optimizer, names, group) for group in groups]
     tensors = _arrays(optimizer)
     for group, mine, h in zip(groups, members, values, strict=True):
@@ -157,7 +163,9 @@ def _our_group(optimizer, names, group):
         if theirs in YOUNG and theirs not in group:
             continue
         if isinstance(ours, tuple):
-            values.update({name: group[theirs][k] for k, name in enumerate(ours)})
+            if len(group[theirs]) != len(ours):
+                raise ValueError(f"{theirs}={group[theirs]!r} must be {len(ours)} numbers")
+            values.update(zip(ours, group[theirs], strict=True))
         else:
             values[ours] = group[theirs]
     return {name: optimizer._checked("torch", name, value) for name, value in values.items()}
@@ -166,6 +174,8 @@ def _our_group(optimizer, names, group):
 def _our_tensor(optimizer, named, saved, h):
     """The state of one array; torch has none before its first gradient."""
     name = named.name
+    if saved is not None and not isinstance(saved, Mapping):
+        raise ValueError(f"the state of {name} is a {type(saved).__name__}; it must be a mapping")
     if not saved:
         start = {state: optimizer.initial(SimpleNamespace(**h), state) for state in named.states}
         fresh = {state: np.full(named.shape, value, named.dtype) for state, value in start.items()}

@@ -3,6 +3,9 @@
 import copy
 import json
 import pickle
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -522,3 +525,77 @@ def test_signatures_and_docstrings_show_every_hyper_parameter():
     for name in ("rmsprop", "adagrad", "adam", "rprop"):
         assert "eta_minus" in inspect.signature(fastrms.rprop).parameters
         assert getattr(fastrms, name).__doc__.count("Raises") == 1
+
+
+def test_another_thread_between_a_step_and_its_notes_is_refused(backend, monkeypatch):
+    """And what is noted afterwards is what the plan holds: the next step uses the gradients that it was given."""
+    w = np.zeros(4, np.float32)
+    optimizer = fastrms.RMSProp(w, lr=1.0, rho=0.0, backend=backend)
+    up, down = np.ones(4, np.float32), -np.ones(4, np.float32)
+    optimizer.step(up.copy())
+    optimizer.step(up)
+    change, refused = optimizer._change_plan, []
+
+    def other():
+        for _ in range(2):
+            try:
+                optimizer.step(down)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    def interrupted(*arguments, **keywords):
+        found = change(*arguments, **keywords)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return found
+
+    monkeypatch.setitem(vars(optimizer), "_change_plan", interrupted)
+    optimizer.step(up)
+    monkeypatch.undo()
+    before = w.copy()
+    optimizer.step(up)
+    assert (w < before).all() and len(refused) == 2 and "in use by another thread" in refused[0]
+
+
+def test_the_gradients_that_a_step_means_are_those_it_uses(backend):
+    """The fast path names what it means: where the plan has come to hold others, the backend refuses."""
+    w = np.zeros(4, np.float32)
+    optimizer = fastrms.RMSProp(w, lr=1.0, rho=0.0, backend=backend)
+    up, down = np.ones(4, np.float32), -np.ones(4, np.float32)
+    for grad in (up, up, up):
+        optimizer.step(grad)
+    meant = optimizer._same_grads
+    for grad in (down, down, down):
+        optimizer.step(grad)
+    before = w.copy()
+    optimizer._same_grads = meant  # as another thread read it, before
+    optimizer.step(up)
+    assert (w < before).all()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timer here")
+def test_a_signal_handler_finds_whole_steps_or_is_refused(backend):
+    """What it is given has as many updates in every tensor."""
+    params = [np.zeros(5000, np.float32) for _ in range(20)]
+    optimizer = fastrms.AdaGrad(params, backend=backend)
+    optimizer.bind([np.ones(5000, np.float32) for _ in params])
+    seen = []
+
+    def look(*_):
+        try:
+            d = optimizer.state_dict()
+        except RuntimeError:
+            return
+        seen.append({float(x) for tensor in d["tensors"] for x in tensor["state"]["sum"][:1]})
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            optimizer.step()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(len(values) == 1 for values in seen)

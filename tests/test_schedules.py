@@ -36,6 +36,11 @@ def test_wrong_arguments_are_refused_by_name():
         (lambda: Plateau(0.1, counting="jax"), ValueError, "counting"),
         (lambda: Plateau(0.1, patience=-1), ValueError, "patience=-1"),
         (lambda: Plateau(0.1).update("x"), TypeError, "metric='x'"),
+        (lambda: Plateau(0.1).update("0.5"), TypeError, "metric='0.5'"),
+        (lambda: Plateau(0.1).update(True), TypeError, "metric=True"),
+        (lambda: Plateau(0.1).update(10**400), ValueError, "metric is too large"),
+        (lambda: EarlyStopping({}), ValueError, "params is empty"),
+        (lambda: EarlyStopping(np.ones(3), optimizer=5), TypeError, "optimizer=5"),
         (lambda: EarlyStopping(np.ones(3), patience=-1), ValueError, "patience=-1"),
         (lambda: EarlyStopping(np.ones(3), threshold_mode="x"), ValueError, "threshold_mode='x'"),
         (lambda: EarlyStopping({"w": np.ones(3, int)}), TypeError, r"params\['w'\] has dtype int64"),
@@ -157,6 +162,30 @@ def test_early_stopping_takes_a_flat_buffer():
     assert stopping.update(0.6)
     stopping.restore()
     assert (flat.data == 1).all()
+
+
+def test_early_stopping_that_fails_has_kept_what_it_had():
+    """state_dict() is refused in a streaming block: neither the parameters nor the state are exchanged then."""
+    w = np.ones(4, np.float32)
+    optimizer = fastrms.Adam({"w": w}, lr=0.1)
+    stopping = EarlyStopping({"w": w}, optimizer=optimizer)
+    stopping.update(5.0)
+    optimizer.step({"w": np.ones(4, np.float32)})
+    with optimizer.streaming(), pytest.raises(RuntimeError):
+        stopping.update(1.0)
+    stopping.restore()
+    assert (w == 1).all() and optimizer.steps == 0 and stopping.best == 5.0
+
+
+def test_the_state_dict_of_early_stopping_is_its_own():
+    w = np.ones(4, np.float32)
+    optimizer = fastrms.Adam(w)
+    stopping = EarlyStopping(w, optimizer=optimizer)
+    saved = stopping.state_dict()
+    saved["optimizer"]["tensors"][0]["state"]["exp_avg"][:] = 7
+    assert not stopping.state_dict()["optimizer"]["tensors"][0]["state"]["exp_avg"].any()
+    with pytest.raises(ValueError, match="state_dict of this EarlyStopping"):
+        stopping.load_state_dict({**saved, "optimizer": {"garbage": 1}})
 
 
 def test_early_stopping_is_resumed():

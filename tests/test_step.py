@@ -215,3 +215,16 @@ def test_c_step_answers_6_where_it_left_a_step_out():
         zeroed = nonfinite == "skip" and zero_grad
         assert step(address) == 6 and (step(address) == 0) == zeroed
         assert optimizer.steps == zeroed and (w == 1).all()
+
+
+def test_a_gradient_that_became_read_only_is_not_zeroed(backend):
+    """However often the same array came before."""
+    w, g = np.ones(4, np.float32), np.ones(4, np.float32)
+    optimizer = fastrms.Adam(w, zero_grad=True, backend=backend)
+    for _ in range(3):
+        optimizer.step(g)
+    g[:] = 1
+    g.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        optimizer.step(g)
+    assert (g == 1).all() and optimizer.steps == 3

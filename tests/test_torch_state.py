@@ -94,7 +94,7 @@ def test_a_callable_lr_stays():
         ("not a state_dict of torch.optim that fits Adam", lambda d: d.pop("state")),
         ("KeyError.'betas'", lambda d: d["param_groups"][0].pop("betas")),
         ("KeyError.'amsgrad'", lambda d: d["param_groups"][1].pop("amsgrad")),
-        ("IndexError", lambda d: d["param_groups"][1].update(betas=(0.9,))),
+        ("betas=.* must be 2 numbers", lambda d: d["param_groups"][1].update(betas=(0.9,))),
         ("beta2=1.5", lambda d: d["param_groups"][1].update(betas=(0.9, 1.5))),
         (r"groups of \[1, 1\] parameters, this optimizer has \[1, 2\]", lambda d: d["param_groups"][1]["params"].pop()),
         (r"groups of \[1\] parameters", lambda d: d["param_groups"].pop()),
@@ -221,3 +221,20 @@ def test_a_flat_buffer_goes_as_its_named_arrays(groups):
     again.load_torch_state_dict(torchs)
     for name, tree in of_flat.state.items():
         assert all(np.array_equal(x, again.state[name][key]) for key, x in tree.items())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: d.update(state={str(k): v for k, v in d["state"].items()}), "each must be listed once"),
+    (lambda d: d["state"].update({7: d["state"][0]}), "each must be listed once"),
+    (lambda d: d["param_groups"][0].update(params=[0, 0]), "each must be listed once"),
+    (lambda d: d["param_groups"][0].update(betas=(0.9, 0.99, 0.999)), "betas=.* must be 2 numbers"),
+    (lambda d: d["state"].update({0: np.zeros(3)}), "must be a mapping"),
+])  # fmt: skip
+def test_what_would_be_passed_over_is_refused(change, words):
+    made = [fastrms.Adam([np.ones(2), np.ones(3)]) for _ in range(2)]
+    made[0].step([np.ones(2), np.ones(3)])
+    d = torch_form(made[0])
+    change(d)
+    with pytest.raises(ValueError, match=words):
+        made[1].load_torch_state_dict(d)
+    assert made[1].steps == 0

@@ -136,14 +136,15 @@ class Plan:
         plan.on_nonfinite, plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
 
     def bound_step(self):
-        """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
-        return lib.fastrms_step, self._plan
+        """Two functions and their argument for one step of the held gradients; they answer 0 when the step was made.
+        The second also takes the number under which change() was told to hold them."""
+        return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
     def addresses(self):
         """Of the C function `int fastrms_step(fastrms_plan *)` and of this plan."""
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
 
-    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+    def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
         step: all of it in one C call, or nothing.  Returns (status, Found, or None where nothing was looked for)."""
         looks = run and (clip_norm is not None or self._plan.on_nonfinite)

@@ -226,7 +226,7 @@ class Plan(pyplan.Plan):
 
     # what is launched
 
-    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+    def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         if clip_norm is not None:
             raise ValueError(NORMLESS)
         if self._options.capturable:

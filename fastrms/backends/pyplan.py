@@ -165,7 +165,7 @@ class Plan:
         self.steps = 0
         self.tensor_steps = [0] * len(params)
         self._prepared, self._kept = None, {}  # tensor -> Coefficients
-        self.streaming = self._streamed = False
+        self.streaming = self._streamed = self._inside = False
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
 
@@ -181,23 +181,20 @@ class Plan:
         to[:] = source
 
     def bound_step(self):
-        """A function and its argument for one step of the held gradients; it answers 0 when the step was made."""
-        return type(self)._step, self
+        """Two functions and their argument for one step of the held gradients; they answer 0 when the step was made.
+        The second also takes the number under which change() was told to hold them."""
+        return type(self)._step, type(self)._step, self
 
-    def _step(self):
-        lock = self.lock
-        if not lock.acquire(False):  # else _enter would find the same, in twice the time
-            status = self._enter()
-            if status:
-                return status
+    def _step(self, held=None):
+        status = self._enter()
+        if status:
+            return status
         try:
-            if self.streaming:
-                return STREAMING
-            return self._run(1.0, None)[0] if self.held else NOT_HELD
+            return self._run(1.0, None)[0] if self.held and held in (None, self.held) else NOT_HELD
         finally:
-            lock.release()
+            self._leave()
 
-    def change(self, params=None, grads=None, recipes=None, hold=False, run=True, grad_scale=1.0, clip_norm=None):
+    def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
         step.  Returns (status, Found, or None where nothing was looked for)."""
         status = self._enter()
@@ -218,28 +215,34 @@ class Plan:
             self._set_recipes(recipes)
             return self._run(grad_scale, clip_norm) if run else (OK, None)
         finally:
-            self.lock.release()
+            self._leave()
 
     def _enter(self, streamed=False):
-        """Take the lock, unless another thread is in a step, or this is not a part of the streamed step that is open; a
-        fork is waited for.  Returns a status."""
+        """Take the lock, unless another thread is in a step, or this one under a signal handler, or this is not a part of
+        the streamed step that is open; a fork is waited for.  Returns a status; OK asks for _leave()."""
         number = forks.number
         while not self.lock.acquire(False):
             if number % 2 == 0 and number == forks.number:
                 return BUSY
             time.sleep(PAUSE)
             number = forks.number
-        if self.streaming == streamed:
+        if self.streaming == streamed and not self._inside:
+            self._inside = True
             return OK
+        status = BUSY if self._inside else STREAMING
         self.lock.release()
-        return STREAMING
+        return status
+
+    def _leave(self):
+        self._inside = False
+        self.lock.release()
 
     def stream_open(self):
         """Begin a step that is made tensor by tensor; returns a status."""
         status = self._enter()
         if not status:
             self.streaming, self._streamed = True, False
-            self.lock.release()
+            self._leave()
         return status
 
     def stream_close(self):
@@ -265,7 +268,7 @@ class Plan:
             self._streamed = True
             return OK
         finally:
-            self.lock.release()
+            self._leave()
 
     def _overlap(self, params, grads):
         states = [state for states in self.states for state in states]
@@ -360,7 +363,7 @@ class Plan:
                 self._prepared = None
             return OK, before
         finally:
-            self.lock.release()
+            self._leave()
 
     def steps_of(self, k):
         return self.tensor_steps[k]
