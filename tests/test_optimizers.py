@@ -580,6 +580,7 @@ def test_a_signal_handler_finds_whole_steps_or_is_refused(backend):
     params = [np.zeros(5000, np.float32) for _ in range(20)]
     optimizer = fastrms.AdaGrad(params, backend=backend)
     optimizer.bind([np.ones(5000, np.float32) for _ in params])
+    optimizer.state_dict()  # what it imports is there then
     seen = []
 
     def look(*_):
