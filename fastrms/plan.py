@@ -1,5 +1,6 @@
 """Bound buffers: gradients checked against parameters and states, then one backend call per step for all of them."""
 
+import os
 import threading
 import weakref
 from bisect import bisect_left
@@ -34,15 +35,23 @@ def in_use(name):
 
 
 class ByOne:
-    """As a `with` block: one thread at a time, and not again under a signal handler while it is within."""
+    """As a `with` block: one thread at a time, and not again under a signal handler while it is within.  A forked child
+    does not wait for a thread that only its parent has."""
 
     def __init__(self, name):
-        self._name, self._inside = name, False
+        self._name = name
+        self._renew()
+
+    def _renew(self):
+        self._process, self._inside = os.getpid(), False
         self._lock = threading.RLock()  # reentrant: an interrupt may have kept its thread from releasing it
 
     def __enter__(self):
         if not self._lock.acquire(False):
-            raise in_use(self._name)
+            if self._process == os.getpid():
+                raise in_use(self._name)
+            self._renew()
+            self._lock.acquire()
         if self._inside:
             self._lock.release()
             raise in_use(self._name)

@@ -177,6 +177,31 @@ def test_fork_while_other_threads_step():
     """) == "fine"  # fmt: skip
 
 
+def test_fork_while_another_thread_is_in_the_python_of_a_step():
+    """The child has not that thread, and does not wait for it."""
+    assert in_process(COMMON + """
+    entered, go = threading.Event(), threading.Event()
+
+    def rate(step):
+        if threading.current_thread() is runner:
+            entered.set()
+            go.wait()
+        return 0.1
+
+    opt, g = fastrms.RMSProp(np.ones(5, np.float32), lr=rate), np.ones(5, np.float32)
+    runner = threading.Thread(target=opt.step, args=(g,))
+    runner.start()
+    entered.wait()
+    import warnings
+    warnings.simplefilter("ignore")      # Python's own: there is a thread, the runner
+    child(lambda: (opt.step(g), opt.step(g)))
+    go.set()
+    runner.join()
+    assert opt.steps == 1
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method, tmp_path):
     script = tmp_path / "work.py"
