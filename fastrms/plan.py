@@ -30,20 +30,18 @@ APPLIED = StepInfo(True, None, None)
 
 
 def in_use(name):
-    return RuntimeError(f"this {name} is in use by another thread, or by the call that a signal handler interrupts; "
-                        f"give each thread its own, or a lock")  # fmt: skip
+    return RuntimeError(f"this {name} is in use by another thread; give each thread its own, or a lock")
 
 
 class ByOne:
-    """As a `with` block: one thread at a time, and not again under a signal handler while it is within.  A forked child
-    does not wait for a thread that only its parent has."""
+    """As a `with` block: one thread at a time.  A forked child does not wait for a thread that only its parent has."""
 
     def __init__(self, name):
         self._name = name
         self._renew()
 
     def _renew(self):
-        self._process, self._inside = os.getpid(), False
+        self._process = os.getpid()
         self._lock = threading.RLock()  # reentrant: an interrupt may have kept its thread from releasing it
 
     def __enter__(self):
@@ -52,13 +50,8 @@ class ByOne:
                 raise in_use(self._name)
             self._renew()
             self._lock.acquire()
-        if self._inside:
-            self._lock.release()
-            raise in_use(self._name)
-        self._inside = True
 
     def __exit__(self, *error):
-        self._inside = False
         self._lock.release()
 
 

@@ -3,9 +3,7 @@
 import copy
 import json
 import pickle
-import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -572,31 +570,3 @@ def test_the_gradients_that_a_step_means_are_those_it_uses(backend):
     optimizer._same_grads = meant  # as another thread read it, before
     optimizer.step(up)
     assert (w < before).all()
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timer here")
-def test_a_signal_handler_finds_whole_steps_or_is_refused(backend):
-    """What it is given has as many updates in every tensor."""
-    params = [np.zeros(5000, np.float32) for _ in range(20)]
-    optimizer = fastrms.AdaGrad(params, backend=backend)
-    optimizer.bind([np.ones(5000, np.float32) for _ in params])
-    optimizer.state_dict()  # what it imports is there then
-    seen = []
-
-    def look(*_):
-        try:
-            d = optimizer.state_dict()
-        except RuntimeError:
-            return
-        seen.append({float(x) for tensor in d["tensors"] for x in tensor["state"]["sum"][:1]})
-
-    before = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-    try:
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            optimizer.step()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert all(len(values) == 1 for values in seen)

@@ -165,7 +165,7 @@ class Plan:
         self.steps = 0
         self.tensor_steps = [0] * len(params)
         self._prepared, self._kept = None, {}  # tensor -> Coefficients
-        self.streaming = self._streamed = self._inside = False
+        self.streaming = self._streamed = False
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
 
@@ -192,7 +192,7 @@ class Plan:
         try:
             return self._run(1.0, None)[0] if self.held and held in (None, self.held) else NOT_HELD
         finally:
-            self._leave()
+            self.lock.release()
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
@@ -215,34 +215,28 @@ class Plan:
             self._set_recipes(recipes)
             return self._run(grad_scale, clip_norm) if run else (OK, None)
         finally:
-            self._leave()
+            self.lock.release()
 
     def _enter(self, streamed=False):
-        """Take the lock, unless another thread is in a step, or this one under a signal handler, or this is not a part of
-        the streamed step that is open; a fork is waited for.  Returns a status; OK asks for _leave()."""
+        """Take the lock, unless another thread is in a step, or this is not a part of the streamed step that is open; a
+        fork is waited for.  Returns a status."""
         number = forks.number
         while not self.lock.acquire(False):
             if number % 2 == 0 and number == forks.number:
                 return BUSY
             time.sleep(PAUSE)
             number = forks.number
-        if self.streaming == streamed and not self._inside:
-            self._inside = True
+        if self.streaming == streamed:
             return OK
-        status = BUSY if self._inside else STREAMING
         self.lock.release()
-        return status
-
-    def _leave(self):
-        self._inside = False
-        self.lock.release()
+        return STREAMING
 
     def stream_open(self):
         """Begin a step that is made tensor by tensor; returns a status."""
         status = self._enter()
         if not status:
             self.streaming, self._streamed = True, False
-            self._leave()
+            self.lock.release()
         return status
 
     def stream_close(self):
@@ -268,7 +262,7 @@ class Plan:
             self._streamed = True
             return OK
         finally:
-            self._leave()
+            self.lock.release()
 
     def _overlap(self, params, grads):
         states = [state for states in self.states for state in states]
@@ -363,7 +357,7 @@ class Plan:
                 self._prepared = None
             return OK, before
         finally:
-            self._leave()
+            self.lock.release()
 
     def steps_of(self, k):
         return self.tensor_steps[k]
