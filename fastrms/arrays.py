@@ -41,16 +41,21 @@ def acquire(x, name, *, writable):
     """Buffer of x, or TypeError / ValueError that names it.  x: NumPy array, torch CPU tensor, or an object with
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
     array = as_array(x, name)
-    address = array.__array_interface__["data"][0]
+    start = address(array)
     if not array.dtype.isnative:
         raise TypeError(f"{name} has dtype {array.dtype.str}, which is not in native byte order")
     if array.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {array.dtype}; fastrms updates float32 and float64, see astype()")
-    if address % array.itemsize:
-        raise ValueError(f"{name} starts at address {address:#x}, which is not aligned to {array.itemsize} bytes")
+    if start % array.itemsize:
+        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
         raise ValueError(f"{name} is read-only; it is written in place and must be writable")
-    return Buffer(x, _flat(array, name), address, array.shape, _element_strides(array))
+    return Buffer(x, _flat(array, name), start, array.shape, _element_strides(array))
+
+
+def address(array):
+    """Where an ndarray begins."""
+    return array.__array_interface__["data"][0]
 
 
 def as_array(x, name):
@@ -77,12 +82,10 @@ def _from_torch(x, name):
         raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64")
     try:
         array, storage = x.detach().numpy(), x.untyped_storage()
-        address = x.data_ptr()
+        start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
-    if array.size and (
-        array.__array_interface__["data"][0] != address or address + array.nbytes > storage.data_ptr() + storage.nbytes()
-    ):
+    if array.size and (address(array) != start or start + array.nbytes > storage.data_ptr() + storage.nbytes()):
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return array
 
@@ -176,7 +179,7 @@ def refuse_overlap(buffers):
 
 def own(array):
     """Buffer of an array of ours, which needs no check."""
-    return Buffer(array, array, array.__array_interface__["data"][0], array.shape, _element_strides(array))
+    return Buffer(array, array, address(array), array.shape, _element_strides(array))
 
 
 def shaped(flat, like):

@@ -81,9 +81,10 @@ def _addresses_by_type(arrays, shape):
     return addresses
 
 
-_names = {"select": compiler(texts.select)}
-_names.update({text.__name__: compiler(texts.rebuilt(text, _names)) for text in (recipes.bits, recipes.doubled)})
-_series = compiler(texts.rebuilt(recipes.series, _names))
+_names = {}
+for _text in (recipes.twice, recipes.one_more, recipes.doubled, recipes.series):
+    _names[_text.__name__] = compiler(texts.rebuilt(_text, _names))
+_series = _names["series"]
 
 
 # the way to the kernels
@@ -119,7 +120,7 @@ def _runner(rule, names, parallel):
 
 
 _no_threads = compiler(lambda: ())
-_some_threads = compiler(lambda: (numba.get_num_threads(),))
+_some_threads = compiler(lambda: (np.intp(numba.get_num_threads()),))
 
 
 def _implementation(neutral, full, more, real, place, fixed):
@@ -127,15 +128,21 @@ def _implementation(neutral, full, more, real, place, fixed):
         coefficients = np.empty(len(place), real)
         for k in range(len(place)):
             coefficients[k] = values[place[k]] if place[k] >= 0 else fixed[k]
-        chosen(general, coefficients, arrays)
+        table = np.empty(len(arrays) + 4, np.intp)
+        chosen(general, coefficients, table, arrays)
 
     @compiler
-    def chosen(general, coefficients, arrays):  # the caller keeps what lies at the addresses
-        places = (arrays[0].size,) + _addresses(arrays, arrays[0].shape) + (np.intp(coefficients.ctypes.data),) + more()
+    def chosen(general, coefficients, table, arrays):  # the caller keeps what lies at the addresses
+        table[0], table[1], table[2] = 1, coefficients.ctypes.data, 0  # one tensor; its coefficients, whatever the number
+        table[3] = arrays[0].size
+        places = _addresses(arrays, arrays[0].shape)
+        for k in range(len(places)):
+            table[4 + k] = places[k]
+        arguments = (np.intp(table.ctypes.data), np.intp(0)) + more()
         if general:
-            full(*places)
+            full(*arguments)
         else:
-            neutral(*places)
+            neutral(*arguments)
 
     return run
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy import sqrt
 
 from . import rules
-from .rules import select
 
 DIVIDE, TIMES_ROOT, OVER_ROOT = range(3)  # value / q, value * sqrt(q), value / sqrt(q)
 
@@ -62,32 +61,42 @@ class Recipe(NamedTuple):
 
 def series(decay, weight, terms):
     """weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees."""
-    return weight * doubled(decay, terms, bits(terms))
+    return weight * doubled(decay, terms)[0]
 
 
-def bits(terms):
-    count = 0
-    while terms >> count:
-        count += 1
-    return count
+def doubled(decay, terms):
+    """(1 + decay + ... + decay^(terms-1), decay^terms)"""
+    bits = 0
+    while terms >> bits:
+        bits += 1
+    total, power = 0.0, 1.0
+    for bit in range(bits - 1, -1, -1):
+        total, power = twice(total, power)
+        if terms >> bit & 1:
+            total, power = one_more(total, power, decay)
+    return total, power
 
 
-def doubled(decay, terms, count):
-    """1 + decay + ... + decay^(terms-1), from the `count` bits of terms."""
-    total, power = 0.0, 1.0  # of no terms, and decay to their number
-    for bit in range(count - 1, -1, -1):
-        total, power = total * (1 + power), power * power
-        odd = terms >> bit & 1
-        total, power = select(odd, total * decay + 1, total), select(odd, power * decay, power)
-    return total
+def twice(total, power):
+    """Of twice as many terms."""
+    return total * (1 + power), power * power
 
 
-_doubled_of_many = rules.rebuilt(doubled, {"select": np.where})
+def one_more(total, power, decay):
+    """Of one term more."""
+    return total * decay + 1, power * decay
 
 
-def many(decay, weight, terms):
-    """series of every number of terms in an array."""
-    return weight * _doubled_of_many(decay, terms, bits(int(terms.max())))
+def many(decay, weight, steps):
+    """series of numbers of terms that follow each other: each from the number that its bits are without the last."""
+    bits = int(steps.size - 1).bit_length()
+    first = int(steps[0]) >> bits
+    total, power = np.array([doubled(decay, first), doubled(decay, first + 1)]).T
+    for _ in range(bits):
+        even = twice(total, power)
+        total, power = (np.stack(both, axis=1).ravel() for both in zip(even, one_more(*even, decay), strict=True))
+    start = int(steps[0]) - (first << bits)
+    return weight * total[start : start + steps.size]
 
 
 def corrected(value, correction, step, series=series):

@@ -140,13 +140,14 @@ COMMON = (
     backend.SMALLEST = 1000
     fastrms.set_num_threads(2)
     shared = []                          # sizes of the updates that ran on several threads
-    run = backend.with_threads
+    run = backend.in_parallel
 
-    def counted(parts, function, size, *arguments):
-        shared.append(size)
-        run(parts, function, size, *arguments)
+    def counted(update, number):
+        ran = run(update, number)
+        shared.extend([update.elements] * ran)
+        return ran
 
-    backend.with_threads = counted
+    backend.in_parallel = counted
 
     def check(steps=5, size=50_001):
         w, g = np.zeros(size, np.float32), np.ones(size, np.float32)
@@ -183,7 +184,7 @@ assert numba.threading_layer() == {layer!r} and shared, (numba.threading_layer()
 print("fine")
 """
     )
-    assert in_process(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2", **environment) == "fine"
+    assert in_process(code, **{"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2", **environment}) == "fine"
 
 
 @pytest.mark.parametrize("layer", layers())
@@ -262,22 +263,26 @@ def test_multiprocessing(layer, method, tmp_path):
     assert run.stdout.strip() == "fine 4", run.stdout + run.stderr
 
 
-def test_a_users_number_of_numba_threads_stays(monkeypatch):
-    module = backends.load("numba")
-    monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.LEAST, 1))
-    numba.set_num_threads(1)
-    try:
-        module.with_threads(numba.config.NUMBA_NUM_THREADS, lambda parts: None)
-        assert numba.get_num_threads() == 1
-    finally:
-        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+@pytest.mark.parametrize("layer", layers())
+def test_a_users_number_of_numba_threads_stays(layer):
+    """Ours is lower or higher for the time of a step."""
+    with_layer("""
+    import numba
+    for ours, theirs in ((2, 1), (2, 3), (3, 3)):
+        fastrms.set_num_threads(ours)
+        numba.set_num_threads(theirs)
+        before = len(shared)
+        check()
+        assert numba.get_num_threads() == theirs and len(shared) == before + 5
+    """, layer, NUMBA_NUM_THREADS="3")  # fmt: skip
 
 
 def test_small_steps_one_thread_and_a_missing_layer_run_alone():
     code = """
         import numpy as np, fastrms, numba
         from fastrms.backends import numba as backend
-        backend.with_threads = lambda *arguments: 1 / 0
+        guarded = backend.in_parallel
+        backend.in_parallel = lambda *arguments: guarded(*arguments) and 1 / 0
         def step(size):
             w = np.zeros(size)
             fastrms.AdaGrad(w, backend="numba", lr=1.0).step(np.ones(size))
@@ -303,8 +308,8 @@ def test_same_bits_for_every_thread_count():
         module = backends.load("numba")
         module.LEAST = dict.fromkeys(module.LEAST, 1)
         module.SMALLEST = 1
-        shared, run = set(), module.with_threads
-        module.with_threads = lambda parts, *rest: (shared.add(parts), run(parts, *rest))
+        shared, run = set(), module.in_parallel
+        module.in_parallel = lambda *rest: run(*rest) and not shared.add(fastrms.get_num_threads())
         for rule in rules.RULES:
             for dtype, general in ((np.dtype("f4"), False), (np.dtype("f8"), True)):
                 recipe = raw_recipe(rule, dtype, general)
@@ -334,8 +339,8 @@ def test_parallel_without_the_c_extension():
         assert fastrms.isa() is None and fastrms.available_backends() == ("numba", "numpy")
         assert fastrms.get_num_threads() == 5
         fastrms.set_num_threads(2)
-        shared, run = [], backend.with_threads
-        backend.with_threads = lambda parts, *rest: (shared.append(parts), run(parts, *rest))
+        shared, run = [], backend.in_parallel
+        backend.in_parallel = lambda *rest: run(*rest) and not shared.append(fastrms.get_num_threads())
         results = []
         for name in ("auto", "numpy"):
             w = np.linspace(-1, 1, 1_000_003)

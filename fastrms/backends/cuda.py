@@ -134,7 +134,7 @@ def capturing(stream):
     return bool(device.checked(driver.cuStreamIsCapturing(int(stream.handle)), "asking whether it captures")[0])
 
 
-class Launch:
+class Launch(pyplan.Update):
     """One kernel over one or many tensors that share their coefficients."""
 
     def __init__(self, recipe, many, capturable, index):
@@ -146,27 +146,27 @@ class Launch:
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.make_config, self.launch = LaunchConfig, launch
         self.table, self.table_host, self.table_sent = None, None, True
-        count = len(rules.coefficient_names(rules.find(recipe.rule)))
-        self.coefficients = device.place(count, recipe.dtype, index) if capturable else None
-        self.sent = self.numbers = None
+        self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
+        self.device_row = device.place(self.count, recipe.dtype, index) if capturable else None
+        self.sent = None
 
-    def take(self, numbers):
-        """The array of coefficients of the runs to come.
-
-        A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
-        would widen a Python float, and a NumPy number costs it 0.5 us more."""
-        self.numbers = numbers
-        self.words = memoryview(numbers).cast("B").cast("I") if self.itemsize == 4 else memoryview(numbers)
-
-    def aim(self, tensors):
-        """Take the buffers of the tensors, (addresses, size) each."""
-        if len(tensors) == 1:
-            addresses, size = tensors[0]
+    def aim(self, coefficients, missed, tensors):
+        """Take other tensors, or the same ones elsewhere: (param, grad, states) of DeviceBuffers."""
+        super().__init__(coefficients, missed, tensors)
+        found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
+        if len(found) == 1:
+            addresses, size = found[0]
             count = vectors(addresses, size, self.itemsize)
             self.head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
         else:
-            self.head, grid = self._aim_many(*table(tensors, self.itemsize))
+            self.head, grid = self._aim_many(*table(found, self.itemsize))
         self.config = self.make_config(grid=grid, block=THREADS)
+
+    def take(self):
+        """A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
+        would widen a Python float, and a NumPy number costs it 0.5 us more."""
+        bits = memoryview(self.coefficients.rows).cast("B")
+        self.words = bits.cast("I" if self.itemsize == 4 else "d")
 
     def _aim_many(self, rows, tensor_of):
         """The table goes to the device before the next launch; the memory stays while the sizes do."""
@@ -177,17 +177,23 @@ class Launch:
             self.table_host, self.table_sent = host, False
         return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
 
-    def prepare(self, stream):
+    def send(self, stream, number):
         """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
         if not self.table_sent:
             write(self.table, self.table_host, stream)
             self.table_sent = True
-        if self.coefficients is not None and self.numbers.tobytes() != self.sent:
-            write(self.coefficients, self.numbers, stream)
-            self.sent = self.numbers.tobytes()
+        if self.device_row is not None:
+            row = self.coefficients.rows[self.origin + number * self.stride]
+            if row.tobytes() != self.sent:
+                write(self.device_row, row, stream)
+                self.sent = row.tobytes()
 
-    def run(self, stream):
-        tail = self.words if self.coefficients is None else (self.coefficients.address,)
+    def run(self, number, stream):
+        if self.device_row is None:
+            start = (self.origin + number * self.stride) * self.count
+            tail = self.words[start : start + self.count]
+        else:
+            tail = (self.device_row.address,)
         try:
             self.launch(stream, self.config, self.kernel, *self.head, *tail)
         except Exception as error:  # of cuda.core, whose own classes are not public
@@ -198,11 +204,10 @@ def update(recipe, step, grad_scale, param, grad, states):
     """One step on DeviceBuffers, in place."""
     if param.size:
         device.current(param.device)
-        stream = stream_of(device.stream_source(param)())
         made = Launch(recipe, False, False, param.device)
-        made.take(pyplan.Coefficients(recipe).values(step, grad_scale))
-        made.aim([([buffer.address for buffer in (param, grad, *states)], param.size)])
-        made.run(stream)
+        made.aim(pyplan.Coefficients(recipe), 0, [(param, grad, states)])
+        made.ready(step, grad_scale)
+        made.run(step, stream_of(device.stream_source(param)()))
 
 
 class Plan(pyplan.Plan):
@@ -216,8 +221,7 @@ class Plan(pyplan.Plan):
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
         self._made = {}  # Launches by (set, tensors): a captured graph may need them later
-        self._entered = threading.local()
-        self._entered.once = True  # by what made the state
+        self._thread, self._several = threading.get_ident(), device.count() > 1  # making the state made it current
 
     # what the parent does with NumPy arrays
 
@@ -244,78 +248,66 @@ class Plan(pyplan.Plan):
             self._made = {}
         super()._set_recipes(recipes)
 
-    def _prepare(self):
-        """(tensors with a gradient, (first tensor, Coefficients, Launch) for each group and step count)"""
-        tensors, groups = [k for k, grad in enumerate(self.grads) if grad is not None], {}
-        for k in tensors:
-            if self.params[k].size:
-                index = self.sets[k]
-                alike = None if self.recipes[index].fixed else self.tensor_steps[k]
-                groups.setdefault((index, alike), []).append(k)
-        self._prepared = tensors, [self._launch(index, members) for (index, _), members in groups.items()]
-        self._waits = self._foreign_streams(tensors)
-        return self._prepared
+    def _prepare(self, number, grad_scale):
+        if self._updates is None:
+            self._waits = self._foreign_streams()
+        super()._prepare(number, grad_scale)
 
-    def _launch(self, index, members):
-        recipe, key = self.recipes[index], (index, *members)
+    def _update(self, members, grads):
+        first, key = members[0], (self.sets[members[0]], *members)
+        recipe = self.recipes[self.sets[first]]
         if key not in self._made:
             self._made[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
-        buffers = [(self.params[k], self.grads[k], *self.states[k]) for k in members]
-        tensors = [([b.address for b in tensor], tensor[0].size) for tensor in buffers]
-        self._made[key].aim(tensors)
-        return members[0], self._coefficients(index, members[0]), self._made[key]
+        tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
+        self._made[key].aim(self._coefficients(self.sets[first], first), self.missed[first], tensors)
+        return self._made[key]
 
     def _run(self, grad_scale, clip_norm):
-        stream = self._ready_to_launch(grad_scale)
+        number, stream = self._ready_to_launch(grad_scale)
         recorded = self._options.capturable and capturing(stream)
         for handle in self._waits:
             if handle != int(stream.handle):
                 stream.wait(stream_of(handle))
-        for _, _, launch in self._prepared[1]:
+        for launch in self._updates:
             if not recorded:
-                launch.prepare(stream)
-            launch.run(stream)
+                launch.send(stream, number)
+            launch.run(number, stream)
         if self.zero_grad:
-            for k in self._prepared[0]:
-                zero(self.grads[k], stream)
+            for grad in filter(None, self.grads):
+                zero(grad, stream)
         if not recorded:
-            self._count()
+            self._count(number)
         if self._options.check:
             stream.sync()
         return OK, None
 
     def advance(self):
         """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
-        stream = self._ready_to_launch(1.0)
-        for _, _, launch in self._prepared[1]:
-            launch.prepare(stream)
-        self._count()
+        number, stream = self._ready_to_launch(1.0)
+        for launch in self._updates:
+            launch.send(stream, number)
+        self._count(number)
 
     def _ready_to_launch(self, grad_scale):
-        """The stream; the device is current, and launches and coefficients fit what is held."""
+        """The step and the stream; the device is current, and launches and coefficients fit what is held."""
         self._enter_device()
-        for first, coefficients, launch in (self._prepared or self._prepare())[1]:
-            numbers = coefficients.values(self.tensor_steps[first] + 1, grad_scale)
-            if numbers is not launch.numbers:
-                launch.take(numbers)
-        return self._explicit or stream_of(self._source())
-
-    def _count(self):
-        for k in self._prepared[0]:
-            self.tensor_steps[k] += 1
-        self.steps += 1
+        number = self.steps + 1
+        if number >= self._until or grad_scale != self._scale:
+            self._prepare(number, grad_scale)
+        return number, self._explicit or stream_of(self._source())
 
     def _enter_device(self):
-        """The device is made current once per thread; at each step where there are several."""
+        """The device is made current where another thread came last, and at each step where there are several."""
         if os.getpid() != self._process:
             raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
-        if not hasattr(self._entered, "once") or device.count() > 1:
+        if self._thread != threading.get_ident() or self._several:
             device.current(self._device)
-            self._entered.once = True
+            self._thread = threading.get_ident()
 
-    def _foreign_streams(self, tensors):
+    def _foreign_streams(self):
         """Streams that arrays name: the launch waits for them on the device, not here."""
-        buffers = [buffer for k in tensors for buffer in (self.params[k], self.grads[k])]
+        pairs = zip(self.params, self.grads, strict=True)
+        buffers = [buffer for param, grad in pairs if grad is not None for buffer in (param, grad)]
         return {handle for handle in map(device.named_stream, buffers) if handle is not None}
 
 

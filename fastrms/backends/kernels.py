@@ -81,51 +81,86 @@ def number(context, address, index):
         return builder.load(element(builder, *arguments))
     return real(word, word), code
 
+@intrinsic
+def integer(context, address, index):
+    def code(context, builder, signature, arguments):
+        address, index = arguments
+        words = builder.inttoptr(address, index.type.as_pointer())
+        return builder.load(builder.gep(words, [index]))
+    return word(word, word), code
+
 {streams}
 """
 LOOP = """
-@njit({signature}**OPTIONS)
-def kernel(size, {addresses}, coefficients):
+@njit(**OPTIONS)
+def update(row, first, size, coefficients):
     {names} = {values}
-    {enter}
+    {addresses} = {moved}
     whole = size - size % {tile}
-    for first in range(0, whole, {tile}):
+    for start in range(0, whole, {tile}):
         {ask}
         for k in range({tile}):
-            i = first + k
+            i = start + k
             {body_of_tile}
     for i in range(whole, size):
         {body}
+"""
+SERIAL = """
+@njit([types.void(word, word)], cache=CACHE, **OPTIONS)
+def kernel(table, number):
+    coefficients = integer(table, 1) + number * integer(table, 2)
+    {enter}
+    for tensor in range(integer(table, 0)):
+        row = table + {head} + tensor * {row}
+        update(row, 0, integer(row, 0), coefficients)
     {leave}
 """
-SERIAL = "[types.void({words})], cache=CACHE, "
-# each thread begins with its own slice and takes over what is left of others', as in csrc/pool.c: a late one holds up nobody
+# each thread begins with its own share of the chunks and takes over what is left of others', as in csrc/pool.c: a late one
+# holds up nobody
 PARALLEL = """
-update = kernel
+get_num_threads = types.ExternalFunction("get_num_threads", word())  # numba's functions of these names cannot be kept
+set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intc))
 
 @intrinsic
-def take(context, address, count):
+def take(context, address):
     def code(context, builder, signature, arguments):
-        where = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", where, arguments[1], "monotonic")
-    return int64(word, int64), code
+        counter = ir.IntType(64)
+        where = builder.inttoptr(arguments[0], counter.as_pointer())
+        return builder.atomic_rmw("add", where, counter(1), "monotonic")
+    return int64(word), code
 
-@njit([types.void({words}, word)], cache=CACHE, parallel=True, **OPTIONS)
-def kernel(size, {addresses}, coefficients, parts):
+@njit(**OPTIONS)
+def chunks(row):
+    return -(-integer(row, 0) // {chunk})
+
+@njit([types.void(word, word, word)], cache=CACHE, parallel=True, **OPTIONS)
+def kernel(table, number, parts):
+    coefficients = integer(table, 1) + number * integer(table, 2)
+    users = get_num_threads()
+    set_num_threads(parts)
+    total = 0
+    for tensor in range(integer(table, 0)):
+        total += chunks(table + {head} + tensor * {row})
     taken = empty(parts * 8, int64)  # each in a cache line of its own
     for part in range(parts):
-        taken[8 * part] = size * part // parts
+        taken[8 * part] = total * part // parts
     at = taken.ctypes.data
     for part in prange(parts):
-        {enter_part}
+        {enter}
         for turn in range(parts):
             whose = (part + turn) % parts
-            end = size * (whose + 1) // parts
-            first = take(at + 64 * whose, {chunk})
-            while first < end:
-                update(min({chunk}, end - first), {moved}, coefficients)
-                first = take(at + 64 * whose, {chunk})
-        {leave_part}
+            end = total * (whose + 1) // parts
+            row, before = table + {head}, 0
+            chunk = take(at + 64 * whose)
+            while chunk < end:
+                while before + chunks(row) <= chunk:
+                    before += chunks(row)
+                    row += {row}
+                first = (chunk - before) * {chunk}
+                update(row, first, min({chunk}, integer(row, 0) - first), coefficients)
+                chunk = take(at + 64 * whose)
+        {leave}
+    set_num_threads(users)
 """
 # each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
 ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
@@ -135,7 +170,8 @@ if platform.libc_ver()[0] != "glibc":
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(size, *addresses, coefficients[, parts]): the addresses of param, grad, the states, and the coefficients."""
+    """kernel(table, number[, parts]): the address of a table of HEAD words and a row for each tensor, and which of the
+    rows of coefficients all of them take."""
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     try:
@@ -155,29 +191,26 @@ def module_text(rule, dtype, parallel, body):
     known = {"zero": "real(0)"} if isinstance(rule, str) else {}  # a select of it is a mask
     rule = rules.find(rule)
     buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
-    words = ", ".join(["word"] * (len(buffers) + 2))
-    text = HEAD + LOOP + (PARALLEL if parallel else "")
+    text = HEAD + LOOP + (PARALLEL if parallel else SERIAL)
     return text.format(
         options=OPTIONS,
         buffers=buffers,
         dtype=dtype,
         ir={4: "FloatType", 8: "DoubleType"}[dtype.itemsize],
         streams="\n".join(f"load_{name}, store_{name} = stream({name!r})" for name in buffers),
-        signature="" if parallel else SERIAL.format(words=words),
-        words=words,
         addresses=", ".join(buffers),
-        moved=", ".join(f"{name} + first * {dtype.itemsize}" for name in buffers),
+        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
+        head=3 * np.dtype(np.intp).itemsize,
+        row=(1 + len(buffers)) * np.dtype(np.intp).itemsize,
         names=", ".join(names) + ",",
         values=", ".join(known.get(name, f"number(coefficients, {k})") for k, name in enumerate(names)) + ",",
         chunk=CHUNK,
         tile=TILE // dtype.itemsize,
-        ask="; ".join(f"ask({name} + first * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        ask="; ".join(f"ask({name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
         body="\n        ".join(body),
         body_of_tile="\n            ".join(body),
-        enter="" if parallel else ENTER,
-        leave="" if parallel else LEAVE,
-        enter_part=ENTER,
-        leave_part=LEAVE,
+        enter=ENTER,
+        leave=LEAVE,
     )
 
 
@@ -212,8 +245,14 @@ def own_kernel(rule, dtype, parallel):
     wrong = next((part for part in results if part != real), None)
     if wrong is not None:
         raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
-    text = module_text(rule, dtype, parallel, calling(rule))
+    text = module_text(plain(rule), dtype, parallel, calling(plain(rule)))
     return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+
+
+def plain(rule):
+    """An own rule whose states and coefficients have names that mean nothing else in the text of a module."""
+    states = tuple(f"own_state_{k}" for k in range(len(rule.states)))
+    return rule._replace(states=states, coefficients=tuple(f"own_number_{k}" for k in range(len(rule.coefficients))))
 
 
 def fingerprint(text):

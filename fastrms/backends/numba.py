@@ -6,15 +6,17 @@ alone, and a forked child always alone.
 """
 
 import os
-import sys
 import threading
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import chain
 
-from .. import threads
+import numpy as np
+
+from .. import arrays, threads
 from . import pyplan
 
-LEAST = {"omp": 1 << 17, "tbb": 1 << 18, "workqueue": 1 << 18}  # elements from which two threads gain (tbb: not measured)
+LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 19}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
 _one_at_a_time = threading.Lock()
 _process = os.getpid()
@@ -37,37 +39,40 @@ def compiler():
     return kernels.kernel
 
 
-def call(recipe, param, grad, states):
-    """One update of these flat arrays, in place, as a function of the address of the coefficients.  Whoever has it keeps
-    the arrays alive."""
-    arguments = (param.size, *(array.ctypes.data for array in (param, grad, *states)))
-    serial = partial(kernel(recipe), *arguments)
-    return serial if param.size < SMALLEST else partial(guarded, serial, recipe, arguments)
+class Update(pyplan.Update):
+    """By one call of a kernel: on all tensors, one after the other, or on several threads."""
+
+    def __init__(self, coefficients, missed, tensors):
+        super().__init__(coefficients, missed, tensors)
+        rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
+        self.table = np.array([len(rows), 0, 0, *chain.from_iterable(rows)], np.intp)
+        self.elements, recipe = sum(row[0] for row in rows), coefficients.recipe
+        self.alone = partial(kernel(recipe), arrays.address(self.table))
+        self.run = self.alone if self.elements < SMALLEST else self.guarded
+
+    def take(self):
+        rows = self.coefficients.rows
+        self.table[1:3] = arrays.address(rows) + self.origin * rows.strides[0], self.stride * rows.strides[0]
+
+    def guarded(self, number):
+        if not in_parallel(self, number):
+            self.alone(number)
 
 
-def guarded(serial, recipe, arguments, coefficients):
-    if not in_parallel(recipe, arguments, coefficients):
-        serial(coefficients)
-
-
-def in_parallel(recipe, arguments, coefficients):
-    """Run the update on several threads, unless the guard is against it; whether it ran."""
-    if threads.get_num_threads() == 1 or os.getpid() != _process or not _one_at_a_time.acquire(blocking=False):
+def in_parallel(update, number):
+    """Run an update on several threads, unless the guard is against it; whether it ran."""
+    parts = threads.get_num_threads()
+    if parts == 1 or os.getpid() != _process or not _one_at_a_time.acquire(blocking=False):
         return False
     try:
-        least, parts = layer()
-        if arguments[0] < least or parts == 1:
+        name, most = started()
+        parts = min(parts, most)
+        if update.elements < LEAST.get(name, 0) or parts == 1:
             return False
-        with_threads(parts, kernel(recipe, parallel=True), *arguments, coefficients)
+        kernel(update.coefficients.recipe, parallel=True)(arrays.address(update.table), number, parts)
         return True
     finally:
         _one_at_a_time.release()
-
-
-def layer():
-    """(elements, threads): from which size, and with how many threads, Numba's threading layer is worth it."""
-    name, most = started()
-    return LEAST.get(name, 0), min(threads.get_num_threads(), most)
 
 
 @cache
@@ -82,23 +87,10 @@ def started():
         return None, 1
 
 
-def with_threads(parts, function, *arguments):
-    """The caller's own number of Numba threads is as before afterwards."""
-    numba = sys.modules["numba"]
-    before = numba.get_num_threads()
-    if before == parts:
-        return function(*arguments, parts)
-    numba.set_num_threads(parts)
-    try:
-        function(*arguments, parts)
-    finally:
-        numba.set_num_threads(before)
-
-
-update = partial(pyplan.update, call, pyplan.Coefficients.address)
+update = partial(pyplan.update, Update)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by Numba."""
 
-    call, given = staticmethod(call), staticmethod(pyplan.Coefficients.address)
+    kind = Update

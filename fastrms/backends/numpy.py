@@ -37,15 +37,23 @@ def in_chunks(rule, param, grad, states, coefficients):
                 buffer[:] = result
 
 
-def call(recipe, param, grad, states):
-    """One update of these flat arrays, in place, as a function of the coefficients: scalars of the dtype."""
-    return partial(in_chunks, compiled(recipe.rule, recipe.general), param, grad, states)
+class Update(pyplan.Update):
+    """By NumPy, tensor by tensor."""
+
+    def take(self):
+        recipe = self.coefficients.recipe
+        self.rule, self.rows = compiled(recipe.rule, recipe.general), self.coefficients.rows
+
+    def run(self, number):
+        coefficients = self.rows[self.origin + number * self.stride]
+        for param, grad, states in self.tensors:
+            in_chunks(self.rule, param, grad, states, coefficients)
 
 
-update = partial(pyplan.update, call, pyplan.Coefficients.values)
+update = partial(pyplan.update, Update)
 
 
 class Plan(pyplan.Plan):
     """Bound buffers, updated by NumPy."""
 
-    call, given = staticmethod(call), staticmethod(pyplan.Coefficients.values)
+    kind = Update

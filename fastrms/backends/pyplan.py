@@ -5,7 +5,6 @@ import os
 import threading
 import time
 import weakref
-from functools import partial
 
 import numpy as np
 
@@ -90,56 +89,59 @@ forks = Forks()
 
 
 class Coefficients:
-    """Of tensors of one group that have had equally many steps: rows in memory, one for each step to come."""
+    """Of the updates to come, rounded once from double: a row for each, or one for all."""
 
-    AHEAD = 1024  # rows that are made at once, in 0.3 ms: one at a time costs 5 us each
+    AHEAD = 4096  # rows that are made at once, at most: one at a time costs 5 us each, so many 0.1 us
 
     def __init__(self, recipe):
         self.recipe = recipe
-        self._scale = self._rows = self._row = self._row_at = None
-        self._first = self._end = self._start = self._stride = 0
+        self.rows = self._scale = None
+        self.first = self.end = 0
 
-    def address(self, step, grad_scale):
-        """Where the coefficients of update number `step` are, rounded once from double; good until the next call."""
-        if grad_scale != self._scale or not self._first <= step < self._end:
-            self._fill(step, grad_scale)
-        return self._start + (step - self._first) * self._stride
-
-    def values(self, step, grad_scale):
-        """The same as an array, which is the same object while they do not change."""
-        place = self.address(step, grad_scale)
-        if place != self._row_at:
-            self._row = self._rows[(place - self._start) // self._rows.strides[0]]
-            self._row_at = place
-        return self._row
-
-    def _fill(self, step, grad_scale):
-        """One row where nothing else is known to come: for all steps, or for one with this grad_scale."""
+    def have(self, step, grad_scale):
+        """Make the row of update number `step`, unless it is there; whether rows are others than before."""
+        known = grad_scale == self._scale
+        if known and self.first <= step < self.end:
+            return False
         recipe = self.recipe
-        count = self.AHEAD if recipe.ahead and not recipe.fixed and grad_scale == self._scale else 1
+        several = recipe.ahead and not recipe.fixed and known  # not for a scale that comes but once
+        count = min(8 * len(self.rows), self.AHEAD) if several else 1
         now = recipe.at(step, grad_scale)
         with np.errstate(over="ignore", under="ignore"):
             rows = np.empty((count, len(now)), recipe.dtype)
             rows[:] = now
             for place, column in recipe.ahead(step, count) if count > 1 else ():
                 rows[:, place] = column
-        self._rows, self._scale, self._first, self._row_at = rows, grad_scale, step, None
-        self._start, self._stride = rows.ctypes.data, 0 if recipe.fixed else rows.strides[0]
-        if recipe.fixed:
-            self._first, self._end = 0, math.inf
-        else:
-            self._end = step + count
+        self.rows, self._scale = rows, grad_scale
+        self.first, self.end = (0, math.inf) if recipe.fixed else (step, step + count)
+        return True
 
 
-def update(call, given, recipe, step, grad_scale, param, grad, states):
-    """One step on flat arrays, in place, by what `call` and `given` of a Plan are."""
-    coefficients = Coefficients(recipe)
-    call(recipe, param, constant(grad), states)(given(coefficients, step, grad_scale))
+class Update:
+    """Of tensors that share their coefficients and have missed equally many steps of the plan.  tensors: (param, grad,
+    states) of each.  A subclass has take(), told of new rows, and run(number): step number `number` of the plan, by row
+    origin + number * stride of the coefficients."""
+
+    def __init__(self, coefficients, missed, tensors):
+        self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
+        self.taken = False
+
+    def ready(self, number, grad_scale):
+        """Have the coefficients of that step, before anything is written: an own rule may fail.  The first step for which
+        this must be asked again."""
+        coefficients = self.coefficients
+        if coefficients.have(number - self.missed, grad_scale) or not self.taken:
+            self.origin, self.stride = (0, 0) if coefficients.recipe.fixed else (-coefficients.first - self.missed, 1)
+            self.take()
+            self.taken = True
+        return coefficients.end + self.missed
 
 
-def zero(grad, coefficients):
-    """In place of an update: nothing but zeros."""
-    grad.fill(0)
+def update(kind, recipe, step, grad_scale, param, grad, states):
+    """One step on flat arrays, in place, by an Update of this kind."""
+    made = kind(Coefficients(recipe), 0, [(param, constant(grad), states)])
+    made.ready(step, grad_scale)
+    made.run(step)
 
 
 def constant(array):
@@ -151,8 +153,7 @@ def constant(array):
 
 class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param.
-    A subclass has call(recipe, param, grad, states) -> function(coefficients): one update of these flat arrays in place, and
-    given, a method of Coefficients: the form in which it takes those."""
+    A subclass has the kind of its Updates."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         self.nonfinite, self.zero_grad = nonfinite, zero_grad
@@ -163,8 +164,9 @@ class Plan:
         self.grads = [None] * len(params)
         self.held = False
         self.steps = 0
-        self.tensor_steps = [0] * len(params)
-        self._prepared, self._kept = None, {}  # tensor -> Coefficients
+        self.missed = [0] * len(params)  # steps that a tensor had no gradient for: mostly none, so a step counts but once
+        self._kept = {}  # tensor -> Coefficients
+        self._stale()
         self.streaming = self._streamed = False
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
@@ -185,12 +187,19 @@ class Plan:
         The second also takes the number under which change() was told to hold them."""
         return type(self)._step, type(self)._step, self
 
+    def _stale(self):
+        """The next step has other updates than the last."""
+        self._updates, self._until = None, 0  # the first step for which coefficients must be made
+
     def _step(self, held=None):
-        status = self._enter()
-        if status:
-            return status
+        if not self.lock.acquire(False) and not self._acquire():  # _enter(), without the call: 5 % of a small step
+            return BUSY
         try:
-            return self._run(1.0, None)[0] if self.held and held in (None, self.held) else NOT_HELD
+            if self.streaming:
+                return STREAMING
+            if held != self.held and (held is not None or not self.held):
+                return NOT_HELD
+            return self._run(1.0, None)[0]
         finally:
             self.lock.release()
 
@@ -210,7 +219,7 @@ class Plan:
                     return OVERLAP, None
                 self.grads, self.held = grads, hold
             if grads is not None or params is not None:
-                self._prepared = None
+                self._stale()
             self.params = flats
             self._set_recipes(recipes)
             return self._run(grad_scale, clip_norm) if run else (OK, None)
@@ -220,16 +229,22 @@ class Plan:
     def _enter(self, streamed=False):
         """Take the lock, unless another thread is in a step, or this is not a part of the streamed step that is open; a
         fork is waited for.  Returns a status."""
-        number = forks.number
-        while not self.lock.acquire(False):
-            if number % 2 == 0 and number == forks.number:
-                return BUSY
-            time.sleep(PAUSE)
-            number = forks.number
+        if not self._acquire():
+            return BUSY
         if self.streaming == streamed:
             return OK
         self.lock.release()
         return STREAMING
+
+    def _acquire(self):
+        """Take the lock, unless another thread is in a step; a fork is waited for.  Whether it was taken."""
+        number = forks.number
+        while not self.lock.acquire(False):
+            if number % 2 == 0 and number == forks.number:
+                return False
+            time.sleep(PAUSE)
+            number = forks.number
+        return True
 
     def stream_open(self):
         """Begin a step that is made tensor by tensor; returns a status."""
@@ -248,18 +263,20 @@ class Plan:
         if status:
             return status
         try:
-            self._prepared = None  # the count of this tensor moves
+            self._stale()  # the count of this tensor moves
             self._set_recipes(recipes)
             if param is not None:
                 self.params[k] = param.flat
-            numbers, grad = self._coefficients(self.sets[k], k), self.flat_grad(grad)
-            coefficients = self.given(numbers, self.tensor_steps[k] + 1, grad_scale)
-            self.call(numbers.recipe, self.params[k], grad, self.states[k])(coefficients)
+            grad = self.flat_grad(grad)
+            update = self._update([k], [grad])
+            update.ready(self.steps + 1, grad_scale)
+            update.run(self.steps + 1)
             if self.zero_grad:
                 grad.fill(0)
-            self.tensor_steps[k] += 1
-            self.steps += not self._streamed
-            self._streamed = True
+            if not self._streamed:
+                self._streamed = True
+                self.steps, self.missed = self.steps + 1, [missed + 1 for missed in self.missed]
+            self.missed[k] -= 1
             return OK
         finally:
             self.lock.release()
@@ -277,30 +294,38 @@ class Plan:
         for index, recipe in (recipes or {}).items():
             self.recipes[index] = recipe
         if recipes:
-            self._prepared = None
+            self._stale()
 
     def _run(self, grad_scale, clip_norm):
         """(status, Found or None)"""
-        looks = clip_norm is not None or self.nonfinite != "propagate"
-        found = self._look(grad_scale, clip_norm) if looks else None
-        if looks and found.nonfinite:
-            if self.zero_grad and self.nonfinite == "skip":
-                for grad in filter(lambda grad: grad is not None, self.grads):
-                    grad.fill(0)
-            return NONFINITE, found
-        if clip_norm is not None and not found.grad_norm <= clip_norm:
-            grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
-        tensors, groups = self._prepared or self._prepare()
-        ready, counts = [], self.tensor_steps
-        for first, given, calls in groups:  # before anything is written: an own rule may fail
-            ready.append((calls, given(counts[first] + 1, grad_scale)))
-        for calls, coefficients in ready:
-            for call in calls:
-                call(coefficients)
-        for k in tensors:
-            counts[k] += 1
-        self.steps += 1
+        found = None
+        if clip_norm is not None or self.nonfinite != "propagate":
+            found = self._look(grad_scale, clip_norm)
+            if found.nonfinite:
+                if self.zero_grad and self.nonfinite == "skip":
+                    self._zero_grads()
+                return NONFINITE, found
+            if clip_norm is not None and not found.grad_norm <= clip_norm:
+                grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
+        number = self.steps + 1
+        if number >= self._until or grad_scale != self._scale:
+            self._prepare(number, grad_scale)
+        for run in self._runs:
+            run(number)
+        if self.zero_grad:
+            self._zero_grads()
+        self._count(number)
         return OK, found
+
+    def _count(self, number):
+        for k in self._absent:
+            self.missed[k] += 1
+        self.steps = number
+
+    def _zero_grads(self):
+        for grad in self.grads:
+            if grad is not None:
+                grad.fill(0)
 
     def _look(self, grad_scale, clip_norm):
         """Found: everything about the gradients that must be known before the first write."""
@@ -311,20 +336,29 @@ class Plan:
             counts = [0 if grad is None else nonfinite(grad, grad_scale) for grad in self.grads]
         return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1))
 
-    def _prepare(self):
-        """(tensors with a gradient, (tensor, what gives its coefficients, what to call) for each group and step count)"""
-        tensors = [k for k, grad in enumerate(self.grads) if grad is not None]
-        groups = {}  # equal counts stay equal
-        for k in tensors:
-            recipe, alike = self.recipes[self.sets[k]], (self.sets[k], self.tensor_steps[k])
-            if alike not in groups:
-                groups[alike] = k, partial(self.given, self._coefficients(self.sets[k], k)), []
-            _, _, calls = groups[alike]
-            calls.append(self.call(recipe, self.params[k], self.grads[k], self.states[k]))
-            if self.zero_grad:
-                calls.append(partial(zero, self.grads[k]))
-        self._prepared = tensors, list(groups.values())
-        return self._prepared
+    def _prepare(self, number, grad_scale):
+        """Everything for step `number`, and as many after it as are known."""
+        self._until = 0
+        if self._updates is None:
+            self._absent = [k for k, grad in enumerate(self.grads) if grad is None]
+            self._updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
+            self._runs = [update.run for update in self._updates]
+        until = min((update.ready(number, grad_scale) for update in self._updates), default=math.inf)
+        self._until, self._scale = until, grad_scale
+
+    def _groups(self):
+        """The tensors with a gradient that share their coefficients: equal counts stay equal."""
+        groups = {}
+        for k, grad in enumerate(self.grads):
+            if grad is not None and grad.size:
+                index = self.sets[k]
+                groups.setdefault((index, None if self.recipes[index].fixed else self.missed[k]), []).append(k)
+        return groups.values()
+
+    def _update(self, members, grads):
+        first = members[0]
+        tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
+        return self.kind(self._coefficients(self.sets[first], first), self.missed[first], tensors)
 
     def _coefficients(self, index, tensor):
         """Those that this tensor had when it was the first with its step count, else new ones."""
@@ -353,11 +387,16 @@ class Plan:
                 self.assign(to, source)
             self._set_recipes(recipes)
             if steps is not None:
-                self.steps, *self.tensor_steps = steps
-                self._prepared = None
+                self.steps, *tensor_steps = steps
+                self.missed = [self.steps - count for count in tensor_steps]
+                self._stale()
             return OK, before
         finally:
             self.lock.release()
 
+    @property
+    def tensor_steps(self):
+        return [self.steps - missed for missed in self.missed]
+
     def steps_of(self, k):
-        return self.tensor_steps[k]
+        return self.steps - self.missed[k]

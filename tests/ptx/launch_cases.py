@@ -155,8 +155,8 @@ def test_capturable_reads_a_changed_lr_from_the_device(driver):
     driver.run = True
     optimizer.lr = reference.lr = 0.25
     assert driver.census(optimizer.advance) == {"cuMemcpyHtoDAsync_v2": 1}
-    *_, launch = optimizer._plan._prepared[1][0]
-    launch.run(optimizer._plan._explicit)  # the graph, launched again
+    (launch,) = optimizer._plan._updates
+    launch.run(optimizer._plan.steps, optimizer._plan._explicit)  # the graph, launched again
     reference.step(grad)
     assert same(ours, theirs) and optimizer.steps == 2
     with pytest.raises(ValueError, match="a captured CUDA graph does not launch"):
