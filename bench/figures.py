@@ -3,12 +3,14 @@
 numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
+numba: the Numba backend against the C backend, on one thread and on all.
 """
 
 import argparse
 import sys
 import time
 from datetime import date
+from importlib import import_module
 from typing import NamedTuple
 
 try:
@@ -50,7 +52,7 @@ def share(what, percent, target):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    sets = ("numpy", "machine", "step", "flat")
+    sets = ("numpy", "machine", "step", "flat", "numba")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
     options = parser.parse_args()
@@ -64,10 +66,7 @@ def main():
 
 def measure(name, console):
     """(facts of the machine, figures) of one set, printed as well."""
-    from . import figures_flat, figures_machine, figures_numpy, figures_step
-
-    sets = {"numpy": figures_numpy, "machine": figures_machine, "step": figures_step, "flat": figures_flat}
-    chosen = sets[name]
+    chosen = import_module(f".figures_{name}", __package__)
     facts = machine.describe() | chosen.prepare()
     start, first_clock, figures = time.perf_counter(), clock(), []
     console.print(f"{machine.in_words(facts)}\n{machine.software(facts)}\nplacement: {chosen.PLACED}")

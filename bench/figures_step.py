@@ -14,7 +14,7 @@ from .report import size_name
 from .timing import interleaved
 
 SECONDS = 6.0  # of timing for each cell
-SIZES = (2**20, 2**25)
+SIZES, SMALL = (2**20, 2**25), 64
 TENSOR, BATCH, SLACK = 2**20, 8, 1.25  # of the streamed step; by how much a pass may exceed its ceiling
 CLIP, SKIP, BOTH, ZERO = "clip_norm", 'nonfinite="skip"', "both of these", "zero_grad"
 PLACED = f"{IN_WORDS[WELL_PLACED]}; the tensors of the streamed step lie where NumPy allocates them"
@@ -66,6 +66,26 @@ def calls_of(make, size):
         "read": lambda: grad.max(),
         "write": lambda: grad.fill(1e-3),
     }
+
+
+def through_python():
+    """What a bound step of a small tensor takes where it needs Python: to look for what is not finite, or for a schedule."""
+    param, grad = np.ones(SMALL, np.float32), np.full(SMALL, 1e-3, np.float32)
+    kinds = {
+        "plain": {},
+        SKIP: {"nonfinite": "skip"},
+        "lr as a function, rate as before": {"lr": lambda step: 1e-3},
+        "lr as a function, another rate": {"lr": lambda step: 1 / (1000 + step)},
+    }
+    calls = {}
+    for name, options in kinds.items():
+        optimizer = fastrms.RMSProp(param, backend="c", **options)
+        optimizer.bind(grad)
+        calls[name] = optimizer.step
+    times = {name: timing.minimum / 1000 for name, timing in interleaved(calls, SECONDS).items()}
+    for name, most in zip(list(kinds)[1:], (5, 15, 40), strict=True):
+        added = times[name] - times["plain"]
+        yield Figure(f"RMSProp, {SMALL}, bound: {name}", f"<= {most} us more", f"{added:+.1f} us", added <= most)
 
 
 def streamed():
@@ -120,4 +140,4 @@ class Layers:
         return step
 
 
-MEASUREMENTS = (passes, streamed)
+MEASUREMENTS = (passes, through_python, streamed)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from types import ModuleType
 
 import llvmlite
@@ -76,7 +77,7 @@ def ask(context, address):
     return types.void(word), code
 
 @intrinsic
-def number(context, address, index):
+def coefficient(context, address, index):
     def code(context, builder, signature, arguments):
         return builder.load(element(builder, *arguments))
     return real(word, word), code
@@ -91,33 +92,37 @@ def integer(context, address, index):
 
 {streams}
 """
-LOOP = """
-@njit(**OPTIONS)
-def update(row, first, size, coefficients):
-    {names} = {values}
-    {addresses} = {moved}
-    whole = size - size % {tile}
-    for start in range(0, whole, {tile}):
-        {ask}
-        for k in range({tile}):
-            i = start + k
-            {body_of_tile}
-    for i in range(whole, size):
-        {body}
+LOOPS = """\
+{names} = {values}
+{addresses} = {moved}
+whole = size - size % {tile}
+for start in range(0, whole, {tile}):
+    {ask}
+    for k in range({tile}):
+        i = start + k
+        {body_of_tile}
+for i in range(whole, size):
+    {body}
 """
 SERIAL = """
 @njit([types.void(word, word)], cache=CACHE, **OPTIONS)
 def kernel(table, number):
     coefficients = integer(table, 1) + number * integer(table, 2)
+    first = 0
     {enter}
     for tensor in range(integer(table, 0)):
         row = table + {head} + tensor * {row}
-        update(row, 0, integer(row, 0), coefficients)
+        size = integer(row, 0)
+{loops_of_tensor}
     {leave}
 """
 # each thread begins with its own share of the chunks and takes over what is left of others', as in csrc/pool.c: a late one
 # holds up nobody
 PARALLEL = """
+@njit(**OPTIONS)
+def update(row, first, size, coefficients):
+{loops}
+
 get_num_threads = types.ExternalFunction("get_num_threads", word())  # numba's functions of these names cannot be kept
 set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intc))
 
@@ -170,8 +175,8 @@ if platform.libc_ver()[0] != "glibc":
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(table, number[, parts]): the address of a table of HEAD words and a row for each tensor, and which of the
-    rows of coefficients all of them take."""
+    """kernel(table, number[, parts]).  table: where words lie: how many tensors, where coefficients number 0 are, from those
+    to the next in bytes; then of each tensor size, param, grad, *states.  number: the coefficients that all of them take."""
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     try:
@@ -191,24 +196,27 @@ def module_text(rule, dtype, parallel, body):
     known = {"zero": "real(0)"} if isinstance(rule, str) else {}  # a select of it is a mask
     rule = rules.find(rule)
     buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
-    text = HEAD + LOOP + (PARALLEL if parallel else SERIAL)
-    return text.format(
+    loops = LOOPS.format(
+        addresses=", ".join(buffers),
+        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
+        names=", ".join(names) + ",",
+        values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
+        tile=TILE // dtype.itemsize,
+        ask="; ".join(f"ask({name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        body="\n    ".join(body),
+        body_of_tile="\n        ".join(body),
+    )
+    return (HEAD + (PARALLEL if parallel else SERIAL)).format(
         options=OPTIONS,
         buffers=buffers,
         dtype=dtype,
         ir={4: "FloatType", 8: "DoubleType"}[dtype.itemsize],
         streams="\n".join(f"load_{name}, store_{name} = stream({name!r})" for name in buffers),
-        addresses=", ".join(buffers),
-        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
         head=3 * np.dtype(np.intp).itemsize,
         row=(1 + len(buffers)) * np.dtype(np.intp).itemsize,
-        names=", ".join(names) + ",",
-        values=", ".join(known.get(name, f"number(coefficients, {k})") for k, name in enumerate(names)) + ",",
+        loops=indent(loops, " " * 4),
+        loops_of_tensor=indent(loops, " " * 8),
         chunk=CHUNK,
-        tile=TILE // dtype.itemsize,
-        ask="; ".join(f"ask({name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
-        body="\n        ".join(body),
-        body_of_tile="\n            ".join(body),
         enter=ENTER,
         leave=LEAVE,
     )

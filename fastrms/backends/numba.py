@@ -7,7 +7,7 @@ alone, and a forked child always alone.
 
 import os
 import threading
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from itertools import chain
 
@@ -40,19 +40,26 @@ def compiler():
 
 
 class Update(pyplan.Update):
-    """By one call of a kernel: on all tensors, one after the other, or on several threads."""
+    """By one call of a kernel, which takes the tensors one after the other, or shares them out among threads."""
 
     def __init__(self, coefficients, missed, tensors):
         super().__init__(coefficients, missed, tensors)
         rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
         self.table = np.array([len(rows), 0, 0, *chain.from_iterable(rows)], np.intp)
-        self.elements, recipe = sum(row[0] for row in rows), coefficients.recipe
-        self.alone = partial(kernel(recipe), arrays.address(self.table))
-        self.run = self.alone if self.elements < SMALLEST else self.guarded
+        self.elements = sum(row[0] for row in rows)
+        self.kernel(parallel=parts_of(self.elements) > 1)  # what Numba has against a rule, it says here
+        self.run = self.guarded if self.elements >= SMALLEST else self.alone
 
     def take(self):
         rows = self.coefficients.rows
         self.table[1:3] = arrays.address(rows) + self.origin * rows.strides[0], self.stride * rows.strides[0]
+
+    def kernel(self, parallel):
+        return partial(kernel(self.coefficients.recipe, parallel), arrays.address(self.table))
+
+    @cached_property
+    def alone(self):
+        return self.kernel(parallel=False)
 
     def guarded(self, number):
         if not in_parallel(self, number):
@@ -61,18 +68,23 @@ class Update(pyplan.Update):
 
 def in_parallel(update, number):
     """Run an update on several threads, unless the guard is against it; whether it ran."""
-    parts = threads.get_num_threads()
-    if parts == 1 or os.getpid() != _process or not _one_at_a_time.acquire(blocking=False):
+    parts = parts_of(update.elements)
+    if parts == 1 or not _one_at_a_time.acquire(blocking=False):
         return False
     try:
-        name, most = started()
-        parts = min(parts, most)
-        if update.elements < LEAST.get(name, 0) or parts == 1:
-            return False
-        kernel(update.coefficients.recipe, parallel=True)(arrays.address(update.table), number, parts)
+        update.kernel(parallel=True)(number, parts)
         return True
     finally:
         _one_at_a_time.release()
+
+
+def parts_of(elements):
+    """Among how many threads an update of so many elements is worth sharing out, in this process."""
+    parts = threads.get_num_threads()
+    if elements < SMALLEST or parts == 1 or os.getpid() != _process:
+        return 1
+    name, most = started()
+    return min(parts, most) if elements >= LEAST.get(name, 0) else 1
 
 
 @cache
