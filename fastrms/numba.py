@@ -128,16 +128,16 @@ def _implementation(neutral, full, more, real, place, fixed):
         coefficients = np.empty(len(place), real)
         for k in range(len(place)):
             coefficients[k] = values[place[k]] if place[k] >= 0 else fixed[k]
-        table = np.empty(len(arrays) + 4, np.intp)
+        table = np.empty(len(arrays) + 5, np.intp)
         chosen(general, coefficients, table, arrays)
 
     @compiler
     def chosen(general, coefficients, table, arrays):  # the caller keeps what lies at the addresses
-        table[0], table[1], table[2] = 1, coefficients.ctypes.data, 0  # one tensor; its coefficients, whatever the number
-        table[3] = arrays[0].size
+        table[0], table[1], table[2], table[3] = 1, coefficients.ctypes.data, 0, 0  # of one tensor, in one row
+        table[4] = arrays[0].size
         places = _addresses(arrays, arrays[0].shape)
         for k in range(len(places)):
-            table[4 + k] = places[k]
+            table[5 + k] = places[k]
         arguments = (np.intp(table.ctypes.data), np.intp(0)) + more()
         if general:
             full(*arguments)

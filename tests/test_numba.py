@@ -329,6 +329,37 @@ def test_same_bits_for_every_thread_count():
     """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
 
 
+def test_many_tensors_share_the_threads():
+    """Whatever their sizes: chunks of a thread begin and end in any of them."""
+    assert in_process(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import numpy as np, fastrms
+        from conftest import backends, bits
+        module = backends.load("numba")
+        module.LEAST = dict.fromkeys(module.LEAST, 1)
+        module.SMALLEST = 1
+        counts, run = [], module.in_parallel
+        module.in_parallel = lambda *rest: run(*rest) and not counts.append(fastrms.get_num_threads())
+        sizes = [0, 1, 8191, 8192, 8193, 7, 0, 50_021, 16_384, 3]
+        rng = np.random.default_rng(7)
+        start, grads = [[rng.standard_normal(size) for size in sizes] for _ in range(2)]
+        for skipped in ([], [3], [0, 7, 9]):
+            results = []
+            for backend, threads in (("numpy", 1), ("numba", 1), ("numba", 2), ("numba", 5)):
+                fastrms.set_num_threads(threads)
+                params = [p.copy() for p in start]
+                optimizer = fastrms.Adam(params, lr=0.1, backend=backend)
+                for step in range(3):
+                    optimizer.step([None if step == 1 and k in skipped else g for k, g in enumerate(grads)])
+                results.append([bits(p) for p in params])
+            for result in results:
+                assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True)), skipped
+        assert set(counts) == {{2, 5}}, counts
+        print("fine")
+    """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
+
+
 def test_parallel_without_the_c_extension():
     """Numba is what auto means then, and fastrms still counts the threads."""
     assert in_process("""

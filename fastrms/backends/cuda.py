@@ -183,14 +183,14 @@ class Launch(pyplan.Update):
             write(self.table, self.table_host, stream)
             self.table_sent = True
         if self.device_row is not None:
-            row = self.coefficients.rows[self.origin + number * self.stride]
+            row = self.coefficients.rows[(number - self.first) * self.stride]
             if row.tobytes() != self.sent:
                 write(self.device_row, row, stream)
                 self.sent = row.tobytes()
 
     def run(self, number, stream):
         if self.device_row is None:
-            start = (self.origin + number * self.stride) * self.count
+            start = (number - self.first) * self.stride * self.count
             tail = self.words[start : start + self.count]
         else:
             tail = (self.device_row.address,)

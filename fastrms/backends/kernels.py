@@ -107,7 +107,7 @@ for i in range(whole, size):
 SERIAL = """
 @njit([types.void(word, word)], cache=CACHE, **OPTIONS)
 def kernel(table, number):
-    coefficients = integer(table, 1) + number * integer(table, 2)
+    coefficients = integer(table, 1) + (number - integer(table, 2)) * integer(table, 3)
     first = 0
     {enter}
     for tensor in range(integer(table, 0)):
@@ -140,7 +140,7 @@ def chunks(row):
 
 @njit([types.void(word, word, word)], cache=CACHE, parallel=True, **OPTIONS)
 def kernel(table, number, parts):
-    coefficients = integer(table, 1) + number * integer(table, 2)
+    coefficients = integer(table, 1) + (number - integer(table, 2)) * integer(table, 3)
     users = get_num_threads()
     set_num_threads(parts)
     total = 0
@@ -175,8 +175,8 @@ if platform.libc_ver()[0] != "glibc":
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(table, number[, parts]).  table: where words lie: how many tensors, where coefficients number 0 are, from those
-    to the next in bytes; then of each tensor size, param, grad, *states.  number: the coefficients that all of them take."""
+    """kernel(table, number[, parts]).  table: where words lie: how many tensors, where their coefficients are, those of which
+    number, and how many bytes it is to the next; then of each tensor size, param, grad, *states."""
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     try:
@@ -212,7 +212,7 @@ def module_text(rule, dtype, parallel, body):
         dtype=dtype,
         ir={4: "FloatType", 8: "DoubleType"}[dtype.itemsize],
         streams="\n".join(f"load_{name}, store_{name} = stream({name!r})" for name in buffers),
-        head=3 * np.dtype(np.intp).itemsize,
+        head=4 * np.dtype(np.intp).itemsize,
         row=(1 + len(buffers)) * np.dtype(np.intp).itemsize,
         loops=indent(loops, " " * 4),
         loops_of_tensor=indent(loops, " " * 8),

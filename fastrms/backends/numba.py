@@ -45,14 +45,14 @@ class Update(pyplan.Update):
     def __init__(self, coefficients, missed, tensors):
         super().__init__(coefficients, missed, tensors)
         rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
-        self.table = np.array([len(rows), 0, 0, *chain.from_iterable(rows)], np.intp)
+        self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
         self.kernel(parallel=parts_of(self.elements) > 1)  # what Numba has against a rule, it says here
         self.run = self.guarded if self.elements >= SMALLEST else self.alone
 
     def take(self):
         rows = self.coefficients.rows
-        self.table[1:3] = arrays.address(rows) + self.origin * rows.strides[0], self.stride * rows.strides[0]
+        self.table[1:4] = arrays.address(rows), self.first, self.stride * rows.strides[0]
 
     def kernel(self, parallel):
         return partial(kernel(self.coefficients.recipe, parallel), arrays.address(self.table))

@@ -45,7 +45,7 @@ class Update(pyplan.Update):
         self.rule, self.rows = compiled(recipe.rule, recipe.general), self.coefficients.rows
 
     def run(self, number):
-        coefficients = self.rows[self.origin + number * self.stride]
+        coefficients = self.rows[(number - self.first) * self.stride]
         for param, grad, states in self.tensors:
             in_chunks(self.rule, param, grad, states, coefficients)
 

@@ -120,7 +120,7 @@ class Coefficients:
 class Update:
     """Of tensors that share their coefficients and have missed equally many steps of the plan.  tensors: (param, grad,
     states) of each.  A subclass has take(), told of new rows, and run(number): step number `number` of the plan, by row
-    origin + number * stride of the coefficients."""
+    (number - first) * stride of the coefficients."""
 
     def __init__(self, coefficients, missed, tensors):
         self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
@@ -131,7 +131,7 @@ class Update:
         this must be asked again."""
         coefficients = self.coefficients
         if coefficients.have(number - self.missed, grad_scale) or not self.taken:
-            self.origin, self.stride = (0, 0) if coefficients.recipe.fixed else (-coefficients.first - self.missed, 1)
+            self.first, self.stride = coefficients.first + self.missed, 0 if coefficients.recipe.fixed else 1
             self.take()
             self.taken = True
         return coefficients.end + self.missed
