@@ -175,8 +175,8 @@ if platform.libc_ver()[0] != "glibc":
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(table, number[, parts]).  table: where words lie: how many tensors, where their coefficients are, those of which
-    number, and how many bytes it is to the next; then of each tensor size, param, grad, *states."""
+    """kernel(table, number[, parts]).  table: the address of words that say how many tensors, where coefficients begin, with
+    which number, how many bytes from one number's to the next; then of each tensor size, param, grad, *states."""
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     try:
