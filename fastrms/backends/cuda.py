@@ -250,7 +250,7 @@ class Plan(pyplan.Plan):
 
     def _prepare(self, number, grad_scale):
         if self._updates is None:
-            self._waits = self._foreign_streams()
+            self._waits, self._unsent = self._foreign_streams(), True
         super()._prepare(number, grad_scale)
 
     def _update(self, members, grads):
@@ -268,9 +268,9 @@ class Plan(pyplan.Plan):
         for handle in self._waits:
             if handle != int(stream.handle):
                 stream.wait(stream_of(handle))
+        if not recorded:
+            self._send(stream, number)
         for launch in self._updates:
-            if not recorded:
-                launch.send(stream, number)
             launch.run(number, stream)
         if self.zero_grad:
             for grad in filter(None, self.grads):
@@ -284,13 +284,19 @@ class Plan(pyplan.Plan):
     def advance(self):
         """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
         number, stream = self._ready_to_launch(1.0)
-        for launch in self._updates:
-            launch.send(stream, number)
+        self._send(stream, number)
         self._count(number)
+
+    def _send(self, stream, number):
+        if self._unsent:
+            for launch in self._updates:
+                launch.send(stream, number)
+            self._unsent = self._options.capturable  # its coefficients are others at each step
 
     def _ready_to_launch(self, grad_scale):
         """The step and the stream; the device is current, and launches and coefficients fit what is held."""
-        self._enter_device()
+        if self._thread != threading.get_ident() or self._several or os.getpid() != self._process:
+            self._enter_device()
         number = self.steps + 1
         if number >= self._until or grad_scale != self._scale:
             self._prepare(number, grad_scale)
@@ -300,9 +306,8 @@ class Plan(pyplan.Plan):
         """The device is made current where another thread came last, and at each step where there are several."""
         if os.getpid() != self._process:
             raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
-        if self._thread != threading.get_ident() or self._several:
-            device.current(self._device)
-            self._thread = threading.get_ident()
+        device.current(self._device)
+        self._thread = threading.get_ident()
 
     def _foreign_streams(self):
         """Streams that arrays name: the launch waits for them on the device, not here."""

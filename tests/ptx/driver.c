@@ -109,7 +109,7 @@ CALL(cuGetErrorName, int e, const char **s) *s = "CUDA_ERROR_ILLEGAL_ADDRESS"; O
 CALL(cuGetErrorString, int e, const char **s) *s = "an error of the driver double"; OK
 struct config { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned count; };
 CALL(cuLaunchKernelEx, const struct config *c, void *kernel, void **parameters, void **extra)
-    return run(kernel, c->grid[0], c->block[0], c->stream, parameters); }
+    return run ? run(kernel, c->grid[0], c->block[0], c->stream, parameters) : 0; }
 
 /* Entry points are asked for by name, without the _v2 of their newest form. */
 int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *found)

@@ -1,0 +1,57 @@
+"""What Python takes for a bound step above an empty launch of cuda.core: `python tests/ptx/launch_cost.py`
+
+Both are on the driver double, whose launch does nothing here: what is left is the Python of fastrms and its arguments."""
+
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch_cases import DRIVER, OnDevice  # noqa: I001  the double comes before anything that asks for a driver
+
+import numpy as np
+from cuda.core import launch
+
+import fastrms
+from fastrms.backends import cuda
+
+ROUNDS, CALLS = 200, 200
+MAKERS = (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp)
+
+
+def seconds(call):
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS
+
+
+def bound_step(make):
+    optimizer = make(OnDevice(np.ones(1000, np.float32)))
+    optimizer.bind(OnDevice(np.ones(1000, np.float32)))
+    optimizer.step()
+    return optimizer
+
+
+def main():
+    DRIVER.library.double_hook(None)
+    optimizers = {make.__name__: bound_step(make) for make in MAKERS}
+    some = next(iter(optimizers.values()))._plan._updates[0]
+    calls = {"empty": partial(launch, cuda.stream_of(1), some.config, some.kernel)}
+    calls |= {name: optimizer.step for name, optimizer in optimizers.items()}
+    samples = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            samples[name].append(1e6 * seconds(call))
+    empty = samples.pop("empty")
+    print(f"empty launch {min(empty):.2f} us (median {statistics.median(empty):.2f})")
+    for name, taken in samples.items():
+        above = statistics.median(a - b for a, b in zip(taken, empty, strict=True))
+        print(f"{name}: {min(taken) - min(empty):.2f} us above it (median of {ROUNDS} rounds {above:.2f})")
+
+
+if __name__ == "__main__":
+    main()
