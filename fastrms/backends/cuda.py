@@ -252,6 +252,7 @@ class Plan(pyplan.Plan):
         if self._updates is None:
             self._waits, self._unsent = self._foreign_streams(), True
         super()._prepare(number, grad_scale)
+        self._plain_until = 0  # a launch needs its stream
 
     def _update(self, members, grads):
         first, key = members[0], (self.sets[members[0]], *members)

@@ -30,14 +30,22 @@ compiler = numba.njit(**OPTIONS)
 HEAD = """\
 from llvmlite import ir
 from numba import int64, njit, prange, types
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
-from numpy import empty, sqrt, uint8, uintp
+from numpy import empty, sqrt, uintp
 
 OPTIONS = {options}
 BUFFERS = {buffers}
 real, word = types.{dtype}, types.intp
 fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
 IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
+
+@intrinsic
+def room(context):
+    \"\"\"64 bytes on the stack.\"\"\"
+    def code(context, builder, signature, arguments):
+        return builder.ptrtoint(alloca_once(builder, ir.IntType(64), size=8), context.get_value_type(types.uintp))
+    return types.uintp(), code
 
 def element(builder, address, index):
     return builder.gep(builder.inttoptr(address, ir.{ir}().as_pointer()), [index])
@@ -168,7 +176,7 @@ def kernel(table, number, parts):
     set_num_threads(users)
 """
 # each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
-ENTER, LEAVE = "mode = empty(64, uint8); fegetmode(mode.ctypes.data); fesetmode(IEEE)", "fesetmode(mode.ctypes.data)"
+ENTER, LEAVE = "mode = room(); fegetmode(mode); fesetmode(IEEE)", "fesetmode(mode)"
 if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
 

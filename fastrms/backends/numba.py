@@ -55,7 +55,8 @@ class Update(pyplan.Update):
         self.table[1:4] = arrays.address(rows), self.first, self.stride * rows.strides[0]
 
     def kernel(self, parallel):
-        return partial(kernel(self.coefficients.recipe, parallel), arrays.address(self.table))
+        made = kernel(self.coefficients.recipe, parallel)
+        return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
 
     @cached_property
     def alone(self):

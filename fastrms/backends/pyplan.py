@@ -189,12 +189,20 @@ class Plan:
 
     def _stale(self):
         """The next step has other updates than the last."""
-        self._updates, self._until = None, 0  # the first step for which coefficients must be made
+        self._updates = None
+        self._until = 0  # the first step for which coefficients must be made
+        self._plain_until = 0  # the first step for which anything but the updates must be done
 
     def _step(self, held=None):
-        if not self.lock.acquire(False) and not self._acquire():  # _enter(), without the call: 5 % of a small step
+        if not self.lock.acquire(False) and not self._acquire():
             return BUSY
         try:
+            number = self.steps + 1
+            if number < self._plain_until and (held is None or held == self.held):  # as below, in half the time
+                for run in self._runs:
+                    run(number)
+                self.steps = number
+                return OK
             if self.streaming:
                 return STREAMING
             if held != self.held and (held is not None or not self.held):
@@ -251,6 +259,7 @@ class Plan:
         status = self._enter()
         if not status:
             self.streaming, self._streamed = True, False
+            self._stale()
             self.lock.release()
         return status
 
@@ -338,13 +347,15 @@ class Plan:
 
     def _prepare(self, number, grad_scale):
         """Everything for step `number`, and as many after it as are known."""
-        self._until = 0
+        self._until = self._plain_until = 0
         if self._updates is None:
             self._absent = [k for k, grad in enumerate(self.grads) if grad is None]
             self._updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
             self._runs = [update.run for update in self._updates]
         until = min((update.ready(number, grad_scale) for update in self._updates), default=math.inf)
         self._until, self._scale = until, grad_scale
+        if grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
+            self._plain_until = until
 
     def _groups(self):
         """The tensors with a gradient that share their coefficients: equal counts stay equal."""
