@@ -47,20 +47,24 @@ class Update(pyplan.Update):
         rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
         self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
-        self.kernel(parallel=parts_of(self.elements) > 1)  # what Numba has against a rule, it says here
         self.run = self.guarded if self.elements >= SMALLEST else self.alone
+        _ = self.shared if parts_of(self.elements) > 1 else self.alone  # what Numba has against a rule, it says here
 
     def take(self):
         rows = self.coefficients.rows
         self.table[1:4] = arrays.address(rows), self.first, self.stride * rows.strides[0]
 
-    def kernel(self, parallel):
-        made = kernel(self.coefficients.recipe, parallel)
-        return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
-
     @cached_property
     def alone(self):
-        return self.kernel(parallel=False)
+        return self._kernel(parallel=False)
+
+    @cached_property
+    def shared(self):
+        return self._kernel(parallel=True)
+
+    def _kernel(self, parallel):
+        made = kernel(self.coefficients.recipe, parallel)
+        return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
 
     def guarded(self, number):
         if not in_parallel(self, number):
@@ -73,7 +77,7 @@ def in_parallel(update, number):
     if parts == 1 or not _one_at_a_time.acquire(blocking=False):
         return False
     try:
-        update.kernel(parallel=True)(number, parts)
+        update.shared(number, parts)
         return True
     finally:
         _one_at_a_time.release()
