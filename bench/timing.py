@@ -25,6 +25,19 @@ def interleaved(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: No
     pause: seconds to sleep before each measurement, so that another library's threads stop to spin.
     before(key): what to set for that measurement, untimed.
     """
+    samples, repetitions = sampled(calls, seconds, least_rounds, pause, before)
+    return {key: Timing(min(taken), median(taken), len(taken), repetitions[key]) for key, taken in samples.items()}
+
+
+def paired(calls, seconds, pause=0.0):
+    """Of two calls, the time of the second over that of the first: the median over the rounds, in each of which the machine
+    was in one state for both."""
+    first, second = sampled(calls, seconds, pause=pause)[0].values()
+    return median(b / a for a, b in zip(first, second, strict=True))
+
+
+def sampled(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
+    """(nanoseconds of a call in each round, how many calls made one measurement), for each key."""
     timers = {key: Timer(call) for key, call in calls.items()}
     end = time.perf_counter() + seconds
     calibrated = {key: calibrate(timer) for key, timer in timers.items()}
@@ -38,7 +51,7 @@ def interleaved(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: No
                 calls[key]()
             samples[key].append(timers[key].timeit(repetitions) / repetitions * 1e9)
         rounds += 1
-    return {key: Timing(min(taken), median(taken), rounds, calibrated[key][0]) for key, taken in samples.items()}
+    return samples, {key: repetitions for key, (repetitions, _) in calibrated.items()}
 
 
 def calibrate(timer):
