@@ -48,7 +48,8 @@ class Update(pyplan.Update):
         self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
         self.kernel(parallel=parts_of(self.elements) > 1)  # what Numba has against a rule, it says here
-        self.run = self.guarded if self.elements >= SMALLEST else self.alone
+        if self.elements < SMALLEST:
+            self.run = self.alone  # run itself may not be kept here: a cycle keeps gradients until gc comes
 
     def take(self):
         rows = self.coefficients.rows
@@ -61,7 +62,7 @@ class Update(pyplan.Update):
     def alone(self):
         return self.kernel(parallel=False)
 
-    def guarded(self, number):
+    def run(self, number):
         if not in_parallel(self, number):
             self.alone(number)
 
