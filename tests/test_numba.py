@@ -4,6 +4,7 @@ Whatever could hang or abort runs in a process of its own with a watchdog.  Bits
 """
 
 import ctypes
+import gc
 import inspect
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -619,3 +621,20 @@ def test_c_step_is_refused_where_a_step_needs_python():
     scheduled.bind(w + 1)
     with pytest.raises(RuntimeError, match="callable lr"):
         _ = scheduled.c_step
+
+
+@pytest.mark.parametrize("size", [7, 1 << 17])
+def test_gradients_of_former_steps_are_freed_at_once(size):
+    """Without the cyclic garbage collector: it comes after hundreds of steps."""
+    optimizer = fastrms.RMSProp([np.ones(size, np.float32), np.ones(3, np.float32)], backend="numba")
+    gc.collect()
+    gc.disable()
+    try:
+        grads = [[np.ones(size, np.float32), np.ones(3, np.float32)] for _ in range(3)]
+        former = [weakref.ref(grad) for pair in grads for grad in pair]
+        while grads:
+            optimizer.step(grads.pop())
+        optimizer.step([np.ones(size, np.float32), None])
+        assert not any(ref() is not None for ref in former)
+    finally:
+        gc.enable()

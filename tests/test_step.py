@@ -1,5 +1,6 @@
 """What a step does with gradients: those that are not finite are counted, skipped or refused, all or nothing; zeroing."""
 
+import contextlib
 import ctypes
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_own_rules import Lion
 from test_same_bits import OPTIMIZERS
 
 import fastrms
-from fastrms import plan
+from fastrms import plan, recipes
 
 SIZES = [0, 1, 7, 1003, 5003]
 CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
@@ -228,3 +229,38 @@ def test_a_gradient_that_became_read_only_is_not_zeroed(backend):
     with pytest.raises(ValueError, match="read-only"):
         optimizer.step(g)
     assert (g == 1).all() and optimizer.steps == 3
+
+
+@pytest.mark.parametrize("place", ["take", 1, 2, 3, 4])  # the number of the look at `fixed`
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "c"])
+def test_ctrl_c_while_coefficients_are_made(name, place, monkeypatch):
+    """The steps that follow are those of an optimizer that was never interrupted."""
+
+    looks = []
+
+    def interrupted(recipe):
+        looks.append(recipe)
+        if place in ("take", len(looks)):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return False
+
+    ours, theirs, grad = np.ones(9), np.ones(9), np.full(9, 0.5)
+    optimizer, reference = fastrms.Adam(ours, backend=name), fastrms.Adam(theirs, backend=name)
+    optimizer.bind(grad)
+    for _ in range(7):
+        optimizer.step()
+        reference.step(grad)
+    if place == "take":
+        monkeypatch.setattr(backends.load(name).Update, "take", interrupted)
+    else:
+        monkeypatch.setattr(recipes.Recipe, "fixed", property(interrupted))
+    with contextlib.suppress(KeyboardInterrupt):
+        optimizer.step(grad_scale=2.0)
+    monkeypatch.undo()
+    if optimizer.steps == 8:  # as many looks there are not
+        reference.step(grad, grad_scale=2.0)
+    for _ in range(9):
+        optimizer.step(grad_scale=2.0)
+        reference.step(grad, grad_scale=2.0)
+    assert np.array_equal(bits(ours), bits(theirs)) and optimizer.steps == reference.steps

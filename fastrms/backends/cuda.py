@@ -152,7 +152,7 @@ class Launch(pyplan.Update):
 
     def aim(self, coefficients, missed, tensors):
         """Take other tensors, or the same ones elsewhere: (param, grad, states) of DeviceBuffers."""
-        super().__init__(coefficients, missed, tensors)
+        super().__init__(coefficients, missed, tensors=())  # this is kept for ever, but gradients go
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if len(found) == 1:
             addresses, size = found[0]
@@ -221,7 +221,8 @@ class Plan(pyplan.Plan):
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
         self._made = {}  # Launches by (set, tensors): a captured graph may need them later
-        self._thread, self._several = threading.get_ident(), device.count() > 1  # making the state made it current
+        self._entered, self._several = threading.local(), device.count() > 1
+        self._entered.once = True  # by what made the state
 
     # what the parent does with NumPy arrays
 
@@ -296,7 +297,7 @@ class Plan(pyplan.Plan):
 
     def _ready_to_launch(self, grad_scale):
         """The step and the stream; the device is current, and launches and coefficients fit what is held."""
-        if self._thread != threading.get_ident() or self._several or os.getpid() != self._process:
+        if self._several or os.getpid() != self._process or not hasattr(self._entered, "once"):
             self._enter_device()
         number = self.steps + 1
         if number >= self._until or grad_scale != self._scale:
@@ -304,11 +305,11 @@ class Plan(pyplan.Plan):
         return number, self._explicit or stream_of(self._source())
 
     def _enter_device(self):
-        """The device is made current where another thread came last, and at each step where there are several."""
+        """The device is made current once per thread (idents are given again), and at each step where there are several."""
         if os.getpid() != self._process:
             raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
         device.current(self._device)
-        self._thread = threading.get_ident()
+        self._entered.once = True
 
     def _foreign_streams(self):
         """Streams that arrays name: the launch waits for them on the device, not here."""

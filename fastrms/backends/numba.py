@@ -47,8 +47,9 @@ class Update(pyplan.Update):
         rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
         self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
-        self.run = self.guarded if self.elements >= SMALLEST else self.alone
         _ = self.shared if parts_of(self.elements) > 1 else self.alone  # what Numba has against a rule, it says here
+        if self.elements < SMALLEST:
+            self.run = self.alone  # run itself may not be kept here: a cycle keeps gradients until gc comes
 
     def take(self):
         rows = self.coefficients.rows
@@ -66,7 +67,7 @@ class Update(pyplan.Update):
         made = kernel(self.coefficients.recipe, parallel)
         return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
 
-    def guarded(self, number):
+    def run(self, number):
         if not in_parallel(self, number):
             self.alone(number)
 

@@ -99,10 +99,10 @@ class Coefficients:
         self.first = self.end = 0
 
     def have(self, step, grad_scale):
-        """Make the row of update number `step`, unless it is there; whether rows are others than before."""
+        """Make the row of update number `step`, unless it is there."""
         known = grad_scale == self._scale
         if known and self.first <= step < self.end:
-            return False
+            return
         recipe = self.recipe
         several = recipe.ahead and not recipe.fixed and known  # not for a scale that comes but once
         count = min(8 * len(self.rows), self.AHEAD) if several else 1
@@ -112,9 +112,8 @@ class Coefficients:
             rows[:] = now
             for place, column in recipe.ahead(step, count) if count > 1 else ():
                 rows[:, place] = column
-        self.rows, self._scale = rows, grad_scale
-        self.first, self.end = (0, math.inf) if recipe.fixed else (step, step + count)
-        return True
+        of = (0, math.inf) if recipe.fixed else (step, step + count)
+        self.rows, self._scale, (self.first, self.end) = rows, grad_scale, of  # no call between: Ctrl-C comes in calls
 
 
 class Update:
@@ -124,16 +123,17 @@ class Update:
 
     def __init__(self, coefficients, missed, tensors):
         self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
-        self.taken = False
+        self.taken = None  # rows
 
     def ready(self, number, grad_scale):
         """Have the coefficients of that step, before anything is written: an own rule may fail.  The first step for which
         this must be asked again."""
         coefficients = self.coefficients
-        if coefficients.have(number - self.missed, grad_scale) or not self.taken:
+        coefficients.have(number - self.missed, grad_scale)
+        if self.taken is not coefficients.rows:
             self.first, self.stride = coefficients.first + self.missed, 0 if coefficients.recipe.fixed else 1
             self.take()
-            self.taken = True
+            self.taken = coefficients.rows  # not sooner: Ctrl-C may come before
         return coefficients.end + self.missed
 
 
@@ -283,8 +283,8 @@ class Plan:
             if self.zero_grad:
                 grad.fill(0)
             if not self._streamed:
-                self._streamed = True
-                self.steps, self.missed = self.steps + 1, [missed + 1 for missed in self.missed]
+                later = [missed + 1 for missed in self.missed]
+                self.steps, self.missed, self._streamed = self.steps + 1, later, True  # at once
             self.missed[k] -= 1
             return OK
         finally:
@@ -327,9 +327,10 @@ class Plan:
         return OK, found
 
     def _count(self, number):
+        missed = self.missed.copy() if self._absent else self.missed
         for k in self._absent:
-            self.missed[k] += 1
-        self.steps = number
+            missed[k] += 1
+        self.missed, self.steps = missed, number  # at once: Ctrl-C comes in loops and calls
 
     def _zero_grads(self):
         for grad in self.grads:
@@ -350,8 +351,9 @@ class Plan:
         self._until = self._plain_until = 0
         if self._updates is None:
             self._absent = [k for k, grad in enumerate(self.grads) if grad is None]
-            self._updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
-            self._runs = [update.run for update in self._updates]
+            updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
+            self._runs = [update.run for update in updates]
+            self._updates = updates  # last: Ctrl-C may come before
         until = min((update.ready(number, grad_scale) for update in self._updates), default=math.inf)
         self._until, self._scale = until, grad_scale
         if grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
@@ -398,9 +400,9 @@ class Plan:
                 self.assign(to, source)
             self._set_recipes(recipes)
             if steps is not None:
-                self.steps, *tensor_steps = steps
-                self.missed = [self.steps - count for count in tensor_steps]
                 self._stale()
+                missed = [steps[0] - count for count in steps[1:]]
+                self.steps, self.missed = steps[0], missed  # at once
             return OK, before
         finally:
             self.lock.release()
