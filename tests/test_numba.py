@@ -331,6 +331,15 @@ def test_same_bits_for_every_thread_count():
     """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills what is freed")
+@pytest.mark.parametrize("layer", layers())
+def test_nothing_that_threads_share_is_freed_too_early(layer):
+    """Freed memory is filled at once, with what is no number of a chunk."""
+    with_layer("""
+    check()
+    """, layer, MALLOC_PERTURB_="85", GLIBC_TUNABLES="glibc.malloc.tcache_count=0")  # fmt: skip
+
+
 def test_many_tensors_share_the_threads():
     """Whatever their sizes: chunks of a thread begin and end in any of them."""
     assert in_process(f"""

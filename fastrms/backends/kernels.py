@@ -174,6 +174,7 @@ def kernel(table, number, parts):
                 chunk = take(at + 64 * whose)
         {leave}
     set_num_threads(users)
+    taken[0] = 0  # until here it is used, and not freed, though above only by its address
 """
 # each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
 ENTER, LEAVE = "mode = room(); fegetmode(mode); fesetmode(IEEE)", "fesetmode(mode)"
