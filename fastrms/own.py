@@ -44,6 +44,14 @@ class OwnRecipe(NamedTuple):
         return [grad_scale, *values]
 
 
+def plain(rule):
+    """A rule whose states and coefficients have names that mean nothing else in the text of a kernel."""
+    if not isinstance(rule, OwnRule):
+        return rule
+    states = tuple(f"own_state_{k}" for k in range(len(rule.states)))
+    return rule._replace(states=states, coefficients=tuple(f"own_number_{k}" for k in range(len(rule.coefficients))))
+
+
 def rule_of(cls):
     """The OwnRule of a subclass of Optimizer, its arguments checked."""
     function, states = cls.rule, cls.state_names

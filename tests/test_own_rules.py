@@ -35,6 +35,24 @@ class Limited(fastrms.Optimizer):
         return h.limit / 2 if state_name == "largest" else 1.0
 
 
+class Named(fastrms.Optimizer):
+    """States and coefficients named like what the text around a rule may name."""
+
+    defaults = {"lr": 0.1}
+    state_names = ("size", "first", "table", "vectors")
+
+    @staticmethod
+    def coefficients(step, lr):
+        return {"row": lr / step, "i": 0.5, "number": 0.25, "kernel": 0.125, "rule": 2.0, "coefficients": 3.0, "at": 1.0}
+
+    def rule(param, grad, size, first, table, vectors, i, row, kernel, number, rule, coefficients, at):
+        size = i * size + grad
+        first = first - number * size
+        table = at * table + kernel * first
+        vectors = vectors + rule * table
+        return param - row * (size + coefficients * vectors), size, first, table, vectors
+
+
 OWN = [name for name in BACKENDS if name in backends.FOR_OWN_RULES]
 
 
@@ -77,7 +95,7 @@ def trained(make, backend, steps=30, **options):
     return [bits(x) for x in [*params.values(), *states, np.array(norms)]]
 
 
-@pytest.mark.parametrize("make", [Lion, Limited])
+@pytest.mark.parametrize("make", [Lion, Limited, Named])
 def test_same_bits_on_every_backend(make):
     results = [trained(make, name) for name in OWN]
     for result in results:

@@ -262,14 +262,8 @@ def own_kernel(rule, dtype, parallel):
     wrong = next((part for part in results if part != real), None)
     if wrong is not None:
         raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
-    text = module_text(plain(rule), dtype, parallel, calling(plain(rule)))
+    text = module_text(own.plain(rule), dtype, parallel, calling(own.plain(rule)))
     return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
-
-
-def plain(rule):
-    """An own rule whose states and coefficients have names that mean nothing else in the text of a module."""
-    states = tuple(f"own_state_{k}" for k in range(len(rule.states)))
-    return rule._replace(states=states, coefficients=tuple(f"own_number_{k}" for k in range(len(rule.coefficients))))
 
 
 def fingerprint(text):

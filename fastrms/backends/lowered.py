@@ -157,7 +157,8 @@ def device_rule(rule, general):
         return [known[name] for name in returned]
 
     names = {"typed": lambda *kinds: _typed(kinds, len(returned), emit)}
-    exec(f"def {rule_name(rule)}(typing, {', '.join(arguments)}): return typed({', '.join(arguments)})", names)
+    passed = ", ".join(f"argument_{k}" for k in range(len(arguments)))
+    exec(f"def {rule_name(rule)}(typing, {passed}): return typed({passed})", names)
     return intrinsic(names[rule_name(rule)])
 
 

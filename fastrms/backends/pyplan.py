@@ -91,21 +91,19 @@ forks = Forks()
 class Coefficients:
     """Of the updates to come, rounded once from double: a row for each, or one for all."""
 
-    AHEAD = 4096  # rows that are made at once, at most: one at a time costs 5 us each, so many 0.1 us
-
     def __init__(self, recipe):
         self.recipe = recipe
         self.rows = self._scale = None
         self.first = self.end = 0
 
-    def have(self, step, grad_scale):
-        """Make the row of update number `step`, unless it is there."""
+    def have(self, step, grad_scale, ahead):
+        """Make the row of update number `step`, unless it is there; with it at most `ahead` rows, where those are known."""
         known = grad_scale == self._scale
         if known and self.first <= step < self.end:
             return
         recipe = self.recipe
         several = recipe.ahead and not recipe.fixed and known  # not for a scale that comes but once
-        count = min(8 * len(self.rows), self.AHEAD) if several else 1
+        count = min(8 * len(self.rows), ahead) if several else 1
         now = recipe.at(step, grad_scale)
         with np.errstate(over="ignore", under="ignore"):
             rows = np.empty((count, len(now)), recipe.dtype)
@@ -125,16 +123,22 @@ class Update:
         self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
         self.taken = None  # rows
 
-    def ready(self, number, grad_scale):
+    def ready(self, number, grad_scale, ahead=1):
         """Have the coefficients of that step, before anything is written: an own rule may fail.  The first step for which
         this must be asked again."""
         coefficients = self.coefficients
-        coefficients.have(number - self.missed, grad_scale)
+        coefficients.have(number - self.missed, grad_scale, ahead)
         if self.taken is not coefficients.rows:
             self.first, self.stride = coefficients.first + self.missed, 0 if coefficients.recipe.fixed else 1
             self.take()
             self.taken = coefficients.rows  # not sooner: Ctrl-C may come before
         return coefficients.end + self.missed
+
+
+def rows_each(count):
+    """How many rows of coefficients each of so many holders may make at once: one at a time costs 5 us, of 4096 each 0.1 us;
+    so many take up to half a megabyte."""
+    return max(16, 4096 // max(1, count))
 
 
 def update(kind, recipe, step, grad_scale, param, grad, states):
@@ -278,7 +282,7 @@ class Plan:
                 self.params[k] = param.flat
             grad = self.flat_grad(grad)
             update = self._update([k], [grad])
-            update.ready(self.steps + 1, grad_scale)
+            update.ready(self.steps + 1, grad_scale, rows_each(len(self.params)))
             update.run(self.steps + 1)
             if self.zero_grad:
                 grad.fill(0)
@@ -354,7 +358,8 @@ class Plan:
             updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
             self._runs = [update.run for update in updates]
             self._updates = updates  # last: Ctrl-C may come before
-        until = min((update.ready(number, grad_scale) for update in self._updates), default=math.inf)
+        ahead = rows_each(len(self._updates))
+        until = min((update.ready(number, grad_scale, ahead) for update in self._updates), default=math.inf)
         self._until, self._scale = until, grad_scale
         if grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
             self._plain_until = until

@@ -2,6 +2,10 @@
 
 cuda.core and fastrms run as they are; only libcuda.so.1 is a double, whose launches execute the PTX on the CPU."""
 
+import gc
+import threading
+import weakref
+
 import double
 
 DRIVER = double.start()  # before anything asks for a driver
@@ -199,6 +203,43 @@ def test_functions_and_own_rules(driver):
     optimizer.step(OnDevice(grad), grad_scale=0.5)
     reference.step(grad, grad_scale=0.5)
     assert same(ours, reference._params[0].owner)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_an_own_rule_may_name_its_numbers_as_it_likes(driver, many):
+    from test_own_rules import Named
+
+    ours, theirs, grads = [[numbers(33, seed=k) for k in range(many)] for _ in range(3)]
+    optimizer, reference = Named([OnDevice(x) for x in ours]), Named(theirs, backend="numpy")
+    for _ in range(2):
+        optimizer.step([OnDevice(g) for g in grads])
+        reference.step(grads)
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_every_thread_makes_the_device_current(driver):
+    """Also one that has the ident of a thread that has ended."""
+    optimizer, calls = fastrms.RMSProp(OnDevice(numbers(64))), []
+    optimizer.bind(OnDevice(numbers(64)))
+    optimizer.step()
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: calls.append(driver.census(optimizer.step)))
+        thread.start()
+        thread.join()
+    assert all(any("CtxSetCurrent" in name for name in census) for census in calls) and len(calls) == 4
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
+
+
+def test_gradients_of_former_steps_are_freed(driver):
+    optimizer, former = fastrms.RMSProp([OnDevice(numbers(9)) for _ in range(3)]), []
+    for k in range(3):
+        grads = [None if j == k else OnDevice(numbers(9)) for j in range(3)]
+        former += [weakref.ref(grad.array) for grad in grads if grad is not None]
+        optimizer.step(grads)
+    optimizer.step([OnDevice(numbers(9)) for _ in range(3)])
+    del grads
+    gc.collect()
+    assert not any(ref() is not None for ref in former)
 
 
 def test_what_is_refused_is_refused_before_any_launch(driver):
