@@ -264,3 +264,29 @@ def test_ctrl_c_while_coefficients_are_made(name, place, monkeypatch):
         optimizer.step(grad_scale=2.0)
         reference.step(grad, grad_scale=2.0)
     assert np.array_equal(bits(ours), bits(theirs)) and optimizer.steps == reference.steps
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bound_steps_that_are_more_than_updates(name):
+    """A tensor without a gradient, another grad_scale, and a plan that looks: the short way of a bound step passes over none."""
+    params = [np.ones(9), np.ones(5)]
+    optimizer = fastrms.Adam(params, backend=name)
+    optimizer.bind([np.ones(9), None])
+    for _ in range(4):
+        optimizer.step()
+    assert optimizer._plan.tensor_steps == [4, 0] and (params[1] == 1).all()
+
+    ours, theirs, grad = np.ones(9), np.ones(9), np.full(9, 0.5)
+    optimizer, reference = fastrms.AdaGrad(ours, backend=name), fastrms.AdaGrad(theirs, backend="numpy")
+    optimizer.bind(grad)
+    for scale in (1.0, 1.0, 0.5, 1.0, 0.25, 0.25, 1.0, 1.0):
+        optimizer.step(grad_scale=scale)
+        reference.step(grad * scale)
+    assert np.array_equal(bits(ours), bits(theirs))
+
+    looking = fastrms.RMSProp(np.ones(9), backend=name, nonfinite="skip")
+    looking.bind(grad)
+    looking.step()
+    grad[3] = np.nan
+    call, _, argument = looking._plan.bound_step()
+    assert call(argument) == backends.NONFINITE and looking.steps == 1
