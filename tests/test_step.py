@@ -268,7 +268,7 @@ def test_ctrl_c_while_coefficients_are_made(name, place, monkeypatch):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bound_steps_that_are_more_than_updates(name):
-    """A tensor without a gradient, another grad_scale, and a plan that looks: the short way of a bound step passes over none."""
+    """No gradient for one, another grad_scale, a plan that looks: the short way of a bound step passes over none of these."""
     params = [np.ones(9), np.ones(5)]
     optimizer = fastrms.Adam(params, backend=name)
     optimizer.bind([np.ones(9), None])
