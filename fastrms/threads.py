@@ -22,7 +22,10 @@ def set_num_threads(n):
 
 def get_num_threads():
     """The number of threads that a large step uses."""
-    return _c.lib.fastrms_get_num_threads() if _c.lib else _without_c
+    return count()
+
+
+count = _c.lib.fastrms_get_num_threads if _c.lib else lambda: _without_c  # without a frame of Python around it
 
 
 def _set(n):

@@ -68,7 +68,7 @@ class Update(pyplan.Update):
         return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
 
     def run(self, number):
-        if not in_parallel(self, number):
+        if threads.count() == 1 or not in_parallel(self, number):
             self.alone(number)
 
 
@@ -86,7 +86,7 @@ def in_parallel(update, number):
 
 def parts_of(elements):
     """Among how many threads an update of so many elements is worth sharing out, in this process."""
-    parts = threads.get_num_threads()
+    parts = threads.count()
     if elements < SMALLEST or parts == 1 or os.getpid() != _process:
         return 1
     name, most = started()
