@@ -186,7 +186,8 @@ assert numba.threading_layer() == {layer!r} and shared, (numba.threading_layer()
 print("fine")
 """
     )
-    assert in_process(code, **{"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2", **environment}) == "fine"
+    said = in_process(code, **{"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2", **environment})
+    assert said.splitlines()[-1] == "fine"  # Numba's tbb layer says more at a fork
 
 
 @pytest.mark.parametrize("layer", layers())

@@ -16,7 +16,7 @@ import numpy as np
 from .. import arrays, threads
 from . import pyplan
 
-LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 19}  # elements from which two threads gain
+LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
 _one_at_a_time = threading.Lock()
 _process = os.getpid()
