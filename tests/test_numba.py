@@ -251,9 +251,9 @@ def test_multiprocessing(layer, method, tmp_path):
     script.write_text(
         "import multiprocessing as mp, numpy as np, fastrms\n"
         "def train(seed):\n"
-        "    w = np.full(300_000, seed, np.float32)\n"
+        "    w = np.full(1_200_000, seed, np.float32)\n"
         "    opt = fastrms.RMSProp(w, lr=0.01, backend='numba')\n"
-        "    for _ in range(5): opt.step(np.ones(300_000, np.float32))\n"
+        "    for _ in range(5): opt.step(np.ones(1_200_000, np.float32))\n"
         "    return float(w[-1])\n"
         "if __name__ == '__main__':\n"
         "    here = [train(k) for k in range(4)]\n"
@@ -386,7 +386,7 @@ def test_parallel_without_the_c_extension():
         backend.in_parallel = lambda *rest: run(*rest) and not shared.append(fastrms.get_num_threads())
         results = []
         for name in ("auto", "numpy"):
-            w = np.linspace(-1, 1, 1_000_003)
+            w = np.linspace(-1, 1, 2_000_003)
             fastrms.Adam(w, backend=name).step(np.cos(w))
             results.append(w)
         assert np.array_equal(*results) and shared == [2], shared
