@@ -361,7 +361,7 @@ class Plan:
         ahead = rows_each(len(self._updates))
         until = min((update.ready(number, grad_scale, ahead) for update in self._updates), default=math.inf)
         self._until, self._scale = until, grad_scale
-        if grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
+        if self.held and grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
             self._plain_until = until
 
     def _groups(self):
