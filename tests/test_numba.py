@@ -300,19 +300,24 @@ def test_small_steps_one_thread_and_a_missing_layer_run_alone():
     assert in_process(nothing, NUMBA_THREADING_LAYER="nothing") == "fine"
 
 
+# every update runs on several threads; `shared` has the numbers of threads that were asked for then
+ALL_SHARED = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import numpy as np, fastrms
+    from conftest import backends, bits, raw_recipe
+    from test_same_bits import rules, wild_buffers
+    module = backends.load("numba")
+    module.LEAST = dict.fromkeys(module.LEAST, 1)
+    module.SMALLEST = 1
+    shared, run = set(), module.in_parallel
+    module.in_parallel = lambda *rest: run(*rest) and not shared.add(fastrms.get_num_threads())
+"""
+
+
 def test_same_bits_for_every_thread_count():
     """Each rule in parallel by 1 to 8 threads, at lengths that leave some of them little or nothing."""
-    assert in_process(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import numpy as np, fastrms
-        from conftest import backends, bits, raw_recipe
-        from test_same_bits import rules, wild_buffers
-        module = backends.load("numba")
-        module.LEAST = dict.fromkeys(module.LEAST, 1)
-        module.SMALLEST = 1
-        shared, run = set(), module.in_parallel
-        module.in_parallel = lambda *rest: run(*rest) and not shared.add(fastrms.get_num_threads())
+    assert in_process(textwrap.dedent(ALL_SHARED) + textwrap.dedent("""
         for rule in rules.RULES:
             for dtype, general in ((np.dtype("f4"), False), (np.dtype("f8"), True)):
                 recipe = raw_recipe(rule, dtype, general)
@@ -329,7 +334,7 @@ def test_same_bits_for_every_thread_count():
                         assert all(np.array_equal(a, b) for a, b in zip(result, results[0])), (rule, size, count)
         assert shared == set(range(2, 9)), shared
         print("fine")
-    """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
+    """), NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc fills what is freed")
@@ -343,16 +348,7 @@ def test_nothing_that_threads_share_is_freed_too_early(layer):
 
 def test_many_tensors_share_the_threads():
     """Whatever their sizes: chunks of a thread begin and end in any of them."""
-    assert in_process(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import numpy as np, fastrms
-        from conftest import backends, bits
-        module = backends.load("numba")
-        module.LEAST = dict.fromkeys(module.LEAST, 1)
-        module.SMALLEST = 1
-        counts, run = [], module.in_parallel
-        module.in_parallel = lambda *rest: run(*rest) and not counts.append(fastrms.get_num_threads())
+    assert in_process(textwrap.dedent(ALL_SHARED) + textwrap.dedent("""
         sizes = [0, 1, 8191, 8192, 8193, 7, 0, 50_021, 16_384, 3]
         rng = np.random.default_rng(7)
         start, grads = [[rng.standard_normal(size) for size in sizes] for _ in range(2)]
@@ -367,9 +363,9 @@ def test_many_tensors_share_the_threads():
                 results.append([bits(p) for p in params])
             for result in results:
                 assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True)), skipped
-        assert set(counts) == {{2, 5}}, counts
+        assert shared == {2, 5}, shared
         print("fine")
-    """, NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
+    """), NUMBA_NUM_THREADS="8") == "fine"  # fmt: skip
 
 
 def test_parallel_without_the_c_extension():
