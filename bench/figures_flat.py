@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 import fastrms
-from fastrms import placement
+from fastrms.memory import placement
 
 from . import figures_numpy
 from .figures import at_least, at_most

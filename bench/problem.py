@@ -7,7 +7,8 @@ so that buffers of 2^k elements collide in every cache; fastrms still places its
 
 import numpy as np
 
-from fastrms import placement, rules
+from fastrms import rules
+from fastrms.memory import placement
 
 WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK = PLACEMENTS = ("well placed", "as allocated", "back to back")
 RULES = ("rmsprop", "adagrad", "adam", "rprop")

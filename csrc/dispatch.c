@@ -45,9 +45,9 @@ int fastrms_isa_get(void)
     return isa;
 }
 
-fastrms_kernel *fastrms_find(const fastrms_group *group)
+fastrms_kernel *fastrms_find(const fastrms_recipe *recipe)
 {
-    return isas[fastrms_isa_get()].kernels[group->rule][group->itemsize == 8][group->general != 0];
+    return isas[fastrms_isa_get()].kernels[recipe->rule][recipe->itemsize == 8][recipe->general != 0];
 }
 
 const char *fastrms_compiler(void)

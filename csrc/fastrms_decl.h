@@ -34,12 +34,12 @@ typedef struct {
     int32_t rule, itemsize, general, coefficients, corrections, reserved;
     fastrms_correction correction[FASTRMS_MAX_CORRECTIONS];
     double value[FASTRMS_MAX_COEFFICIENTS];
-} fastrms_group;
+} fastrms_recipe;
 
 /* One parameter and its state; steps counts the updates it has had. */
 typedef struct {
     int64_t size, steps;
-    int32_t group, ready;
+    int32_t recipe, ready;
     void *param;
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
@@ -62,11 +62,11 @@ typedef struct {
  * also one left out by FASTRMS_SKIP.  streaming, streamed: see fastrms_stream_open.  Scratch: ready for one set of
  * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; ranges
  * (2 * tensors * (2 + states)).  held: grad[] points to memory that stays; fastrms_step refuses without it.
- * unchanging: ready[] holds for the next step too; set it to 0 after writing to a group. */
+ * unchanging: ready[] holds for the next step too; set it to 0 after writing to a recipe. */
 typedef struct {
     int64_t tensors, steps;
     fastrms_tensor *tensor;
-    fastrms_group *group;
+    fastrms_recipe *recipe;
     const void **grad;
     double *ready;
     uintptr_t *ranges;
@@ -74,7 +74,7 @@ typedef struct {
     fastrms_squares *segments;
     double grad_scale, clip_norm;
     fastrms_found found;
-    int32_t groups, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
+    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
 } fastrms_plan;
 
 /* One step over all tensors, of the gradients that the plan holds; fastrms_step_held makes it only while they are those
@@ -83,31 +83,31 @@ int fastrms_step(fastrms_plan *plan);
 int fastrms_step_held(fastrms_plan *plan, int held);
 
 /* What a plan takes over and does in one call that no other thread and no interrupt can cut: all of it, or nothing.
- * param, grad: new addresses for every tensor, or NULL; group: all groups anew, or NULL; hold: a number not 0 where grad stays valid;
+ * param, grad: new addresses for every tensor, or NULL; recipe: all recipes anew, or NULL; hold: a number not 0 where grad stays valid;
  * run: make a step, with grad_scale, and with clip_norm unless it is negative; *found, unless found is NULL, takes what it
  * found.  FASTRMS_NONFINITE leaves the step out, not what was taken over. */
-int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
+int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
 
 /* A step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor that
  * has a gradient, then close.  The first counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; group: all groups anew, or NULL.  The plan's own gradients stay. */
+ * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: all recipes anew, or NULL.  The plan's own gradients stay. */
 int fastrms_stream_open(fastrms_plan *plan);
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_group *group,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 
 /* Copy `count` buffers and the step counts (tensors + 1 of them, the plan's own first) in or out, in the same sense. */
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
-                 const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps);
+                 const fastrms_recipe *recipe, const int64_t *new_steps, int64_t *old_steps);
 
 /* One step on raw buffers, without a plan; step is the number of this update, from 1; states the rule lacks are NULL. */
-int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
+int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
 int64_t fastrms_segments(int64_t size);
 /* the same for rules with one state, step 1 and grad_scale 1: four arguments less to convert */
-int fastrms_update_one(const fastrms_group *group, int64_t size, void *param, const void *grad, void *state);
+int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state);
 
 double fastrms_series(double decay, double weight, int64_t terms);
 
@@ -129,13 +129,13 @@ extern const fastrms_hyper fastrms_adam_defaults;
 extern const fastrms_hyper fastrms_adamw_defaults;
 extern const fastrms_hyper fastrms_rprop_defaults;
 
-/* The group of these hyper-parameters for float (itemsize 4) or double (8), with the bits that Python computes.  The answer
- * is NULL, or the name of the hyper-parameter that is refused, and *group is as it was.  Not checked is what only the state
+/* The recipe of these hyper-parameters for float (itemsize 4) or double (8), with the bits that Python computes.  The answer
+ * is NULL, or the name of the hyper-parameter that is refused, and *recipe is as it was.  Not checked is what only the state
  * shows: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  RProp's state step_size starts as lr, by the caller. */
-const char *fastrms_rmsprop_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_adagrad_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_adam_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_rprop_group(fastrms_group *group, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_rmsprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_adagrad_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_adam_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_rprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);

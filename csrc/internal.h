@@ -26,7 +26,7 @@ typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *c
 extern fastrms_kernel *const fastrms_kernels_baseline[][2][2];      /* [rule][float, double][neutral, general] */
 extern fastrms_kernel *const fastrms_kernels_avx2[][2][2];
 
-fastrms_kernel *fastrms_find(const fastrms_group *group);
+fastrms_kernel *fastrms_find(const fastrms_recipe *recipe);
 
 /* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
 typedef void fastrms_task(void *context, int64_t begin, int64_t end);

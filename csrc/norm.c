@@ -1,6 +1,6 @@
 /* The norm of a gradient in double, in one order of additions: eight lanes within a block of 4096, blocks in sequence
  * within a segment of 2^18, segments in sequence, whichever thread computed them.  Each block of doubles is scaled by a
- * power of two of its own, so that no square overflows; squares of floats cannot.  backends/pyplan.py computes the same
+ * power of two of its own, so that no square overflows; squares of floats cannot.  backends/plan.py computes the same
  * bits.  Elements that are not finite are counted on the way, block by block, so that memory is read once for both. */
 #include <float.h>
 #include <math.h>

@@ -2,12 +2,12 @@
 
 from . import rules
 from .backends import available_backends
-from .base import Optimizer
 from .config import get_include, isa, show_config
-from .flat import FlatBuffer
 from .functional import adagrad, adam, init_state, rmsprop, rprop
+from .gradients import StepInfo
+from .memory.flat import FlatBuffer
+from .optimizer import Optimizer
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
-from .plan import StepInfo
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, device, hyper, rules
+from . import backends, hyper, rules
+from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
 
@@ -33,12 +34,12 @@ class Prepared(NamedTuple):
 
     recipe: Recipe
     update: Any  # of the backend, for flat arrays
-    group: Any  # fastrms_group for the short way through C; None on NumPy, or where the state must be looked at
+    c_recipe: Any  # fastrms_recipe * for the short way through C; None on NumPy, or where the state must be looked at
     positive_state: bool
 
 
 class Update:
-    """The update of one rule on raw arrays.  given: hyper-parameters that its state arrays decide."""
+    """The update of one rule on raw host.  given: hyper-parameters that its state arrays decide."""
 
     __slots__ = ("cache", "given", "last", "last_of_one", "names", "optimizer", "rule")
 
@@ -46,12 +47,12 @@ class Update:
         self.optimizer, self.rule, self.given = optimizer, rule, given
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.cache = {}
-        self.last = self.last_of_one = (None, None, None)  # hyper-parameters of the last call, dtype, C group
+        self.last = self.last_of_one = (None, None, None)  # hyper-parameters of the last call, dtype, C recipe
 
     def one(self, options, param, grad, state):
         """make for a rule with one state, at the first step, without grad_scale: the same with still less Python."""
         try:
-            last, dtype, group = self.last_of_one
+            last, dtype, c_recipe = self.last_of_one
             if (
                 options == last
                 and type(param) is _ndarray is type(grad)
@@ -68,7 +69,7 @@ class Update:
                         break
                 else:
                     if not _c_update_one(
-                        group,
+                        c_recipe,
                         param.size,
                         _from_buffer(_BYTES, param, True),
                         _from_buffer(grad),
@@ -89,14 +90,14 @@ class Update:
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
-            last, dtype, group = self.last
+            last, dtype, c_recipe = self.last
             shape, (_, grad, *_) = buffers[0].shape, buffers
             if _same(options, last) and all(
                 type(array) is _ndarray and array.dtype is dtype and array.shape == shape for array in buffers
             ):
                 pointers = [_from_buffer(grad) if array is grad else _from_buffer(_BYTES, array, True) for array in buffers]
                 pointers += [_NULL] * (5 - len(pointers))
-                if not _c_update(group, buffers[0].size, step, grad_scale, *pointers):
+                if not _c_update(c_recipe, buffers[0].size, step, grad_scale, *pointers):
                     return
         except _WRONG:
             pass  # the long way says what is wrong
@@ -104,15 +105,15 @@ class Update:
 
     def checked(self, buffers, step, grad_scale, options):
         """The same for any array-likes, with the sentences."""
-        names, memory = self.names, arrays
+        names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
             memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
         acquired = [memory.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
         param = acquired[0]
         for buffer, name in zip(acquired[1:], names[1:], strict=True):
             memory.same_layout(buffer, name, param, "param")
-        arrays.refuse_overlap(zip(names, acquired, strict=True))
-        if memory is not arrays:
+        host.refuse_overlap(zip(names, acquired, strict=True))
+        if memory is not host:
             options = {**options, "backend": "cuda"}
         prepared = self.prepared(param.dtype, options)
         if prepared.positive_state and any((memory.on_host(buffer.flat) == 0).any() for buffer in acquired[2:]):
@@ -132,8 +133,8 @@ class Update:
                 self.cache.clear()
             if plain:
                 self.cache[key] = prepared
-        if plain and prepared.group is not None:
-            self.last = options, dtype, prepared.group
+        if plain and prepared.c_recipe is not None:
+            self.last = options, dtype, prepared.c_recipe
         return prepared
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
@@ -154,11 +155,11 @@ class Update:
             raise ValueError(f"these hyper-parameters need {needed} (the state of {recipe.rule}); given is {given}")
         positive = self.optimizer.needs_positive_state(h, dtype)
         module = backends.choose(backend)
-        group = None
+        c_recipe = None
         if module is _c and not positive:
-            group = _c.ffi.new("fastrms_group *")
-            _c.fill_group(group, recipe)
-        return Prepared(recipe, module.update, group, positive)
+            c_recipe = _c.ffi.new("fastrms_recipe *")
+            _c.fill_recipe(c_recipe, recipe)
+        return Prepared(recipe, module.update, c_recipe, positive)
 
 
 def _refuse_bias_correction(options):
@@ -271,12 +272,12 @@ def init_state(optimizer, param, *, dialect=None, **options):
     if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
     maker = _BY_NAME[optimizer]
-    memory = device if device.is_device_array(param) else arrays
+    memory = device if device.is_device_array(param) else host
     buffer = memory.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     maker.checked_recipe(h, buffer.dtype)
     flats = maker.new_state(h, maker.rule_name(h), buffer, memory)
-    return {name: arrays.shaped(flat, buffer) for name, flat in flats.items()}
+    return {name: host.shaped(flat, buffer) for name, flat in flats.items()}
 
 
 _BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}

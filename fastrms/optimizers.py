@@ -1,13 +1,13 @@
 """RMSProp, AdaGrad, Adam, AdamW and RProp: hyper-parameters -> coefficients of a rule, in double, once per step.
 
-The mathematics is in rules.py; structure and state are in base.py, steps in plan.py.
+The mathematics is in rules.py; structure, groups and state are in optimizer.py, steps in gradients.py.
 """
 
 import math
 from types import SimpleNamespace
 
 from . import hyper, recipes
-from .base import Optimizer
+from .optimizer import Optimizer
 from .recipes import DIVIDE, OVER_ROOT, TIMES_ROOT, Correction, rounded
 
 COMMON = {

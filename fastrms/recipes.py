@@ -1,6 +1,6 @@
 """From hyper-parameters to the coefficients of a rule at a step.  All in double; a backend rounds them once.
 
-csrc/step.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
+csrc/plan.c evaluates the same recipe with the same operations, so that a bound step needs no Python.
 """
 
 from array import array

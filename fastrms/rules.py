@@ -198,7 +198,7 @@ RULES = {
 
 
 def find(rule):
-    """The function of a rule named in RULES; an own rule (own.py) stands for itself."""
+    """The function of a rule named in RULES; an own rule (own_rules.py) stands for itself."""
     return RULES[rule] if isinstance(rule, str) else rule
 
 

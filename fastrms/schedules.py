@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
-from . import arrays, hyper, structure
-from .base import Optimizer
+from . import hyper
+from .memory import host, tree
+from .optimizer import Optimizer
 
 
 def _factor(name, value):
@@ -229,7 +230,7 @@ class EarlyStopping:
     def __init__(self, params, patience=10, threshold=0.0, threshold_mode="abs", mode="min", optimizer=None):
         self.patience, self.threshold = _count("patience", patience), hyper.non_negative("threshold", threshold)
         self.threshold_mode, self.mode = _THRESHOLD_MODE("threshold_mode", threshold_mode), _MODE("mode", mode)
-        arranged = structure.arrange(params, None)
+        arranged = tree.arrange(params, None)
         self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
         if not self._leaves:
             raise ValueError("params is empty: there is nothing to keep")
@@ -242,7 +243,7 @@ class EarlyStopping:
     def _buffers(self):
         """Each parameter; torch may have moved it since."""
         named = zip(self._leaves, self._names, strict=True)
-        return [arrays.acquire(leaf, name, writable=True) for leaf, name in named]
+        return [host.acquire(leaf, name, writable=True) for leaf, name in named]
 
     def _keep(self):
         state = None if self._optimizer is None else self._optimizer.state_dict()
@@ -275,7 +276,7 @@ class EarlyStopping:
     def state_dict(self):
         """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
         kept = zip(self._names, self._kept, self._buffers(), strict=True)
-        params = {name: arrays.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
+        params = {name: host.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
         return {"best": self.best, "bad": self.bad, "params": params, "optimizer": copy.deepcopy(self._kept_state)}
 
     def load_state_dict(self, d):
@@ -296,7 +297,7 @@ class EarlyStopping:
     def _taken(self, values):
         flats = [np.empty(value.size, value.dtype) for value in values]
         for flat, value, buffer in zip(flats, values, self._buffers(), strict=True):
-            arrays.shaped(flat, buffer)[...] = value
+            host.shaped(flat, buffer)[...] = value
         return flats
 
 

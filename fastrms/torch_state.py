@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, hyper
+from . import hyper
+from .memory import host
 
 ADAM = {
     "lr": "lr", "betas": ("beta1", "beta2"), "eps": "eps", "weight_decay": "weight_decay", "amsgrad": "amsgrad",
@@ -188,5 +189,5 @@ def _our_tensor(optimizer, named, saved, h):
 
 
 def _array(x, name):
-    buffer = arrays.acquire(x, name, writable=False)
-    return arrays.shaped(buffer.flat, buffer)
+    buffer = host.acquire(x, name, writable=False)
+    return host.shaped(buffer.flat, buffer)

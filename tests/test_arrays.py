@@ -510,8 +510,8 @@ def test_the_backend_steps_only_with_gradients_that_are_held(backend):
 def test_the_c_interface_refuses_by_itself():
     """C callers have no Python above them: missing, misaligned and overlapping buffers are answered, not touched."""
     c = fastrms.backends.load("c")
-    group = c.ffi.new("fastrms_group *")
-    c.fill_group(group, raw_recipe("adam", np.dtype(np.float32), False))
+    group = c.ffi.new("fastrms_recipe *")
+    c.fill_recipe(group, raw_recipe("adam", np.dtype(np.float32), False))
     buffers = [np.ones(8, np.float32) for _ in range(4)]
     addresses = [c.ffi.from_buffer(b) for b in buffers]
     null = c.ffi.NULL

@@ -44,10 +44,10 @@ def in_c(hyper):
 
 
 def c_group(family, hyper, dtype):
-    """(the fastrms_group that C computes, as bytes; what it refuses, or None); the group must be as it was then."""
-    group = c.ffi.new("fastrms_group *")
-    c.ffi.buffer(group)[:] = before = b"\x55" * c.ffi.sizeof("fastrms_group")
-    function = getattr(c.lib, f"fastrms_{'adam' if family == 'adamw' else family}_group")
+    """(the fastrms_recipe that C computes, as bytes; what it refuses, or None); the group must be as it was then."""
+    group = c.ffi.new("fastrms_recipe *")
+    c.ffi.buffer(group)[:] = before = b"\x55" * c.ffi.sizeof("fastrms_recipe")
+    function = getattr(c.lib, f"fastrms_{'adam' if family == 'adamw' else family}_recipe")
     refused = function(group, dtype.itemsize, in_c(hyper))
     assert not refused or bytes(c.ffi.buffer(group)) == before
     return bytes(c.ffi.buffer(group)), c.ffi.string(refused).decode() if refused else None
@@ -60,8 +60,8 @@ def python_group(family, hyper, dtype):
         recipe = make.checked_recipe(make.at_step(make.resolve(None, hyper)), dtype)
     except ValueError as error:
         return None, str(error)
-    group = c.ffi.new("fastrms_group *")
-    c.fill_group(group, recipe)
+    group = c.ffi.new("fastrms_recipe *")
+    c.fill_recipe(group, recipe)
     return bytes(c.ffi.buffer(group)), None
 
 
@@ -113,7 +113,7 @@ def test_c_computes_the_groups_of_python(family, dtype):
         assert (refused is None) == (error is None), (hyper, refused, error)
         if error is None:
             assert got == want, hyper
-            group = c.ffi.from_buffer("fastrms_group *", bytearray(got))
+            group = c.ffi.from_buffer("fastrms_recipe *", bytearray(got))
             seen.add((group.rule, group.general))
         refusals += error is not None
     rules = {"rmsprop": 4, "adam": 2, "adamw": 2}.get(family, 1)
@@ -152,7 +152,7 @@ def test_words_and_sizes_that_are_none_are_refused():
                                 ("adam", "amsgrad", 3), ("adam", "bias_correction", -1)]:  # fmt: skip
         hyper = {**FAMILIES[family].defaults, "momentum": 0.9} if family == "rmsprop" else dict(FAMILIES[family].defaults)
         assert c_group(family, {**hyper, name: value}, DTYPES[0])[1] == name
-    assert c.ffi.string(c.lib.fastrms_rprop_group(c.ffi.NULL, 2, c.ffi.NULL)) == b"itemsize"
+    assert c.ffi.string(c.lib.fastrms_rprop_recipe(c.ffi.NULL, 2, c.ffi.NULL)) == b"itemsize"
 
 
 # the library

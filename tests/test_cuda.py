@@ -9,8 +9,8 @@ import pytest
 from conftest import bits
 
 import fastrms
-from fastrms import arrays
 from fastrms.backends import cuda
+from fastrms.memory import host
 
 reason = cuda.available()
 
@@ -51,7 +51,7 @@ def test_device_arrays_on_host_backends_name_the_remedy():
         ):
             fastrms.RMSProp(OnDevice(), backend=name)
     with pytest.raises(TypeError, match="in device memory"):
-        arrays.acquire(OnDevice(), "grads", writable=False)
+        host.acquire(OnDevice(), "grads", writable=False)
 
 
 @pytest.mark.skipif(reason is None, reason="there is a GPU")

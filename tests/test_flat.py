@@ -13,7 +13,7 @@ from test_own_rules import Lion
 from test_placement import address
 
 import fastrms
-from fastrms import placement
+from fastrms.memory import placement
 
 SHAPES = {"w1": (7, 3), "w1.bias": (7,), "scale": (), "none": (0, 4), "w2": (1003,), "w2.bias": (1,), 3: (2, 1, 5)}
 NO_DECAY = {"*.bias": {"weight_decay": 0.0}}

@@ -9,13 +9,13 @@ import pytest
 from conftest import DTYPES
 
 import fastrms
-from fastrms import arrays, placement
+from fastrms.memory import host, placement
 
 SIZE = 1 << 17
 
 
 def address(array):
-    return arrays.own(array).address
+    return host.ours(array).address
 
 
 @pytest.mark.parametrize("make, options", [

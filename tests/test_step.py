@@ -10,7 +10,7 @@ from test_own_rules import Lion
 from test_same_bits import OPTIMIZERS
 
 import fastrms
-from fastrms import plan, recipes
+from fastrms import recipes
 
 SIZES = [0, 1, 7, 1003, 5003]
 CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
@@ -125,7 +125,7 @@ def test_a_step_is_tried_once_however_it_is_called(backend, how, zero_grad):
     for k, value in enumerate((0.5, 1.5, np.nan, 2.5, np.inf, np.inf, 3.5)):
         g[:] = value
         info = optimizer.step() if how == "bound" else optimizer.step(g if how == "the same array" else g[:])
-        assert info == plan.StepInfo(bool(np.isfinite(value)), None, 0 if np.isfinite(value) else 7), k
+        assert info == fastrms.StepInfo(bool(np.isfinite(value)), None, 0 if np.isfinite(value) else 7), k
         if info.applied:
             reference.step(np.full(7, value))
         assert (g == 0).all() if zero_grad else np.array_equal(g, np.full(7, value), equal_nan=True)
@@ -172,7 +172,7 @@ def test_zero_grad_of_every_size(backend, shared_out, dtype):
     plain, zeroing = fastrms.Adam(want, backend=backend), fastrms.Adam(got, zero_grad=True, backend=backend)
     grads = gradients(dtype, sizes=sizes)
     plain.step(arrays(grads))
-    assert zeroing.step(arrays(grads)) is plan.APPLIED
+    assert zeroing.step(arrays(grads)) is fastrms.gradients.APPLIED
     assert everything(want, plain) == everything(got, zeroing)
     assert all(g.intact() and (bits(g.array) == 0).all() for g in grads)
 

@@ -123,20 +123,20 @@ static float add_gradient(const image *x)
     return -logf(fmaxf(probability[x->digit], 1e-30f));
 }
 
-/* AdamW: group 0 for the weights, group 1, without decay, for the biases */
-static void make_groups(fastrms_group *group)
+/* AdamW: recipe 0 for the weights, recipe 1, without decay, for the biases */
+static void make_recipes(fastrms_recipe *recipe)
 {
     fastrms_hyper hyper = fastrms_adamw_defaults;
     hyper.lr = 3e-3;
-    const char *refused = fastrms_adam_group(&group[0], sizeof(float), &hyper);
+    const char *refused = fastrms_adam_recipe(&recipe[0], sizeof(float), &hyper);
     hyper.weight_decay = 0;
     if (!refused)
-        refused = fastrms_adam_group(&group[1], sizeof(float), &hyper);
+        refused = fastrms_adam_recipe(&recipe[1], sizeof(float), &hyper);
     if (refused)
         refuse("this hyper-parameter is refused", refused);
 }
 
-#define TENSOR(name, number) {.size = sizeof weights.name / sizeof(float), .group = number, .param = weights.name, \
+#define TENSOR(name, number) {.size = sizeof weights.name / sizeof(float), .recipe = number, .param = weights.name, \
                               .state = {exp_avg.name, exp_avg_sq.name}}
 
 /* all memory is the caller's: here it is static; each batch is one fastrms_step */
@@ -144,14 +144,14 @@ static fastrms_plan *make_plan(void)
 {
     static fastrms_tensor tensor[TENSORS] = {TENSOR(inner, 0), TENSOR(outer, 0), TENSOR(inner_bias, 1), TENSOR(outer_bias, 1)};
     static const void *grad[TENSORS] = {gradient.inner, gradient.outer, gradient.inner_bias, gradient.outer_bias};
-    static fastrms_group group[2];
+    static fastrms_recipe recipe[2];
     static double ready[TENSORS * FASTRMS_MAX_COEFFICIENTS];
     static int64_t starts[TENSORS + 1];
     static fastrms_squares segments[TENSORS];             /* one each: fastrms_segments() of tensors this small is 1 */
-    static fastrms_plan plan = {.tensors = TENSORS, .tensor = tensor, .group = group, .grad = grad, .ready = ready,
+    static fastrms_plan plan = {.tensors = TENSORS, .tensor = tensor, .recipe = recipe, .grad = grad, .ready = ready,
                                 .starts = starts, .segments = segments, .grad_scale = 1.0 / BATCH, .clip_norm = 1,
-                                .groups = 2, .states = 2, .held = 1};
-    make_groups(group);
+                                .recipes = 2, .states = 2, .held = 1};
+    make_recipes(recipe);
     return &plan;
 }
 

@@ -5,7 +5,7 @@ import importlib
 import os
 from typing import NamedTuple
 
-from .. import arrays, device
+from ..memory import device, host
 
 OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING = 0, 1, 2, 5, 6, 7  # what a Plan answers, as in csrc/fastrms_decl.h
 ON_NONFINITE = ("propagate", "skip", "raise")  # in the order of csrc/fastrms_decl.h
@@ -56,4 +56,4 @@ def choose(name, own_rule=None, array=None):
 
 def memory(module):
     """The module for the arrays of a backend: arrays (host memory) or device."""
-    return getattr(module, "memory", arrays)
+    return getattr(module, "memory", host)

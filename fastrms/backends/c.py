@@ -4,7 +4,8 @@ import os
 
 import numpy as np
 
-from .. import arrays, rules
+from .. import rules
+from ..memory import host
 from . import OK, ON_NONFINITE, Found
 
 try:
@@ -69,23 +70,23 @@ if lib:
         use_isa(os.environ["FASTRMS_ISA"])
 
 
-def fill_group(group, recipe):
-    """Write a recipe into a fastrms_group."""
+def fill_recipe(slot, recipe):
+    """Write a recipe into a fastrms_recipe."""
     names = list(recipe.values)
-    group.rule = RULE_INDEX[recipe.rule]
-    group.itemsize = recipe.dtype.itemsize
-    group.general = recipe.general
-    group.coefficients = len(names)
-    group.value[0 : len(names)] = list(recipe.values.values())
-    group.corrections = len(recipe.corrections)
+    slot.rule = RULE_INDEX[recipe.rule]
+    slot.itemsize = recipe.dtype.itemsize
+    slot.general = recipe.general
+    slot.coefficients = len(names)
+    slot.value[0 : len(names)] = list(recipe.values.values())
+    slot.corrections = len(recipe.corrections)
     for k, correction in enumerate(recipe.corrections):
-        slot = group.correction[k]
-        slot.coefficient = names.index(correction.coefficient)
-        slot.operation = correction.operation
-        slot.linear = correction.linear
-        slot.ahead = correction.ahead
-        slot.decay = correction.decay
-        slot.weight = correction.weight
+        one = slot.correction[k]
+        one.coefficient = names.index(correction.coefficient)
+        one.operation = correction.operation
+        one.linear = correction.linear
+        one.ahead = correction.ahead
+        one.decay = correction.decay
+        one.weight = correction.weight
 
 
 def pointer(address):
@@ -94,11 +95,11 @@ def pointer(address):
 
 def update(recipe, step, grad_scale, param, grad, states):
     """One step on flat arrays, in place."""
-    group = ffi.new("fastrms_group *")
-    fill_group(group, recipe)
+    made = ffi.new("fastrms_recipe *")
+    fill_recipe(made, recipe)
     addresses = [ffi.from_buffer(flat) for flat in (param, grad, *states)]
     addresses += [ffi.NULL] * (2 + lib.FASTRMS_MAX_STATES - len(addresses))
-    status = lib.fastrms_update(group, param.size, step, grad_scale, *addresses)
+    status = lib.fastrms_update(made, param.size, step, grad_scale, *addresses)
     if status != OK:
         raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
@@ -109,7 +110,7 @@ class Plan:
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         count = len(params)
         self._tensor = ffi.new("fastrms_tensor[]", count)
-        self._group = ffi.new("fastrms_group[]", len(recipes))
+        self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
         self._grad = ffi.new("void *[]", count)
         self._ready = ffi.new("double[]", count * lib.FASTRMS_MAX_COEFFICIENTS)
         self._starts = ffi.new("int64_t[]", count + 1)
@@ -118,17 +119,17 @@ class Plan:
         self._plan = ffi.new("fastrms_plan *")
         self._pointers = ffi.typeof("void *[]")
         for index, recipe in enumerate(recipes):
-            fill_group(self._group[index], recipe)
+            fill_recipe(self._recipe[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
             tensor = self._tensor[k]
             tensor.size = param.size
-            tensor.group = sets[k]
+            tensor.recipe = sets[k]
             tensor.param = pointer(param.address)
             for slot, flat in enumerate(state):
-                tensor.state[slot] = pointer(arrays.own(flat).address)
+                tensor.state[slot] = pointer(host.ours(flat).address)
         plan = self._plan
         plan.tensors, plan.tensor = count, self._tensor
-        plan.groups, plan.group = len(recipes), self._group
+        plan.recipes, plan.recipe = len(recipes), self._recipe
         plan.grad, plan.ready, plan.ranges = self._grad, self._ready, self._ranges
         plan.starts, plan.segments = self._starts, self._segments
         plan.states = max(map(len, states))
@@ -153,7 +154,7 @@ class Plan:
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
             ffi.NULL if grads is None else ffi.new(self._pointers, [self._address(grad) for grad in grads]),
-            self._groups_with(recipes) if recipes else ffi.NULL,
+            self._recipes_with(recipes) if recipes else ffi.NULL,
             hold,
             run,
             grad_scale,
@@ -177,7 +178,7 @@ class Plan:
             k,
             ffi.NULL if param is None else pointer(param.address),
             self._address(grad),
-            self._groups_with(recipes) if recipes else ffi.NULL,
+            self._recipes_with(recipes) if recipes else ffi.NULL,
             grad_scale,
         )
 
@@ -191,12 +192,12 @@ class Plan:
             return ffi.NULL
         return pointer(grad.address) if grad.size else self._tensor  # an empty tensor may lie at 0, which means "none"
 
-    def _groups_with(self, recipes):
-        groups = ffi.new("fastrms_group[]", len(self._group))
-        ffi.memmove(groups, self._group, ffi.sizeof(groups))
+    def _recipes_with(self, recipes):
+        made = ffi.new("fastrms_recipe[]", len(self._recipe))
+        ffi.memmove(made, self._recipe, ffi.sizeof(made))
         for index, recipe in recipes.items():
-            fill_group(groups[index], recipe)
-        return groups
+            fill_recipe(made[index], recipe)
+        return made
 
     def copy(self, pairs, recipes=None, steps=None):
         """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
@@ -209,7 +210,7 @@ class Plan:
             ffi.new(self._pointers, to),
             ffi.new(self._pointers, source),
             ffi.new("int64_t[]", [pair[0].nbytes for pair in pairs]),
-            self._groups_with(recipes) if recipes else ffi.NULL,
+            self._recipes_with(recipes) if recipes else ffi.NULL,
             ffi.NULL if steps is None else ffi.new("int64_t[]", steps),
             before,
         )

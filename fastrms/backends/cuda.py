@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import device, rules
-from . import OK, pyplan
+from .. import rules
+from ..memory import device
+from . import OK, plan
 
 memory = device
 VECTOR, THREADS = 16, 256  # bytes per thread, threads per block
@@ -134,7 +135,7 @@ def capturing(stream):
     return bool(device.checked(driver.cuStreamIsCapturing(int(stream.handle)), "asking whether it captures")[0])
 
 
-class Launch(pyplan.Update):
+class Launch(plan.Update):
     """One kernel over one or many tensors that share their coefficients."""
 
     def __init__(self, recipe, many, capturable, index):
@@ -205,12 +206,12 @@ def update(recipe, step, grad_scale, param, grad, states):
     if param.size:
         device.current(param.device)
         made = Launch(recipe, False, False, param.device)
-        made.aim(pyplan.Coefficients(recipe), 0, [(param, grad, states)])
+        made.aim(plan.Coefficients(recipe), 0, [(param, grad, states)])
         made.ready(step, grad_scale)
         made.run(step, stream_of(device.stream_source(param)()))
 
 
-class Plan(pyplan.Plan):
+class Plan(plan.Plan):
     """Bound buffers in device memory.  Tensors that share hyper-parameters and step count share a launch."""
 
     def __init__(self, params, states, sets, recipes, nonfinite, zero_grad, options):
@@ -226,7 +227,7 @@ class Plan(pyplan.Plan):
 
     # what the parent does with NumPy arrays
 
-    flat_grad = own = staticmethod(lambda buffer: buffer)
+    flat_grad = ours = staticmethod(lambda buffer: buffer)
     assign = staticmethod(device.copy)
 
     # what is launched

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from .. import own, rules
+from .. import own_rules, rules
 from . import inlined
 
 TILE, ASKED = 128, (1536, 1600)  # bytes; the lines that a tile asks for, from its start: as in csrc/internal.h
@@ -236,7 +236,7 @@ def calling(rule):
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
     elements = [inlined.load(name) for name in ("param", "grad", *states)]
     results = [f"new_{name}" for name in ("param", *states)]
-    if isinstance(rule, own.OwnRule):
+    if isinstance(rule, own_rules.OwnRule):
         names.remove("grad_scale")
         elements[1] += " * grad_scale"
     return [f"{', '.join(results)}, = rule({', '.join(elements + names)})", *inlined.stores(rule, results)]
@@ -249,7 +249,7 @@ def jitted(rule, general):
 
 def own_kernel(rule, dtype, parallel):
     """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
-    function = own.function_of(rule, compiler(rules.select), compiler)
+    function = own_rules.function_of(rule, compiler(rules.select), compiler)
     real = numba.from_dtype(dtype)
     try:
         function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
@@ -258,11 +258,11 @@ def own_kernel(rule, dtype, parallel):
         raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
     (overload,) = function.overloads.values()
     returned = overload.signature.return_type
-    results = own.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
+    results = own_rules.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
     wrong = next((part for part in results if part != real), None)
     if wrong is not None:
         raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
-    text = module_text(own.plain(rule), dtype, parallel, calling(own.plain(rule)))
+    text = module_text(own_rules.plain(rule), dtype, parallel, calling(own_rules.plain(rule)))
     return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
 
 

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
-from .. import own, rules
+from .. import own_rules, rules
 
 REALS = (types.float32, types.float64)
 
@@ -81,9 +81,9 @@ def text(rule, general):
 
 
 def _traceable(rule, general):
-    if not isinstance(rule, own.OwnRule):
+    if not isinstance(rule, own_rules.OwnRule):
         return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
-    function = own.function_of(rule, _select)
+    function = own_rules.function_of(rule, _select)
     return lambda grad, grad_scale, **rest: function(grad=grad * grad_scale, **rest)
 
 
@@ -163,4 +163,4 @@ def device_rule(rule, general):
 
 
 def rule_name(rule):
-    return rule.name if isinstance(rule, own.OwnRule) else rule.__name__
+    return rule.name if isinstance(rule, own_rules.OwnRule) else rule.__name__

@@ -13,8 +13,9 @@ from itertools import chain
 
 import numpy as np
 
-from .. import arrays, threads
-from . import pyplan
+from .. import threads
+from ..memory import host
+from . import plan
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
@@ -39,12 +40,12 @@ def compiler():
     return kernels.kernel
 
 
-class Update(pyplan.Update):
+class Update(plan.Update):
     """By one call of a kernel, which takes the tensors one after the other, or shares them out among threads."""
 
     def __init__(self, coefficients, missed, tensors):
         super().__init__(coefficients, missed, tensors)
-        rows = [(param.size, *map(arrays.address, (param, grad, *states))) for param, grad, states in tensors]
+        rows = [(param.size, *map(host.address, (param, grad, *states))) for param, grad, states in tensors]
         self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
         _ = self.shared if parts_of(self.elements) > 1 else self.alone  # what Numba has against a rule, it says here
@@ -53,7 +54,7 @@ class Update(pyplan.Update):
 
     def take(self):
         rows = self.coefficients.rows
-        self.table[1:4] = arrays.address(rows), self.first, self.stride * rows.strides[0]
+        self.table[1:4] = host.address(rows), self.first, self.stride * rows.strides[0]
 
     @cached_property
     def alone(self):
@@ -65,7 +66,7 @@ class Update(pyplan.Update):
 
     def _kernel(self, parallel):
         made = kernel(self.coefficients.recipe, parallel)
-        return partial(made.get_overload(made.signatures[0]), arrays.address(self.table))  # without Numba's look at types
+        return partial(made.get_overload(made.signatures[0]), host.address(self.table))  # without Numba's look at types
 
     def run(self, number):
         if threads.count() == 1 or not in_parallel(self, number):
@@ -105,10 +106,10 @@ def started():
         return None, 1
 
 
-update = partial(pyplan.update, Update)
+update = partial(plan.update, Update)
 
 
-class Plan(pyplan.Plan):
+class Plan(plan.Plan):
     """Bound buffers, updated by Numba."""
 
     kind = Update

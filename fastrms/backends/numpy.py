@@ -4,8 +4,8 @@ from functools import cache, partial
 
 import numpy as np
 
-from .. import own, rules
-from . import pyplan
+from .. import own_rules, rules
+from . import plan
 
 CHUNK = 1 << 14  # elements per pass: the temporaries of a rule stay in cache
 
@@ -19,10 +19,10 @@ def compiled(rule, general):
     """A rule as a function of arrays."""
     if isinstance(rule, str):
         return rules.compile_rule(rules.RULES[rule], general, select=np.where, sqrt=np.sqrt)
-    function, states = own.function_of(rule, np.where), len(rule.states)
+    function, states = own_rules.function_of(rule, np.where), len(rule.states)
 
     def scaled(param, grad, *rest):
-        return own.checked(rule, function(param, grad * rest[states], *rest[:states], *rest[states + 1 :]))
+        return own_rules.checked(rule, function(param, grad * rest[states], *rest[:states], *rest[states + 1 :]))
 
     return scaled
 
@@ -37,7 +37,7 @@ def in_chunks(rule, param, grad, states, coefficients):
                 buffer[:] = result
 
 
-class Update(pyplan.Update):
+class Update(plan.Update):
     """By NumPy, tensor by tensor."""
 
     def take(self):
@@ -50,10 +50,10 @@ class Update(pyplan.Update):
             in_chunks(self.rule, param, grad, states, coefficients)
 
 
-update = partial(pyplan.update, Update)
+update = partial(plan.update, Update)
 
 
-class Plan(pyplan.Plan):
+class Plan(plan.Plan):
     """Bound buffers, updated by NumPy."""
 
     kind = Update

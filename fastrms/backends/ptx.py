@@ -23,7 +23,7 @@ from numba import config, cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .. import own, rules
+from .. import own_rules, rules
 from . import lowered
 
 THREADS = 256  # per block
@@ -88,7 +88,7 @@ def kernel_name(rule, general, dtype, kind):
 
 def kernel_text(rule, dtype, kind, name):
     """The Python source of a kernel; `rule` is the device function that it calls."""
-    rule = own.plain(rule)
+    rule = own_rules.plain(rule)
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
     buffers, updated = ["param", "grad", *states], ["param", *states]
     return KERNEL.format(

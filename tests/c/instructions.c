@@ -17,20 +17,20 @@ static int force(const char *isa)
 
 static void run_kernel(int rule, int itemsize, int general, int64_t size)
 {
-    fastrms_group group = {.rule = rule, .itemsize = itemsize, .general = general, .coefficients = FASTRMS_MAX_COEFFICIENTS};
-    if (fastrms_update(&group, size, 1, 1, memory[0], memory[1], memory[2], memory[3], memory[4]))
+    fastrms_recipe recipe = {.rule = rule, .itemsize = itemsize, .general = general, .coefficients = FASTRMS_MAX_COEFFICIENTS};
+    if (fastrms_update(&recipe, size, 1, 1, memory[0], memory[1], memory[2], memory[3], memory[4]))
         abort();
 }
 
 static void run_steps(int rule, int steps)
 {
-    fastrms_group group = {.rule = rule, .itemsize = 4, .coefficients = FASTRMS_MAX_COEFFICIENTS};
+    fastrms_recipe recipe = {.rule = rule, .itemsize = 4, .coefficients = FASTRMS_MAX_COEFFICIENTS};
     const void *grad = memory[1];
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_tensor tensor = {.size = TINY, .param = memory[0], .state = {memory[2]}};
-    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .group = &group, .grad = &grad, .ready = ready, .starts = starts,
-                         .grad_scale = 1, .clip_norm = -1, .groups = 1, .states = 1, .held = 1};
+    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = &recipe, .grad = &grad, .ready = ready, .starts = starts,
+                         .grad_scale = 1, .clip_norm = -1, .recipes = 1, .states = 1, .held = 1};
     for (int k = 0; k < steps; ++k)
         if (fastrms_step(&plan))
             abort();

@@ -14,7 +14,7 @@ static const int64_t SIZES[TENSORS] = {70001, 1, 0, 3, 30007};
 typedef struct {
     fastrms_plan plan;
     fastrms_tensor tensor[TENSORS];
-    fastrms_group group;
+    fastrms_recipe recipe;
     const void *grad[TENSORS];
     double ready[TENSORS * FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[TENSORS + 1];
@@ -34,10 +34,10 @@ static int rule_index(const char *name)
 static problem *make(void)
 {
     problem *p = calloc(1, sizeof *p);
-    p->group.rule = rule_index("adagrad");
-    p->group.itemsize = 4;
-    p->group.coefficients = 10;
-    p->group.value[0] = p->group.value[5] = p->group.value[6] = 1;
+    p->recipe.rule = rule_index("adagrad");
+    p->recipe.itemsize = 4;
+    p->recipe.coefficients = 10;
+    p->recipe.value[0] = p->recipe.value[5] = p->recipe.value[6] = 1;
     for (int k = 0; k < TENSORS; ++k) {
         for (int b = 0; b < 3; ++b)
             p->memory[k][b] = calloc((size_t)SIZES[k] + 1, sizeof(float));
@@ -46,8 +46,8 @@ static problem *make(void)
         p->tensor[k] = (fastrms_tensor){.size = SIZES[k], .param = p->memory[k][0], .state = {p->memory[k][2]}};
         p->grad[k] = p->memory[k][1];
     }
-    p->plan = (fastrms_plan){.tensors = TENSORS, .tensor = p->tensor, .group = &p->group, .grad = p->grad, .ready = p->ready,
-                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .groups = 1,
+    p->plan = (fastrms_plan){.tensors = TENSORS, .tensor = p->tensor, .recipe = &p->recipe, .grad = p->grad, .ready = p->ready,
+                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .recipes = 1,
                              .states = 1, .held = 1};
     return p;
 }

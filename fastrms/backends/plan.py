@@ -8,7 +8,7 @@ import weakref
 
 import numpy as np
 
-from .. import arrays
+from ..memory import host
 from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
@@ -175,7 +175,7 @@ class Plan:
         self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
         forks.add(self)
 
-    own = staticmethod(arrays.own)  # this and the next two differ in device memory
+    ours = staticmethod(host.ours)  # this and the next two differ in device memory
 
     def flat_grad(self, grad):
         """A gradient as it is held: only read, unless it is to be zeroed."""
@@ -298,7 +298,7 @@ class Plan:
         states = [state for states in self.states for state in states]
         flats = [flat for flat in (*params, *grads, *states) if flat is not None]
         try:
-            arrays.refuse_overlap([(str(k), self.own(flat)) for k, flat in enumerate(flats)])
+            host.refuse_overlap([(str(k), self.ours(flat)) for k, flat in enumerate(flats)])
         except ValueError:
             return True
         return False

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import arrays, backends, dialects, hyper, own, placement, rules, structure
-from .plan import Bound
+from . import backends, dialects, hyper, own_rules, rules
+from .gradients import Bound
+from .memory import host, placement, tree
 from .recipes import rounded
 
 OPTIONS = {
@@ -76,7 +77,7 @@ class Optimizer(Bound):
         if "rule" in vars(cls):
             if getattr(cls.recipe, "__func__", None) is not Optimizer.recipe.__func__:
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
-            cls.own_rule = own.rule_of(cls)
+            cls.own_rule = own_rules.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
         keywords = {**cls.defaults, "groups": None, "dialect": None, **OPTIONS}
         cls.__signature__ = Signature(
@@ -90,7 +91,7 @@ class Optimizer(Bound):
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         self.dialect = dialect
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
-        self._structure, leaves, group_of, overrides = structure.arrange(params, groups)
+        self._structure, leaves, group_of, overrides = tree.arrange(params, groups)
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
         module = backends.choose(backend, self.own_rule, leaves[0])
@@ -101,7 +102,7 @@ class Optimizer(Bound):
         self._refuse_equal_names()
         self._params = [self._memory.acquire(x, n, writable=True) for x, n in zip(leaves, self._names, strict=True)]
         self._memory.same_device(self._params, self._names)
-        arrays.refuse_overlap(zip(self._names, self._params, strict=True))
+        host.refuse_overlap(zip(self._names, self._params, strict=True))
         self._groups = [Group(self, k, self.resolve(dialect, {**options, **extra})) for k, extra in enumerate(overrides)]
         self._sets = sorted({(g, p.dtype) for g, p in zip(group_of, self._params, strict=True)}, key=str)
         self._set_of = [self._sets.index((g, p.dtype)) for g, p in zip(group_of, self._params, strict=True)]
@@ -150,7 +151,7 @@ class Optimizer(Bound):
         """The recipe of a subclass with its own rule; those of fastrms have their own recipes."""
         if cls.own_rule is None:
             raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
-        return own.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)
+        return own_rules.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)
 
     @staticmethod
     def initial(h, state_name):
@@ -266,7 +267,7 @@ class Optimizer(Bound):
 
     def _shaped(self, k, flat):
         """A flat state buffer as an array in the shape and memory order of its parameter."""
-        return arrays.shaped(flat, self._params[k])
+        return host.shaped(flat, self._params[k])
 
     @property
     def state(self):
@@ -444,7 +445,7 @@ class Optimizer(Bound):
                 f"{(3 + 2 * states) * dtype.itemsize} bytes moved per element"
             )
         for k, grad in enumerate(self._bound or []):
-            if grad is not None and self._memory is arrays and placement.collide(self._params[k], grad):
+            if grad is not None and self._memory is host and placement.collide(self._params[k], grad):
                 lines.append(
                     f"{self._names[k]} and {self._grad_names[k]} start at nearly the same offset modulo 4 KiB and may evict "
                     f"each other from cache: start one of them some {placement.STEP} bytes further on"

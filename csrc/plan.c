@@ -36,24 +36,24 @@ static double corrected(double value, const fastrms_correction *c, int64_t step)
 }
 
 /* the coefficients of step number `step`, rounded once to the compute dtype */
-static void coefficients_at(const fastrms_group *group, int64_t step, double grad_scale, double *ready)
+static void coefficients_at(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
 {
     double value[FASTRMS_MAX_COEFFICIENTS] = {0};
-    for (int k = 0; k < group->coefficients; ++k)
-        value[k] = group->value[k];
+    for (int k = 0; k < recipe->coefficients; ++k)
+        value[k] = recipe->value[k];
     value[0] = value[0] * grad_scale;
-    for (int k = 0; k < group->corrections; ++k) {
-        const fastrms_correction *c = &group->correction[k];
+    for (int k = 0; k < recipe->corrections; ++k) {
+        const fastrms_correction *c = &recipe->correction[k];
         value[c->coefficient] = corrected(value[c->coefficient], c, step);
     }
-    for (int k = 0; k < group->coefficients; ++k)
-        if (group->itemsize == 4)
+    for (int k = 0; k < recipe->coefficients; ++k)
+        if (recipe->itemsize == 4)
             ((float *)ready)[k] = (float)value[k];
         else
             ready[k] = value[k];
 }
 
-/* tensors of one group that have had equally many steps share one set of coefficients; starts[] counts elements */
+/* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
 static void prepare(fastrms_plan *plan, double grad_scale)
 {
     const fastrms_tensor *last = NULL;
@@ -65,14 +65,14 @@ static void prepare(fastrms_plan *plan, double grad_scale)
         plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? tensor->size : 0);
         if (!plan->grad[k])
             continue;
-        if (last && last->group == tensor->group && last->steps == tensor->steps) {
+        if (last && last->recipe == tensor->recipe && last->steps == tensor->steps) {
             tensor->ready = last->ready;
         } else {
             tensor->ready = sets++;
-            coefficients_at(&plan->group[tensor->group], tensor->steps + 1, grad_scale,
+            coefficients_at(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
                             plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
-        plan->unchanging &= plan->group[tensor->group].corrections == 0;
+        plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
     }
 }
@@ -80,18 +80,18 @@ static void prepare(fastrms_plan *plan, double grad_scale)
 static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     const fastrms_tensor *tensor = &plan->tensor[k];
-    const fastrms_group *group = &plan->group[tensor->group];
-    int64_t bytes = offset * group->itemsize;
+    const fastrms_recipe *recipe = &plan->recipe[tensor->recipe];
+    int64_t bytes = offset * recipe->itemsize;
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
-    fastrms_find(group)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
+    fastrms_find(recipe)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
                         plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    int itemsize = plan->group[plan->tensor[k].group].itemsize;
+    int itemsize = plan->recipe[plan->tensor[k].recipe].itemsize;
     memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
 }
 
@@ -136,13 +136,13 @@ static void look_range(void *context, int64_t begin, int64_t end)
     fastrms_mode mode = fastrms_enter();
     int64_t first = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
-        const fastrms_group *group = &plan->group[plan->tensor[k].group];
-        fastrms_wanted wanted = {plan->clip_norm >= 0, plan->on_nonfinite, group->value[0] * plan->grad_scale};
+        const fastrms_recipe *recipe = &plan->recipe[plan->tensor[k].recipe];
+        fastrms_wanted wanted = {plan->clip_norm >= 0, plan->on_nonfinite, recipe->value[0] * plan->grad_scale};
         int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
         for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
             int64_t start = s * FASTRMS_SEGMENT, length = size - start < FASTRMS_SEGMENT ? size - start : FASTRMS_SEGMENT;
-            const char *part = (const char *)plan->grad[k] + start * group->itemsize;
-            plan->segments[first + s] = fastrms_look(length, group->itemsize, part, wanted);
+            const char *part = (const char *)plan->grad[k] + start * recipe->itemsize;
+            plan->segments[first + s] = fastrms_look(length, recipe->itemsize, part, wanted);
         }
         first += count;
     }
@@ -306,7 +306,7 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     int64_t count = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         const fastrms_tensor *tensor = &plan->tensor[k];
-        int64_t bytes = tensor->size * plan->group[tensor->group].itemsize;
+        int64_t bytes = tensor->size * plan->recipe[tensor->recipe].itemsize;
         count = add_range(range, count, param ? param[k] : tensor->param, bytes);
         count = add_range(range, count, grad[k], bytes);
         for (int s = 0; s < plan->states; ++s)
@@ -315,14 +315,14 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     return overlap(range, count);
 }
 
-static void set_groups(fastrms_plan *plan, const fastrms_group *group)
+static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
 {
-    for (int k = 0; group && k < plan->groups; ++k)
-        plan->group[k] = group[k];
-    plan->unchanging &= !group;
+    for (int k = 0; recipe && k < plan->recipes; ++k)
+        plan->recipe[k] = recipe[k];
+    plan->unchanging &= !recipe;
 }
 
-int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_group *group,
+int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run_now, double grad_scale, double clip_norm, fastrms_found *found)
 {
     int status = acquire(plan);
@@ -332,7 +332,7 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
         return release(plan, FASTRMS_NOT_HELD);
     if (grad && would_overlap(plan, param, grad))
         return release(plan, FASTRMS_OVERLAP);
-    set_groups(plan, group);
+    set_recipes(plan, recipe);
     for (int64_t k = 0; param && k < plan->tensors; ++k)
         plan->tensor[k].param = param[k];
     for (int64_t k = 0; grad && k < plan->tensors; ++k)
@@ -365,19 +365,19 @@ int fastrms_stream_open(fastrms_plan *plan)
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
 
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_group *group,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
     if (!plan->streaming)
         return release(plan, FASTRMS_STREAMING);
-    set_groups(plan, group);
+    set_recipes(plan, recipe);
     if (param)
         plan->tensor[tensor].param = param;
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
-    fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .group = plan->group, .grad = &grad, .ready = ready,
+    fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,
                         .starts = starts, .grad_scale = grad_scale, .clip_norm = -1, .zero_grad = plan->zero_grad};
     run(&one);
     plan->steps += !plan->streamed;
@@ -387,7 +387,7 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
 }
 
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
-                 const fastrms_group *group, const int64_t *new_steps, int64_t *old_steps)
+                 const fastrms_recipe *recipe, const int64_t *new_steps, int64_t *old_steps)
 {
     int status = acquire(plan);
     if (status)
@@ -395,7 +395,7 @@ int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void 
     fastrms_enter_step();
     for (int64_t k = 0; k < count; ++k)
         memcpy(to[k], from[k], (size_t)bytes[k]);
-    set_groups(plan, group);
+    set_recipes(plan, recipe);
     for (int64_t k = 0; k <= plan->tensors; ++k) {
         int64_t *steps = k ? &plan->tensor[k - 1].steps : &plan->steps;
         if (old_steps)
@@ -409,32 +409,32 @@ int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void 
 }
 
 /* one step on raw buffers; step is the number of this update, from 1 */
-int fastrms_update(const fastrms_group *group, int64_t size, int64_t step, double grad_scale,
+int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2)
 {
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
     for (int k = 0; k < 5; ++k) {
-        if ((uintptr_t)buffer[k] % (uintptr_t)group->itemsize)
+        if ((uintptr_t)buffer[k] % (uintptr_t)recipe->itemsize)
             return FASTRMS_MISALIGNED;
-        if (!buffer[k] && size && k < 2 + fastrms_rule_states(group->rule))
+        if (!buffer[k] && size && k < 2 + fastrms_rule_states(recipe->rule))
             return FASTRMS_MISSING;
-        count = add_range(range, count, buffer[k], size * group->itemsize);
+        count = add_range(range, count, buffer[k], size * recipe->itemsize);
     }
     if (overlap(range, count))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
-    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .group = (fastrms_group *)group, .grad = &grad, .ready = ready,
+    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = (fastrms_recipe *)recipe, .grad = &grad, .ready = ready,
                          .starts = starts, .grad_scale = grad_scale, .clip_norm = -1};
     if (size)
         run(&plan);
     return FASTRMS_OK;
 }
 
-int fastrms_update_one(const fastrms_group *group, int64_t size, void *param, const void *grad, void *state)
+int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state)
 {
-    return fastrms_update(group, size, 1, 1, param, grad, state, NULL, NULL);
+    return fastrms_update(recipe, size, 1, 1, param, grad, state, NULL, NULL);
 }

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, backends, hyper
+from . import backends, hyper
+from .memory import host
+from .memory.tree import STEADY
 from .streaming import Streaming
-from .structure import STEADY
 
 ONE = 1.0
 _NEVER = object()
@@ -71,11 +72,11 @@ class Bound:
         self._plan = backend.Plan(self._params, states, self._set_of, recipes, *options)
         self._call, self._call_held, self._argument = self._plan.bound_step()
         self._by_one, self._holds = ByOne(type(self).__name__), 0
-        self._refresh = [k for k, param in enumerate(self._params) if arrays.is_torch(param.owner)]
+        self._refresh = [k for k, param in enumerate(self._params) if host.is_torch(param.owner)]
         self._indices = range(len(self._params))
         self._dtypes = [param.dtype for param in self._params]
-        plain = self._memory is arrays  # else no ndarray is taken as it is
-        self._shapes = [param.shape if plain and arrays.is_c_order(param) else None for param in self._params]
+        plain = self._memory is host  # else no ndarray is taken as it is
+        self._shapes = [param.shape if plain and host.is_c_order(param) else None for param in self._params]
         self._bound = self._bound_object = self._last = self._occupied = None
         self._note_schedules()
         self._point_to(None)
@@ -99,7 +100,7 @@ class Bound:
         return bool(self._scheduled or self._refresh or self._moving())
 
     def _moving(self):
-        return self._pointed is self._bound and any(b is not None and arrays.is_torch(b.owner) for b in self._bound)
+        return self._pointed is self._bound and any(b is not None and host.is_torch(b.owner) for b in self._bound)
 
     # grad_scale and clip_norm are for keywords; enforcing that by `*` costs 60 ns of 250 at 64 elements (CPython 3.11)
     def step(self, grads=None, grad_scale=ONE, clip_norm=None):
@@ -252,7 +253,7 @@ class Bound:
         """Refuse a gradient that shares a byte with a parameter or a state.  These are separate: the last that starts before
         the end of grad is the only one to look at."""
         if params is not None:  # of torch, and it was moved: look at all
-            arrays.refuse_overlap([*self._named_buffers(params), (self._grad_names[k], grad)])
+            host.refuse_overlap([*self._named_buffers(params), (self._grad_names[k], grad)])
             return
         if self._occupied is None:
             ranges = sorted((b.address, b.end) for _, b in self._named_buffers(self._params) if b.size)
@@ -260,7 +261,7 @@ class Bound:
         starts, ends = self._occupied
         last = bisect_left(starts, grad.end) - 1
         if grad.size and last >= 0 and ends[last] > grad.address:
-            arrays.refuse_overlap([*self._named_buffers(self._params), (self._grad_names[k], grad)])
+            host.refuse_overlap([*self._named_buffers(self._params), (self._grad_names[k], grad)])
 
     def _accept(self, grads, anew):
         """(accepted, hold): the checked gradients, None where the plan points to them already; and what is held then."""
@@ -310,7 +311,7 @@ class Bound:
         """(name, Buffer) of all parameters and states."""
         named = list(zip(self._names, params, strict=True))
         for k, tensor in enumerate(self._state):
-            named += [(f"{name} of {self._names[k]}", self._memory.own(flat)) for name, flat in tensor.items()]
+            named += [(f"{name} of {self._names[k]}", self._memory.ours(flat)) for name, flat in tensor.items()]
         return named
 
     def _explain_overlap(self, params, grads):
@@ -318,7 +319,7 @@ class Bound:
         for k, grad in enumerate(grads):
             if grad is not None:
                 named.append((self._grad_names[k], self._acquire_grad(k, getattr(grad, "owner", grad))))
-        arrays.refuse_overlap(named)
+        host.refuse_overlap(named)
         raise AssertionError("the backend saw an overlap that is not there")
 
     def _moved_params(self, which):

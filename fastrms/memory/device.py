@@ -1,6 +1,6 @@
 """The way in for device memory: a CuPy, torch, Numba or other CUDA array -> where its numbers lie; and state arrays of ours.
 
-The counterpart of arrays.py, with the same names.  Refuses with a sentence, never copies, never synchronises.
+The counterpart of host.py, with the same names.  Refuses with a sentence, never copies, never synchronises.
 CUDA is imported at the first array.
 """
 
@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import arrays
+from . import host
 
 LEGACY_STREAM = 1  # the handle of the default stream
 _ON_DEVICE = (2, 13)  # DLPack: CUDA, CUDA managed
 
 
 class DeviceBuffer:
-    """A dense array in device memory: what arrays.Buffer is for the host."""
+    """A dense array in device memory: what host.Buffer is for the host."""
 
     def __init__(self, owner, address, shape, strides, dtype, device, stream=None):
         self.owner, self.address, self.shape, self.strides, self.dtype = owner, address, shape, strides, dtype
@@ -57,11 +57,11 @@ class DeviceArray(DeviceBuffer):
 
 def is_device_array(x):
     """Whether x lies in device memory, without importing anything."""
-    if isinstance(x, (np.ndarray, *arrays._NOT_ARRAYS)):
+    if isinstance(x, (np.ndarray, *host._NOT_ARRAYS)):
         return False
-    if arrays.is_torch(x):
+    if host.is_torch(x):
         return x.is_cuda
-    return hasattr(x, "__cuda_array_interface__") or arrays._dlpack_device(x, "this") in _ON_DEVICE
+    return hasattr(x, "__cuda_array_interface__") or host._dlpack_device(x, "this") in _ON_DEVICE
 
 
 def acquire(x, name, *, writable):
@@ -72,8 +72,8 @@ def acquire(x, name, *, writable):
     if not is_device_array(x):
         raise TypeError(f"{name} ({type(x).__name__}) is in host memory; backend='cuda' updates device memory: pass "
                         f"cupy.asarray({name}) or a torch tensor on 'cuda', or use backend='c'")  # fmt: skip
-    view = _view(x.detach() if arrays.is_torch(x) else x, name)
-    if view.dtype not in arrays.DTYPES:
+    view = _view(x.detach() if host.is_torch(x) else x, name)
+    if view.dtype not in host.DTYPES:
         raise TypeError(f"{name} has dtype {view.dtype}; fastrms updates float32 and float64")
     if view.ptr % view.dtype.itemsize:
         raise ValueError(f"{name} starts at address {view.ptr:#x}, which is not aligned to {view.dtype.itemsize} bytes")
@@ -112,7 +112,7 @@ def _dense_strides(view, name):
 
 def _stream_of(x, name):
     """The stream that x names in its __cuda_array_interface__: it is ready there."""
-    stream = getattr(x, "__cuda_array_interface__", {}).get("stream") if not arrays.is_torch(x) else None
+    stream = getattr(x, "__cuda_array_interface__", {}).get("stream") if not host.is_torch(x) else None
     if stream == 0:
         raise ValueError(f"{name} names the stream 0, which __cuda_array_interface__ forbids as ambiguous")
     return stream
@@ -122,7 +122,7 @@ def same_layout(buffer, name, reference, reference_name):
     """Refuse unless buffer has the device, dtype, shape and strides of reference."""
     if buffer.device != reference.device:
         raise ValueError(f"{name} is on device {buffer.device}, {reference_name} is on device {reference.device}")
-    arrays.same_layout(buffer, name, reference, reference_name)
+    host.same_layout(buffer, name, reference, reference_name)
 
 
 def same_device(buffers, names):
@@ -133,7 +133,7 @@ def same_device(buffers, names):
                              f"optimizer per device")  # fmt: skip
 
 
-def own(array):
+def ours(array):
     return array
 
 
@@ -209,7 +209,7 @@ def checked(answer, what):
 def stream_source(buffer):
     """A function that gives the handle of the stream to launch on: that on which the array's library works at the time
     (torch, CuPy), else the one that the array names, else the default one."""
-    if arrays.is_torch(buffer.owner):
+    if host.is_torch(buffer.owner):
         torch = sys.modules["torch"]
         return lambda: torch.cuda.current_stream(buffer.device).cuda_stream or LEGACY_STREAM
     if _is_cupy(buffer.owner):
@@ -225,4 +225,4 @@ def _is_cupy(x):
 
 def named_stream(buffer):
     """The stream on which an array says that it is ready, where its library has no current stream."""
-    return None if arrays.is_torch(buffer.owner) or _is_cupy(buffer.owner) else buffer.stream
+    return None if host.is_torch(buffer.owner) or _is_cupy(buffer.owner) else buffer.stream

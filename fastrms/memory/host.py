@@ -177,7 +177,7 @@ def refuse_overlap(buffers):
             raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
 
 
-def own(array):
+def ours(array):
     """Buffer of an array of ours, which needs no check."""
     return Buffer(array, array, address(array), array.shape, _element_strides(array))
 
@@ -215,4 +215,4 @@ def on_host(flat):
 
 def place_beside(param, others):
     """A new uninitialised flat array like a Buffer, well away from it and from others that run beside it."""
-    return placement.place(param.size, param.dtype, [param.address, *(own(flat).address for flat in others)])
+    return placement.place(param.size, param.dtype, [param.address, *(ours(flat).address for flat in others)])

@@ -7,7 +7,7 @@ from operator import index
 
 import numpy as np
 
-from . import arrays, placement
+from . import host, placement
 
 
 class Views(Mapping):
@@ -55,11 +55,11 @@ class FlatBuffer:
 
     def __init__(self, shapes, dtype=np.float32):
         shapes = {name: _shape(f"shapes[{name!r}]", shape) for name, shape in _named(shapes, "shapes").items()}
-        if np.dtype(dtype) not in arrays.DTYPES:
+        if np.dtype(dtype) not in host.DTYPES:
             raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64")
         size = sum(map(math.prod, shapes.values()))
         data = placement.place(size, np.dtype(dtype), [])
-        grad = placement.place(size, data.dtype, [arrays.own(data).address])
+        grad = placement.place(size, data.dtype, [host.ours(data).address])
         for flat in (data, grad):
             flat.fill(0)
         vars(self).update(data=data, grad=grad, params=Views(data, shapes), grads=Views(grad, shapes))
@@ -68,10 +68,10 @@ class FlatBuffer:
     def like(cls, params):
         """A FlatBuffer with copies of these arrays, and gradients of 0.  params: a mapping name -> array, or a sequence;
         NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or all float64."""
-        given = {name: arrays.as_array(x, f"params[{name!r}]") for name, x in _named(params, "params").items()}
+        given = {name: host.as_array(x, f"params[{name!r}]") for name, x in _named(params, "params").items()}
         first, dtype = next((name, x.dtype) for name, x in given.items())
         for name, x in given.items():
-            if x.dtype not in arrays.DTYPES:
+            if x.dtype not in host.DTYPES:
                 raise TypeError(f"params[{name!r}] has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
             if x.dtype != dtype:
                 raise TypeError(f"params[{name!r}] has dtype {x.dtype}, params[{first!r}] has {dtype}; a FlatBuffer has one")
