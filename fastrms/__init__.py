@@ -4,9 +4,8 @@ from . import rules
 from .backends import available_backends
 from .config import get_include, isa, show_config
 from .functional import adagrad, adam, init_state, rmsprop, rprop
-from .gradients import StepInfo
 from .memory.flat import FlatBuffer
-from .optimizer import Optimizer
+from .optimizer import Optimizer, StepInfo
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
 from .threads import get_num_threads, set_num_threads
 

@@ -6,13 +6,12 @@ Exponential, Cosine and Plateau are stored in state_dict() and save(), counters 
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import hyper
 from .memory import host, tree
-from .optimizer import Optimizer
 
 
 def _factor(name, value):
@@ -234,7 +233,7 @@ class EarlyStopping:
         self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
         if not self._leaves:
             raise ValueError("params is empty: there is nothing to keep")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
         self._optimizer = optimizer
         self.best, self.bad = None, 0
@@ -301,80 +300,4 @@ class EarlyStopping:
         return flats
 
 
-# in a state_dict
-
-KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}
-
-
-def _is_ours(rate):
-    return KINDS.get(type(rate).__name__) is type(rate)
-
-
-def described(groups):
-    """The hyper-parameters of groups as plain values.  A schedule of ours becomes its fields, its class and the number of
-    its object, as groups may share one; any other callable is left out."""
-    numbers, plain = {}, []
-    for group in groups:
-        rate, values = group["lr"], dict(group)
-        if _is_ours(rate):
-            number = numbers.setdefault(id(rate), len(numbers))
-            values["lr"] = {"schedule": type(rate).__name__, "object": number, **asdict(rate)}
-        elif callable(rate):
-            del values["lr"]
-        plain.append(values)
-    return plain
-
-
-def revived(plain, rates):
-    """(groups, plateaus) of what described() gave, for an optimizer whose groups have these rates now.
-
-    groups: the plain values with a schedule in place of its description, and without lr where the present one stays.
-    plateaus: (present, saved) Plateaus, of which the first shall take over the second.  ValueError, TypeError, KeyError.
-    """
-    groups, pairs = _with_schedules(plain), {}
-    for values, rate in zip(groups, rates, strict=True):
-        if callable(rate) and not (_is_ours(rate) and _is_ours(values.get("lr"))):
-            values.pop("lr", None)
-        elif type(rate) is Plateau:
-            pairs[id(rate), id(values["lr"])] = rate, values["lr"]
-    _refuse_lost(pairs)
-    stays = {id(saved): rate for rate, saved in pairs.values()}
-    for values in groups:
-        if "lr" in values:
-            values["lr"] = stays.get(id(values["lr"]), values["lr"])
-    return groups, list(pairs.values())
-
-
-def _with_schedules(plain):
-    made, groups = {}, []
-    for saved in plain:
-        values = {**saved}
-        told = values.get("lr")
-        if isinstance(told, dict):
-            if told["object"] not in made:
-                made[told["object"]] = _revive(told)
-            values["lr"] = made[told["object"]]
-        elif "lr" in values:
-            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
-        groups.append(values)
-    return groups
-
-
-def _revive(told):
-    """The schedule with the fields and counters that described() wrote."""
-    kind = KINDS[told["schedule"]]
-    values = {name: value for name, value in told.items() if name not in ("schedule", "object")}
-    counters = {f.name: values.pop(f.name) for f in fields(kind) if not f.init}
-    schedule = kind(**values)
-    if kind is Plateau:
-        schedule.count(**counters)
-    return schedule
-
-
-def _refuse_lost(pairs):
-    """A Plateau that somebody feeds must neither be replaced nor come to stand for other groups than it did."""
-    for _, saved in pairs.values():
-        if type(saved) is not Plateau:
-            raise ValueError(f"lr is a Plateau here, the saved one is a {type(saved).__name__}; set lr to a number first")
-    if any(len({key[k] for key in pairs}) < len(pairs) for k in (0, 1)):
-        raise ValueError("the groups that share a Plateau here are not those that shared one when it was saved")
+KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold

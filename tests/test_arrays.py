@@ -387,7 +387,7 @@ def test_two_threads_on_one_optimizer(backend):
         thread.start()
     for thread in threads:
         thread.join()
-    assert optimizer.steps == len(made) == optimizer._plan.tensor_steps[0]
+    assert optimizer.steps == len(made) == optimizer.tensor_steps[0]
     assert refused and all("another thread" in sentence for sentence in refused)
 
 

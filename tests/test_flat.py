@@ -27,6 +27,11 @@ def values(seed, dtype=np.float32, shapes=SHAPES):
     }
 
 
+def without_nan(arrays):
+    """The same without NaN, and without the largest numbers: no state of theirs is NaN, which load_state_dict() refuses."""
+    return {name: np.where(np.abs(array) < 1e15, array, 1).astype(array.dtype) for name, array in arrays.items()}
+
+
 def copies(arrays):
     return {name: array.copy() for name, array in arrays.items()}
 
@@ -149,8 +154,9 @@ def test_twins_and_states_lie_apart(dtype, make, groups):
     flat = fastrms.FlatBuffer({"a": size, "b": (size, 2), "c": size}, dtype)
     optimizer = make(flat, groups=groups)
     assert address(flat.data) % placement.LINE == address(flat.grad) % placement.LINE == 0
-    for param, grad, state in zip(optimizer._params, optimizer._structure.twins(), optimizer._state, strict=True):
-        starts = [param.address, address(grad), *map(address, state.values())]
+    tensors = optimizer._tensors
+    for tensor, grad in zip(tensors, tensors.structure.twins(), strict=True):
+        starts = [tensor.param.address, address(grad), *map(address, tensor.state.values())]
         assert all(placement.distance(a, b) >= placement.NEAR for k, a in enumerate(starts) for b in starts[:k])
     optimizer.bind(flat.grads)
     assert "same offset" not in optimizer.report()
@@ -236,7 +242,7 @@ def test_every_way_to_pass_the_gradient(backend):
                 optimizer.step() if way.startswith("bind") else optimizer.step(given)
             assert same(dict(flat.params), want), way
             assert optimizer._same_grads[0] is given  # the fast path from the third step on
-        assert len(optimizer._params) == (1 if groups is None else 5)
+        assert len(optimizer._tensors) == (1 if groups is None else 5)
 
 
 @pytest.mark.parametrize("groups", [None, NO_DECAY])
@@ -251,7 +257,7 @@ def test_one_call_for_all(backend, groups):
     optimizer.step()
     optimizer.step(flat.grads)
     assert len(calls) == 2 and optimizer.steps == 2
-    assert optimizer._plan.tensor_steps == [2] * (1 if groups is None else 5)
+    assert optimizer.tensor_steps == [2] * (1 if groups is None else 5)
 
 
 def test_a_mapping_of_views_is_held_as_well(backend):
@@ -300,13 +306,13 @@ def test_gradients_that_do_not_fit(backend):
 
 
 def test_flat_buffers_in_a_list_of_groups(backend):
-    params, grads = values(0), values(1)
+    params, grads = without_nan(values(0)), without_nan(values(1))
     flat, alone, other = filled(params, grads), filled(params, grads), np.ones(3)
     optimizer = fastrms.Adam([{"params": flat, "lr": 0.1}, {"params": other}], backend=backend)
     optimizer.step([flat.grads, other * 2])
     optimizer.step([None, other * 2])
     fastrms.Adam(alone, lr=0.1, backend=backend).step(alone.grad)
-    assert same(dict(flat.params), dict(alone.params)) and optimizer._plan.tensor_steps == [1, 2]
+    assert same(dict(flat.params), dict(alone.params)) and optimizer.tensor_steps == [1, 2]
     assert optimizer.state["exp_avg"][0]["w1"].shape == (7, 3) and optimizer.state["exp_avg"][1].shape == (3,)
     saved = optimizer.state_dict()
     assert saved["tensors"][0]["name"] == "params[0]['w1']" and saved["tensors"][-1]["name"] == "params[1]"
@@ -316,7 +322,7 @@ def test_flat_buffers_in_a_list_of_groups(backend):
 @pytest.mark.parametrize("groups", [None, NO_DECAY, {"w*": {"momentum": 0.9}}])
 def test_state_and_resume(backend, groups):
     """state has the shapes of the parameters; state_dict is that of a mapping of the same arrays, and resumes bit by bit."""
-    params, grads = values(0), values(1)
+    params, grads = without_nan(values(0)), without_nan(values(1))
 
     def made(p):
         return fastrms.RMSProp(p, groups=groups, weight_decay=0.1, backend=backend)
@@ -348,7 +354,7 @@ def test_state_and_resume(backend, groups):
 
 
 def test_state_dicts_that_do_not_fit(backend):
-    params, grads = values(0), values(1)
+    params, grads = without_nan(values(0)), without_nan(values(1))
     flat = filled(params, grads)
     optimizer = fastrms.RMSProp(flat, groups=NO_DECAY, backend=backend)
     optimizer.step(flat.grads)

@@ -68,7 +68,7 @@ def test_data_that_no_longer_fits_is_refused(torch, backend, how):
     optimizer.bind([grad])
     optimizer.step()
     if how == "dtype":
-        param = optimizer._params[0].owner
+        param = optimizer._tensors[0].param.owner
         param.requires_grad_(False)
     param.data = grad if how == "gradient" else data()
     before = grad.clone()
@@ -113,7 +113,7 @@ def test_empty_tensors_count_their_steps(torch, backend):
     empty = torch.nn.Parameter(torch.ones(0, 3))
     optimizer = fastrms.Adam([empty], backend=backend)
     optimizer.step([torch.ones(0, 3)])
-    assert optimizer._plan.tensor_steps == [1]
+    assert optimizer.tensor_steps == [1]
 
 
 def test_jax_arrays_are_gradients_but_not_parameters(backend):

@@ -90,7 +90,7 @@ def trained(make, backend, steps=30, **options):
         if step % 4 == 1:
             grads[1][0] = None
         norms.append(optimizer.step(grads, grad_scale=0.25, clip_norm=3.0).grad_norm)
-    assert optimizer._plan.tensor_steps == [30, 22, 30]
+    assert optimizer.tensor_steps == [30, 22, 30]
     states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
     return [bits(x) for x in [*params.values(), *states, np.array(norms)]]
 
