@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, dialects, hyper, own_rules, rules
+from . import backends, dialects, graph_breaks, hyper, own_rules, rules
 from . import state as states
 from .gradients import Gradients
 from .memory import device, host, placement, tree
@@ -177,6 +177,7 @@ class Optimizer:
         if positional:
             raise TypeError(f"hyper-parameters are given by name, {positional[0]!r} was not: write "
                             f"{type(self).__name__}(params, lr={positional[0]!r})")  # fmt: skip
+        graph_breaks.tell_torch()
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
         if not leaves:
@@ -820,3 +821,6 @@ class Optimizer:
                     f"each other from cache: start one of them some {placement.STEP} bytes further on"
                 )
         return "\n".join(lines)
+
+
+graph_breaks.at(Group, Optimizer, Streaming)
