@@ -269,6 +269,7 @@ class EarlyStopping:
         if self._optimizer is not None:
             groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
             self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
+        host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
             np.copyto(buffer.flat, kept)
         self.bad = 0

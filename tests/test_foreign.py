@@ -1,11 +1,15 @@
 """Arrays of other libraries.  torch CPU tensors and Parameters: the same memory, read anew at every step, refused where
 it is not what it was.  JAX arrays: read-only."""
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import bits
 
 import fastrms
+from fastrms.memory import device, host
+from fastrms.schedules import EarlyStopping
 
 pytestmark = pytest.mark.peers
 
@@ -133,3 +137,74 @@ def test_jax_arrays_are_gradients_but_not_parameters(backend):
     with pytest.raises(TypeError, match=r"grads.*bfloat16"):
         optimizer.step(grads.astype(jax.numpy.bfloat16))
     assert optimizer.steps == 2
+
+
+# the owner learns of a write
+
+TENSORS = {
+    "plain": lambda torch: torch.tensor([1.0, -0.0, float("nan"), 5e-324]),
+    "parameter": lambda torch: torch.nn.Parameter(torch.ones(3, 5)),
+    "double": lambda torch: torch.ones(7, dtype=torch.float64),
+    "0-d": lambda torch: torch.tensor(-0.0),
+    "empty": lambda torch: torch.ones(0, 3),
+    "transposed": lambda torch: torch.ones(3, 5).t(),
+    "view": lambda torch: torch.ones(8)[2:5],
+    "with a history": lambda torch: torch.nn.Parameter(torch.ones(3)) * 2,
+}
+
+
+def without_increment(torch, monkeypatch):
+    monkeypatch.delattr(torch.autograd.graph, "increment_version")
+
+
+def with_increment_of_one(torch, monkeypatch):
+    """torch 2.1 to 2.4 took a single tensor."""
+
+    def increment_version(tensor):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError("increment_version(): argument 'tensor' must be Tensor, not list")
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", increment_version)
+
+
+@pytest.mark.parametrize("age", [None, without_increment, with_increment_of_one])
+@pytest.mark.parametrize("memory", [host, device])
+def test_torch_counts_a_write(torch, monkeypatch, memory, age):
+    if age is not None:
+        age(torch, monkeypatch)
+    tensors = {name: make(torch) for name, make in TENSORS.items()}
+    buffers = [host.acquire(x, name, writable=True) for name, x in tensors.items()]
+    others = [host.acquire(np.ones(3), "other", writable=True), np.ones(3), None]
+    before = {name: (x._version, bits(x.detach().numpy())) for name, x in tensors.items()}
+    memory.wrote([*others, *buffers])
+    for name, x in tensors.items():
+        assert x._version > before[name][0] and np.array_equal(bits(x.detach().numpy()), before[name][1]), name
+    memory.wrote(iter(others))
+
+
+def test_inference_tensors_have_no_count(torch):
+    with torch.inference_mode():
+        tensors = [torch.ones(3), torch.ones(3)]
+    counted = torch.ones(3)
+    host.wrote([host.acquire(x, "x", writable=True) for x in (*tensors, counted)])
+    assert counted._version > 0
+    stopping = EarlyStopping(tensors)
+    stopping.restore()
+
+
+def test_without_torch_a_write_costs_nothing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    host.wrote(None)  # not even looked at
+
+
+def test_a_restored_parameter_counts_as_changed(torch):
+    """A backward pass through the parameters as they were before raises, as it does after torch's own writes."""
+    param, x = torch.nn.Parameter(torch.full((1,), 2.0)), torch.full((1,), 3.0, requires_grad=True)
+    stopping = EarlyStopping([param])
+    with torch.no_grad():
+        param += 5
+    loss = (param * x).sum()
+    stopping.restore()
+    assert param.item() == 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

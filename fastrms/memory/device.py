@@ -133,16 +133,21 @@ def same_device(buffers, names):
                              f"optimizer per device")  # fmt: skip
 
 
+wrote = host.wrote  # torch counts the writes to its tensors on either side; CuPy and Numba count none
+
+
 def ours(array):
+    """The Buffer of an array that fastrms allocated itself: a DeviceArray is its own."""
     return array
 
 
 def on_host(array):
+    """A flat array of ours as a NumPy array in host memory: a copy of its numbers."""
     return array.to_host()
 
 
 def place_beside(param, others):
-    """A new uninitialised DeviceArray like a Buffer."""
+    """A new uninitialised flat DeviceArray like a Buffer; where it lies beside the others makes no difference on a GPU."""
     return place(param.size, param.dtype, param.device)
 
 

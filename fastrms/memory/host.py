@@ -178,7 +178,7 @@ def refuse_overlap(buffers):
 
 
 def ours(array):
-    """Buffer of an array of ours, which needs no check."""
+    """The Buffer of an array that fastrms allocated itself, which needs no check."""
     return Buffer(array, array, address(array), array.shape, _element_strides(array))
 
 
@@ -205,11 +205,36 @@ def again(buffer, name):
     return acquire(buffer.owner, name, writable=True)
 
 
+def wrote(buffers):
+    """Tell the owners of these Buffers that their memory was written.
+
+    A torch tensor counts the writes to it.  A backward pass that saved the tensor compares the count, and raises where it
+    would otherwise compute gradients from numbers that are no longer there.  Other owners count nothing.
+    None and plain arrays may stand among the buffers, as they do among gradients.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    owners = [getattr(buffer, "owner", None) for buffer in buffers]
+    written = [x for x in owners if isinstance(x, torch.Tensor) and not x.is_inference()]  # an inference tensor has no count
+    if written:
+        _raise_versions(torch, written)
+
+
+def _raise_versions(torch, tensors):
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except (AttributeError, TypeError):  # before torch 2.5: writing nothing in place counts as a write, too
+        for tensor in tensors:
+            tensor.detach().as_strided((0,), (1,)).zero_()
+
+
 def same_device(buffers, names):
-    """There is one host."""
+    """Refuse unless all Buffers are on one device.  The memory of the host is one device, so there is nothing to refuse."""
 
 
 def on_host(flat):
+    """A flat array of ours as a NumPy array in host memory, which it is here."""
     return flat
 
 
