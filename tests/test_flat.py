@@ -160,7 +160,7 @@ EQUAL = [
     (0.5, np.float32(0.5), Fraction(1, 2), Decimal("0.5")),
     (("w", 1), (np.str_("w"), np.int32(1)), (Name.W, Number.ONE)),
     (("w",), (np.str_("w"),)),
-    (frozenset({"a", "b", "c"}), frozenset({np.str_("c"), "b", "a"})),
+    (frozenset([0, 8, np.int64(16)]), frozenset([16, 8, 0])),  # which come in the order in which they were put in
 ]
 UNEQUAL = ["w", "1", 1, b"w", ("w",), ("w", 1), 0.5, 2**200, float("inf"), 1e300, frozenset({"w"}), None, "('w',)"]
 
