@@ -35,6 +35,28 @@ def _check(owner, **checks):
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
 
+def _closed(counters=""):
+    """Class decorator: setting an attribute raises AttributeError and says what to do, as nothing would use
+    the value.  counters: what is said of the attributes that the object changes itself.  A subclass may have others."""
+
+    def close(cls):
+        names = tuple(cls.__annotations__)
+
+        def __setattr__(self, name, value):
+            if type(self) is not cls and name not in names:
+                return object.__setattr__(self, name, value)
+            fault = f"{name} of a {cls.__name__} is fixed"
+            if name not in names:
+                fault = f"a {cls.__name__} has no attribute {name!r} (it has {', '.join(names)}), and they are fixed"
+            raise AttributeError(f"{fault}: make a new {cls.__name__}{counters}")
+
+        cls.__setattr__ = __setattr__
+        return cls
+
+    return close
+
+
+@_closed()
 @dataclass(frozen=True)
 class Step:
     """lr * factor**(step // every)      (PyTorch's StepLR, counted in steps, not epochs)
@@ -53,6 +75,7 @@ class Step:
         return self.lr * self.factor ** (step // self.every)
 
 
+@_closed()
 @dataclass(frozen=True)
 class Exponential:
     """lr * factor**(step/every), the exponent rounded down if staircase      (Keras' ExponentialDecay; every=1:
@@ -73,6 +96,7 @@ class Exponential:
         return self.lr * self.factor ** (step // self.every if self.staircase else step / self.every)
 
 
+@_closed()
 @dataclass(frozen=True)
 class Cosine:
     """From start up to lr in `warmup` steps, then down to end at step number `steps`, where it stays.
@@ -131,7 +155,8 @@ def _metric(value):
 _MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
-@dataclass(eq=False)
+@_closed("; its counters are set by count(rate, best, bad, cooling)")
+@dataclass(frozen=True, eq=False)
 class Plateau:
     """The rate falls by `factor` when the metric given to update() has stopped improving.
 
@@ -168,7 +193,7 @@ class Plateau:
                min_change=hyper.non_negative, counting=hyper.choice("torch", "keras"))  # fmt: skip
         if self.factor == 1:
             raise ValueError("factor=1.0 would reduce nothing; it must be below 1")
-        self.rate = self.lr
+        vars(self).update(rate=self.lr, best=None, bad=0, cooling=0)
 
     @classmethod
     def keras(cls, lr, factor=0.1, patience=10, **options):
@@ -181,30 +206,31 @@ class Plateau:
     def count(self, rate, best, bad, cooling):
         """Set the counters, as they once were."""
         best = None if best is None else hyper.number("best", best)
-        counters = hyper.non_negative("rate", rate), best, _count("bad", bad), _count("cooling", cooling)
-        self.rate, self.best, self.bad, self.cooling = counters
+        rate, bad, cooling = hyper.non_negative("rate", rate), _count("bad", bad), _count("cooling", cooling)
+        vars(self).update(rate=rate, best=best, bad=bad, cooling=cooling)
 
     def update(self, metric):
         """Count one metric, a number (usually the loss of an epoch).  Returns whether the rate was reduced."""
         metric = _metric(metric)
         improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
-        if improved:
-            self.best = metric
         counted = self.cooling <= (self.counting == "keras")
-        self.bad = self.bad + 1 if counted and not improved else 0
-        self.cooling = max(self.cooling - 1, 0)
+        vars(self).update(
+            best=metric if improved else self.best,
+            bad=self.bad + 1 if counted and not improved else 0,
+            cooling=max(self.cooling - 1, 0),
+        )
         if self.bad < (max(self.patience, 1) if self.counting == "keras" else self.patience + 1):
             return False
         return self._reduce()
 
     def _reduce(self):
         before, reduced = self.rate, max(self.rate * self.factor, self.min_lr)
-        self.bad, self.cooling = 0, self.cooldown
-        if before - reduced > self.min_change:
-            self.rate = reduced
-        return self.rate < before
+        rate = reduced if before - reduced > self.min_change else before
+        vars(self).update(rate=rate, bad=0, cooling=self.cooldown)
+        return rate < before
 
 
+@_closed("; best and bad are set by update() and load_state_dict()")
 class EarlyStopping:
     """Says when to stop, and keeps the parameters (with optimizer=: and its state) of the best metric.
 
@@ -226,17 +252,27 @@ class EarlyStopping:
     Attributes: best (metric, None at first), bad (updates since).  TypeError, ValueError for wrong arguments.
     """
 
+    patience: int
+    threshold: float
+    threshold_mode: str
+    mode: str
+    best: float | None
+    bad: int
+
     def __init__(self, params, patience=10, threshold=0.0, threshold_mode="abs", mode="min", optimizer=None):
-        self.patience, self.threshold = _count("patience", patience), hyper.non_negative("threshold", threshold)
-        self.threshold_mode, self.mode = _THRESHOLD_MODE("threshold_mode", threshold_mode), _MODE("mode", mode)
+        vars(self).update(
+            patience=_count("patience", patience),
+            threshold=hyper.non_negative("threshold", threshold),
+            threshold_mode=_THRESHOLD_MODE("threshold_mode", threshold_mode),
+            mode=_MODE("mode", mode),
+        )
         arranged = tree.arrange(params, None)
-        self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
-        if not self._leaves:
+        names, leaves = arranged.structure.names("params"), arranged.leaves
+        if not leaves:
             raise ValueError("params is empty: there is nothing to keep")
         if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
-        self._optimizer = optimizer
-        self.best, self.bad = None, 0
+        vars(self).update(best=None, bad=0, _names=names, _leaves=leaves, _optimizer=optimizer)
         self._keep()
 
     def _buffers(self):
@@ -246,16 +282,16 @@ class EarlyStopping:
 
     def _keep(self):
         state = None if self._optimizer is None else self._optimizer.state_dict()
-        self._kept, self._kept_state = [buffer.flat.copy() for buffer in self._buffers()], state
+        vars(self).update(_kept=[buffer.flat.copy() for buffer in self._buffers()], _kept_state=state)
 
     def update(self, metric):
         """Count one metric, a number, and copy the parameters if it is the best.  Returns whether to stop."""
         metric = _metric(metric)
         if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
             self._keep()
-            self.best, self.bad = metric, 0
+            vars(self).update(best=metric, bad=0)
         else:
-            self.bad += 1
+            vars(self).update(bad=self.bad + 1)
         return self.bad >= max(self.patience, 1)
 
     def restore(self):
@@ -268,9 +304,10 @@ class EarlyStopping:
         if self._optimizer is not None:
             groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
             self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
+        host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
             np.copyto(buffer.flat, kept)
-        self.bad = 0
+        vars(self).update(bad=0)
 
     def state_dict(self):
         """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
@@ -291,7 +328,7 @@ class EarlyStopping:
             raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
-        self._kept, self._kept_state, self.best, self.bad = self._taken(arrays_of), state, best, bad
+        vars(self).update(_kept=self._taken(arrays_of), _kept_state=state, best=best, bad=bad)
 
     def _taken(self, values):
         flats = [np.empty(value.size, value.dtype) for value in values]
