@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import dialects, hyper
+from .memory.flat import ReadOnlyDict
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
 NOT_NEGATIVE = ("square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq", "step_size")  # second moments, and RProp's steps
@@ -14,10 +15,10 @@ NOT_NEGATIVE = ("square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq", "step_size"
 def mapping(tensors):
     """Mapping: state name -> the state arrays in the structure of params, None where a tensor has no such state."""
     names = dict.fromkeys(name for tensor in tensors for name in tensor.state)
-    return {
+    return ReadOnlyDict({
         name: tensors.structure.build([t.shaped(t.state[name]) if name in t.state else None for t in tensors])
         for name in names
-    }
+    })  # fmt: skip
 
 
 def saved(tensors, copies, counts):

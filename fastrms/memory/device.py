@@ -232,7 +232,3 @@ def _is_cupy(x):
 def named_stream(buffer):
     """The stream on which an array says that it is ready, where its library has no current stream."""
     return None if host.is_torch(buffer.owner) or _is_cupy(buffer.owner) else buffer.stream
-
-
-def wrote(buffers):
-    pass
