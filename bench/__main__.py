@@ -21,7 +21,7 @@ from . import first_step, machine, peers, timing
 from .check import WrongContender, check
 from .contenders import contenders
 from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
-from .report import README
+from .report import PAGE
 from .results import Results
 
 QUICK_SIZES = [2**k for k in range(6, 25, 2)]
@@ -42,7 +42,7 @@ def parse(arguments):
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--peers", action="store_true", help="torch, Optax, DeepSpeed, ...: those that are installed")
     parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
-    parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README}")
+    parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite the table in {PAGE}")
     options = parser.parse_args(arguments)
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES)
     options.rules = options.rules or (QUICK_RULES if options.quick else RULES)
@@ -135,8 +135,8 @@ def main(arguments=None):
     rivals, reasons = gather_peers(options)
     facts = machine.describe() | ({"peers": peers.versions()} if rivals else {})
     try:
-        if options.readme:
-            report.check_readme(README, "bench")
+        if options.docs:
+            report.check_page(PAGE, "bench")
         console.print(report.header(facts))
         clocks = [timing.clock()]
         compiling = first_step.sentence()
@@ -167,9 +167,9 @@ def write(options, results, facts, clocks, command):
     if options.json:
         report.write_json(options.json, results, facts, clocks, command)
         written.append(options.json)
-    if options.readme:
-        report.write_readme(README, "bench", report.markdown(results, facts, clocks, command))
-        written.append(str(README))
+    if options.docs:
+        report.write_page(PAGE, "bench", report.markdown(results, facts, clocks, command))
+        written.append(str(PAGE))
     return written
 
 

@@ -1,4 +1,4 @@
-"""What the numbers were measured on and with: for the output, the JSON file, the picture and the README."""
+"""What the numbers were measured on and with: for the output, the JSON file, the picture and docs/performance.md."""
 
 import os
 import platform

@@ -29,16 +29,17 @@ needs_c = pytest.mark.skipif("c" not in BACKENDS, reason="the ceilings are C loo
 
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
-    """The command in an empty folder with a README; restores the number of threads."""
+    """The command in an empty folder with the page of its tables; restores the number of threads."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/performance.md").write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     threads = fastrms.get_num_threads()
     yield tmp_path
     fastrms.set_num_threads(threads)
 
 
 def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):
-    command.main(["--quick", "--sizes", "64,1003", "--rules", "rmsprop,rprop", "--json", "out.json", "--readme"])
+    command.main(["--quick", "--sizes", "64,1003", "--rules", "rmsprop,rprop", "--json", "out.json", "--docs"])
     out = capsys.readouterr().out
     titles = ("ns per element", "GB/s", "times naive", "times in-place", "placement:", "empty Python call")
     for words in (NAIVE, IN_PLACE, *PLACEMENTS, *titles, *(CEILINGS if "c" in BACKENDS else ())):
@@ -47,9 +48,10 @@ def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):
     for what in ("time", "bandwidth", "speedup"):
         assert (small_run / f"fastrms-bench-{what}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (small_run / f"fastrms-bench-{what}.svg").read_text()
-    readme = (small_run / "README.md").read_text()
-    assert readme.startswith("before") and readme.endswith("after\n") and "old" not in readme
-    assert re.search(r"\| rmsprop \| naive NumPy \|", readme)
+    page = (small_run / "docs/performance.md").read_text()
+    assert page.startswith("before") and page.endswith("after\n") and "old" not in page
+    assert re.search(r"\| rmsprop \| naive NumPy \|", page)
+    assert command.parse(["--readme"]).docs  # the name that it had
     check_json(json.loads((small_run / "out.json").read_text()))
 
 
