@@ -36,8 +36,9 @@ class Operation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The names of a rule's arguments, its operations in order, and the names of the new param and states."""
+    """A rule: its name, the names of its arguments, its operations in order, the names of the new param and states."""
 
+    name: str
     arguments: tuple
     operations: list
     results: list
@@ -102,18 +103,22 @@ def trace(rule, general):
     count = 1 + len(rules.state_names(rule))
     if not isinstance(results, tuple) or [type(result) for result in results] != [Traced] * count:
         raise TypeError("it must return the new param and states")
-    return Trace(arguments, operations, [result.name for result in results])
+    name = rule.name if isinstance(rule, own_rules.OwnRule) else rule.__name__
+    return Trace(name, arguments, operations, [result.name for result in results])
 
 
 def _traceable(rule, general):
-    """A rule as a function of all its arguments, in which select and sqrt are recorded."""
+    """A rule as a function of all its arguments, in which select and sqrt are recorded.  An own rule is given its gradient
+    multiplied by the coefficients that are not its own."""
     if not isinstance(rule, own_rules.OwnRule):
         return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
     function, count = own_rules.function_of(rule, _select), len(rule.states)
 
     def scaled(param, grad, *rest):
-        states, grad_scale, numbers = rest[:count], rest[count], rest[count + 1 :]
-        return function(param, grad * grad_scale, *states, *numbers)
+        factors, numbers = rest[count : len(rest) - len(rule.coefficients)], rest[len(rest) - len(rule.coefficients) :]
+        for factor in factors:
+            grad = grad * factor
+        return function(param, grad, *rest[:count], *numbers)
 
     return scaled
 
@@ -130,4 +135,4 @@ def lines(made):
 def text(made):
     """A Trace as the text of a Python function, which needs sqrt."""
     body = "".join(f"    {line}\n" for line in lines(made))
-    return f"def rule({', '.join(made.arguments)}):\n{body}    return {', '.join(made.results)},\n"
+    return f"def {made.name}({', '.join(made.arguments)}):\n{body}    return {', '.join(made.results)},\n"

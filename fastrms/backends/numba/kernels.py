@@ -176,18 +176,16 @@ def jitted(rule, general):
     """A rule of rules.RULES as a jitted function of scalars."""
     names = {"sqrt": np.sqrt}
     exec(trace.text(trace.trace(rules.RULES[rule], general)), names)
-    return compiler(names["rule"])
+    return compiler(names[rule])
 
 
 def own_kernel(rule, dtype, parallel):
     """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
-    function = own_function(rule, dtype)
-    plain = own_rules.plain(rule)
-    names = list(rules.arguments(plain))
-    names.remove("grad_scale")
-    names[1] += " * grad_scale"
+    function, plain = own_function(rule, dtype), own_rules.plain(rule)
+    factors = [name for name in rules.coefficient_names(plain) if name not in plain.coefficients]
+    arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
-    text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(names)})"], results)
+    text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
     return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
 
 
