@@ -9,10 +9,10 @@ import pytest
 from conftest import bits
 
 import fastrms
-from fastrms.backends import cuda
+from fastrms.backends.cuda import toolchain
 from fastrms.memory import host
 
-reason = cuda.available()
+reason = toolchain.available()
 
 
 def test_importing_fastrms_imports_no_cuda():
@@ -24,20 +24,20 @@ def test_three_sentences_for_what_is_missing(monkeypatch):
     class Driver:
         cuInit = staticmethod(lambda flags: 100)
 
-    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
-    assert "numba-cuda is not installed: pip install 'fastrms[cu13]'" in cuda.available.__wrapped__()
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver)
-    assert "the NVIDIA driver finds no CUDA device" in cuda.available.__wrapped__()
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    assert "there is no NVIDIA driver" in cuda.available.__wrapped__()
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    assert "numba-cuda is not installed: pip install 'fastrms[cu13]'" in toolchain.available.__wrapped__()
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: object())
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name: Driver)
+    assert "the NVIDIA driver finds no CUDA device" in toolchain.available.__wrapped__()
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert "there is no NVIDIA driver" in toolchain.available.__wrapped__()
 
 
 def test_the_cuda_target_of_numba_itself_is_refused(monkeypatch):
     numba_cuda = pytest.importorskip("numba.cuda", reason="needs numba")
     monkeypatch.setattr(numba_cuda, "implementation", "Built-in", raising=False)
     with pytest.raises(RuntimeError, match="deprecated target, which is not supported; numba-cuda is not installed: pip"):
-        cuda.compiler()
+        toolchain.compiler()
 
 
 class OnDevice:

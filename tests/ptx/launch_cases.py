@@ -10,16 +10,18 @@ import double
 
 DRIVER = double.start()  # before anything asks for a driver
 
+import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import bits  # noqa: E402
 
 import fastrms  # noqa: E402
-from fastrms.backends import cuda, ptx  # noqa: E402
+from fastrms.backends.cuda import kernel, toolchain  # noqa: E402
 
 LEGACY = 1
-cuda.available.cache_clear()  # conftest.py has asked already
-_compiled = ptx.compiled
+toolchain.available.cache_clear()  # conftest.py has asked already
+compiler = toolchain.compiler()
+_compiled = compiler.compiled
 
 
 class Compiled(dict):
@@ -37,7 +39,7 @@ def driver(monkeypatch):
         DRIVER.compiled[made.name] = made.ptx
         return made
 
-    monkeypatch.setattr(ptx, "compiled", compiled)
+    monkeypatch.setattr(compiler, "compiled", compiled)
     DRIVER.regions, DRIVER.fail, DRIVER.errors = [], 0, []
     DRIVER.library.double_capturing(0)
     yield DRIVER
@@ -314,8 +316,8 @@ def test_check_waits_for_the_step(driver):
 
 
 def test_a_kernel_is_compiled_once_and_kept(driver, tmp_path, monkeypatch):
-    monkeypatch.setattr(ptx.config, "CACHE_DIR", str(tmp_path))
-    arguments = "adagrad", False, np.dtype(np.float32), ptx.Kind(), (12, 0)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    arguments = "adagrad", False, np.dtype(np.float32), kernel.Kind(), (12, 0)
     made = _compiled.__wrapped__(*arguments)
-    monkeypatch.setattr(ptx, "compile_ptx", None)
+    monkeypatch.setattr(compiler, "compile_ptx", None)
     assert _compiled.__wrapped__(*arguments) == made and made.cubin[:4] == b"\x7fELF"

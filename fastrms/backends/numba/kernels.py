@@ -1,16 +1,15 @@
 """The Numba kernels: the loop over each rule, as a generated module per rule, form, dtype and way to run, kept on disk.
 
-A module holds the text of the rule itself, so its name, a hash of that text and of all versions, changes with it, and
-Numba's cache beside it can never run another rule or form.  Own rules are compiled in each process and not kept.
+A module holds the operations of its rule (trace.py), so its name, a hash of its text and of all that its machine code
+depends on, changes with the rule, and Numba's cache beside it can never run another rule or form.  Own rules are
+compiled in each process and not kept.
 """
 
 import hashlib
-import os
+import inspect
 import platform
 import sys
-import tempfile
 from functools import cache
-from pathlib import Path
 from textwrap import indent
 from types import ModuleType
 
@@ -19,8 +18,12 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from .. import own_rules, rules
-from . import inlined
+from ... import files, own_rules, rules
+from .. import trace
+from . import intrinsics
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels run compiled only: unset it, or use another backend")
 
 TILE, ASKED = 128, (1536, 1600)  # bytes; the lines that a tile asks for, from its start: as in csrc/internal.h
 CHUNK = 8 * 1024  # elements that a thread takes at once
@@ -28,76 +31,15 @@ OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check kee
 compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
-from llvmlite import ir
 from numba import int64, njit, prange, types
-from numba.core.cgutils import alloca_once
-from numba.extending import intrinsic
-from numpy import empty, sqrt, uintp
+from numpy import empty, sqrt
+from {intrinsics} import (
+    IEEE, ask, fegetmode, fesetmode, get_num_threads, integer, reader, room, set_num_threads, stream, take,
+)
 
 OPTIONS = {options}
-BUFFERS = {buffers}
 real, word = types.{dtype}, types.intp
-fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
-IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
-
-@intrinsic
-def room(context):
-    \"\"\"64 bytes on the stack.\"\"\"
-    def code(context, builder, signature, arguments):
-        return builder.ptrtoint(alloca_once(builder, ir.IntType(64), size=8), context.get_value_type(types.uintp))
-    return types.uintp(), code
-
-def element(builder, address, index):
-    return builder.gep(builder.inttoptr(address, ir.{ir}().as_pointer()), [index])
-
-def apart(builder, access, name):
-    \"\"\"Tells LLVM that no two buffers share a byte.\"\"\"
-    known = builder.module.add_metadata
-    scopes = {{buffer: known([buffer, known(["fastrms"])]) for buffer in BUFFERS}}
-    access.set_metadata("alias.scope", known([scopes.pop(name)]))
-    access.set_metadata("noalias", known(list(scopes.values())))
-    return access
-
-def stream(name):
-    @intrinsic
-    def load(context, address, index):
-        def code(context, builder, signature, arguments):
-            return apart(builder, builder.load(element(builder, *arguments)), name)
-        return real(word, word), code
-
-    @intrinsic
-    def store(context, address, index, value):
-        def code(context, builder, signature, arguments):
-            apart(builder, builder.store(arguments[2], element(builder, *arguments[:2])), name)
-            return context.get_dummy_value()
-        return types.void(word, word, real), code
-    return load, store
-
-@intrinsic
-def ask(context, address):
-    def code(context, builder, signature, arguments):
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        prototype = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], prototype)
-        to_read, all_caches, data = flag(0), flag(3), flag(1)
-        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), to_read, all_caches, data])
-        return context.get_dummy_value()
-    return types.void(word), code
-
-@intrinsic
-def coefficient(context, address, index):
-    def code(context, builder, signature, arguments):
-        return builder.load(element(builder, *arguments))
-    return real(word, word), code
-
-@intrinsic
-def integer(context, address, index):
-    def code(context, builder, signature, arguments):
-        address, index = arguments
-        words = builder.inttoptr(address, index.type.as_pointer())
-        return builder.load(builder.gep(words, [index]))
-    return word(word, word), code
-
+coefficient = reader(real)
 {streams}
 """
 LOOPS = """\
@@ -130,17 +72,6 @@ PARALLEL = """
 @njit(**OPTIONS)
 def update(row, first, size, coefficients):
 {loops}
-
-get_num_threads = types.ExternalFunction("get_num_threads", word())  # numba's functions of these names cannot be kept
-set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intc))
-
-@intrinsic
-def take(context, address):
-    def code(context, builder, signature, arguments):
-        counter = ir.IntType(64)
-        where = builder.inttoptr(arguments[0], counter.as_pointer())
-        return builder.atomic_rmw("add", where, counter(1), "monotonic")
-    return int64(word), code
 
 @njit(**OPTIONS)
 def chunks(row):
@@ -188,39 +119,49 @@ def kernel(rule, general, dtype, parallel=False):
     which number, how many bytes from one number's to the next; then of each tensor size, param, grad, *states."""
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
+    made = trace.trace(rules.RULES[rule], general)
+    known = {"zero": "real(0)"}  # a select of it is a mask
+    text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
     try:
-        text = module_text(rule, dtype, parallel, inlined.loop_body(rules.RULES[rule], general))
-    except OSError:  # an installation without sources
-        text = module_text(rule, dtype, parallel, calling(rules.RULES[rule]))
-        return executed(text, f"fastrms_{rule}", CACHE=False, rule=jitted(rule, general)).kernel
-    name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}_{fingerprint(text)}"
-    try:
+        name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}_{fingerprint(text)}"
         return executed(text, name, kept(text, name), CACHE=True).kernel
-    except Exception:  # unwritable, full, torn or foreign: whatever is wrong with the cache, we can do without it
-        return executed(text, name, CACHE=False).kernel
+    except Exception:  # unwritable, full, torn, foreign, without sources: whatever is wrong, we can do without the cache
+        return executed(text, f"fastrms_{rule}", CACHE=False).kernel
 
 
-def module_text(rule, dtype, parallel, body):
-    """The module of a kernel; body: the lines that update element i.  In tiles, as in csrc/kernels.inc."""
-    known = {"zero": "real(0)"} if isinstance(rule, str) else {}  # a select of it is a mask
-    rule = rules.find(rule)
+def module_text(rule, dtype, parallel, lines, results, known=()):
+    """The module of a kernel, in tiles, as in csrc/kernels.inc.
+
+    Parameters
+    ----------
+    lines : list of str
+        The operations on one element, whose numbers have the names of the rule's arguments.
+    results : list of str
+        The names of the new param and states in lines.
+    known : dict
+        The coefficients that are no arguments, as expressions.
+    """
+    known = dict(known)
     buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
+    updated = [name for name in buffers if name != "grad"]
+    loads = [f"{name} = load_{name}(at_{name}, i)" for name in buffers]
+    stores = [f"store_{name}(at_{name}, i, {result})" for name, result in zip(updated, results, strict=True)]
+    body = [*loads, *lines, *stores]
     loops = LOOPS.format(
-        addresses=", ".join(buffers),
+        addresses=", ".join(f"at_{name}" for name in buffers),
         moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
         names=", ".join(names) + ",",
         values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
         tile=TILE // dtype.itemsize,
-        ask="; ".join(f"ask({name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
         body="\n    ".join(body),
         body_of_tile="\n        ".join(body),
     )
     return (HEAD + (PARALLEL if parallel else SERIAL)).format(
+        intrinsics=intrinsics.__name__,
         options=OPTIONS,
-        buffers=buffers,
         dtype=dtype,
-        ir={4: "FloatType", 8: "DoubleType"}[dtype.itemsize],
-        streams="\n".join(f"load_{name}, store_{name} = stream({name!r})" for name in buffers),
+        streams="\n".join(f"load_{name}, store_{name} = stream({name!r}, {buffers}, real)" for name in buffers),
         head=4 * np.dtype(np.intp).itemsize,
         row=(1 + len(buffers)) * np.dtype(np.intp).itemsize,
         loops=indent(loops, " " * 4),
@@ -231,24 +172,25 @@ def module_text(rule, dtype, parallel, body):
     )
 
 
-def calling(rule):
-    """The body of a loop that calls the function `rule`.  An own rule gets its gradient scaled."""
-    states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
-    elements = [inlined.load(name) for name in ("param", "grad", *states)]
-    results = [f"new_{name}" for name in ("param", *states)]
-    if isinstance(rule, own_rules.OwnRule):
-        names.remove("grad_scale")
-        elements[1] += " * grad_scale"
-    return [f"{', '.join(results)}, = rule({', '.join(elements + names)})", *inlined.stores(rule, results)]
-
-
 def jitted(rule, general):
-    """A rule as a jitted function of scalars."""
-    return rules.compile_rule(rules.RULES[rule], general, compiler, select=compiler(rules.select))
+    """A rule of rules.RULES as a jitted function of scalars."""
+    names = {"sqrt": np.sqrt}
+    exec(trace.text(trace.trace(rules.RULES[rule], general)), names)
+    return compiler(names[rule])
 
 
 def own_kernel(rule, dtype, parallel):
     """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
+    function, plain = own_function(rule, dtype), own_rules.plain(rule)
+    factors = [name for name in rules.coefficient_names(plain) if name not in plain.coefficients]
+    arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
+    results = [f"new_{name}" for name in ("param", *plain.states)]
+    text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
+    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+
+
+def own_function(rule, dtype):
+    """An own rule, compiled as a function of scalars, which returns what it should."""
     function = own_rules.function_of(rule, compiler(rules.select), compiler)
     real = numba.from_dtype(dtype)
     try:
@@ -262,29 +204,22 @@ def own_kernel(rule, dtype, parallel):
     wrong = next((part for part in results if part != real), None)
     if wrong is not None:
         raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
-    text = module_text(own_rules.plain(rule), dtype, parallel, calling(own_rules.plain(rule)))
-    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+    return function
 
 
 def fingerprint(text):
     """What decides the machine code, as a word; processors differ in a folder that machines share."""
     target = [binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), platform.machine()]
     versions = [sys.version, np.__version__, numba.__version__, llvmlite.__version__]
-    return hashlib.sha256("\n".join([text, *target, *versions]).encode()).hexdigest()[:24]
+    parts = [text, inspect.getsource(intrinsics), *target, *versions]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def kept(text, name):
     """The path of the generated module, written if it is not there: Numba keeps the machine code beside it."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(numba.config.CACHE_DIR or home, "fastrms")
-    path = folder / f"{name}.py"
+    path = files.cache_folder() / f"{name}.py"
     if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        with open(handle, "w") as file:
-            file.write(text)
-        os.utime(temporary, (0, 0))  # Numba goes by size and time: processes that write at once write the same
-        os.replace(temporary, path)
+        files.keep(path, text.encode())
     return str(path)
 
 

@@ -1,0 +1,35 @@
+"""What must be installed for CUDA, and a sentence for each thing that is missing."""
+
+import ctypes
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
+
+
+@cache
+def available():
+    """None, or the reason why not: no package, no driver, no device."""
+    if not find_spec("numba_cuda"):
+        return NO_PACKAGE
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver: libcuda.so.1 was not found"
+    count = ctypes.c_int()
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if status == 0 and count.value else f"the NVIDIA driver finds no CUDA device (cuInit answered {status})"
+
+
+def compiler():
+    """The module compile, where numba-cuda stands in for Numba's own CUDA target."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba-cuda's own, of NumPy's deprecations
+        from numba import cuda
+
+        if getattr(cuda, "implementation", None) != "NVIDIA":
+            raise RuntimeError(f"numba.cuda is Numba's own deprecated target, which is not supported; {NO_PACKAGE}")
+        from . import compile
+
+    return compile
