@@ -12,14 +12,13 @@ import re
 import sys
 import threading
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import rules
 from ..memory import device
-from . import OK, plan
+from . import OK, find_spec, plan
 
 memory = device
 VECTOR, THREADS = 16, 256  # bytes per thread, threads per block

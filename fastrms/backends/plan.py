@@ -64,7 +64,8 @@ class Forks:
         self.lock = threading.Lock()
         self.number = 0  # odd while one is under way
         self.locked = []
-        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
+        if hasattr(os, "register_at_fork"):  # else this system has no fork
+            os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
 
     def add(self, plan):
         with self.lock:
