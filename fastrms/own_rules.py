@@ -18,12 +18,13 @@ PROBE = 7  # elements on which a rule is tried
 
 
 class OwnRule(NamedTuple):
-    """A rule that a subclass of Optimizer brings, in the form of those in rules.py: grad_scale is a coefficient, too."""
+    """A rule that a subclass of Optimizer brings, in the form of those in rules.py, where grad_scale and grad_rescale
+    are coefficients, too."""
 
     name: str
     function: Any
     states: tuple
-    coefficients: tuple  # without grad_scale
+    coefficients: tuple  # without these two
 
     def __str__(self):
         return self.name
@@ -36,10 +37,16 @@ class OwnRecipe(NamedTuple):
     dtype: Any
     coefficients: Any  # of the subclass
     hyper: dict
-    general: bool = False
+    grad_rescale: float = 1.0
+
+    general = False  # there is one form of an own rule
 
     fixed = False
     ahead = None  # the subclass is asked step by step
+
+    def rescaled(self, grad_rescale):
+        """This recipe with a second factor of the gradient, as Recipe.rescaled."""
+        return self._replace(grad_rescale=grad_rescale)
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
@@ -50,7 +57,7 @@ class OwnRecipe(NamedTuple):
         values = [float(given[name]) for name in self.rule.coefficients]
         if any(map(math.isnan, values)):
             raise ValueError(f"coefficients of {self.rule} gives a NaN at step {step}: {given}")
-        return [grad_scale, *values]
+        return [grad_scale, self.grad_rescale, *values]
 
 
 def plain(rule):
@@ -70,8 +77,9 @@ def rule_of(cls):
     first = ("param", "grad", *states)
     if names[: len(first)] != first:
         raise TypeError(f"rule of {cls.__name__} takes {', '.join(names)}; its first arguments must be {', '.join(first)}")
-    if "grad_scale" in names:
-        raise TypeError(f"rule of {cls.__name__} takes grad_scale, which is multiplied into grad before it is called")
+    taken = next((name for name in ("grad_scale", "grad_rescale") if name in names), None)
+    if taken:
+        raise TypeError(f"rule of {cls.__name__} takes {taken}, which is multiplied into grad before it is called")
     return OwnRule(cls.__name__, function, tuple(states), names[len(first) :])
 
 

@@ -237,8 +237,8 @@ def calling(rule):
     elements = [inlined.load(name) for name in ("param", "grad", *states)]
     results = [f"new_{name}" for name in ("param", *states)]
     if isinstance(rule, own_rules.OwnRule):
-        names.remove("grad_scale")
-        elements[1] += " * grad_scale"
+        del names[:2]
+        elements[1] += " * grad_scale * grad_rescale"
     return [f"{', '.join(results)}, = rule({', '.join(elements + names)})", *inlined.stores(rule, results)]
 
 

@@ -84,7 +84,7 @@ def _traceable(rule, general):
     if not isinstance(rule, own_rules.OwnRule):
         return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
     function = own_rules.function_of(rule, _select)
-    return lambda grad, grad_scale, **rest: function(grad=grad * grad_scale, **rest)
+    return lambda grad, grad_scale, grad_rescale, **rest: function(grad=grad * grad_scale * grad_rescale, **rest)
 
 
 def _select(condition, x, y):

@@ -28,8 +28,9 @@ def own_function(rule):
     function, states = own_rules.function_of(rule, np.where), len(rule.states)
 
     def scaled(param, grad, *rest):
-        seen = [plan.constant(x) for x in (param, grad * rest[states], *rest[:states])]
-        results = own_rules.checked(rule, function(*seen, *rest[states + 1 :]))
+        grad_scale, grad_rescale, *coefficients = rest[states:]
+        seen = [plan.constant(x) for x in (param, grad * grad_scale * grad_rescale, *rest[:states])]
+        results = own_rules.checked(rule, function(*seen, *coefficients))
         return [np.copy(x) if any(np.may_share_memory(x, y) for y in seen) else x for x in results]
 
     return scaled
