@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
         return not self.corrections
 
     def rescaled(self, grad_rescale):
-        """This recipe with a second factor of the gradient, for a step whose factor is below the normal numbers of float32."""
+        """This recipe with a second factor of the gradient, for a step whose factor is too small to be a float32."""
         return self._replace(general=True, values={**self.values, "grad_rescale": grad_rescale})
 
     def ahead(self, first, count):

@@ -274,8 +274,8 @@ MAKERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp, Descent
 
 
 def huge_steps(make, backend, kind, clip_norm, prescaled):
-    """(params and states after a usual step, one of huge gradients, and a usual step; what the huge one told).  prescaled: its
-    gradients are multiplied by the factor here, in extended precision, and not clipped."""
+    """(params and states after a usual step, one of huge gradients, and a usual step; what the huge one told).  prescaled:
+    these gradients are multiplied by the factor here, in extended precision, and not clipped."""
     rng = np.random.default_rng(0)
     values, sizes = HUGE[kind]
     huge = [v * rng.uniform(0.5, 1.0, n).astype(v.dtype) for v, n in zip(values, sizes, strict=True)]

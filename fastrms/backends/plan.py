@@ -159,8 +159,8 @@ def split(value, exponent):
 
 
 def clipped_scale(grad_scale, clip_norm, squares):
-    """grad_scale * (clip_norm / norm) as split() has it.  Powers of two are kept apart, since the norm of finite gradients may
-    be too large for a double.  A NaN norm makes the factor NaN, as every framework has it."""
+    """grad_scale * (clip_norm / norm) as split() has it.  Powers of two are kept apart, since the norm of finite gradients
+    may be too large for a double.  A NaN norm makes the factor NaN, as every framework has it."""
     with np.errstate(all="ignore"):
         clip_norm, exponent = math.frexp(clip_norm)
         norm = np.sqrt(squares[0]) * grad_scale
