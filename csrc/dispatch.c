@@ -45,9 +45,9 @@ int fastrms_isa_get(void)
     return isa;
 }
 
-fastrms_kernel *fastrms_find(const fastrms_recipe *recipe)
+fastrms_kernel *fastrms_find(const fastrms_recipe *recipe, int general)
 {
-    return isas[fastrms_isa_get()].kernels[recipe->rule][recipe->itemsize == 8][recipe->general != 0];
+    return isas[fastrms_isa_get()].kernels[recipe->rule][recipe->itemsize == 8][general != 0];
 }
 
 const char *fastrms_compiler(void)

@@ -26,7 +26,7 @@ typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *c
 extern fastrms_kernel *const fastrms_kernels_baseline[][2][2];      /* [rule][float, double][neutral, general] */
 extern fastrms_kernel *const fastrms_kernels_avx2[][2][2];
 
-fastrms_kernel *fastrms_find(const fastrms_recipe *recipe);
+fastrms_kernel *fastrms_find(const fastrms_recipe *recipe, int general);
 
 /* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
 typedef void fastrms_task(void *context, int64_t begin, int64_t end);
@@ -45,7 +45,6 @@ typedef struct {
 } fastrms_wanted;
 fastrms_squares fastrms_look(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted);
 void fastrms_add_squares(fastrms_squares *total, fastrms_squares part);
-double fastrms_root(const fastrms_squares *total, double scale);
 
 /* The floating-point mode of the calling thread: ours is IEEE with subnormals, whatever the caller has set. */
 #if defined(__x86_64__)

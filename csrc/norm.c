@@ -138,8 +138,3 @@ fastrms_squares fastrms_look(int64_t size, int itemsize, const void *grad, fastr
 }
 
 int64_t fastrms_segments(int64_t size) { return (size + FASTRMS_SEGMENT - 1) / FASTRMS_SEGMENT; }
-
-double fastrms_root(const fastrms_squares *total, double scale)
-{
-    return ldexp(sqrt(total->sum) * scale, (int)total->exponent);
-}

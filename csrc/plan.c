@@ -1,4 +1,5 @@
 /* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -53,12 +54,30 @@ static void coefficients_at(const fastrms_recipe *recipe, int64_t step, double g
             ready[k] = value[k];
 }
 
+/* What a step multiplies every gradient by, grad_scale * grad_rescale.  The second is a power of two, and 1 except where
+ * their product is below the normal numbers of float: such a step runs the general form of its rules. */
+typedef struct {
+    double grad_scale, grad_rescale;
+} factor;
+
+static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, factor scale, double *ready)
+{
+    fastrms_recipe rescaled;
+    if (scale.grad_rescale != 1) {
+        rescaled = *recipe;
+        rescaled.value[1] = scale.grad_rescale;
+        recipe = &rescaled;
+    }
+    coefficients_at(recipe, step, scale.grad_scale, ready);
+}
+
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
-static void prepare(fastrms_plan *plan, double grad_scale)
+static void prepare(fastrms_plan *plan, factor scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
-    plan->unchanging = grad_scale == 1;
+    plan->rescaled = scale.grad_rescale != 1;
+    plan->unchanging = scale.grad_scale == 1 && !plan->rescaled;
     plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
@@ -69,8 +88,8 @@ static void prepare(fastrms_plan *plan, double grad_scale)
             tensor->ready = last->ready;
         } else {
             tensor->ready = sets++;
-            coefficients_at(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
-                            plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+            scaled_coefficients(&plan->recipe[tensor->recipe], tensor->steps + 1, scale,
+                                plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
         plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
@@ -85,8 +104,9 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
-    fastrms_find(recipe)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
-                        plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+    fastrms_kernel *kernel = fastrms_find(recipe, recipe->general | plan->rescaled);
+    kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
+           plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
@@ -149,8 +169,8 @@ static void look_range(void *context, int64_t begin, int64_t end)
     fastrms_leave(mode);
 }
 
-/* sums up what look_range left of each tensor's segments */
-static fastrms_found found_in(const fastrms_plan *plan)
+/* sums up what look_range left of each tensor's segments, and writes it to plan->found; returns the squares */
+static fastrms_squares found_in(fastrms_plan *plan)
 {
     fastrms_squares total = {0, -1000, 0};
     fastrms_found found = {0, 0, -1};
@@ -163,12 +183,13 @@ static fastrms_found found_in(const fastrms_plan *plan)
             found.tensor = k;
     }
     found.nonfinite = total.nonfinite;
-    found.grad_norm = fastrms_root(&total, plan->grad_scale);
-    return found;
+    found.grad_norm = ldexp(sqrt(total.sum) * plan->grad_scale, (int)total.exponent);
+    plan->found = found;
+    return total;
 }
 
 /* in one reading of the gradients, everything that must be known of them before the first write */
-static void look(fastrms_plan *plan)
+static fastrms_squares look(fastrms_plan *plan)
 {
     int64_t segments = 0, elements = 0;
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -177,21 +198,36 @@ static void look(fastrms_plan *plan)
             elements += plan->tensor[k].size;
         }
     fastrms_parallel(elements, look_range, plan, segments, 1);
-    plan->found = found_in(plan);
+    return found_in(plan);
 }
 
-/* a NaN norm makes the factor NaN, as every framework has it */
-static double clipped_scale(const fastrms_plan *plan)
+/* value * 2^exponent as a factor: halves of a small power of two, so that neither is too small for float */
+static factor split(double value, int exponent)
+{
+    double whole = ldexp(value, exponent);
+    if (value == 0 || !(fabs(whole) < FLT_MIN))           /* NaN passes */
+        return (factor){whole, 1};
+    int more;
+    value = frexp(value, &more);
+    exponent += more;
+    return (factor){ldexp(value, exponent / 2), ldexp(1, exponent - exponent / 2)};
+}
+
+/* grad_scale * (clip_norm / norm) where the norm is larger.  Powers of two are kept apart, since the norm of finite gradients
+ * may be too large for a double.  A NaN norm makes the factor NaN, as every framework has it. */
+static factor clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares)
 {
     if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
-        return plan->grad_scale;
-    return plan->grad_scale * (plan->clip_norm / plan->found.grad_norm);
+        return (factor){plan->grad_scale, 1};
+    int exponent;
+    double clip_norm = frexp(plan->clip_norm, &exponent), norm = sqrt(squares->sum) * plan->grad_scale;
+    return split(plan->grad_scale * (clip_norm / norm), exponent - (int)squares->exponent);
 }
 
-static ALWAYS_INLINE void update(fastrms_plan *plan, double grad_scale)
+static ALWAYS_INLINE void update(fastrms_plan *plan, factor scale)
 {
-    if (!plan->unchanging || grad_scale != 1)
-        prepare(plan, grad_scale);
+    if (!plan->unchanging || scale.grad_scale != 1)
+        prepare(plan, scale);
     int64_t elements = plan->starts[plan->tensors];
     fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -209,13 +245,13 @@ static void zero_gradients(const fastrms_plan *plan)
 
 static APART int look_and_update(fastrms_plan *plan)
 {
-    look(plan);
+    fastrms_squares squares = look(plan);
     if (plan->found.nonfinite) {
         if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
             zero_gradients(plan);
         return FASTRMS_NONFINITE;
     }
-    update(plan, clipped_scale(plan));
+    update(plan, clipped_scale(plan, &squares));
     return FASTRMS_OK;
 }
 
@@ -225,7 +261,7 @@ static int run(fastrms_plan *plan)
     fastrms_enter_step();
     fastrms_mode mode = fastrms_enter();
     if (plan->clip_norm < 0 && !plan->on_nonfinite)
-        update(plan, plan->grad_scale);
+        update(plan, (factor){plan->grad_scale, 1});
     else
         status = look_and_update(plan);
     fastrms_leave(mode);

@@ -90,6 +90,7 @@ static void begin(fastrms_recipe *recipe, const char *rule, int general, const f
         ++recipe->coefficients;
     recipe->general = general || h->clip_value > 0;
     set(recipe, "grad_scale", h->maximize ? -1 : 1);
+    set(recipe, "grad_rescale", 1);
     set(recipe, "clip_low", -clip);
     set(recipe, "clip_high", clip);
     set(recipe, "weight_decay", h->decoupled ? 0 : h->weight_decay);

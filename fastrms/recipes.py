@@ -41,6 +41,10 @@ class Recipe(NamedTuple):
         """Whether no coefficient changes from step to step."""
         return not self.corrections
 
+    def rescaled(self, grad_rescale):
+        """This recipe with a second factor of the gradient, for a step whose factor is too small to be a float32."""
+        return self._replace(general=True, values={**self.values, "grad_rescale": grad_rescale})
+
     def ahead(self, first, count):
         """(place, values) of each coefficient that changes, for `count` updates from number `first`: what at() says."""
         steps, columns = np.arange(first, first + count), {}
@@ -131,6 +135,7 @@ def rounded(value, dtype):
 def constants(dtype):
     """The numbers that rules may not spell out: zero, one, tiny (smallest normal), floor (of the centered variance)."""
     return {
+        "grad_rescale": 1.0,  # other than 1 for a single step: see rescaled()
         "zero": 0.0,
         "one": 1.0,
         "tiny": float(np.finfo(dtype).tiny),

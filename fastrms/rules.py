@@ -36,18 +36,18 @@ def sign(x, zero, one):
     return select(x > zero, one, select(x < zero, -one, zero))
 
 
-def prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay):
+def prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay):
     g = grad * grad_scale
     if GENERAL:
-        g = clip(g, clip_low, clip_high) + weight_decay * param
+        g = clip(g * grad_rescale, clip_low, clip_high) + weight_decay * param
     return g
 
 
 # RMSProp (Hinton 2012): divide each gradient by a running root mean square.
 def rmsprop(param, grad, square_avg,
-            grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
+            grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
             in_scale, eps, decay, tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     w = square_avg
     if GENERAL:
@@ -59,9 +59,9 @@ def rmsprop(param, grad, square_avg,
 
 # RMSProp with momentum: the step itself is averaged (Graves 2013; Sutskever 2013 for nesterov).
 def rmsprop_momentum(param, grad, square_avg, momentum_buffer,
-                     grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
+                     grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
                      in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay, tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     w = square_avg
     if GENERAL:
@@ -78,9 +78,9 @@ def rmsprop_momentum(param, grad, square_avg, momentum_buffer,
 # Centered RMSProp (Graves 2013): divide by the running standard deviation.  The floor keeps the
 # cancellation v - a*a above the rounding of v itself.
 def rmsprop_centered(param, grad, square_avg, grad_avg,
-                     grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor, eps_root,
-                     in_scale, eps, decay, tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+                     grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor,
+                     eps_root, in_scale, eps, decay, tiny, zero):  # fmt: skip
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
     v, a = square_avg, grad_avg
@@ -97,10 +97,10 @@ def rmsprop_centered(param, grad, square_avg, grad_avg,
 
 # Centered RMSProp with momentum (Graves 2013, equations 38 to 45).
 def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer,
-                              grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor,
-                              eps_root, in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay,
+                              grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale,
+                              floor, eps_root, in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay,
                               tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
     v, a = square_avg, grad_avg
@@ -121,8 +121,8 @@ def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer
 
 # AdaGrad (Duchi, Hazan, Singer 2011): divide by the root of the sum of squares since the start.
 def adagrad(param, grad, sum,
-            grad_scale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay, tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+            grad_scale, grad_rescale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay, tiny, zero):  # fmt: skip
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     sum = flush(sum + g * g, tiny, zero)
     w = sum
     if GENERAL:
@@ -134,9 +134,9 @@ def adagrad(param, grad, sum,
 
 # Adam (Kingma, Ba 2015): RMSProp on a running mean of the gradient, both corrected for their start at 0.
 def adam(param, grad, exp_avg, exp_avg_sq,
-         grad_scale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+         grad_scale, grad_rescale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
          m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, decay, tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     exp_avg = flush(beta1 * exp_avg + one_minus_beta1 * g, tiny, zero)
     exp_avg_sq = flush(beta2 * exp_avg_sq + (one_minus_beta2 * g) * g, tiny, zero)
     m, w = exp_avg, exp_avg_sq
@@ -150,10 +150,10 @@ def adam(param, grad, exp_avg, exp_avg_sq,
 
 # AMSGrad (Reddi, Kale, Kumar 2018): Adam that divides by the largest second moment so far.
 def adam_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq,
-                 grad_scale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+                 grad_scale, grad_rescale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
                  max_scale, m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, decay,
                  tiny, zero):  # fmt: skip
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     exp_avg = flush(beta1 * exp_avg + one_minus_beta1 * g, tiny, zero)
     exp_avg_sq = flush(beta2 * exp_avg_sq + (one_minus_beta2 * g) * g, tiny, zero)
     max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq * max_scale)
@@ -169,9 +169,9 @@ def adam_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq,
 # RProp (Riedmiller, Braun 1993), iRprop- (Igel, Huesken 2000): a step size per weight, grown while the
 # sign of its gradient stays and shrunk when it flips.  flip_below is 0 for iRprop-, -inf for plain Rprop-.
 def rprop(param, grad, prev, step_size,
-          grad_scale, clip_low, clip_high, eta_minus, eta_plus, step_min, step_max, flip_below,
+          grad_scale, grad_rescale, clip_low, clip_high, eta_minus, eta_plus, step_min, step_max, flip_below,
           zero, one):  # fmt: skip
-    g = prepare(grad, zero, grad_scale, clip_low, clip_high, zero)
+    g = prepare(grad, zero, grad_scale, grad_rescale, clip_low, clip_high, zero)
     direction = sign(g, zero, one)
     s = direction * sign(prev, zero, one)
     eta = select(s > zero, eta_plus, select(s < zero, eta_minus, one))
@@ -205,7 +205,7 @@ def find(rule):
 def arguments(rule):
     """The argument names of a rule: param, grad, its states, its coefficients (grad_scale is the first)."""
     if not isinstance(rule, FunctionType):
-        return ("param", "grad", *rule.states, "grad_scale", *rule.coefficients)
+        return ("param", "grad", *rule.states, "grad_scale", "grad_rescale", *rule.coefficients)
     return rule.__code__.co_varnames[: rule.__code__.co_argcount]
 
 

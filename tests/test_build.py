@@ -10,10 +10,11 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
-from conftest import BACKENDS, c
+from conftest import BACKENDS, backends, c
 
 from fastrms import rules
 
@@ -262,3 +263,32 @@ def test_show_config_and_available_backends():
     for words in ("fastrms", "numpy", "backends", "auto", "isa", "python", "machine", "threads"):
         assert words in out
     assert repr(BACKENDS) in out and BACKENDS[-1] == "numpy" and ("c" in BACKENDS) == bool(c.lib)
+
+
+def test_every_backend_is_found_from_the_import_statements():
+    """As tools that freeze a program (PyInstaller, cx_Freeze) look for it."""
+    outside = ["numpy", "numba", "torch", "cuda", "safetensors", "threadpoolctl", "llvmlite", "cffi"]
+    finder = ModuleFinder(path=[str(Path(c.__file__).parents[2]), *sys.path], excludes=outside)
+    finder.import_hook("fastrms")
+    extension = ["fastrms._core", "_cffi_backend"] if c.lib else []
+    for name in [*(f"fastrms.backends.{name}" for name in backends.NAMES), *extension]:
+        assert name in finder.modules, name
+
+
+def test_a_system_without_fork():
+    code = (
+        "import os; del os.register_at_fork, os.fork; import numpy as np, fastrms; w = np.ones(3);"
+        "[fastrms.RMSProp(w, backend=name).step(w.copy()) for name in fastrms.available_backends() if name != 'cuda'];"
+        "print(bool((w < 1).all()))"
+    )
+    assert question(code) == "True"
+
+
+@pytest.mark.parametrize("name", ["numba", "numba_cuda", "torch"])
+def test_a_module_without_spec_does_not_end_the_import(name):
+    """A stand-in in the place of a package that we ask for."""
+    code = (
+        f"import sys, types; sys.modules[{name!r}] = types.ModuleType({name!r}); sys.modules[{name!r}].__spec__ = None;"
+        "import fastrms; print({'c', 'numpy'} & set(fastrms.available_backends()) > set())"
+    )
+    assert question(code) == "True"

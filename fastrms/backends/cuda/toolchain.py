@@ -3,7 +3,8 @@
 import ctypes
 import warnings
 from functools import cache
-from importlib.util import find_spec
+
+from .. import find_spec
 
 NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
 
