@@ -101,10 +101,11 @@ def header(machine):
 
 
 def complaints(results):
-    """Sentences on what makes the run invalid."""
+    """A sentence on each measurement that cannot be right, and what to do about it."""
     return [
-        f"INVALID: {name}, {rule}, {size_name(size)} elements: {results.share_of_ceiling(rule, size, name):.0f} % of the "
-        f"{results.nearer_ceiling(rule, size)} ceiling; above {100 * ABOVE:.0f} % it is none, or the run was disturbed"
+        f"DISTURBED: {name}, {rule}, {size_name(size)} elements: {results.share_of_ceiling(rule, size, name):.0f} % of the "
+        f"{results.nearer_ceiling(rule, size)} ceiling, where at most {100 * ABOVE:.0f} % are possible: the machine changed "
+        f"its speed or did other work while the two were measured; run this again on an idle machine"
         for rule, size, name in results.above_ceiling()
     ]
 
