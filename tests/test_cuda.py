@@ -40,6 +40,35 @@ def test_the_cuda_target_of_numba_itself_is_refused(monkeypatch):
         toolchain.compiler()
 
 
+def in_process(code):
+    """What code prints in a process in which a warning is an error."""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    return run.stdout + run.stderr
+
+
+NUMPY_WITHOUT_IT = """
+import numpy
+given = numpy.__getattr__
+def others(name):
+    if name == "row_stack":
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+    return given(name)
+vars(numpy).pop("row_stack", None)
+numpy.__getattr__ = others
+"""
+
+
+def test_a_numpy_without_what_numba_cuda_uses_is_named():
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    said = in_process(NUMPY_WITHOUT_IT + "import fastrms.cuda")
+    assert f"cannot be used with NumPy {np.__version__}" in said and "pip install 'fastrms[cu13]' chooses" in said
+
+
+def test_the_import_gives_no_warning():
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    assert in_process("import fastrms.cuda; print('fine')") == "fine\n"
+
+
 class OnDevice:
     __cuda_array_interface__ = {"shape": (3,), "typestr": "<f4", "data": (4096, False), "version": 3}
 

@@ -208,6 +208,19 @@ def test_functions_and_own_rules(driver):
 
 
 @pytest.mark.parametrize("many", [1, 3])
+def test_the_form_may_change_and_change_back(driver, many):
+    """Each form has its launch, with the table and the coefficients of the time."""
+    ours, theirs, grads = [[numbers(33, seed=k) for k in range(many)] for _ in range(3)]
+    optimizer, reference = fastrms.Adam([OnDevice(x) for x in ours]), fastrms.Adam(theirs, backend="numpy")
+    for clip_value in (None, 0.5, None, 0.25):
+        for made, held in ((optimizer, [OnDevice(g) for g in grads]), (reference, grads)):
+            made.groups[0]["clip_value"] = clip_value
+            made.step(held)
+        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len({name for name, *_ in driver.launches[-4:]}) == 2
+
+
+@pytest.mark.parametrize("many", [1, 3])
 def test_an_own_rule_may_name_its_numbers_as_it_likes(driver, many):
     from test_own_rules import Named
 

@@ -1,5 +1,6 @@
 """The compiled PTX, executed on the CPU, has the bits of NumPy and C.  No GPU test: see docs/promises.md."""
 
+import inspect
 import mmap
 import re
 
@@ -13,11 +14,32 @@ import cases
 import execute
 from conftest import DTYPES
 
-from fastrms.backends.cuda import table
+from fastrms.backends import trace
+from fastrms.backends.cuda import lower, table
 from fastrms.backends.cuda.kernel import Kind
 
 LONGEST = max(cases.LENGTHS)
 RESERVED = 0x4000  # MAP_NORESERVE
+
+
+def test_every_operation_of_a_rule_is_known_to_cuda():
+    assert lower.EMIT.keys() == trace.EXPRESSIONS.keys()
+
+
+@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile"])
+def test_what_compiles_a_kernel_is_in_its_key(name, monkeypatch):
+    """With another text of any of these files, no kept kernel is found."""
+    which = "adam", False, DTYPES[0], Kind(), (9, 0)
+    before, source = cases.compiler.cache_path(*which), inspect.getsource
+    assert before == cases.compiler.cache_path(*which)
+
+    def edited(module):
+        return source(module) + " " * module.__name__.endswith(name)
+
+    monkeypatch.setattr(cases.compiler, "versions", cases.compiler.versions.__wrapped__)
+    assert cases.compiler.cache_path(*which) == before
+    monkeypatch.setattr(cases.compiler.inspect, "getsource", edited)
+    assert cases.compiler.cache_path(*which) != before
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)

@@ -3,10 +3,15 @@
 import ctypes
 import warnings
 from functools import cache
+from importlib import metadata
+
+import numpy as np
 
 from .. import find_spec
 
 NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
+
+UNFIT = "numba-cuda {} cannot be used with NumPy {} ({}): pip install 'fastrms[cu13]' chooses a NumPy that it can use"
 
 
 @cache
@@ -26,11 +31,15 @@ def available():
 def compiler():
     """The module compile, where numba-cuda stands in for Numba's own CUDA target."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numba-cuda's own, of NumPy's deprecations
+        warnings.simplefilter("ignore")  # numba-cuda uses what NumPy deprecates
         from numba import cuda
 
         if getattr(cuda, "implementation", None) != "NVIDIA":
             raise RuntimeError(f"numba.cuda is Numba's own deprecated target, which is not supported; {NO_PACKAGE}")
-        from . import compile
+        try:
+            from numba.cuda import cudaimpl  # noqa: F401  which else is imported by the first kernel
 
+            from . import compile
+        except AttributeError as error:  # numba-cuda uses what this NumPy has no more
+            raise RuntimeError(UNFIT.format(metadata.version("numba-cuda"), np.__version__, error)) from error
     return compile

@@ -122,15 +122,16 @@ def kernel(rule, general, dtype, parallel=False):
     made = trace.trace(rules.RULES[rule], general)
     known = {"zero": "real(0)"}  # a select of it is a mask
     text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
+    name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
     try:
-        name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}_{fingerprint(text)}"
-        return executed(text, name, kept(text, name), CACHE=True).kernel
+        key = f"{name}_{fingerprint(text)}"
+        return executed(text, key, kept(text, key), CACHE=True).kernel
     except Exception:  # unwritable, full, torn, foreign, without sources: whatever is wrong, we can do without the cache
-        return executed(text, f"fastrms_{rule}", CACHE=False).kernel
+        return executed(text, name, CACHE=False).kernel
 
 
-def module_text(rule, dtype, parallel, lines, results, known=()):
-    """The module of a kernel, in tiles, as in csrc/kernels.inc.
+def module_text(rule, dtype, parallel, lines, results, known=None):
+    """The module of a kernel.
 
     Parameters
     ----------
@@ -138,25 +139,11 @@ def module_text(rule, dtype, parallel, lines, results, known=()):
         The operations on one element, whose numbers have the names of the rule's arguments.
     results : list of str
         The names of the new param and states in lines.
-    known : dict
+    known : dict, optional
         The coefficients that are no arguments, as expressions.
     """
-    known = dict(known)
-    buffers, names = ["param", "grad", *rules.state_names(rule)], rules.coefficient_names(rule)
-    updated = [name for name in buffers if name != "grad"]
-    loads = [f"{name} = load_{name}(at_{name}, i)" for name in buffers]
-    stores = [f"store_{name}(at_{name}, i, {result})" for name, result in zip(updated, results, strict=True)]
-    body = [*loads, *lines, *stores]
-    loops = LOOPS.format(
-        addresses=", ".join(f"at_{name}" for name in buffers),
-        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
-        names=", ".join(names) + ",",
-        values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
-        tile=TILE // dtype.itemsize,
-        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
-        body="\n    ".join(body),
-        body_of_tile="\n        ".join(body),
-    )
+    buffers = ["param", "grad", *rules.state_names(rule)]
+    loops = loops_text(rule, buffers, dtype, body_text(buffers, lines, results), known or {})
     return (HEAD + (PARALLEL if parallel else SERIAL)).format(
         intrinsics=intrinsics.__name__,
         options=OPTIONS,
@@ -169,6 +156,28 @@ def module_text(rule, dtype, parallel, lines, results, known=()):
         chunk=CHUNK,
         enter=ENTER,
         leave=LEAVE,
+    )
+
+
+def body_text(buffers, lines, results):
+    """The lines that update element i: it is loaded, operated on and stored."""
+    updated = [name for name in buffers if name != "grad"]
+    loads = [f"{name} = load_{name}(at_{name}, i)" for name in buffers]
+    return [*loads, *lines, *(f"store_{name}(at_{name}, i, {new})" for name, new in zip(updated, results, strict=True))]
+
+
+def loops_text(rule, buffers, dtype, body, known):
+    """The loop over a tensor, in tiles, as in csrc/kernels.inc, and over what they leave."""
+    names = rules.coefficient_names(rule)
+    return LOOPS.format(
+        addresses=", ".join(f"at_{name}" for name in buffers),
+        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
+        names=", ".join(names) + ",",
+        values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
+        tile=TILE // dtype.itemsize,
+        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        body="\n    ".join(body),
+        body_of_tile="\n        ".join(body),
     )
 
 
