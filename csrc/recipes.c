@@ -242,7 +242,7 @@ static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hype
 {
     if (itemsize != 4 && itemsize != 8)
         return "itemsize";
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     fastrms_recipe made = {.itemsize = itemsize};
     const char *refused = wrong(&made, h);
     if (!refused) {
@@ -251,7 +251,7 @@ static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hype
     }
     if (!refused)
         *recipe = made;
-    fastrms_leave(mode);
+    fastrms_restore_float_mode(mode);
     return refused;
 }
 

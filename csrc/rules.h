@@ -9,8 +9,8 @@
  * kernels.inc includes this file once per dtype and form.  A rule is its _NAMES list (state
  * buffers S, coefficients C, in the order of the Python arguments), its block, and its name in RULES. */
 
-#define RULES(X) X(rmsprop) X(rmsprop_momentum) X(rmsprop_centered) X(rmsprop_centered_momentum) \
-    X(adagrad) X(adam) X(adam_amsgrad) X(rprop)
+#define RULES(X, with) X(rmsprop, with) X(rmsprop_momentum, with) X(rmsprop_centered, with) \
+    X(rmsprop_centered_momentum, with) X(adagrad, with) X(adam, with) X(adam_amsgrad, with) X(rprop, with)
 
 HELPER larger(real x, real y) { return select(y > x, y, x); }
 
