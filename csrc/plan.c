@@ -1,5 +1,4 @@
 /* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
-#include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,50 +7,6 @@
 #define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 enum { TILE = 4096 };                                     /* elements */
-
-/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
-double fastrms_series(double decay, double weight, int64_t terms)
-{
-    double sum = 0, power = 1;
-    int bit = 0;
-    while (bit < 63 && terms >> bit)
-        ++bit;
-    while (bit--) {
-        sum = sum * (1 + power);
-        power = power * power;
-        if (terms >> bit & 1) {
-            sum = sum * decay + 1;
-            power = power * decay;
-        }
-    }
-    return weight * sum;
-}
-
-static double corrected(double value, const fastrms_correction *c, int64_t step)
-{
-    double quantity = c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
-    if (c->operation == 0)
-        return value / quantity;
-    return c->operation == 1 ? value * sqrt(quantity) : value / sqrt(quantity);
-}
-
-/* the coefficients of step number `step`, rounded once to the compute dtype */
-static void coefficients_at(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
-{
-    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
-    for (int k = 0; k < recipe->coefficients; ++k)
-        value[k] = recipe->value[k];
-    value[0] = value[0] * grad_scale;
-    for (int k = 0; k < recipe->corrections; ++k) {
-        const fastrms_correction *c = &recipe->correction[k];
-        value[c->coefficient] = corrected(value[c->coefficient], c, step);
-    }
-    for (int k = 0; k < recipe->coefficients; ++k)
-        if (recipe->itemsize == 4)
-            ((float *)ready)[k] = (float)value[k];
-        else
-            ready[k] = value[k];
-}
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
 static void prepare(fastrms_plan *plan, double grad_scale)
@@ -69,8 +24,8 @@ static void prepare(fastrms_plan *plan, double grad_scale)
             tensor->ready = last->ready;
         } else {
             tensor->ready = sets++;
-            coefficients_at(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
-                            plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+            fastrms_evaluate(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
+                             plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
         plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
@@ -415,6 +370,8 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
+    if (step < 1 || step > INT64_C(1) << 62)
+        return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
         if ((uintptr_t)buffer[k] % (uintptr_t)recipe->itemsize)
             return FASTRMS_MISALIGNED;
