@@ -13,6 +13,7 @@
 #define FASTRMS_NOT_HELD 5
 #define FASTRMS_NONFINITE 6      /* no step was made: on_nonfinite, and a gradient is not finite */
 #define FASTRMS_STREAMING 7      /* a streamed step is open; of fastrms_stream_step: none is */
+#define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
 
 /* on_nonfinite of a plan: look for nothing; leave the step out; leave it out, and the gradients as they are */
 #define FASTRMS_PROPAGATE 0
@@ -20,8 +21,8 @@
 #define FASTRMS_REFUSE 2
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
- * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
- * or value / sqrt(q). */
+ * weight * (1 + decay + ... + decay^(t-1+ahead)).  By operation 0 the coefficient stays value, by 1 it becomes
+ * value / q, by 2 value * sqrt(q), by 3 value / sqrt(q). */
 typedef struct {
     int32_t coefficient, operation, linear, ahead;
     double decay, weight;
@@ -111,6 +112,7 @@ int64_t fastrms_segments(int64_t size);
 /* the same for rules with one state, step 1 and grad_scale 1: four arguments less to convert */
 int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state);
 
+/* weight * (1 + decay + ... + decay^(terms-1)), which bias correction divides by; 0 where terms < 1 */
 double fastrms_series(double decay, double weight, int64_t terms);
 
 /* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults; what

@@ -1,14 +1,12 @@
-"""RMSProp, AdaGrad, Adam, AdamW and RProp: hyper-parameters -> coefficients of a rule, in double, once per step.
+"""RMSProp, AdaGrad, Adam, AdamW and RProp: what they do, their hyper-parameters and defaults, their rules and states.
 
-The mathematics is in rules.py; structure, groups and state are in optimizer.py, steps in gradients.py.
+The mathematics is in rules.py; how hyper-parameters become the coefficients of a rule, made anew at each change of one, in
+recipes.py; structure, groups and state are in optimizer.py, steps in gradients.py.
 """
-
-import math
-from types import SimpleNamespace
 
 from . import hyper, recipes
 from .optimizer import Optimizer
-from .recipes import DIVIDE, OVER_ROOT, TIMES_ROOT, Correction, rounded
+from .recipes import rounded
 
 COMMON = {
     "weight_decay": 0.0,
@@ -16,37 +14,6 @@ COMMON = {
     "maximize": False,
     "clip_value": None,
 }
-
-
-def common(h, dtype):
-    """The coefficients that every rule shares."""
-    clip = math.inf if h.clip_value is None else h.clip_value
-    if rounded(clip, dtype) == 0:
-        raise ValueError(f"clip_value={clip!r} is 0 in {dtype}")
-    return {
-        "grad_scale": -1.0 if h.maximize else 1.0,
-        "clip_low": -clip,
-        "clip_high": clip,
-        "weight_decay": 0.0 if h.decoupled else h.weight_decay,
-        "decay": h.lr * h.weight_decay if h.decoupled else 0.0,
-    }
-
-
-def needs_general(h):
-    return h.clip_value is not None or (h.weight_decay > 0 and not h.decoupled) or h.eps_root > 0
-
-
-def decaying(h, name, dtype):
-    """A decay rate and its complement as the dtype holds them; the rate must stay below 1."""
-    rate = rounded(getattr(h, name), dtype)
-    if rate >= 1:
-        raise ValueError(f"{name}={getattr(h, name)!r} rounds to 1 in {dtype}")
-    return rate, rounded(1 - getattr(h, name), dtype)
-
-
-def refuse_zero_eps(h, dtype):
-    if rounded(h.eps, dtype) == 0 and rounded(h.eps_root, dtype) == 0:
-        raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0")
 
 
 class RMSProp(Optimizer):
@@ -96,27 +63,7 @@ class RMSProp(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        refuse_zero_eps(h, dtype)
-        decaying(h, "momentum", dtype)
-        if h.nesterov and h.momentum == 0:
-            raise ValueError("nesterov=True needs momentum > 0")
-        if h.centered and h.bias_correction == "folded":
-            raise ValueError("bias_correction='folded' cannot serve centered=True, which corrects two averages")
-        rho, weight = decaying(h, "rho", dtype)
-        lr_first = h.lr_in_momentum or h.momentum == 0
-        values = {
-            **recipes.constants(dtype), **common(h, dtype),
-            "rho": h.rho, "one_minus_rho": 1 - h.rho, "v_scale": 1.0, "eps_root": h.eps_root, "eps": h.eps,
-            "in_scale": h.lr if lr_first else 1.0, "out_scale": 1.0 if lr_first else h.lr,
-            "momentum": h.momentum, "nesterov_b": h.momentum if h.nesterov else 1.0, "nesterov_u": float(h.nesterov),
-        }  # fmt: skip
-        corrections = {
-            False: [],
-            "corrected": [Correction("v_scale", DIVIDE, rho, weight)],
-            "folded": [Correction("in_scale" if lr_first else "out_scale", TIMES_ROOT, rho, weight)],
-        }[h.bias_correction]
-        general = needs_general(h) or h.nesterov or h.bias_correction == "corrected"
-        return recipes.make(RMSProp.rule_name(h), dtype, general, values, corrections)
+        return recipes.recipe("rmsprop", RMSProp.rule_name(h), h, dtype)
 
     @staticmethod
     def initial(h, state_name):
@@ -147,9 +94,7 @@ class AdaGrad(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        values = {**recipes.constants(dtype), **common(h, dtype), "eps_root": h.eps_root, "lr": h.lr, "eps": h.eps}
-        linear = [Correction(name, DIVIDE, h.lr_decay, linear=True) for name in ("lr", "decay")] if h.lr_decay else []
-        return recipes.make("adagrad", dtype, needs_general(h), values, linear)
+        return recipes.recipe("adagrad", "adagrad", h, dtype)
 
     @staticmethod
     def needs_positive_state(h, dtype):
@@ -194,32 +139,7 @@ class Adam(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        refuse_zero_eps(h, dtype)
-        form = h.bias_correction
-        if h.amsgrad == "corrected" and form != "corrected":
-            raise ValueError(f"amsgrad='corrected' needs bias_correction='corrected', which is {form!r}")
-        values = {
-            **recipes.constants(dtype), **common(h, dtype),
-            "beta1": h.beta1, "one_minus_beta1": 1 - h.beta1, "beta2": h.beta2, "one_minus_beta2": 1 - h.beta2,
-            "m_scale": h.beta1 if h.nesterov else 1.0, "g_scale": 1 - h.beta1 if h.nesterov else 0.0,
-            "max_scale": 1.0, "v_scale": 1.0, "root_scale": 1.0,
-            "eps_root": h.eps_root, "step_size": h.lr, "eps": h.eps,
-        }  # fmt: skip
-        first, second = decaying(h, "beta1", dtype), decaying(h, "beta2", dtype)
-        corrections = []
-        if form and h.nesterov == "dozat":
-            corrections = [Correction("m_scale", DIVIDE, *first, ahead=1), Correction("g_scale", DIVIDE, *first)]
-        elif form:
-            corrections = [Correction("step_size", DIVIDE, *first)]
-        if form == "folded":
-            corrections.append(Correction("step_size", TIMES_ROOT, *second))
-        elif form and h.amsgrad == "corrected":
-            corrections.append(Correction("max_scale", DIVIDE, *second))
-        elif form and h.eps_root > 0:
-            corrections.append(Correction("v_scale", DIVIDE, *second))
-        elif form:
-            corrections.append(Correction("root_scale", OVER_ROOT, *second))
-        return recipes.make(Adam.rule_name(h), dtype, needs_general(h) or h.nesterov, values, corrections)
+        return recipes.recipe("adam", Adam.rule_name(h), h, dtype)
 
 
 class AdamW(Adam):
@@ -267,16 +187,7 @@ class RProp(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        if not rounded(h.eta_minus, dtype) < 1 < rounded(h.eta_plus, dtype):
-            raise ValueError(f"eta_minus={h.eta_minus!r} and eta_plus={h.eta_plus!r} must lie below and above 1")
-        if h.step_min > h.step_max:
-            raise ValueError(f"step_min={h.step_min!r} is above step_max={h.step_max!r}")
-        values = {
-            **recipes.constants(dtype), **common(SimpleNamespace(**vars(h), weight_decay=0.0, decoupled=False), dtype),
-            "eta_minus": h.eta_minus, "eta_plus": h.eta_plus, "step_min": h.step_min, "step_max": h.step_max,
-            "flip_below": 0.0 if h.zero_on_flip else -math.inf,
-        }  # fmt: skip
-        return recipes.make("rprop", dtype, h.clip_value is not None, values)
+        return recipes.recipe("rprop", "rprop", h, dtype)
 
     @staticmethod
     def initial(h, state_name):

@@ -76,7 +76,9 @@ def rmsprop_momentum(param, grad, square_avg, momentum_buffer,
 
 
 # Centered RMSProp (Graves 2013): divide by the running standard deviation.  The floor keeps the
-# cancellation v - a*a above the rounding of v itself.
+# cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its first
+# argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and
+# the floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN.
 def rmsprop_centered(param, grad, square_avg, grad_avg,
                      grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor,
                      eps_root, in_scale, eps, decay, tiny, zero):  # fmt: skip
@@ -87,7 +89,7 @@ def rmsprop_centered(param, grad, square_avg, grad_avg,
     if GENERAL:
         v = v * v_scale
         a = a * v_scale
-    w = larger(v - a * a, floor * v)
+    w = larger(floor * v, v - a * a)
     if GENERAL:
         w = w + eps_root
     u = in_scale * g / (sqrt(w) + eps)
@@ -107,7 +109,7 @@ def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer
     if GENERAL:
         v = v * v_scale
         a = a * v_scale
-    w = larger(v - a * a, floor * v)
+    w = larger(floor * v, v - a * a)
     if GENERAL:
         w = w + eps_root
     u = in_scale * g / (sqrt(w) + eps)
