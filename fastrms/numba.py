@@ -96,7 +96,7 @@ def _word_by_type(value, one, other, true):
         return of_flag
     if not isinstance(value, types.UnicodeType | types.StringLiteral):
         raise _refused(f"takes a word, True or False where it is given a {value}")
-    known = recipes.WORDS.get(getattr(value, "literal_value", None), -1)
+    known = recipes.WORDS.get(getattr(value, "literal_value", ""), -1)
     return number
 
 
@@ -211,8 +211,6 @@ def _refuse_types(arrays):
             raise _refused(f"updates contiguous arrays of float32 or float64, not {array}")
         if (array.dtype, array.ndim, array.layout) != (param.dtype, param.ndim, param.layout):
             raise _refused(f"needs arrays of one dtype and memory order, not {param} and {array}")
-        if not array.aligned:
-            raise _refused(f"needs arrays that are aligned to their dtype, not {array}")
     if not all(array.mutable for array in (param, *arrays[2:])):
         raise _refused("updates param and its states in place: of these arrays only grad may be read-only")
 
@@ -235,11 +233,13 @@ def _addresses_by_type(arrays, shape):
 
 
 @compiler
-def _refuse_overlap(table, size):
-    """No two buffers of `size` bytes may share one; their addresses are in the table from place 5."""
+def _refuse_places(table, size, itemsize):
+    """Buffers of `size` elements, whose addresses are in the table from place 5, share no byte and are aligned."""
     for k in range(5, len(table)):
+        if table[k] % itemsize != 0:
+            raise ValueError("fastrms: one of param, grad and the states is not aligned to its dtype; pass a copy")
         for other in range(5, k):
-            if abs(table[k] - table[other]) < size:
+            if abs(table[k] - table[other]) < size * itemsize:
                 raise ValueError("fastrms: two of param, grad and the states overlap in memory")
 
 
@@ -282,7 +282,7 @@ def _implementation(neutral, full, threads, real, place, fixed):
         places = _addresses(arrays, arrays[0].shape)
         for k in range(len(places)):
             table[5 + k] = places[k]
-        _refuse_overlap(table, arrays[0].size * arrays[0].itemsize)
+        _refuse_places(table, arrays[0].size, arrays[0].itemsize)
         arguments = (np.intp(table.ctypes.data), np.intp(0)) + threads()
         if general:
             full(*arguments)

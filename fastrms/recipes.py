@@ -173,6 +173,18 @@ def adam_checks(h, dtype):
     )  # fmt: skip
 
 
+def of_second_average(h, dtype):
+    """Adam's correction of exp_avg_sq, which stands where its form of bias correction wants it."""
+    divide, over_root = select(h.bias_correction, DIVIDE, NONE), select(h.bias_correction, OVER_ROOT, NONE)
+    if h.bias_correction == FOLDED:
+        return of_average(ADAM.step_size, TIMES_ROOT, h.beta2, 0, dtype)
+    if h.amsgrad == CORRECTED:
+        return of_average(ADAM.max_scale, divide, h.beta2, 0, dtype)
+    if h.eps_root > 0:
+        return of_average(ADAM.v_scale, divide, h.beta2, 0, dtype)
+    return of_average(ADAM.root_scale, over_root, h.beta2, 0, dtype)
+
+
 def adam(h, dtype):
     values = AdamValues(
         grad_scale=direction(h), clip_low=-clip_bound(h), clip_high=clip_bound(h), weight_decay=added_decay(h),
@@ -187,18 +199,6 @@ def adam(h, dtype):
         of_second_average(h, dtype),
     )
     return needs_general(h) or h.nesterov > 0, values, corrections
-
-
-def of_second_average(h, dtype):
-    """Adam's correction of exp_avg_sq, which stands where its form of bias correction wants it."""
-    divide, over_root = select(h.bias_correction, DIVIDE, NONE), select(h.bias_correction, OVER_ROOT, NONE)
-    if h.bias_correction == FOLDED:
-        return of_average(ADAM.step_size, TIMES_ROOT, h.beta2, 0, dtype)
-    if h.amsgrad == CORRECTED:
-        return of_average(ADAM.max_scale, divide, h.beta2, 0, dtype)
-    if h.eps_root > 0:
-        return of_average(ADAM.v_scale, divide, h.beta2, 0, dtype)
-    return of_average(ADAM.root_scale, over_root, h.beta2, 0, dtype)
 
 
 RPropChecks = namedtuple("RPropChecks", "lr clip_value eta_minus eta_plus step_max step_min")
