@@ -7,7 +7,10 @@
 
 #define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-enum { CACHE_CHUNK = 4096 };                              /* elements: all buffers of so many stay in cache */
+enum {
+    CACHE_CHUNK = 4096,                                   /* elements: all buffers of so many stay in cache */
+    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
+};
 
 /* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
 double fastrms_series(double decay, double weight, int64_t terms)
@@ -187,6 +190,29 @@ static int run(fastrms_plan *plan)
     fastrms_restore_float_mode(mode);
     fastrms_leave_step();
     return status;
+}
+
+/* scratch for coefficients, the sums of segments, the ranges of buffers in memory, and where tensors start */
+int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor)
+{
+    int64_t segments = 0;
+    for (int64_t k = 0; k < tensors; ++k)
+        segments += fastrms_segments(tensor[k].size);
+    return tensors * (FASTRMS_MAX_COEFFICIENTS * (int64_t)sizeof(double) + MOST_RANGES * 2 * (int64_t)sizeof(uintptr_t))
+        + segments * (int64_t)sizeof(fastrms_squares) + (tensors + 1) * (int64_t)sizeof(int64_t);
+}
+
+void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
+                       const void **grad, void *scratch)
+{
+    *plan = (fastrms_plan){.tensors = tensors, .tensor = tensor, .recipes = recipes, .recipe = recipe, .grad = grad,
+                           .ready = scratch, .grad_scale = 1, .clip_norm = -1};
+    plan->starts = (int64_t *)(plan->ready + tensors * FASTRMS_MAX_COEFFICIENTS);
+    plan->ranges = (uintptr_t *)(plan->starts + tensors + 1);
+    plan->segments = (fastrms_squares *)(plan->ranges + tensors * MOST_RANGES * 2);
+    for (int k = 0; k < recipes; ++k)
+        if (fastrms_rule_states(recipe[k].rule) > plan->states)
+            plan->states = fastrms_rule_states(recipe[k].rule);
 }
 
 static int release(fastrms_plan *plan, int status)
