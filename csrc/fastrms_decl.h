@@ -91,6 +91,7 @@ typedef struct {
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;
+    int64_t occupied;
     double grad_scale, clip_norm;
     fastrms_found found;
     int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;

@@ -258,7 +258,7 @@ static int by_start(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* do any two of the buffers of this step share a byte? */
+/* sort the ranges of buffers in memory; do any two of them share a byte? */
 static int overlap(uintptr_t (*range)[2], int64_t count)
 {
     int sorted = 1;
@@ -281,7 +281,7 @@ static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start
     return count + 1;
 }
 
-/* would any two buffers of a step overlap, with these parameters and gradients? */
+/* would any two buffers of a step overlap, with these parameters and gradients?  NULL: those of the plan; no gradients. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
@@ -290,11 +290,28 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
         const fastrms_tensor *tensor = &plan->tensor[k];
         int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
         count = add_range(range, count, param ? param[k] : tensor->param, bytes);
-        count = add_range(range, count, grad[k], bytes);
+        count = add_range(range, count, grad ? grad[k] : NULL, bytes);
         for (int s = 0; s < plan->states; ++s)
             count = add_range(range, count, tensor->state[s], bytes);
     }
+    plan->occupied = count;
     return overlap(range, count);
+}
+
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that the
+ * last that starts before the end of the gradient is the only one to look at. */
+static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
+{
+    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
+    int64_t before = 0, after = plan->occupied;
+    while (before < after) {
+        int64_t middle = (before + after) / 2;
+        if (range[middle][0] < end)
+            before = middle + 1;
+        else
+            after = middle;
+    }
+    return bytes && before && range[before - 1][1] > start;
 }
 
 static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
@@ -342,10 +359,27 @@ int fastrms_stream_open(fastrms_plan *plan)
         return status;
     plan->streaming = 1;
     plan->streamed = 0;
+    would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */
     return release(plan, FASTRMS_OK);
 }
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
+
+/* let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer */
+static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *param, const void *grad)
+{
+    int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
+    void *before = tensor->param;
+    if (param)
+        tensor->param = param;
+    int moved = tensor->param != before;
+    if (!(moved && would_overlap(plan, NULL, NULL)) && !is_occupied(plan, grad, bytes))
+        return FASTRMS_OK;
+    tensor->param = before;
+    if (moved)
+        would_overlap(plan, NULL, NULL);
+    return FASTRMS_OVERLAP;
+}
 
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale)
@@ -354,9 +388,10 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
         return FASTRMS_BUSY;
     if (!plan->streaming)
         return release(plan, FASTRMS_STREAMING);
+    int status = accept_streamed(plan, &plan->tensor[tensor], param, grad);
+    if (status)
+        return release(plan, status);
     set_recipes(plan, recipe);
-    if (param)
-        plan->tensor[tensor].param = param;
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,
