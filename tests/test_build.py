@@ -170,6 +170,10 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
+    assert {"fastrms/py.typed", "fastrms/__init__.pyi", "fastrms/numba.pyi"} <= set(names)
+    (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    assert f"{metadata.rpartition('/')[0]}/licenses/LICENSE" in names
+    assert b"\nLicense-Expression: MIT\n" in zipfile.ZipFile(wheel).read(metadata)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
     assert {n for n in names if n.endswith(".h")} == {"fastrms/include/fastrms.h", "fastrms/include/fastrms_decl.h"}
     python, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
@@ -191,6 +195,7 @@ def check_sdist(dist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{name}" for name in ("Makefile", "flags", "recipes.c", "fastrms_decl.h", "kernels.inc")} <= names
+    assert {"LICENSE", "README.md", "docs/performance.md"} <= names
     assert {"examples/trainer_c/" + name for name in ("Makefile", "trainer.c", "export_digits.py", "same.py")} <= names
     assert not [name for name in names if name.endswith((".o", ".a", ".so")) or "/build/" in name]
 

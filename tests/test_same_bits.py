@@ -126,7 +126,7 @@ def many_steps(make, options, backend, dtypes, steps=40):
         info = optimizer.step([grads[:2], grads[2:]], grad_scale=1.0 / 3, clip_norm=5.0 if step % 2 else None)
         norms.append(np.float64(info.grad_norm if info.grad_norm is not None else 0.0))
     states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
-    return [bits(x) for x in [*params, *states, np.array(norms)]], optimizer._plan.tensor_steps
+    return [bits(x) for x in [*params, *states, np.array(norms)]], optimizer.tensor_steps
 
 
 @pytest.mark.parametrize("make, options", OPTIMIZERS)

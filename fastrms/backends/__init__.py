@@ -72,6 +72,11 @@ def choose(name, own_rule=None, array=None):
     return module
 
 
+def name_of(module):
+    """The name of a backend module, as load() takes it."""
+    return module.__name__.rpartition(".")[2]
+
+
 def memory(module):
     """The module for the arrays of a backend: arrays (host memory) or device."""
     return getattr(module, "memory", host)
