@@ -204,12 +204,20 @@ def same_layout(buffer, name, reference, reference_name):
         )
 
 
+def overlap(buffers):
+    """The indices of two Buffers that share a byte, the one with the lower address first, or None."""
+    ranges = sorted((buffer.address, buffer.end, k) for k, buffer in enumerate(buffers) if buffer.size)
+    pairs = itertools.pairwise(ranges)
+    return next(((first, second) for (_, end, first), (start, _, second) in pairs if start < end), None)
+
+
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    ranges = sorted((buffer.address, buffer.end, name) for name, buffer in buffers if buffer.size)
-    for (_, end, first), (start, _, second) in itertools.pairwise(ranges):
-        if start < end:
-            raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
+    names, buffers = zip(*buffers, strict=True)
+    pair = overlap(buffers)
+    if pair is not None:
+        first, second = (names[k] for k in pair)
+        raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
 
 
 def ours(array):
