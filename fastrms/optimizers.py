@@ -284,7 +284,7 @@ class AdamW(Adam):
 
 
 class RProp(Optimizer):
-    """RProp moves each weight by a step of its own, which grows while the sign of its gradient stays and shrinks when it flips.
+    """RProp moves each weight by its own step, which grows while the gradient keeps its sign and shrinks when that flips.
 
     One step computes, for every element::
 

@@ -45,6 +45,8 @@ class Writer(ast.NodeTransformer):
 
     def block(self, statements):
         for statement in statements:
+            if isinstance(statement, ast.Expr):  # a docstring
+                continue
             if isinstance(statement, ast.If):  # `if GENERAL:`, the only one there is
                 if self.general:
                     self.block(statement.body)
