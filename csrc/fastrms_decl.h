@@ -30,7 +30,9 @@ typedef struct {
 
 /* One rule with its hyper-parameters.  rule: index of fastrms_rule_name(); itemsize: 4 float, 8 double;
  * general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
- * value[] holds the coefficients in double, in the order of fastrms_rule_arguments(); value[0] is grad_scale. */
+ * value[] holds the coefficients in double, in the order of fastrms_rule_arguments(); value[0] is grad_scale, and
+ * value[1] is grad_rescale, a second factor of the gradient in the general form, 1 but for a step that clips to a factor
+ * below the normal numbers of float. */
 typedef struct {
     int32_t rule, itemsize, general, coefficients, corrections, reserved;
     fastrms_correction correction[FASTRMS_MAX_CORRECTIONS];
@@ -75,7 +77,7 @@ typedef struct {
     fastrms_squares *segments;
     double grad_scale, clip_norm;
     fastrms_found found;
-    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
+    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
 } fastrms_plan;
 
 /* One step over all tensors, of the gradients that the plan holds; fastrms_step_held makes it only while they are those

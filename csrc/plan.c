@@ -6,14 +6,26 @@
 
 #define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-enum { TILE = 4096 };                                     /* elements */
+enum { CACHE_CHUNK = 4096 };                              /* elements: all buffers of so many stay in cache */
+
+static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
+{
+    fastrms_recipe rescaled;
+    if (scale.grad_rescale != 1) {
+        rescaled = *recipe;
+        rescaled.value[1] = scale.grad_rescale;
+        recipe = &rescaled;
+    }
+    fastrms_evaluate(recipe, step, scale.grad_scale, ready);
+}
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
-static void prepare(fastrms_plan *plan, double grad_scale)
+static void prepare(fastrms_plan *plan, fastrms_factor scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
-    plan->unchanging = grad_scale == 1;
+    plan->rescaled = scale.grad_rescale != 1;
+    plan->unchanging = scale.grad_scale == 1 && !plan->rescaled;
     plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
@@ -24,8 +36,8 @@ static void prepare(fastrms_plan *plan, double grad_scale)
             tensor->ready = last->ready;
         } else {
             tensor->ready = sets++;
-            fastrms_evaluate(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
-                             plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+            scaled_coefficients(&plan->recipe[tensor->recipe], tensor->steps + 1, scale,
+                                plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
         plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
@@ -36,25 +48,28 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
 {
     const fastrms_tensor *tensor = &plan->tensor[k];
     const fastrms_recipe *recipe = &plan->recipe[tensor->recipe];
-    int64_t bytes = offset * recipe->itemsize;
+    int64_t bytes = offset * fastrms_stored_itemsize(recipe);
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
-    fastrms_find(recipe)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
-                        plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+    int general = recipe->general || plan->rescaled;
+    fastrms_kernel *kernel = fastrms_current_tier()->kernels[recipe->rule][recipe->itemsize == 8][general];
+    kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
+           plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    int itemsize = plan->recipe[plan->tensor[k].recipe].itemsize;
-    memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
+    int stored = fastrms_stored_itemsize(&plan->recipe[plan->tensor[k].recipe]);
+    memset((char *)plan->grad[k] + offset * stored, 0, (size_t)(size * stored));
 }
 
-/* each tile of the gradient is zeroed while it is in cache */
+/* Chunk by chunk, what is done to a chunk while it is in cache.  Today that is the update and the zeroing of the gradient; a
+ * storage format will decode before the update and encode after it here, and nowhere else. */
 static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    for (; size > 0; offset += TILE, size -= TILE) {
-        int64_t length = size < TILE ? size : TILE;
+    for (; size > 0; offset += CACHE_CHUNK, size -= CACHE_CHUNK) {
+        int64_t length = size < CACHE_CHUNK ? size : CACHE_CHUNK;
         update_part(plan, k, offset, length);
         zero_part(plan, k, offset, length);
     }
@@ -64,7 +79,7 @@ static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t o
 static void update_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     int64_t k = 0, after = plan->tensors;
     while (after - k > 1) {                               /* the tensor that holds `begin` */
         int64_t middle = (k + after) / 2;
@@ -81,72 +96,13 @@ static void update_range(void *context, int64_t begin, int64_t end)
             update_part(plan, k, begin - plan->starts[k], stop - begin);
         begin = stop;
     }
-    fastrms_leave(mode);
+    fastrms_restore_float_mode(mode);
 }
 
-/* look at segments [begin, end) of the gradients, each to its place in plan->segments */
-static void look_range(void *context, int64_t begin, int64_t end)
+static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
 {
-    const fastrms_plan *plan = context;
-    fastrms_mode mode = fastrms_enter();
-    int64_t first = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        const fastrms_recipe *recipe = &plan->recipe[plan->tensor[k].recipe];
-        fastrms_wanted wanted = {plan->clip_norm >= 0, plan->on_nonfinite, recipe->value[0] * plan->grad_scale};
-        int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
-        for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
-            int64_t start = s * FASTRMS_SEGMENT, length = size - start < FASTRMS_SEGMENT ? size - start : FASTRMS_SEGMENT;
-            const char *part = (const char *)plan->grad[k] + start * recipe->itemsize;
-            plan->segments[first + s] = fastrms_look(length, recipe->itemsize, part, wanted);
-        }
-        first += count;
-    }
-    fastrms_leave(mode);
-}
-
-/* sums up what look_range left of each tensor's segments */
-static fastrms_found found_in(const fastrms_plan *plan)
-{
-    fastrms_squares total = {0, -1000, 0};
-    fastrms_found found = {0, 0, -1};
-    int64_t s = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        int64_t end = s + (plan->grad[k] ? fastrms_segments(plan->tensor[k].size) : 0);
-        for (; s < end; ++s)
-            fastrms_add_squares(&total, plan->segments[s]);
-        if (total.nonfinite && found.tensor < 0)
-            found.tensor = k;
-    }
-    found.nonfinite = total.nonfinite;
-    found.grad_norm = fastrms_root(&total, plan->grad_scale);
-    return found;
-}
-
-/* in one reading of the gradients, everything that must be known of them before the first write */
-static void look(fastrms_plan *plan)
-{
-    int64_t segments = 0, elements = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k)
-        if (plan->grad[k]) {
-            segments += fastrms_segments(plan->tensor[k].size);
-            elements += plan->tensor[k].size;
-        }
-    fastrms_parallel(elements, look_range, plan, segments, 1);
-    plan->found = found_in(plan);
-}
-
-/* a NaN norm makes the factor NaN, as every framework has it */
-static double clipped_scale(const fastrms_plan *plan)
-{
-    if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
-        return plan->grad_scale;
-    return plan->grad_scale * (plan->clip_norm / plan->found.grad_norm);
-}
-
-static ALWAYS_INLINE void update(fastrms_plan *plan, double grad_scale)
-{
-    if (!plan->unchanging || grad_scale != 1)
-        prepare(plan, grad_scale);
+    if (!plan->unchanging || scale.grad_scale != 1)
+        prepare(plan, scale);
     int64_t elements = plan->starts[plan->tensors];
     fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -162,15 +118,15 @@ static void zero_gradients(const fastrms_plan *plan)
             zero_part(plan, k, 0, plan->tensor[k].size);
 }
 
-static APART int look_and_update(fastrms_plan *plan)
+static APART int scan_and_update(fastrms_plan *plan)
 {
-    look(plan);
+    fastrms_squares squares = fastrms_scan(plan);
     if (plan->found.nonfinite) {
         if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
             zero_gradients(plan);
         return FASTRMS_NONFINITE;
     }
-    update(plan, clipped_scale(plan));
+    update(plan, fastrms_clipped_scale(plan, &squares));
     return FASTRMS_OK;
 }
 
@@ -178,12 +134,12 @@ static int run(fastrms_plan *plan)
 {
     int status = FASTRMS_OK;
     fastrms_enter_step();
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     if (plan->clip_norm < 0 && !plan->on_nonfinite)
-        update(plan, plan->grad_scale);
+        update(plan, (fastrms_factor){plan->grad_scale, 1});
     else
-        status = look_and_update(plan);
-    fastrms_leave(mode);
+        status = scan_and_update(plan);
+    fastrms_restore_float_mode(mode);
     fastrms_leave_step();
     return status;
 }
@@ -261,7 +217,7 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     int64_t count = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         const fastrms_tensor *tensor = &plan->tensor[k];
-        int64_t bytes = tensor->size * plan->recipe[tensor->recipe].itemsize;
+        int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
         count = add_range(range, count, param ? param[k] : tensor->param, bytes);
         count = add_range(range, count, grad[k], bytes);
         for (int s = 0; s < plan->states; ++s)
@@ -373,11 +329,11 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
     if (step < 1 || step > INT64_C(1) << 62)
         return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
-        if ((uintptr_t)buffer[k] % (uintptr_t)recipe->itemsize)
+        if ((uintptr_t)buffer[k] % (uintptr_t)fastrms_stored_itemsize(recipe))
             return FASTRMS_MISALIGNED;
         if (!buffer[k] && size && k < 2 + fastrms_rule_states(recipe->rule))
             return FASTRMS_MISSING;
-        count = add_range(range, count, buffer[k], size * recipe->itemsize);
+        count = add_range(range, count, buffer[k], size * fastrms_stored_itemsize(recipe));
     }
     if (overlap(range, count))
         return FASTRMS_OVERLAP;

@@ -68,7 +68,7 @@ typedef struct {
 /* the rule, its form, its coefficients and the constants; a rule that lacks one of them ignores it */
 static void fill(fastrms_recipe *recipe, const char *rule, int general, const coefficient *values)
 {
-    const coefficient constants[] = {{"one", 1}, {"tiny", recipe->itemsize == 4 ? FLT_MIN : DBL_MIN},
+    const coefficient constants[] = {{"grad_rescale", 1}, {"one", 1}, {"tiny", recipe->itemsize == 4 ? FLT_MIN : DBL_MIN},
                                      {"floor", recipe->itemsize == 4 ? 0x1p-20 : 0x1p-49}};
     while (strcmp(fastrms_rule_name(recipe->rule), rule))
         ++recipe->rule;
@@ -287,7 +287,7 @@ static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hype
 {
     if (itemsize != 4 && itemsize != 8)
         return "itemsize";
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     fastrms_recipe made = {.itemsize = itemsize};
     const char *refused = wrong(h, itemsize);
     if (!refused) {
@@ -296,7 +296,7 @@ static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hype
     }
     if (!refused)
         *recipe = made;
-    fastrms_leave(mode);
+    fastrms_restore_float_mode(mode);
     return refused;
 }
 

@@ -1,6 +1,7 @@
 """Gradient and Adam update in one CUDA kernel of your own: the weights that are nearest to a target.
 
-The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.
+The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.  With
+one, decorate fused by @cuda.jit instead and launch it.
 """
 
 from numba import cuda
@@ -8,28 +9,26 @@ from numba.cuda import types
 
 import fastrms.cuda
 from fastrms import rules
-from fastrms.backends import ptx
 
 adam = fastrms.cuda.neutral_rules.adam
 COEFFICIENTS = rules.coefficient_names(rules.RULES["adam"])
+uint64 = types.uint64  # indices are compared with the size, and an int64 would be compared as a double
 
-SOURCE = f"""
-def fused(weight, exp_avg, exp_avg_sq, target, size, {", ".join(COEFFICIENTS)}):
+
+def fused(weight, exp_avg, exp_avg_sq, target, size, coefficients):
     at = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
     if at < size:
         grad = weight[at] - target[at]
-        updated = adam(weight[at], grad, exp_avg[at], exp_avg_sq[at], {", ".join(COEFFICIENTS)})
+        updated = adam(weight[at], grad, exp_avg[at], exp_avg_sq[at], *coefficients)
         weight[at], exp_avg[at], exp_avg_sq[at] = updated
-"""
 
 
 def compile_fused(cc):
-    """The PTX of the fused kernel, in float32."""
-    names = {"cuda": cuda, "uint64": types.uint64, "adam": adam}
-    exec(SOURCE, names)
+    """The PTX of the fused kernel, in float32; coefficients are one argument each, in the order of COEFFICIENTS."""
     real = types.float32
-    signature = types.void(*[types.CPointer(real)] * 4, types.uint64, *[real] * len(COEFFICIENTS))
-    return ptx.named_ptx(names["fused"], signature, "fused", cc)
+    signature = types.void(*[types.CPointer(real)] * 4, uint64, types.UniTuple(real, len(COEFFICIENTS)))
+    ptx, _ = cuda.compile(fused, signature, cc=cc, device=False, abi="numba")
+    return ptx
 
 
 if __name__ == "__main__":

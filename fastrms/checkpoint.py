@@ -4,12 +4,12 @@ The tensors are the state arrays, named "<tensor>/<state>".  The metadata has on
 state_dict() as JSON, whose numbers are those of repr() and so exact.
 """
 
-import contextlib
 import json
 import os
-import secrets
 
 import numpy as np
+
+from . import files
 
 VERSION = 1
 
@@ -26,7 +26,7 @@ def save(optimizer, path):
     """See Optimizer.save."""
     library = _library()
     tensors, header = _packed(optimizer.state_dict())
-    _replace(os.path.realpath(os.fsdecode(path)), library.numpy.save(tensors, {"fastrms": json.dumps(header)}))
+    files.save(os.fsdecode(path), library.numpy.save(tensors, {"fastrms": json.dumps(header)}))
 
 
 def _packed(d):
@@ -38,31 +38,6 @@ def _packed(d):
     }
     listed = [{**tensor, "state": list(tensor["state"])} for tensor in d["tensors"]]
     return tensors, {"version": VERSION, **d, "tensors": listed}
-
-
-def _replace(path, data):
-    """Put data in the place of a file: written beside it, on the disk before the name changes hands."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    with open(temporary, "xb") as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-            raise
-    _sync_directory(os.path.dirname(path))
-
-
-def _sync_directory(path):
-    """Wait until the new name is on the disk, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(optimizer, path):

@@ -7,16 +7,14 @@ those of fastrms.rules, all float32 or all float64.  neutral_rules are the same 
 from types import ModuleType
 
 from . import rules as texts
-from .backends.cuda import compiler
+from .backends.cuda.toolchain import compiler
 
-compiler()  # refuses Numba's own CUDA target
+_compile = compiler()  # refuses Numba's own CUDA target
 
 
 def _module(name, general):
-    from .backends import lowered
-
     module = ModuleType(f"{__name__}.{name}", f"The scalar rules as device functions; GENERAL is {general}.")
-    vars(module).update({rule: lowered.device_rule(text, general) for rule, text in texts.RULES.items()})
+    vars(module).update({rule: _compile.lower(_compile.operations_of(rule, general)) for rule in texts.RULES})
     return module
 
 

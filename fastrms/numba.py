@@ -26,7 +26,7 @@ from numba.extending import overload, register_jitable
 
 from . import hyper, optimizers, recipes
 from . import rules as texts
-from .backends.kernels import OPTIONS, compiler, jitted, kernel
+from .backends.numba.kernels import OPTIONS, compiler, jitted, kernel
 from .recipes import CORRECTED, DOZAT, FOLDED, NONE
 
 _REAL = {types.float32: np.dtype(np.float32), types.float64: np.dtype(np.float64)}

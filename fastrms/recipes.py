@@ -22,7 +22,7 @@ from .rules import select
 CORRECTED, FOLDED, DOZAT = 2, 3, 4  # as in csrc/fastrms_decl.h
 WORDS = {None: 0.0, "corrected": CORRECTED, "folded": FOLDED, "dozat": DOZAT}
 NONE, DIVIDE, TIMES_ROOT, OVER_ROOT = range(4)  # value, value / q, value * sqrt(q), value / sqrt(q)
-CONSTANTS = ("zero", "one", "tiny", "floor")  # coefficients that no hyper-parameter decides
+CONSTANTS = ("grad_rescale", "zero", "one", "tiny", "floor")  # coefficients that no hyper-parameter decides
 
 
 class Correction(NamedTuple):
@@ -303,6 +303,10 @@ class Recipe(NamedTuple):
         """Whether no coefficient changes from step to step."""
         return not self.corrections
 
+    def rescaled(self, grad_rescale):
+        """This recipe with a second factor of the gradient, for a step whose factor is too small to be a float32."""
+        return self._replace(general=True, values={**self.values, "grad_rescale": grad_rescale})
+
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
         values = list(self.values.values())
@@ -380,6 +384,7 @@ def make(rule, dtype, general, values):
 def constants(dtype):
     """The numbers that rules may not spell out: zero, one, tiny (smallest normal), floor (of the centered variance)."""
     return {
+        "grad_rescale": 1.0,  # other than 1 for a single step: see rescaled()
         "zero": 0.0,
         "one": 1.0,
         "tiny": float(np.finfo(dtype).tiny),

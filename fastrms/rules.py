@@ -42,22 +42,22 @@ def sign(x, zero, one):
     return select(x > zero, one, select(x < zero, -one, zero))
 
 
-def prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay):
+def prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay):
     """The gradient scaled, and in the general form clipped and with L2 weight decay."""
     g = grad * grad_scale
     if GENERAL:
-        g = clip(g, clip_low, clip_high) + weight_decay * param
+        g = clip(g * grad_rescale, clip_low, clip_high) + weight_decay * param
     return g
 
 
 def rmsprop(param, grad, square_avg,
-            grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
+            grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
             in_scale, eps, decay, tiny, zero):  # fmt: skip
     """RMSProp divides each gradient by a running root mean square, square_avg.
 
     Source: Hinton, Coursera lecture 6e, 2012.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     w = square_avg
     if GENERAL:
@@ -68,13 +68,13 @@ def rmsprop(param, grad, square_avg,
 
 
 def rmsprop_momentum(param, grad, square_avg, momentum_buffer,
-                     grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
+                     grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
                      in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay, tiny, zero):  # fmt: skip
     """RMSProp with momentum: momentum_buffer is a decaying sum of the steps, which moves the parameter.
 
     Source: Graves 2013; Sutskever et al. 2013 for nesterov.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     w = square_avg
     if GENERAL:
@@ -89,8 +89,8 @@ def rmsprop_momentum(param, grad, square_avg, momentum_buffer,
 
 
 def rmsprop_centered(param, grad, square_avg, grad_avg,
-                     grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor, eps_root,
-                     in_scale, eps, decay, tiny, zero):  # fmt: skip
+                     grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor,
+                     eps_root, in_scale, eps, decay, tiny, zero):  # fmt: skip
     """Centered RMSProp divides by the running standard deviation: grad_avg is the running mean.
 
     The floor keeps the cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its
@@ -99,7 +99,7 @@ def rmsprop_centered(param, grad, square_avg, grad_avg,
 
     Source: Graves 2013.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
     v, a = square_avg, grad_avg
@@ -115,14 +115,14 @@ def rmsprop_centered(param, grad, square_avg, grad_avg,
 
 
 def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer,
-                              grad_scale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, floor,
-                              eps_root, in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay,
+                              grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale,
+                              floor, eps_root, in_scale, eps, momentum, nesterov_b, nesterov_u, out_scale, decay,
                               tiny, zero):  # fmt: skip
     """Centered RMSProp with momentum.
 
     Source: Graves 2013, equations 38 to 45.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
     v, a = square_avg, grad_avg
@@ -142,12 +142,12 @@ def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer
 
 
 def adagrad(param, grad, sum,
-            grad_scale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay, tiny, zero):  # fmt: skip
+            grad_scale, grad_rescale, clip_low, clip_high, weight_decay, eps_root, lr, eps, decay, tiny, zero):  # fmt: skip
     """AdaGrad divides by the root of the sum of squares since the start.
 
     Source: Duchi, Hazan, Singer 2011, the diagonal form.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     sum = flush(sum + g * g, tiny, zero)
     w = sum
     if GENERAL:
@@ -158,13 +158,13 @@ def adagrad(param, grad, sum,
 
 
 def adam(param, grad, exp_avg, exp_avg_sq,
-         grad_scale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+         grad_scale, grad_rescale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
          m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, decay, tiny, zero):  # fmt: skip
     """Adam is RMSProp on a running mean of the gradient, exp_avg; it and exp_avg_sq are corrected for their start at 0.
 
     Source: Kingma, Ba 2015.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     exp_avg = flush(beta1 * exp_avg + one_minus_beta1 * g, tiny, zero)
     exp_avg_sq = flush(beta2 * exp_avg_sq + (one_minus_beta2 * g) * g, tiny, zero)
     m, w = exp_avg, exp_avg_sq
@@ -177,14 +177,14 @@ def adam(param, grad, exp_avg, exp_avg_sq,
 
 
 def adam_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq,
-                 grad_scale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+                 grad_scale, grad_rescale, clip_low, clip_high, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
                  max_scale, m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, decay,
                  tiny, zero):  # fmt: skip
     """AMSGrad is Adam that divides by the largest second moment so far, max_exp_avg_sq.
 
     Source: Reddi, Kale, Kumar 2018.
     """
-    g = prepare(grad, param, grad_scale, clip_low, clip_high, weight_decay)
+    g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     exp_avg = flush(beta1 * exp_avg + one_minus_beta1 * g, tiny, zero)
     exp_avg_sq = flush(beta2 * exp_avg_sq + (one_minus_beta2 * g) * g, tiny, zero)
     max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq * max_scale)
@@ -198,13 +198,13 @@ def adam_amsgrad(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq,
 
 
 def rprop(param, grad, prev, step_size,
-          grad_scale, clip_low, clip_high, eta_minus, eta_plus, step_min, step_max, flip_below,
+          grad_scale, grad_rescale, clip_low, clip_high, eta_minus, eta_plus, step_min, step_max, flip_below,
           zero, one):  # fmt: skip
     """RProp keeps a step size per weight, grown while the sign of its gradient stays and shrunk when it flips.
 
     Source: Riedmiller, Braun 1993; Igel, Huesken 2000 for iRprop-.
     """
-    g = prepare(grad, zero, grad_scale, clip_low, clip_high, zero)
+    g = prepare(grad, zero, grad_scale, grad_rescale, clip_low, clip_high, zero)
     direction = sign(g, zero, one)
     s = direction * sign(prev, zero, one)
     eta = select(s > zero, eta_plus, select(s < zero, eta_minus, one))
@@ -241,6 +241,7 @@ MEANINGS = {
     "prev": "Prepared gradient of the step before, 0 after a flip of its sign.",
     "step_size of rprop": "Step of this weight.",
     "grad_scale": "Factor of the gradient: that of step(), that of clip_norm, and -1 for maximize.",
+    "grad_rescale": "Second factor of the gradient, for a clip_norm whose factor grad_scale cannot hold; else 1.",
     "clip_low, clip_high": "Bounds of an element of the scaled gradient; -inf and inf where there are none.",
     "weight_decay": "L2 decay: param times this is added to the gradient.",
     "rho, beta1, beta2": "Share of a running mean that is kept.",
@@ -286,7 +287,7 @@ def find(rule):
 def arguments(rule):
     """The argument names of a rule: param, grad, its states, its coefficients (grad_scale is the first)."""
     if not isinstance(rule, FunctionType):
-        return ("param", "grad", *rule.states, "grad_scale", *rule.coefficients)
+        return ("param", "grad", *rule.states, "grad_scale", "grad_rescale", *rule.coefficients)
     return rule.__code__.co_varnames[: rule.__code__.co_argcount]
 
 

@@ -51,7 +51,8 @@ def backend(request):
 
 
 COEFFICIENTS = {
-    "grad_scale": -0.7, "clip_low": -2.5, "clip_high": 2.5, "weight_decay": 0.03, "rho": 0.9, "one_minus_rho": 0.1,
+    "grad_scale": -0.7, "grad_rescale": 0.9, "clip_low": -2.5, "clip_high": 2.5, "weight_decay": 0.03, "rho": 0.9,
+    "one_minus_rho": 0.1,
     "v_scale": 1.7, "eps_root": 1e-7, "in_scale": 0.01, "eps": 1e-8, "momentum": 0.8, "nesterov_b": 0.8,
     "nesterov_u": 0.3, "out_scale": 0.9, "decay": 1e-4, "lr": 0.02, "beta1": 0.9, "one_minus_beta1": 0.1,
     "beta2": 0.99, "one_minus_beta2": 0.01, "m_scale": 0.9, "g_scale": 0.2, "step_size": 0.003, "root_scale": 1.1,
@@ -61,7 +62,7 @@ COEFFICIENTS = {
 
 def raw_recipe(rule, dtype, general):
     """A recipe with every coefficient different from its neutral value."""
-    return recipes.make(rule, dtype, general, {**COEFFICIENTS, **recipes.constants(dtype)})
+    return recipes.make(rule, dtype, general, {**recipes.constants(dtype), **COEFFICIENTS})
 
 
 def wild_values(size, dtype, seed):

@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from conftest import BACKENDS, bits
 from test_same_bits import OPTIMIZERS
 
 import fastrms
-from fastrms import checkpoint
+from fastrms import files
 from fastrms.schedules import Cosine, Plateau
 
 safetensors = pytest.importorskip("safetensors")
@@ -214,7 +217,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(saved, fails, monk
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, fails, full)
+    monkeypatch.setattr(files.os, fails, full)
     optimizer.step(problem(1)[1][0])
     with pytest.raises(OSError, match="No space"):
         optimizer.save(path)
@@ -225,8 +228,8 @@ def test_the_data_are_synced_before_the_rename_and_the_directory_after(saved, mo
     optimizer, path = saved
     done = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))[1])
-    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))[1])
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
     optimizer.save(path)
     assert len(done) == 3 and done[0].endswith(".tmp") and done[1:] == ["replace", str(path.parent)]
 
@@ -234,6 +237,7 @@ def test_the_data_are_synced_before_the_rename_and_the_directory_after(saved, mo
 def test_permissions_and_links(saved, tmp_path):
     """As a fresh file has them; a symbolic link stays, also a dangling one, and a hard link keeps the old file."""
     optimizer, path = saved
+    path.unlink()
     before = os.umask(0o027)
     try:
         optimizer.save(path)
@@ -250,6 +254,85 @@ def test_permissions_and_links(saved, tmp_path):
         optimizer.save(link), optimizer.save(os.fsencode(path))
         assert link.is_symlink() and (tmp_path / "sub" / "target").read_bytes() == path.read_bytes() != old
     assert hard.read_bytes() == old
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400])
+def test_an_existing_file_keeps_its_permissions_and_its_group(saved, mode, monkeypatch):
+    """Also while it is written: nobody reads the new file who could not read the old one."""
+    optimizer, path = saved
+    groups = [group for group in os.getgroups() if group != path.stat().st_gid]
+    if os.getuid() == 0:
+        groups.append(12345)
+    for group in groups[-1:]:
+        os.chown(path, -1, group)
+    path.chmod(mode)
+    before, seen, sync = path.stat(), [], os.fsync
+
+    def synced(descriptor):
+        seen.append(os.fstat(descriptor).st_mode & 0o777)
+        sync(descriptor)
+
+    def made(path, flags, permissions=0o777, **rest):
+        assert not flags & os.O_CREAT or permissions == 0o600
+        return opened(path, flags, permissions, **rest)
+
+    opened = os.open
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "open", made)
+    if mode & 0o200 or os.getuid() == 0:
+        optimizer.save(path)
+        assert seen[0] == mode
+    else:
+        with pytest.raises(PermissionError):
+            optimizer.save(path)
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_a_group_that_cannot_be_kept_gives_no_other_group_its_rights(saved, monkeypatch):
+    optimizer, path = saved
+    path.chmod(0o664)
+    monkeypatch.setattr(files.os, "fchown", lambda *arguments: (_ for _ in ()).throw(PermissionError(1, "not yours")))
+    before, status = os.stat(path), os.stat
+
+    def elsewhere(path, **rest):
+        found = status(path, **rest)
+        return os.stat_result((*found[:5], found.st_gid + 1, *found[6:])) if found.st_ino == before.st_ino else found
+
+    monkeypatch.setattr(files.os, "stat", elsewhere)
+    optimizer.save(path)
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
+def test_what_is_no_regular_file_is_written_to(saved, tmp_path):
+    """A FIFO, a device of ours where that may be made, and a file that has no name any more."""
+    optimizer, path = saved
+    fifo, device = tmp_path / "fifo", tmp_path / "null"
+    os.mkfifo(fifo)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
+    reader.start()
+    optimizer.save(fifo)
+    reader.join(60)
+    assert got == [path.read_bytes()] and stat.S_ISFIFO(fifo.stat().st_mode)
+    with tempfile.TemporaryFile(dir=tmp_path) as nameless:
+        optimizer.save(f"/proc/self/fd/{nameless.fileno()}")
+        assert nameless.read() == path.read_bytes()
+    if os.getuid() == 0:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        optimizer.save(device)
+        assert stat.S_ISCHR(device.stat().st_mode)
+        device.unlink()
+    assert sorted(os.listdir(tmp_path)) == ["fifo", path.name]
+
+
+def test_an_empty_path_is_no_file(saved, tmp_path, monkeypatch):
+    optimizer, path = saved
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileNotFoundError):
+        optimizer.save("")
+    assert sorted(os.listdir(tmp_path)) == ["here", path.name] and not os.listdir()
 
 
 def test_names_that_cannot_be_told_apart():
@@ -296,14 +379,14 @@ def test_files_move_between_backends(tmp_path):
 KILLED = """
     import glob, mmap, os, random, signal, sys, time
     import numpy as np, fastrms
-    from fastrms import checkpoint
+    from fastrms import files
 
     path, kills, straight = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "straight"
     if straight:
         def write(path, data):
             with open(path, "wb") as file:
                 file.write(data)
-        checkpoint._replace = write
+        files.save = write
     optimizer = fastrms.AdaGrad(np.zeros(1 << 17, np.float32), backend="numpy")
     total, grad = optimizer.state["sum"], np.zeros(1 << 17, np.float32)
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import bits
 
 import fastrms
-from fastrms.backends import cuda
+from fastrms.backends.cuda import toolchain
 from fastrms.memory import host
 
-reason = cuda.available()
+reason = toolchain.available()
 
 
 def test_importing_fastrms_imports_no_cuda():
@@ -24,20 +24,49 @@ def test_three_sentences_for_what_is_missing(monkeypatch):
     class Driver:
         cuInit = staticmethod(lambda flags: 100)
 
-    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
-    assert "numba-cuda is not installed: pip install 'fastrms[cu13]'" in cuda.available.__wrapped__()
-    monkeypatch.setattr(cuda, "find_spec", lambda name: object())
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver)
-    assert "the NVIDIA driver finds no CUDA device" in cuda.available.__wrapped__()
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    assert "there is no NVIDIA driver" in cuda.available.__wrapped__()
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    assert "numba-cuda is not installed: pip install 'fastrms[cu13]'" in toolchain.available.__wrapped__()
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: object())
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name: Driver)
+    assert "the NVIDIA driver finds no CUDA device" in toolchain.available.__wrapped__()
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert "there is no NVIDIA driver" in toolchain.available.__wrapped__()
 
 
 def test_the_cuda_target_of_numba_itself_is_refused(monkeypatch):
     numba_cuda = pytest.importorskip("numba.cuda", reason="needs numba")
     monkeypatch.setattr(numba_cuda, "implementation", "Built-in", raising=False)
     with pytest.raises(RuntimeError, match="deprecated target, which is not supported; numba-cuda is not installed: pip"):
-        cuda.compiler()
+        toolchain.compiler()
+
+
+def in_process(code):
+    """What code prints in a process in which a warning is an error."""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    return run.stdout + run.stderr
+
+
+NUMPY_WITHOUT_IT = """
+import numpy
+given = numpy.__getattr__
+def others(name):
+    if name == "row_stack":
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+    return given(name)
+vars(numpy).pop("row_stack", None)
+numpy.__getattr__ = others
+"""
+
+
+def test_a_numpy_without_what_numba_cuda_uses_is_named():
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    said = in_process(NUMPY_WITHOUT_IT + "import fastrms.cuda")
+    assert f"cannot be used with NumPy {np.__version__}" in said and "pip install 'fastrms[cu13]' chooses" in said
+
+
+def test_the_import_gives_no_warning():
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    assert in_process("import fastrms.cuda; print('fine')") == "fine\n"
 
 
 class OnDevice:

@@ -3,6 +3,7 @@
 Whatever could hang or abort runs in a process of its own with a watchdog.  Bits are compared in test_same_bits.py, too.
 """
 
+import compileall
 import ctypes
 import gc
 import inspect
@@ -29,7 +30,7 @@ if "numba" in BACKENDS:
     from numba import njit, prange
 
     import fastrms.numba as jitted
-    from fastrms.backends import kernels
+    from fastrms.backends.numba import kernels
 
 WATCHDOG = 200  # seconds
 PACKAGE = Path(fastrms.__file__).parent
@@ -81,6 +82,27 @@ def test_numba_is_imported_only_when_it_is_used():
         assert "numba" in sys.modules
         print("fine")
     """) == "fine"  # fmt: skip
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_with_jit_disabled_numba_says_so_and_auto_goes_on(imported):
+    """It is set by people who measure coverage or look for a mistake."""
+    code = textwrap.dedent("""
+        import numpy as np, fastrms
+        w = np.ones(3)
+        assert "numba" not in fastrms.available_backends()
+        fastrms.RMSProp(w).step(w + 1)
+        for call, error in ((lambda: fastrms.RMSProp(w, backend="numba"), RuntimeError),
+                            (lambda: __import__("fastrms.numba"), ImportError)):
+            try:
+                call()
+                print("ran")
+            except error as said:
+                print(str(said).count("NUMBA_DISABLE_JIT"))
+    """)
+    assert in_process("import numba\n" * imported + code, NUMBA_DISABLE_JIT="1") == "1\n1"
+    ran = "import numpy, fastrms.numba as f; f.rmsprop(numpy.ones(3), numpy.ones(3), numpy.ones(3)); print('ran')"
+    assert in_process(ran, NUMBA_DISABLE_JIT="0") == "ran"
 
 
 # what the compiler made
@@ -399,7 +421,7 @@ ONE_STEP = """
     fastrms.RMSProp(w, backend="numba", **OPTIONS).step(g)
     fastrms.RMSProp(other, backend="numpy", **OPTIONS).step(g)
     assert np.array_equal(w, other)
-    from fastrms.backends import kernels
+    from fastrms.backends.numba import kernels
     found = kernels.kernel(*KERNEL, w.dtype, False)
     print(sum(found.stats.cache_hits.values()), sum(found.stats.cache_misses.values()), float(w[0]))
 """
@@ -438,6 +460,31 @@ def test_an_edited_rule_is_noticed(tmp_path):
         assert edited[:2] == (0, 1) and edited[2] != first[2]
     (package / "rules.py").write_text(text)
     assert one_step(cache_dir, **path) == (1, 0, first[2])
+
+
+def test_an_edited_intrinsic_is_noticed(tmp_path):
+    """What a kernel calls stands in another file than its text."""
+    package = tmp_path / "fastrms"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    file, path = package / "backends" / "numba" / "intrinsics.py", {"PYTHONPATH": str(tmp_path)}
+    text, old = file.read_text(), "all_caches, data = flag(0), flag(3)"
+    assert text.count(old) == 1 and one_step(tmp_path / "cache", **path)[:2] == (0, 1)
+    file.write_text(text.replace(old, "all_caches, data = flag(0), flag(2)"))
+    assert one_step(tmp_path / "cache", **path)[:2] == (0, 1)
+    file.write_text(text)
+    assert one_step(tmp_path / "cache", **path)[:2] == (1, 0)
+
+
+def test_without_sources_kernels_are_compiled_and_not_kept(tmp_path):
+    """As in an application that was frozen: the rules are there as code only."""
+    package = tmp_path / "fastrms"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    compileall.compile_dir(package, quiet=2, legacy=True)
+    for source in package.rglob("*.py"):
+        source.unlink()
+    first = one_step(tmp_path / "cache", PYTHONPATH=str(tmp_path))
+    assert first[0] == 0 and not list((tmp_path / "cache").rglob("*.nb?"))
+    assert first[2] == one_step(tmp_path / "other")[2]
 
 
 def test_read_only_installation_and_unwritable_home(tmp_path):

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import DTYPES, TIERS, bits, c, raw_recipe, wild_values
+from conftest import BACKENDS, DTYPES, TIERS, bits, c, raw_recipe, wild_values
 
 import fastrms
 from fastrms import backends, recipes, rules
@@ -291,6 +291,69 @@ def test_clip_norm_of_huge_and_tiny_doubles(backend, scale):
         assert w[0] == pytest.approx(-0.5, rel=1e-12)  # clipped to 0.01: 0.01/(0.01 + eps)
         bounded = fastrms.RMSProp(w, backend=backend).step(g, clip_norm=1e200)
         assert bounded.grad_norm == info.grad_norm
+
+
+class Descent(fastrms.Optimizer):
+    """A rule of one's own, on the backends that run it."""
+
+    defaults = {"lr": 0.1, "maximize": False}
+    state_names = ("last",)
+
+    @staticmethod
+    def coefficients(step, lr, maximize):
+        return {"lr": -lr if maximize else lr}
+
+    def rule(param, grad, last, lr):
+        return param - lr * grad, grad
+
+
+HUGE = {  # what clipping by norm makes of the factor: subnormal or 0 in float32, in float64; with a norm beyond any double
+    "float32": ([np.float32(1e38)], [70_001]),
+    "float32, largest": ([np.finfo(np.float32).max], [70_001]),
+    "float64": ([np.finfo(np.float64).max], [70_001]),
+    "both": ([np.float32(3e38), np.float64(1.5e308), np.float32(2.0), np.float64(-3.0)], [1003, 50_001, 5, 3]),
+    "like float32 in float64": ([np.float64(1e41)], [1003]),
+}
+MAKERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp, Descent]
+
+
+def huge_steps(make, backend, kind, clip_norm, prescaled):
+    """(params and states after a usual step, one of huge gradients, and a usual step; what the huge one told).  prescaled:
+    these gradients are multiplied by the factor here, in extended precision, and not clipped."""
+    rng = np.random.default_rng(0)
+    values, sizes = HUGE[kind]
+    huge = [v * rng.uniform(0.5, 1.0, n).astype(v.dtype) for v, n in zip(values, sizes, strict=True)]
+    usual = [rng.standard_normal(n).astype(v.dtype) for v, n in zip(values, sizes, strict=True)]
+    if prescaled:
+        exact = [g.astype(np.longdouble) for g in huge]
+        norm = np.sqrt(sum((g**2).sum() for g in exact))
+        huge = [(g * (np.longdouble(clip_norm) / norm)).astype(v.dtype) for g, v in zip(exact, values, strict=True)]
+    params = [np.ones(n, v.dtype) for v, n in zip(values, sizes, strict=True)]
+    optimizer = make(params, backend=backend, maximize=True)
+    optimizer.step(usual)
+    info = optimizer.step(huge) if prescaled else optimizer.step(huge, clip_norm=clip_norm)
+    optimizer.step(usual)
+    states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
+    return [*params, *states], info
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 1e-9, 1e12])
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("make", MAKERS)
+def test_finite_gradients_of_any_size_are_clipped(make, kind, clip_norm):
+    """The result is the one of gradients that were scaled beforehand, and has the same bits on every backend."""
+    if np.finfo(np.longdouble).maxexp <= 1024:
+        pytest.skip("no extended precision here")
+    names = [name for name in BACKENDS if make is not Descent or name in backends.FOR_OWN_RULES]
+    with np.errstate(all="raise", under="ignore"):
+        clipped = {name: huge_steps(make, name, kind, clip_norm, prescaled=False) for name in names}
+        wanted, _ = huge_steps(make, "numpy", kind, clip_norm, prescaled=True)
+    for results, info in clipped.values():
+        assert info.applied and info.grad_norm > 1e40
+        for got, want, same in zip(results, wanted, clipped["numpy"][0], strict=True):
+            eps = 4 * np.finfo(got.dtype).eps  # of the largest: averages of both signs cancel
+            assert np.allclose(got, want, rtol=1e-5 if got.itemsize == 4 else 1e-12, atol=eps * abs(want).max())
+            assert np.array_equal(bits(got), bits(same))
 
 
 def test_clip_norm_against_its_formula(backend):

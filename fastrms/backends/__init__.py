@@ -1,7 +1,7 @@
 """The backends by name.  Each module has available() -> None or the reason why not, and Plan, which holds the
 bound buffers of one optimizer and makes a step over all of them."""
 
-import importlib
+import importlib.util
 import os
 from typing import NamedTuple
 
@@ -24,7 +24,25 @@ class Found(NamedTuple):
 
 
 def load(name):
-    return importlib.import_module(f"{__name__}.{name}")
+    """The module of a backend.  Tools that freeze a program look for such import statements, and find each backend."""
+    if name == "c":
+        from . import c as module
+    elif name == "numba":
+        from . import numba as module
+    elif name == "numpy":
+        from . import numpy as module
+    else:
+        from . import cuda as module
+    return module
+
+
+def find_spec(name):
+    """importlib.util.find_spec, which raises where a stand-in without __spec__ took the place of a package.  Such a package
+    is as good as absent."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:
+        return None
 
 
 def available_backends():
@@ -52,6 +70,11 @@ def choose(name, own_rule=None, array=None):
     if reason:
         raise RuntimeError(f"{source} is not available: {reason}")
     return module
+
+
+def name_of(module):
+    """The name of a backend module, as load() takes it."""
+    return module.__name__.rpartition(".")[2]
 
 
 def memory(module):

@@ -14,6 +14,8 @@ except ModuleNotFoundError as error:
     if error.name != "fastrms._core":
         raise
     ffi = lib = None
+else:
+    import _cffi_backend  # noqa: F401  _core imports it in C, where tools that freeze a program do not see it
 
 RULE_INDEX = {}
 

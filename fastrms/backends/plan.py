@@ -13,6 +13,7 @@ from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # of the norm, as in csrc/norm.c
 ZERO = (0.0, -1000)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 PAUSE = 1e-4  # seconds between two looks at who is stepping or forking
 
 
@@ -24,6 +25,15 @@ def squares(grad):
         for start in range(0, segment.size, BLOCK):
             total = add(total, block_squares(segment[start : start + BLOCK]))
         yield total
+
+
+def sum_of_squares(grads):
+    """Of all gradients, None among them left out."""
+    total = ZERO
+    for grad in grads:
+        for part in squares(grad) if grad is not None else ():
+            total = add(total, part)
+    return total
 
 
 def block_squares(block):
@@ -64,7 +74,8 @@ class Forks:
         self.lock = threading.Lock()
         self.number = 0  # odd while one is under way
         self.locked = []
-        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
+        if hasattr(os, "register_at_fork"):  # else this system has no fork
+            os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
 
     def add(self, plan):
         with self.lock:
@@ -133,6 +144,27 @@ class Update:
             self.take()
             self.taken = coefficients.rows  # not sooner: Ctrl-C may come before
         return coefficients.end + self.missed
+
+
+def split(value, exponent):
+    """value * 2^exponent as (grad_scale, grad_rescale): halves of a small power of two, so that neither is too small for
+    float32."""
+    whole = float(np.ldexp(value, exponent))
+    if value == 0 or not abs(whole) < SMALLEST_NORMAL:  # NaN passes
+        return whole, 1.0
+    value, more = math.frexp(value)
+    exponent += more
+    half = int(exponent / 2)  # towards zero, as in C
+    return math.ldexp(value, half), math.ldexp(1.0, exponent - half)
+
+
+def clipped_scale(grad_scale, clip_norm, squares):
+    """grad_scale * (clip_norm / norm) as split() has it.  Powers of two are kept apart, since the norm of finite gradients
+    may be too large for a double.  A NaN norm makes the factor NaN, as every framework has it."""
+    with np.errstate(all="ignore"):
+        clip_norm, exponent = math.frexp(clip_norm)
+        norm = np.sqrt(squares[0]) * grad_scale
+        return split(grad_scale * float(clip_norm / norm), exponent - int(squares[1]))
 
 
 def rows_each(count):
@@ -311,19 +343,19 @@ class Plan:
 
     def _run(self, grad_scale, clip_norm):
         """(status, Found or None)"""
-        found = None
+        found, grad_rescale = None, 1.0
         if clip_norm is not None or self.nonfinite != "propagate":
-            found = self._look(grad_scale, clip_norm)
+            found, squares = self._look(grad_scale, clip_norm)
+            if clip_norm is not None and not found.grad_norm <= clip_norm:
+                grad_scale, grad_rescale = clipped_scale(grad_scale, clip_norm, squares)
             if found.nonfinite:
                 if self.zero_grad and self.nonfinite == "skip":
                     self._zero_grads()
                 return NONFINITE, found
-            if clip_norm is not None and not found.grad_norm <= clip_norm:
-                grad_scale = grad_scale * float(np.float64(clip_norm) / found.grad_norm)
         number = self.steps + 1
         if number >= self._until or grad_scale != self._scale:
             self._prepare(number, grad_scale)
-        for run in self._runs:
+        for run in self._runs if grad_rescale == 1 else self._rescaled(number, grad_scale, grad_rescale):
             run(number)
         if self.zero_grad:
             self._zero_grads()
@@ -342,13 +374,16 @@ class Plan:
                 grad.fill(0)
 
     def _look(self, grad_scale, clip_norm):
-        """Found: everything about the gradients that must be known before the first write."""
-        norm = None if clip_norm is None else self.norm(grad_scale)
-        if self.nonfinite == "propagate":
-            return Found(norm, None, -1)
+        """Everything about the gradients that must be known before the first write: Found, and the sum of squares."""
+        squares = norm = None
         with np.errstate(all="ignore"):
+            if clip_norm is not None:
+                squares = sum_of_squares(self.grads)
+                norm = float(np.ldexp(np.sqrt(squares[0]) * grad_scale, squares[1]))
+            if self.nonfinite == "propagate":
+                return Found(norm, None, -1), squares
             counts = [0 if grad is None else nonfinite(grad, grad_scale) for grad in self.grads]
-        return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1))
+        return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1)), squares
 
     def _prepare(self, number, grad_scale):
         """Everything for step `number`, and as many after it as are known."""
@@ -373,6 +408,17 @@ class Plan:
                 groups.setdefault((index, None if self.recipes[index].fixed else self.missed[k]), []).append(k)
         return groups.values()
 
+    def _rescaled(self, number, grad_scale, grad_rescale):
+        """The runs of a step whose gradients have a second factor, by recipes and updates that serve this step alone."""
+        updates = []
+        for members in self._groups():
+            recipe = self.recipes[self.sets[members[0]]].rescaled(grad_rescale)
+            tensors = [(self.params[k], self.grads[k], self.states[k]) for k in members]
+            updates.append(self.kind(Coefficients(recipe), self.missed[members[0]], tensors))
+        for update in updates:
+            update.ready(number, grad_scale)
+        return [update.run for update in updates]
+
     def _update(self, members, grads):
         first = members[0]
         tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
@@ -384,14 +430,6 @@ class Plan:
         if kept is None or kept.recipe is not self.recipes[index]:
             kept = self._kept[tensor] = Coefficients(self.recipes[index])
         return kept
-
-    def norm(self, scale):
-        total = ZERO
-        with np.errstate(all="ignore"):
-            for grad in self.grads:
-                for part in squares(grad) if grad is not None else ():
-                    total = add(total, part)
-            return float(np.ldexp(np.sqrt(total[0]) * scale, total[1]))
 
     def copy(self, pairs, recipes=None, steps=None):
         """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).

@@ -36,8 +36,8 @@ static problem *make(void)
     problem *p = calloc(1, sizeof *p);
     p->recipe.rule = rule_index("adagrad");
     p->recipe.itemsize = 4;
-    p->recipe.coefficients = 10;
-    p->recipe.value[0] = p->recipe.value[5] = p->recipe.value[6] = 1;
+    p->recipe.coefficients = 11;
+    p->recipe.value[0] = p->recipe.value[1] = p->recipe.value[6] = p->recipe.value[7] = 1;
     for (int k = 0; k < TENSORS; ++k) {
         for (int b = 0; b < 3; ++b)
             p->memory[k][b] = calloc((size_t)SIZES[k] + 1, sizeof(float));

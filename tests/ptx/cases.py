@@ -8,10 +8,13 @@ import pytest
 from conftest import DTYPES, Guarded, backends, bits, raw_recipe, wild_values
 
 from fastrms import rules
-from fastrms.backends import cuda, ptx
+from fastrms.backends.cuda import table, toolchain
+from fastrms.backends.cuda.kernel import Kind
+
+compiler = toolchain.compiler()
 
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
-KINDS = [ptx.Kind(many, capturable) for many in (False, True) for capturable in (False, True)]
+KINDS = [Kind(many, capturable) for many in (False, True) for capturable in (False, True)]
 LENGTHS = [*range(41), 255, 256, 257, 1023, 1024, 1025, 1026, 1027, 4099]
 ALL = [
     pytest.param(rule, general, dtype, cc, id=f"{rule}-{'general' if general else 'neutral'}-{dtype}-{cc[0]}.{cc[1]}")
@@ -30,7 +33,7 @@ OTHER_KINDS = [  # PTX has two dialects, before and from compute capability 10
 
 @cache
 def text(rule, general, dtype, kind, cc):
-    return ptx.compile_ptx(rule, general, dtype, kind, cc)[1]
+    return compiler.compile_ptx(rule, general, dtype, kind, cc)
 
 
 @cache
@@ -101,12 +104,12 @@ def launch(kernel, kind, recipe, tensors, backwards=False):
     """As the backend launches it: the same table, the same vectors, blocks and coefficients."""
     itemsize, coefficients = recipe.dtype.itemsize, coefficients_of(recipe)
     if kind.many:
-        rows, tensor_of = cuda.table([(tensor.addresses, tensor.size) for tensor in tensors], itemsize)
+        rows, tensor_of = table.table([(tensor.addresses, tensor.size) for tensor in tensors], itemsize)
         head, grid = [execute.Buffer(rows), execute.Buffer(tensor_of)], tensor_of.size
     else:
         (tensor,) = tensors
-        vectors = cuda.vectors(tensor.addresses, tensor.size, itemsize)
-        head, grid = [*tensor.buffers, tensor.size, vectors], cuda.blocks(tensor.size, vectors, itemsize)
+        vectors = table.vectors(tensor.addresses, tensor.size, itemsize)
+        head, grid = [*tensor.buffers, tensor.size, vectors], table.blocks(tensor.size, vectors, itemsize)
     tail = [execute.Buffer(coefficients.copy())] if kind.capturable else coefficients
     regions = [buffer for tensor in tensors for buffer in tensor.buffers] if kind.many else []
-    kernel.launch(grid, cuda.THREADS, [*head, *tail], regions, backwards=backwards)
+    kernel.launch(grid, table.THREADS, [*head, *tail], regions, backwards=backwards)

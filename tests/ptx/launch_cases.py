@@ -10,16 +10,18 @@ import double
 
 DRIVER = double.start()  # before anything asks for a driver
 
+import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import bits  # noqa: E402
 
 import fastrms  # noqa: E402
-from fastrms.backends import cuda, ptx  # noqa: E402
+from fastrms.backends.cuda import kernel, toolchain  # noqa: E402
 
 LEGACY = 1
-cuda.available.cache_clear()  # conftest.py has asked already
-_compiled = ptx.compiled
+toolchain.available.cache_clear()  # conftest.py has asked already
+compiler = toolchain.compiler()
+_compiled = compiler.compiled
 
 
 class Compiled(dict):
@@ -37,7 +39,7 @@ def driver(monkeypatch):
         DRIVER.compiled[made.name] = made.ptx
         return made
 
-    monkeypatch.setattr(ptx, "compiled", compiled)
+    monkeypatch.setattr(compiler, "compiled", compiled)
     DRIVER.regions, DRIVER.fail, DRIVER.errors = [], 0, []
     DRIVER.library.double_capturing(0)
     yield DRIVER
@@ -113,7 +115,7 @@ def test_many_tensors_are_one_driver_call(driver):
     reference.step([None, *grads[1:]])
     optimizer.step([OnDevice(g) for g in grads])
     reference.step(grads)
-    assert optimizer._plan.tensor_steps == reference._plan.tensor_steps == [3, 4, 4, 4, 4]
+    assert optimizer.tensor_steps == reference.tensor_steps == [3, 4, 4, 4, 4]
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -202,7 +204,20 @@ def test_functions_and_own_rules(driver):
     optimizer, reference = Momentum(OnDevice(ours)), Momentum(ours.copy(), backend="numpy")
     optimizer.step(OnDevice(grad), grad_scale=0.5)
     reference.step(grad, grad_scale=0.5)
-    assert same(ours, reference._params[0].owner)
+    assert same(ours, reference._tensors[0].param.owner)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_the_form_may_change_and_change_back(driver, many):
+    """Each form has its launch, with the table and the coefficients of the time."""
+    ours, theirs, grads = [[numbers(33, seed=k) for k in range(many)] for _ in range(3)]
+    optimizer, reference = fastrms.Adam([OnDevice(x) for x in ours]), fastrms.Adam(theirs, backend="numpy")
+    for clip_value in (None, 0.5, None, 0.25):
+        for made, held in ((optimizer, [OnDevice(g) for g in grads]), (reference, grads)):
+            made.groups[0]["clip_value"] = clip_value
+            made.step(held)
+        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len({name for name, *_ in driver.launches[-4:]}) == 2
 
 
 @pytest.mark.parametrize("many", [1, 3])
@@ -314,8 +329,8 @@ def test_check_waits_for_the_step(driver):
 
 
 def test_a_kernel_is_compiled_once_and_kept(driver, tmp_path, monkeypatch):
-    monkeypatch.setattr(ptx.config, "CACHE_DIR", str(tmp_path))
-    arguments = "adagrad", False, np.dtype(np.float32), ptx.Kind(), (12, 0)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    arguments = "adagrad", False, np.dtype(np.float32), kernel.Kind(), (12, 0)
     made = _compiled.__wrapped__(*arguments)
-    monkeypatch.setattr(ptx, "compile_ptx", None)
+    monkeypatch.setattr(compiler, "compile_ptx", None)
     assert _compiled.__wrapped__(*arguments) == made and made.cubin[:4] == b"\x7fELF"

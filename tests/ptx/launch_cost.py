@@ -16,7 +16,7 @@ import numpy as np
 from cuda.core import launch
 
 import fastrms
-from fastrms.backends import cuda
+from fastrms.backends.cuda import driver
 
 ROUNDS, CALLS = 200, 200
 MAKERS = (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp)
@@ -40,7 +40,7 @@ def main():
     DRIVER.library.double_hook(None)
     optimizers = {make.__name__: bound_step(make) for make in MAKERS}
     some = next(iter(optimizers.values()))._plan._updates[0]
-    calls = {"empty": partial(launch, cuda.stream_of(1), some.config, some.kernel)}
+    calls = {"empty": partial(launch, driver.stream_of(1), some.config, some.kernel)}
     calls |= {name: optimizer.step for name, optimizer in optimizers.items()}
     samples = {name: [] for name in calls}
     for _ in range(ROUNDS):

@@ -1,5 +1,6 @@
-"""The compiled PTX, executed on the CPU, has the bits of NumPy and C.  No GPU test: what it leaves open is in README.md."""
+"""The compiled PTX, executed on the CPU, has the bits of NumPy and C.  No GPU test: see docs/promises.md."""
 
+import inspect
 import mmap
 import re
 
@@ -13,22 +14,44 @@ import cases
 import execute
 from conftest import DTYPES
 
-from fastrms.backends import cuda, ptx
+from fastrms.backends import trace
+from fastrms.backends.cuda import lower, table
+from fastrms.backends.cuda.kernel import Kind
 
 LONGEST = max(cases.LENGTHS)
 RESERVED = 0x4000  # MAP_NORESERVE
 
 
+def test_every_operation_of_a_rule_is_known_to_cuda():
+    assert lower.EMIT.keys() == trace.EXPRESSIONS.keys()
+
+
+@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile"])
+def test_what_compiles_a_kernel_is_in_its_key(name, monkeypatch):
+    """With another text of any of these files, no kept kernel is found."""
+    which = "adam", False, DTYPES[0], Kind(), (9, 0)
+    before, source = cases.compiler.cache_path(*which), inspect.getsource
+    assert before == cases.compiler.cache_path(*which)
+
+    def edited(module):
+        return source(module) + " " * module.__name__.endswith(name)
+
+    monkeypatch.setattr(cases.compiler, "versions", cases.compiler.versions.__wrapped__)
+    assert cases.compiler.cache_path(*which) == before
+    monkeypatch.setattr(cases.compiler.inspect, "getsource", edited)
+    assert cases.compiler.cache_path(*which) != before
+
+
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
 def test_every_kernel_has_the_bits_of_numpy_and_c(rule, general, dtype, cc):
-    kernel = cases.kernel(rule, general, dtype, ptx.Kind(), cc)
+    kernel = cases.kernel(rule, general, dtype, Kind(), cc)
     for ordinary in (False, True):
         recipe = cases.recipe_of(rule, general, dtype, visible=ordinary)
         buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary)
         want = cases.expected(recipe, buffers)
         for count, size in enumerate(cases.LENGTHS):
             tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4)
-            cases.launch(kernel, ptx.Kind(), recipe, [tensor], backwards=count % 2)
+            cases.launch(kernel, Kind(), recipe, [tensor], backwards=count % 2)
             tensor.check(want, buffers[1])
 
 
@@ -47,14 +70,14 @@ def test_many_tensors_and_capturable_kernels(rule, dtype, kind, cc):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_steps_in_a_row(dtype):
-    kernel = cases.kernel("adam", False, dtype, ptx.Kind(), (9, 0))
+    kernel = cases.kernel("adam", False, dtype, Kind(), (9, 0))
     recipe = cases.recipe_of("adam", False, dtype, visible=True)
     buffers = cases.buffers_of("adam", dtype, 100_003, ordinary=True)
     tensor = cases.Tensor(buffers)
     for _ in range(5):
         want = cases.expected(recipe, [guarded.array for guarded in tensor.guarded])
         tensor = cases.Tensor([guarded.array for guarded in tensor.guarded])
-        cases.launch(kernel, ptx.Kind(), recipe, [tensor])
+        cases.launch(kernel, Kind(), recipe, [tensor])
         tensor.check(want, buffers[1])
 
 
@@ -70,19 +93,19 @@ def elements_of(threads, vectors, size):
 def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
     """Only their threads run; the memory in front of them is reserved and never touched."""
     dtype, size = DTYPES[0], (1 << 31) + 4099
-    kernel, recipe = cases.kernel("rmsprop", False, dtype, ptx.Kind(), cc), cases.recipe_of("rmsprop", False, dtype, True)
+    kernel, recipe = cases.kernel("rmsprop", False, dtype, Kind(), cc), cases.recipe_of("rmsprop", False, dtype, True)
     memory = [mmap.mmap(-1, 4 * size + 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | RESERVED) for _ in range(3)]
     flats = [np.frombuffer(m, dtype)[offset:][:size] for m in memory]
-    vectors = cuda.vectors([flat.ctypes.data for flat in flats], size, 4)
-    grid = cuda.blocks(size, vectors, 4)
-    touched = elements_of(np.arange((grid - 2) * cuda.THREADS, grid * cuda.THREADS), vectors, size)
+    vectors = table.vectors([flat.ctypes.data for flat in flats], size, 4)
+    grid = table.blocks(size, vectors, 4)
+    touched = elements_of(np.arange((grid - 2) * table.THREADS, grid * table.THREADS), vectors, size)
     start = touched.min()
     for flat, values in zip(flats, cases.buffers_of("rmsprop", dtype, size - start, True), strict=True):
         flat[start:] = values
     want = cases.expected(recipe, [flat[start:].copy() for flat in flats])
-    table = (execute.Region * 3)(*[execute.Region(f.ctypes.data + 4 * start, f.ctypes.data + 4 * size) for f in flats])
+    regions = (execute.Region * 3)(*[execute.Region(f.ctypes.data + 4 * start, f.ctypes.data + 4 * size) for f in flats])
     words = [*(flat.ctypes.data for flat in flats), size, vectors, *map(execute.word, cases.coefficients_of(recipe))]
-    kernel.launch_words(grid, cuda.THREADS, words, table, 3, blocks=(grid - 2, grid))
+    kernel.launch_words(grid, table.THREADS, words, regions, 3, blocks=(grid - 2, grid))
     assert touched.max() == size - 1 and (vectors == 0) == (offset == 1)
     for flat, result in zip((flats[0], flats[2]), want, strict=True):
         assert np.array_equal(cases.bits(flat[touched]), result[touched - start])
@@ -90,12 +113,12 @@ def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
 def test_what_the_text_of_a_kernel_holds(rule, general, dtype, cc):
-    kernel = cases.kernel(rule, general, dtype, ptx.Kind(), cc)
+    kernel = cases.kernel(rule, general, dtype, Kind(), cc)
     operations = " ".join(kernel.opcodes)
     assert not re.search(r"\bfma|approx|full|ftz|\bcall|\.local|cvt\.\w*\.?f|\bdiv\.[su]|\brem", operations)
     assert ("f64" in operations) == (dtype.itemsize == 8)
     assert not re.search(r"\b(add|sub|mul)\.f", operations)  # without .rn the assembler may contract them
-    lanes, updated = ptx.width(dtype), len(cases.buffers_of(rule, dtype, 1, True)) - 1
+    lanes, updated = table.width(dtype), len(cases.buffers_of(rule, dtype, 1, True)) - 1
     assert len(re.findall(rf"ld\.global\.v{lanes}\.\w+", operations)) == updated + 1
     assert len(re.findall(rf"st\.global\.v{lanes}\.\w+", operations)) == updated
     assert len(re.findall(r"ld\.global\.\w(?:32|64)", operations)) == updated + 1

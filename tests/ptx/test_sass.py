@@ -14,7 +14,8 @@ pytest.importorskip("nvidia.cu13", reason="needs the extra cuda-test")
 import cases
 from conftest import DTYPES
 
-from fastrms.backends import cuda, ptx, sass
+from fastrms.backends.cuda import __main__ as shown
+from fastrms.backends.cuda.kernel import Kind
 
 FUSED = {4: {"FFMA": 50}, 8: {"FFMA": 3, "DFMA": 53}}  # in the expansions of the root and the division of every lane
 
@@ -25,7 +26,7 @@ def count(operations, prefix):
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
 def test_machine_code(rule, general, dtype, cc):
-    made = sass.assemble(cases.text(rule, general, dtype, ptx.Kind(), cc), cc)
+    made = shown.assemble(cases.text(rule, general, dtype, Kind(), cc), cc)
     updated = len(cases.buffers_of(rule, dtype, 1, True)) - 1
     assert made.spills == 0 and made.registers <= 56
     assert (made.operations["LDG.E.128"], made.operations["STG.E.128"]) == (updated + 1, updated)
@@ -46,8 +47,8 @@ def test_instructions_and_registers_as_by_hand(dtype, real, cc, tmp_path):
     head, *entries = re.split(r"(?=\.visible \.entry)", (tmp_path / "hand.ptx").read_text())
     for rule in ("rmsprop", "adam"):
         (entry,) = [text for text in entries if text.startswith(f".visible .entry {rule}_kernel")]
-        hand = sass.assemble(head + entry, cc)
-        ours = sass.assemble(cases.text(rule, False, dtype, ptx.Kind(), cc), cc)
+        hand = shown.assemble(head + entry, cc)
+        ours = shown.assemble(cases.text(rule, False, dtype, Kind(), cc), cc)
         figures = [(made.registers, sum(made.operations.values())) for made in (ours, hand)]
         print(
             f"| {rule} {dtype} sm_{cc[0]}{cc[1]} | {figures[0][0]} / {figures[0][1]} | {figures[1][0]} / {figures[1][1]} |"
@@ -56,9 +57,9 @@ def test_instructions_and_registers_as_by_hand(dtype, real, cc, tmp_path):
 
 
 def test_anyone_can_look_at_a_kernel(capsys):
-    cuda.main(["--cc", "9.0", "--rule", "adam", "--sass"])
+    shown.main(["--cc", "9.0", "--rule", "adam", "--sass"])
     printed = capsys.readouterr().out
     assert "LDG.E.128" in printed and "fastrms_adam_neutral_float32, sm_90: 3" in printed and " 0 bytes spilled" in printed
     with pytest.raises(SystemExit):
-        cuda.main(["--cc", "nine"])
+        shown.main(["--cc", "nine"])
     assert "--cc nine is not a compute capability" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import cases
 import execute
 from conftest import DTYPES, bits
 
-from fastrms.backends import ptx
+from fastrms.backends.cuda.kernel import Kind
 
 SWAPS = {"mul.rn": "add.rn", "add.rn": "sub.rn", "sub.rn": "add.rn", "div.rn": "mul.rn", "setp.lt.u64": "setp.le.u64",
          "setp.ge.u64": "setp.gt.u64", "setp.lt.f": "setp.ge.f", "shl.b64": "shr.u64", "mad.lo.s64": "mul.lo.s64",
@@ -54,7 +54,7 @@ def right(text, rule, dtype):
         buffers = cases.buffers_of(rule, dtype, 1027, ordinary)
         tensor = cases.Tensor(buffers, offset)
         try:
-            cases.launch(kernel, ptx.Kind(), recipe, [tensor], backwards=ordinary)
+            cases.launch(kernel, Kind(), recipe, [tensor], backwards=ordinary)
             tensor.check(cases.expected(recipe, buffers), buffers[1])
         except (AssertionError, IndexError):
             return False
@@ -64,7 +64,7 @@ def right(text, rule, dtype):
 @pytest.mark.parametrize("rule, dtype, cc", [("rmsprop", DTYPES[0], (9, 0)), ("adam", DTYPES[1], (12, 0))])
 def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     monkeypatch.setattr(execute, "FLAGS", ["-O0", *execute.FLAGS[1:]])
-    text = cases.text(rule, False, dtype, ptx.Kind(), cc)
+    text = cases.text(rule, False, dtype, Kind(), cc)
     assert right(text, rule, dtype)
     tried = list(mutants(text))
     unnoticed = [what for what, changed in tried if right(changed, rule, dtype)]
@@ -76,7 +76,7 @@ def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     "line", ["div.full.f32", "sqrt.approx.f32", "ex2.approx.f32", "mul.rn.ftz.f32", "atom.global.add.f32"]
 )
 def test_what_is_not_exact_or_not_known_is_refused(line):
-    text = cases.text("rmsprop", False, DTYPES[0], ptx.Kind(), (9, 0))
+    text = cases.text("rmsprop", False, DTYPES[0], Kind(), (9, 0))
     with pytest.raises(execute.Refused):
         execute.Kernel(re.sub(r"mul\.rn\.f32", line, text, count=1)).library  # noqa: B018
 

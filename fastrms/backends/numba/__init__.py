@@ -6,16 +6,16 @@ alone, and a forked child always alone.
 """
 
 import os
+import sys
 import threading
 from functools import cache, cached_property, partial
-from importlib.util import find_spec
 from itertools import chain
 
 import numpy as np
 
-from .. import threads
-from ..memory import host
-from . import plan
+from ... import threads
+from ...memory import host
+from .. import find_spec, plan
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
@@ -24,7 +24,21 @@ _process = os.getpid()
 
 
 def available():
-    return None if find_spec("numba") else "numba is not installed: pip install 'fastrms[numba]'"
+    """None, or the reason why not."""
+    if not find_spec("numba"):
+        return "numba is not installed: pip install 'fastrms[numba]'"
+    return "NUMBA_DISABLE_JIT is set, and its kernels run compiled only: unset it" if jit_disabled() else None
+
+
+def jit_disabled():
+    """Whether Numba is told to compile nothing, without importing it."""
+    told = getattr(sys.modules.get("numba.core.config"), "DISABLE_JIT", None)  # once it is imported, nobody reads the other
+    if told is not None:
+        return bool(told)
+    try:
+        return bool(int(os.environ.get("NUMBA_DISABLE_JIT") or 0))
+    except ValueError:  # Numba warns of it and compiles
+        return False
 
 
 def kernel(recipe, parallel=False):

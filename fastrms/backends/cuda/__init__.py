@@ -1,0 +1,16 @@
+"""The rules on a GPU, launched by cuda.core with one driver call per step and rule.
+
+    trace.py (above), lower.py, kernel.py, intrinsics.py, compile.py    a rule becomes machine code
+    table.py, launch.py, plan.py, driver.py                             a step becomes a driver call
+    toolchain.py, __main__.py                                           what is missing here; what a kernel is made of
+
+Nothing is synchronised, allocated or copied in a step of bound gradients.  Errors of a kernel come up at the next
+synchronisation, somewhere else; check=True looks for them after each step.  No GPU is needed to see what would run:
+python -m fastrms.backends.cuda --cc 9.0 --rule adam --sass
+"""
+
+from ...memory import device as memory
+from .plan import Options, Plan, update
+from .toolchain import available
+
+__all__ = ["Options", "Plan", "available", "memory", "update"]

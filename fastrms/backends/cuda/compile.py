@@ -1,0 +1,126 @@
+"""A CUDA kernel, from its rule to machine code, without a driver or a GPU, and kept on disk.
+
+trace.py    the operations of the rule
+lower.py    these as a device function, in which nothing can be rounded differently
+kernel.py   the text of the kernel that calls it
+to_ptx()    both as PTX, by Numba and NVIDIA's NVVM
+link()      the PTX as a cubin: one runs on drivers older than the compiler, PTX does not
+"""
+
+import contextlib
+import hashlib
+import inspect
+import re
+import sys
+from functools import cache
+from importlib import metadata
+from typing import NamedTuple
+
+from cuda.bindings import nvjitlink, nvvm
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda
+from numba.cuda import types
+
+from ... import files, rules
+from ..trace import text, trace
+from . import intrinsics
+from . import lower as lowering
+from .kernel import arguments, kernel_name, kernel_text
+from .lower import REALS, lower
+from .table import THREADS
+
+
+class Compiled(NamedTuple):
+    """A kernel for one compute capability."""
+
+    name: str
+    ptx: str
+    cubin: bytes
+
+
+@cache
+def compiled(rule, general, dtype, kind, cc):
+    """The kernel of a rule, named as in rules.RULES or an OwnRule, from this process, from disk or new."""
+    path, name = cache_path(rule, general, dtype, kind, cc), kernel_name(rule, general, dtype, kind)
+    if path is not None and (kept := _kept(path)):
+        return Compiled(name, *kept)
+    ptx = compile_ptx(rule, general, dtype, kind, cc)
+    cubin = link(ptx, cc)
+    if path is not None:
+        _keep(path, ptx, cubin)
+    return Compiled(name, ptx, cubin)
+
+
+def compile_ptx(rule, general, dtype, kind, cc):
+    """The PTX of a kernel; no cache."""
+    operations = operations_of(rule, general)
+    update = lower(operations)
+    source = kernel_text(rules.find(rule), dtype, kind)
+    return to_ptx(source, update, dtype, signature(rule, dtype, kind), kernel_name(rule, general, dtype, kind), cc)
+
+
+@cache
+def operations_of(rule, general):
+    """The Trace of a rule."""
+    try:
+        return trace(rules.find(rule), general)
+    except TypeError as error:
+        raise TypeError(f"the rule of {rule} cannot run on CUDA: {error}") from None
+
+
+def signature(rule, dtype, kind):
+    """The types of a kernel's arguments."""
+    real = REALS[dtype]
+    known = {"real": real, "uint32": types.uint32, "uint64": types.uint64}
+    known |= {f"{name}*": types.CPointer(one) for name, one in known.items()}
+    return types.void(*[known[name] for name in arguments(rules.find(rule), kind).values()])
+
+
+def to_ptx(source, update, dtype, signature, name, cc):
+    """The PTX of a kernel's text, with a plain name in place of Numba's mangled one."""
+    names = {"rule": update, "load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
+    names["pointer"] = intrinsics.pointer_to(REALS[dtype])
+    exec(source, names)
+    options = {"device": False, "abi": "numba", "output": "ptx", "launch_bounds": THREADS}
+    ptx, _ = cuda.compile(names["kernel"], signature, cc=cc, **options)
+    return ptx.replace(re.search(r"\.entry\s+([\w$]+)", ptx).group(1), name)
+
+
+def link(ptx, cc):
+    """The cubin of a PTX text."""
+    options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}")
+    return bytes(Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code)
+
+
+def cache_path(rule, general, dtype, kind, cc):
+    """Of the kept kernel, without suffix, or None without sources: what decides its code is in the name."""
+    texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
+    try:
+        parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
+    except OSError:
+        return None
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    return files.cache_folder() / f"{kernel_name(rule, general, dtype, kind)}_sm{cc[0]}{cc[1]}_{key}"
+
+
+@cache
+def versions():
+    """Of everything between the text and the machine code, the files that compile it included."""
+    packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
+    ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics)]
+    return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]
+
+
+def _kept(path):
+    """(PTX, cubin) from disk, or None."""
+    try:
+        return path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes()
+    except OSError:
+        return None
+
+
+def _keep(path, ptx, cubin):
+    """Write both, or do without them: an unwritable or full disk costs only time."""
+    with contextlib.suppress(OSError):
+        files.keep(path.with_suffix(".cubin"), cubin)
+        files.keep(path.with_suffix(".ptx"), ptx.encode())

@@ -1,0 +1,50 @@
+"""The streams and the calls of the CUDA driver that a step makes.  Memory is named by its address."""
+
+from functools import lru_cache
+
+from ...memory.device import LEGACY_STREAM, checked
+
+
+def stream_handle(stream):
+    """The handle of a stream of cuda.core, CuPy, torch, Numba, or an integer."""
+    if stream is not None and hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1]) or LEGACY_STREAM
+    for name in ("cuda_stream", "ptr", "handle"):
+        if hasattr(stream, name):
+            stream = getattr(stream, name)
+            stream = getattr(stream, "value", stream)
+    if not isinstance(stream, int) or isinstance(stream, bool):
+        raise TypeError(f"stream={stream!r} is not a CUDA stream: pass one of CuPy, torch, cuda.core, or its handle")
+    return stream or LEGACY_STREAM
+
+
+@lru_cache(maxsize=64)
+def stream_of(handle):
+    """The stream of cuda.core that has this handle."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def write(address, array, stream):
+    """Copy a NumPy array to the device on a stream; the driver has read it when this returns."""
+    from cuda.bindings import driver
+
+    answer = driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, int(stream.handle))
+    checked(answer, "writing tables or coefficients")
+
+
+def zero(address, nbytes, stream):
+    """Write zeros over device memory on a stream."""
+    from cuda.bindings import driver
+
+    if nbytes:
+        checked(driver.cuMemsetD8Async(address, 0, nbytes, int(stream.handle)), "zeroing gradients")
+
+
+def capturing(stream):
+    """Whether a CUDA graph is being captured on the stream: what is launched then is recorded and not run."""
+    from cuda.bindings import driver
+
+    return bool(checked(driver.cuStreamIsCapturing(int(stream.handle)), "asking whether it captures")[0])

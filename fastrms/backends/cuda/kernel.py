@@ -1,0 +1,81 @@
+"""The text of a CUDA kernel around a rule.
+
+A kernel is told how many vectors it may use (table.py); what they leave is updated one element per thread, by the same
+rule.  There is no loop, hence no limit at 2^31 elements, and every index is a uint64 compared with a uint64 (with an
+int64 Numba would compare doubles).
+"""
+
+from typing import NamedTuple
+
+from ... import own_rules, rules
+from .table import BEHIND, THREADS, width
+
+
+class Kind(NamedTuple):
+    """many: buffers found through a table of pointers, for any number of tensors in one launch; else one tensor.
+    capturable: coefficients read from device memory, so that a captured CUDA graph can change them; else arguments."""
+
+    many: bool = False
+    capturable: bool = False
+
+
+KERNEL = """\
+def kernel({arguments}):
+    block = uint64(cuda.blockIdx.x)
+{head}\
+    thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
+    if thread < vectors:
+        first = thread * uint64({width})
+        {lanes} = rule({loads})
+{stores}\
+    else:
+        at = thread + vectors * uint64({width} - 1)
+        if at < size:
+            {results} = rule({elements})
+"""
+
+
+def kernel_name(rule, general, dtype, kind):
+    form = "general" if general else "neutral"
+    return "_".join(["fastrms", str(rule), form, str(dtype), *(name for name, on in kind._asdict().items() if on)])
+
+
+def arguments(rule, kind):
+    """The arguments of a kernel: their names, and their types as in C, where real is the dtype."""
+    rule = own_rules.plain(rule)
+    names = rules.coefficient_names(rule)
+    buffers = dict.fromkeys(("param", "grad", *rules.state_names(rule)), "real*")
+    where = {"table": "uint64*", "tensor_of": "uint32*"} if kind.many else {**buffers, "size": "uint64", "vectors": "uint64"}
+    return {**where, **({"coefficients": "real*"} if kind.capturable else dict.fromkeys(names, "real"))}
+
+
+def kernel_text(rule, dtype, kind):
+    """The Python source of a kernel; `rule` is the device function that it calls, load and store move vectors."""
+    rule = own_rules.plain(rule)
+    states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
+    buffers, updated = ["param", "grad", *states], ["param", *states]
+    return KERNEL.format(
+        arguments=", ".join(arguments(rule, kind)),
+        head="".join(f"    {line}\n" for line in [*_row(buffers, kind), *_coefficients(names, kind)]),
+        threads=THREADS,
+        width=width(dtype),
+        lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
+        loads=", ".join([f"load({name}, first)" for name in buffers] + names),
+        stores="".join(f"        store({name}, first, {name}_lanes)\n" for name in updated),
+        results=", ".join(f"{name}[at]" for name in updated) + ",",
+        elements=", ".join([f"{name}[at]" for name in buffers] + names),
+    )
+
+
+def _row(buffers, kind):
+    """The lines that find the tensor of a block of a launch over many."""
+    if not kind.many:
+        return []
+    row = [*(f"{name} = pointer(table[row + uint64({k})])" for k, name in enumerate(buffers)),
+           *(f"{name} = table[row + uint64({k})]" for k, name in enumerate(BEHIND, len(buffers)))]  # fmt: skip
+    return [f"row = uint64(tensor_of[block]) * uint64({len(row)})", *row, "block = block - first_block"]
+
+
+def _coefficients(names, kind):
+    """The lines that read the coefficients of a captured graph."""
+    return [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []

@@ -1,0 +1,95 @@
+"""One kernel, its tensors and its coefficients: all that a launch hands to the driver."""
+
+from functools import cache
+
+import numpy as np
+
+from ... import rules
+from ...memory import device
+from . import toolchain
+from .driver import write
+from .kernel import Kind, kernel_name
+from .table import THREADS, blocks, table, vectors
+
+
+@cache
+def loaded(rule, general, dtype, kind, index):
+    """A kernel, ready to launch on a device."""
+    from cuda.core import ObjectCode
+
+    made = toolchain.compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
+    return ObjectCode.from_cubin(made.cubin).get_kernel(made.name)
+
+
+class Launch:
+    """A kernel over one or many tensors that share their coefficients and have missed equally many steps of the plan."""
+
+    def __init__(self, recipe, many, capturable, index):
+        from cuda.core import LaunchConfig, launch
+
+        kind = Kind(many, capturable)
+        self.itemsize, self.index = recipe.dtype.itemsize, index
+        self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
+        self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
+        self.make_config, self.launch = LaunchConfig, launch
+        self.table, self.table_host, self.table_sent = None, None, True
+        self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
+        self.device_row = device.place(self.count, recipe.dtype, index) if capturable else None
+        self.sent = None
+
+    def aim(self, coefficients, missed, tensors):
+        """Take other tensors, or the same ones elsewhere: (param, grad, states) of DeviceBuffers, which are not kept."""
+        self.coefficients, self.missed, self.rows = coefficients, missed, None
+        found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
+        if len(found) == 1:
+            addresses, size = found[0]
+            count = vectors(addresses, size, self.itemsize)
+            self.head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
+        else:
+            self.head, grid = self._aim_many(*table(found, self.itemsize))
+        self.config = self.make_config(grid=grid, block=THREADS)
+
+    def _aim_many(self, rows, tensor_of):
+        """The table goes to the device before the next launch; the memory stays while the sizes do."""
+        host = np.concatenate([rows.view(np.uint32), tensor_of])
+        if self.table is None or self.table.size != host.size:
+            self.table = device.place(host.size, host.dtype, self.index)
+        if not np.array_equal(self.table_host, host):
+            self.table_host, self.table_sent = host, False
+        return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
+
+    def ready(self, number, grad_scale, ahead=1):
+        """Make the coefficients of step `number` of the plan; the first step for which this must be asked again.
+
+        A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
+        would widen a Python float, and a NumPy number costs it 0.5 us more.
+        """
+        made = self.coefficients
+        made.have(number - self.missed, grad_scale, ahead)
+        if self.rows is not made.rows:
+            self.words = memoryview(made.rows).cast("B").cast("I" if self.itemsize == 4 else "d")
+            self.first, self.stride = made.first + self.missed, 0 if made.recipe.fixed else 1
+            self.rows = made.rows  # last: Ctrl-C may come before
+        return made.end + self.missed
+
+    def send(self, stream, number):
+        """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
+        if not self.table_sent:
+            write(self.table.address, self.table_host, stream)
+            self.table_sent = True
+        if self.device_row is not None:
+            row = self.rows[(number - self.first) * self.stride]
+            if row.tobytes() != self.sent:
+                write(self.device_row.address, row, stream)
+                self.sent = row.tobytes()
+
+    def run(self, number, stream):
+        if self.device_row is None:
+            start = (number - self.first) * self.stride * self.count
+            tail = self.words[start : start + self.count]
+        else:
+            tail = (self.device_row.address,)
+        try:
+            self.launch(stream, self.config, self.kernel, *self.head, *tail)
+        except Exception as error:  # of cuda.core, whose own classes are not public
+            raise RuntimeError(f"launching {self.name} failed: {error}") from error

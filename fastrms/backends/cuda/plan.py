@@ -1,0 +1,129 @@
+"""Bound buffers in device memory, and a step over them: one driver call per rule and step count."""
+
+import os
+import threading
+from typing import Any, NamedTuple
+
+from ...memory import device
+from .. import OK, plan
+from .driver import capturing, stream_handle, stream_of, zero
+from .launch import Launch
+
+NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
+BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
+OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
+                "other than its neutral one from the start")  # fmt: skip
+
+
+class Options(NamedTuple):
+    """What only this backend knows.  stream: where to launch, instead of where the arrays' library works now.
+    capturable: coefficients in device memory, for CUDA graphs.   check: wait for each step and raise its error."""
+
+    stream: Any = None
+    capturable: bool = False
+    check: bool = False
+
+
+def update(recipe, step, grad_scale, param, grad, states):
+    """One step on DeviceBuffers, in place."""
+    if param.size:
+        device.current(param.device)
+        made = Launch(recipe, False, False, param.device)
+        made.aim(plan.Coefficients(recipe), 0, [(param, grad, states)])
+        made.ready(step, grad_scale)
+        made.run(step, stream_of(device.stream_source(param)()))
+
+
+class Plan(plan.Plan):
+    """Bound buffers in device memory.  Tensors that share hyper-parameters and step count share a launch.
+
+    Of the plan on the host it replaces how a step is run, what an update is, and what that one does with NumPy arrays.
+    """
+
+    def __init__(self, params, states, sets, recipes, nonfinite, zero_grad, options):
+        if nonfinite != "propagate":
+            raise ValueError(f"nonfinite={nonfinite!r} {BLIND}")
+        super().__init__(params, states, sets, recipes, nonfinite, zero_grad)
+        self._options, self._device, self._process = options, params[0].device, os.getpid()
+        self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
+        self._source = device.stream_source(params[0])
+        self._launches = {}  # by recipe and tensors: a captured graph may need them later
+        self._entered, self._several = threading.local(), device.count() > 1
+        self._entered.once = True  # by what made the state
+
+    flat_grad = ours = staticmethod(lambda buffer: buffer)
+    assign = staticmethod(device.copy)
+
+    def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
+        if clip_norm is not None:
+            raise ValueError(NORMLESS)
+        for index, recipe in (recipes or {}).items():
+            if self._options.capturable and recipe.general != self.recipes[index].general:
+                raise ValueError(OTHER_KERNEL)
+        return super().change(params, grads, recipes, hold, run, grad_scale)
+
+    def _update(self, members, grads):
+        first, index = members[0], self.sets[members[0]]
+        coefficients = self._coefficients(index, first)
+        recipe, key = coefficients.recipe, (index, coefficients.recipe.general, *members)
+        if key not in self._launches:
+            self._launches[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
+        tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
+        self._launches[key].aim(coefficients, self.missed[first], tensors)
+        return self._launches[key]
+
+    def _run(self, grad_scale, clip_norm):
+        number, stream = self._ready_to_launch(grad_scale)
+        recorded = self._options.capturable and capturing(stream)
+        for handle in self._waits:
+            if handle != int(stream.handle):
+                stream.wait(stream_of(handle))
+        if not recorded:
+            self._send(stream, number)
+        for launch in self._updates:
+            launch.run(number, stream)
+        if self.zero_grad:
+            for grad in filter(None, self.grads):
+                zero(grad.address, grad.nbytes, stream)
+        if not recorded:
+            self._count(number)
+        if self._options.check:
+            stream.sync()
+        return OK, None
+
+    def advance(self):
+        """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
+        number, stream = self._ready_to_launch(1.0)
+        self._send(stream, number)
+        self._count(number)
+
+    def _send(self, stream, number):
+        if self._unsent:
+            for launch in self._updates:
+                launch.send(stream, number)
+            self._unsent = self._options.capturable  # its coefficients are others at each step
+
+    def _ready_to_launch(self, grad_scale):
+        """The step and the stream; the device is current, and launches and coefficients fit what is held."""
+        if self._several or os.getpid() != self._process or not hasattr(self._entered, "once"):
+            self._enter_device()
+        number = self.steps + 1
+        if number >= self._until or grad_scale != self._scale:
+            if self._updates is None:
+                self._waits, self._unsent = self._foreign_streams(), True
+            self._prepare(number, grad_scale)
+            self._plain_until = 0  # a launch needs its stream
+        return number, self._explicit or stream_of(self._source())
+
+    def _enter_device(self):
+        """The device is made current once per thread (idents are given again), and at each step where there are several."""
+        if os.getpid() != self._process:
+            raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
+        device.current(self._device)
+        self._entered.once = True
+
+    def _foreign_streams(self):
+        """Streams that arrays name: the launch waits for them on the device, not here."""
+        pairs = zip(self.params, self.grads, strict=True)
+        buffers = [buffer for param, grad in pairs if grad is not None for buffer in (param, grad)]
+        return {handle for handle in map(device.named_stream, buffers) if handle is not None}

@@ -1,0 +1,241 @@
+"""The Numba kernels: the loop over each rule, as a generated module per rule, form, dtype and way to run, kept on disk.
+
+A module holds the operations of its rule (trace.py), so its name, a hash of its text and of all that its machine code
+depends on, changes with the rule, and Numba's cache beside it can never run another rule or form.  Own rules are
+compiled in each process and not kept.
+"""
+
+import hashlib
+import inspect
+import platform
+import sys
+from functools import cache
+from textwrap import indent
+from types import ModuleType
+
+import llvmlite
+import numba
+import numpy as np
+from llvmlite import binding
+
+from ... import files, own_rules, rules
+from .. import trace
+from . import intrinsics
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels run compiled only: unset it, or use another backend")
+
+TILE, ASKED = 128, (1536, 1600)  # bytes; the lines that a tile asks for, from its start: as in csrc/internal.h
+CHUNK = 8 * 1024  # elements that a thread takes at once
+OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check keeps loops scalar; never fastmath
+compiler = numba.njit(**OPTIONS)
+
+HEAD = """\
+from numba import int64, njit, prange, types
+from numpy import empty, sqrt
+from {intrinsics} import (
+    IEEE, ask, fegetmode, fesetmode, get_num_threads, integer, reader, room, set_num_threads, stream, take,
+)
+
+OPTIONS = {options}
+real, word = types.{dtype}, types.intp
+coefficient = reader(real)
+{streams}
+"""
+LOOPS = """\
+{names} = {values}
+{addresses} = {moved}
+whole = size - size % {tile}
+for start in range(0, whole, {tile}):
+    {ask}
+    for k in range({tile}):
+        i = start + k
+        {body_of_tile}
+for i in range(whole, size):
+    {body}
+"""
+SERIAL = """
+@njit([types.void(word, word)], cache=CACHE, **OPTIONS)
+def kernel(table, number):
+    coefficients = integer(table, 1) + (number - integer(table, 2)) * integer(table, 3)
+    first = 0
+    {enter}
+    for tensor in range(integer(table, 0)):
+        row = table + {head} + tensor * {row}
+        size = integer(row, 0)
+{loops_of_tensor}
+    {leave}
+"""
+# each thread begins with its own share of the chunks and takes over what is left of others', as in csrc/pool.c: a late one
+# holds up nobody
+PARALLEL = """
+@njit(**OPTIONS)
+def update(row, first, size, coefficients):
+{loops}
+
+@njit(**OPTIONS)
+def chunks(row):
+    return -(-integer(row, 0) // {chunk})
+
+@njit([types.void(word, word, word)], cache=CACHE, parallel=True, **OPTIONS)
+def kernel(table, number, parts):
+    coefficients = integer(table, 1) + (number - integer(table, 2)) * integer(table, 3)
+    users = get_num_threads()
+    set_num_threads(parts)
+    total = 0
+    for tensor in range(integer(table, 0)):
+        total += chunks(table + {head} + tensor * {row})
+    taken = empty(parts * 8, int64)  # each in a cache line of its own
+    for part in range(parts):
+        taken[8 * part] = total * part // parts
+    at = taken.ctypes.data
+    for part in prange(parts):
+        {enter}
+        for turn in range(parts):
+            whose = (part + turn) % parts
+            end = total * (whose + 1) // parts
+            row, before = table + {head}, 0
+            chunk = take(at + 64 * whose)
+            while chunk < end:
+                while before + chunks(row) <= chunk:
+                    before += chunks(row)
+                    row += {row}
+                first = (chunk - before) * {chunk}
+                update(row, first, min({chunk}, integer(row, 0) - first), coefficients)
+                chunk = take(at + 64 * whose)
+        {leave}
+    set_num_threads(users)
+    taken[0] = 0  # until here it is used, and not freed, though above only by its address
+"""
+# each thread computes in the default floating-point mode, with subnormals, whatever the caller has set, and restores it
+ENTER, LEAVE = "mode = room(); fegetmode(mode); fesetmode(IEEE)", "fesetmode(mode)"
+if platform.libc_ver()[0] != "glibc":
+    ENTER = LEAVE = "pass"
+
+
+@cache
+def kernel(rule, general, dtype, parallel=False):
+    """kernel(table, number[, parts]).  table: the address of words that say how many tensors, where coefficients begin, with
+    which number, how many bytes from one number's to the next; then of each tensor size, param, grad, *states."""
+    if not isinstance(rule, str):
+        return own_kernel(rule, dtype, parallel)
+    made = trace.trace(rules.RULES[rule], general)
+    known = {"zero": "real(0)"}  # a select of it is a mask
+    text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
+    name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
+    try:
+        key = f"{name}_{fingerprint(text)}"
+        return executed(text, key, kept(text, key), CACHE=True).kernel
+    except Exception:  # unwritable, full, torn, foreign, without sources: whatever is wrong, we can do without the cache
+        return executed(text, name, CACHE=False).kernel
+
+
+def module_text(rule, dtype, parallel, lines, results, known=None):
+    """The module of a kernel.
+
+    Parameters
+    ----------
+    lines : list of str
+        The operations on one element, whose numbers have the names of the rule's arguments.
+    results : list of str
+        The names of the new param and states in lines.
+    known : dict, optional
+        The coefficients that are no arguments, as expressions.
+    """
+    buffers = ["param", "grad", *rules.state_names(rule)]
+    loops = loops_text(rule, buffers, dtype, body_text(buffers, lines, results), known or {})
+    return (HEAD + (PARALLEL if parallel else SERIAL)).format(
+        intrinsics=intrinsics.__name__,
+        options=OPTIONS,
+        dtype=dtype,
+        streams="\n".join(f"load_{name}, store_{name} = stream({name!r}, {buffers}, real)" for name in buffers),
+        head=4 * np.dtype(np.intp).itemsize,
+        row=(1 + len(buffers)) * np.dtype(np.intp).itemsize,
+        loops=indent(loops, " " * 4),
+        loops_of_tensor=indent(loops, " " * 8),
+        chunk=CHUNK,
+        enter=ENTER,
+        leave=LEAVE,
+    )
+
+
+def body_text(buffers, lines, results):
+    """The lines that update element i: it is loaded, operated on and stored."""
+    updated = [name for name in buffers if name != "grad"]
+    loads = [f"{name} = load_{name}(at_{name}, i)" for name in buffers]
+    return [*loads, *lines, *(f"store_{name}(at_{name}, i, {new})" for name, new in zip(updated, results, strict=True))]
+
+
+def loops_text(rule, buffers, dtype, body, known):
+    """The loop over a tensor, in tiles, as in csrc/kernels.inc, and over what they leave."""
+    names = rules.coefficient_names(rule)
+    return LOOPS.format(
+        addresses=", ".join(f"at_{name}" for name in buffers),
+        moved=", ".join(f"integer(row, {k}) + first * {dtype.itemsize}" for k in range(1, len(buffers) + 1)),
+        names=", ".join(names) + ",",
+        values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
+        tile=TILE // dtype.itemsize,
+        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        body="\n    ".join(body),
+        body_of_tile="\n        ".join(body),
+    )
+
+
+def jitted(rule, general):
+    """A rule of rules.RULES as a jitted function of scalars."""
+    names = {"sqrt": np.sqrt}
+    exec(trace.text(trace.trace(rules.RULES[rule], general)), names)
+    return compiler(names[rule])
+
+
+def own_kernel(rule, dtype, parallel):
+    """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
+    function, plain = own_function(rule, dtype), own_rules.plain(rule)
+    factors = [name for name in rules.coefficient_names(plain) if name not in plain.coefficients]
+    arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
+    results = [f"new_{name}" for name in ("param", *plain.states)]
+    text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
+    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+
+
+def own_function(rule, dtype):
+    """An own rule, compiled as a function of scalars, which returns what it should."""
+    function = own_rules.function_of(rule, compiler(rules.select), compiler)
+    real = numba.from_dtype(dtype)
+    try:
+        function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
+    except numba.errors.NumbaError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
+        raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
+    (overload,) = function.overloads.values()
+    returned = overload.signature.return_type
+    results = own_rules.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
+    wrong = next((part for part in results if part != real), None)
+    if wrong is not None:
+        raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
+    return function
+
+
+def fingerprint(text):
+    """What decides the machine code, as a word; processors differ in a folder that machines share."""
+    target = [binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), platform.machine()]
+    versions = [sys.version, np.__version__, numba.__version__, llvmlite.__version__]
+    parts = [text, inspect.getsource(intrinsics), *target, *versions]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def kept(text, name):
+    """The path of the generated module, written if it is not there: Numba keeps the machine code beside it."""
+    path = files.cache_folder() / f"{name}.py"
+    if not path.exists():
+        files.keep(path, text.encode())
+    return str(path)
+
+
+def executed(text, name, path="<fastrms kernel>", **names):
+    """The module of a generated text; what the file at path says does not matter, only that Numba finds it there."""
+    module = ModuleType(name)
+    vars(module).update(names)
+    sys.modules[name] = module  # Numba looks there for the globals of what it kept
+    exec(compile(text, path, "exec"), vars(module))
+    return module

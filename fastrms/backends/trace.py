@@ -1,0 +1,138 @@
+"""A rule, written down operation by operation: what Numba and CUDA compile in place of the rule's own text.
+
+The rule is called once with numbers that record what is done to them.  The record has the order of the rule, so it has
+its bits; it has no calls, no branches and no literals; and it changes whenever the rule or a function that the rule
+calls changes, so kernels that are kept on disk are found by it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import own_rules, rules
+
+EXPRESSIONS = {  # of every operation that a rule may hold, as Python
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "truediv": "{} / {}",
+    "lt": "{} < {}",
+    "le": "{} <= {}",
+    "gt": "{} > {}",
+    "ge": "{} >= {}",
+    "neg": "-{}",
+    "abs": "abs({})",
+    "sqrt": "sqrt({})",
+    "select": "{1} if {0} else {2}",
+}
+
+
+class Operation(NamedTuple):
+    """One operation: the name of its result, a key of EXPRESSIONS, and the names of its operands."""
+
+    result: str
+    name: str
+    operands: list
+
+
+class Trace(NamedTuple):
+    """A rule: its name, the names of its arguments, its operations in order, the names of the new param and states."""
+
+    name: str
+    arguments: tuple
+    operations: list
+    results: list
+
+
+class Traced:
+    """A number of a rule that is being written down: every operation on it is recorded."""
+
+    def __init__(self, name, operations):
+        self.name, self.operations = name, operations
+
+    def apply(self, operation, *operands):
+        for operand in operands:
+            if not isinstance(operand, Traced):
+                raise TypeError(f"it holds {operand!r}; every number in it must be a coefficient")
+        result = f"t{len(self.operations)}"
+        self.operations.append(Operation(result, operation, [operand.name for operand in operands]))
+        return Traced(result, self.operations)
+
+    def sqrt(self):
+        """np.sqrt of an object comes here."""
+        return self.apply("sqrt", self)
+
+    def __bool__(self):
+        raise TypeError("it branches; choose by select(condition, x, y)")
+
+    def __pow__(self, power):
+        raise TypeError("it holds **; only + - * / and sqrt have the same bits everywhere")
+
+
+def _forward(operation):
+    return lambda self, *others: self.apply(operation, self, *others)
+
+
+def _backward(operation):
+    return lambda self, other: self.apply(operation, other, self)
+
+
+for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "neg", "abs"):
+    setattr(Traced, f"__{_name}__", _forward(_name))
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(Traced, f"__r{_name}__", _backward(_name))
+
+
+def trace(rule, general):
+    """The Trace of a rule.
+
+    Parameters
+    ----------
+    rule : function or OwnRule
+        One of rules.RULES, or a user's.
+    general : bool
+        What GENERAL is in the rule.
+
+    Raises
+    ------
+    TypeError
+        The rule does what cannot be written down: it branches, holds a literal or returns something else.
+    """
+    operations, arguments = [], rules.arguments(own_rules.plain(rule))  # a user may have named a number t0
+    results = _traceable(rule, general)(*[Traced(name, operations) for name in arguments])
+    count = 1 + len(rules.state_names(rule))
+    if not isinstance(results, tuple) or [type(result) for result in results] != [Traced] * count:
+        raise TypeError("it must return the new param and states")
+    name = rule.name if isinstance(rule, own_rules.OwnRule) else rule.__name__
+    return Trace(name, arguments, operations, [result.name for result in results])
+
+
+def _traceable(rule, general):
+    """A rule as a function of all its arguments, in which select and sqrt are recorded.  An own rule is given its gradient
+    multiplied by the coefficients that are not its own."""
+    if not isinstance(rule, own_rules.OwnRule):
+        return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
+    function, count = own_rules.function_of(rule, _select), len(rule.states)
+
+    def scaled(param, grad, *rest):
+        factors, numbers = rest[count : len(rest) - len(rule.coefficients)], rest[len(rest) - len(rule.coefficients) :]
+        for factor in factors:
+            grad = grad * factor
+        return function(param, grad, *rest[:count], *numbers)
+
+    return scaled
+
+
+def _select(condition, x, y):
+    return next(v for v in (condition, x, y) if isinstance(v, Traced)).apply("select", condition, x, y)
+
+
+def lines(made):
+    """The operations of a Trace as lines of Python, one assignment each."""
+    return [f"{result} = {EXPRESSIONS[name].format(*operands)}" for result, name, operands in made.operations]
+
+
+def text(made):
+    """A Trace as the text of a Python function, which needs sqrt."""
+    body = "".join(f"    {line}\n" for line in lines(made))
+    return f"def {made.name}({', '.join(made.arguments)}):\n{body}    return {', '.join(made.results)},\n"
