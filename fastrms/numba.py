@@ -7,9 +7,9 @@ max_exp_avg_sq are the optional states.  ``rmsprop_parallel`` and so on divide i
 ``param[i], square_avg[i] = rules.rmsprop(param[i], grad[i], square_avg[i], grad_scale, clip_low, ...)``; every number
 is rounded to the type of param first.
 
-Arrays are float32 or float64, of any number of dimensions, contiguous, aligned, all of one dtype, order and shape; only
-grad may be read-only.  An argument of another kind is a numba.errors.TypingError when your function is compiled.  Shapes
-that differ, buffers that overlap and hyper-parameters out of their range are a ValueError when it runs, before it writes.
+Arrays are float32 or float64, of any number of dimensions, contiguous, aligned, all of one dtype, order and shape; only grad
+may be read-only.  An argument of another kind is a numba.errors.TypingError when your function is compiled.  Shapes that
+differ, buffers that overlap and hyper-parameters out of range are a ValueError when it runs, before anything is written.
 A function of yours that was kept by cache=True goes on with the fastrms it was compiled with.  Parallel forms, like any
 parallel Numba code, may not be used by two Python threads at once under the workqueue layer, nor after a fork under omp;
 fastrms.RMSProp(..., backend="numba") and its like are safe there.
@@ -305,7 +305,33 @@ def _rmsprop_of(parallel):
         decoupled=False, maximize=False, clip_value=None, lr_in_momentum=False, bias_correction=False, step=1,
         grad_scale=1.0, grad_avg=None, momentum_buffer=None,
     ):  # fmt: skip
-        """One RMSProp update in place, as fastrms.rmsprop makes it."""
+        """One RMSProp update of param and its states, in place, with the bits of fastrms.rmsprop (Hinton 2012).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
+            param = param - lr*g/(sqrt(square_avg + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, square_avg : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with bias_correction only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        grad_avg, momentum_buffer : array, optional
+            The state of the centered form, and that of momentum > 0.
+        lr, rho, ... : optional
+            The hyper-parameters of fastrms.RMSProp, with its defaults; lr is a number.
+
+        Raises
+        ------
+        numba.errors.TypingError
+            Where an argument is of another kind; when the calling function is compiled.
+        ValueError
+            Where an argument has a value that it must not have; nothing has been written then.
+        """
         if (momentum_buffer is not None) != (momentum > 0):
             raise ValueError("fastrms: momentum > 0 and momentum_buffer go together")
         clip = 0.0 if clip_value is None else _positive(clip_value)
@@ -339,7 +365,29 @@ def _adagrad_of(parallel):
         param, grad, sum, lr=0.01, eps=1e-10, eps_root=0.0, lr_decay=0.0, weight_decay=0.0, decoupled=False, maximize=False,
         clip_value=None, step=1, grad_scale=1.0,
     ):  # fmt: skip
-        """One AdaGrad update in place, as fastrms.adagrad makes it."""
+        """One AdaGrad update of param and its states, in place, with the bits of fastrms.adagrad (Duchi, Hazan, Singer 2011).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
+            param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, sum : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with lr_decay only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        lr, eps, ... : optional
+            The hyper-parameters of fastrms.AdaGrad, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
         clip = 0.0 if clip_value is None else _positive(clip_value)
         h = _AdaGrad(
             lr=_number(lr), eps=_number(eps), eps_root=_number(eps_root), lr_decay=_number(lr_decay),
@@ -362,7 +410,33 @@ def _adam_of(parallel):
         bias_correction="corrected", weight_decay=0.0, decoupled=False, maximize=False, clip_value=None, grad_scale=1.0,
         max_exp_avg_sq=None, amsgrad=None,
     ):  # fmt: skip
-        """One Adam update in place, as fastrms.adam makes it; step counts from 1."""
+        """One Adam update of param and its states, in place, with the bits of fastrms.adam (Kingma, Ba 2015).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed
+            exp_avg = beta1*exp_avg + (1 - beta1)*g;  exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
+            m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
+            param = param - lr*m/(sqrt(v + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, exp_avg, exp_avg_sq : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int
+            Number of this update, from 1.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        max_exp_avg_sq : array, optional
+            The state of amsgrad, which is True where this is given, unless it is said.
+        lr, beta1, ... : optional
+            The hyper-parameters of fastrms.Adam, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
         if amsgrad is None:  # noqa: SIM108  Numba leaves out the branch that would not compile
             largest_of = 0 if max_exp_avg_sq is None else 1
         else:
@@ -394,7 +468,27 @@ def _rprop_of(parallel):
         param, grad, prev, step_size, eta_minus=0.5, eta_plus=1.2, step_min=1e-6, step_max=50.0, zero_on_flip=True,
         maximize=False, clip_value=None, grad_scale=1.0,
     ):  # fmt: skip
-        """One RProp update in place, as fastrms.rprop makes it."""
+        """One RProp update of param and its states, in place, with the bits of fastrms.rprop (Riedmiller, Braun 1993).
+
+        ::
+
+            s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
+            g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g
+
+        Parameters
+        ----------
+        param, grad, prev, step_size : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        eta_minus, eta_plus, ... : optional
+            The hyper-parameters of fastrms.RProp, with its defaults, but lr: step_size starts with it, and prev with 0.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
         clip = 0.0 if clip_value is None else _positive(clip_value)
         h = _RProp(
             lr=0.0, eta_minus=_number(eta_minus), eta_plus=_number(eta_plus), step_min=_number(step_min),

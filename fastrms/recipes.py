@@ -6,8 +6,9 @@ byte by byte.  Down to evaluate() everything is a function of plain numbers, whi
 True is 1, and words are CORRECTED, FOLDED and DOZAT.
 """
 
-from array import array
 from collections import namedtuple
+from ctypes import c_float
+from functools import cache
 from math import inf
 from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
@@ -53,7 +54,7 @@ NEUTRAL = Correction(0, NONE, 0.0, 1.0, 0, False)
 
 def rounded(value, dtype):
     """The double that dtype holds for value; infinite where it is too large.  Jitted code passes an itemsize as dtype."""
-    return value if dtype.itemsize == 8 else array("f", (value,))[0]  # np.float32() would warn, and take 20 times as long
+    return value if dtype.itemsize == 8 else c_float(value).value  # np.float32() would warn, and take 20 times as long
 
 
 # what hyper-parameters may be: finite and at least 0; in [0, 1); 0 or not rounded to it
@@ -225,10 +226,10 @@ def rprop(h, dtype):
 def overflowing(values, corrections, dtype):
     """The place of a coefficient that overflows the dtype, at any step or at the first; -1 where there is none."""
     for k in range(len(values)):
-        if abs(values[k]) < inf and not abs(rounded(values[k], dtype)) < inf:
+        if abs(rounded(values[k], dtype)) == inf and abs(values[k]) < inf:
             return k
     for c in corrections:
-        if c.operation == DIVIDE and not abs(rounded(values[c.coefficient] / c.weight, dtype)) < inf:
+        if c.operation == DIVIDE and abs(rounded(values[c.coefficient] / c.weight, dtype)) == inf:
             return c.coefficient
     return -1
 
@@ -357,7 +358,7 @@ FAMILIES = {
 
 
 def recipe(family, rule, h, dtype):
-    """The Recipe of hyper-parameters that are each within their range; ValueError where dtype or the others forbid one."""
+    """The Recipe of hyper-parameters that are each in their range; ValueError where dtype or the others forbid one."""
     numbers = SimpleNamespace(**{name: WORDS.get(value, value) for name, value in vars(h).items()})
     right = FAMILIES[family].checks(numbers, dtype)
     if not all(right):
@@ -367,17 +368,19 @@ def recipe(family, rule, h, dtype):
     if over >= 0:
         raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
                          f"the first step, is not finite in {dtype}")  # fmt: skip
-    names = rules.coefficient_names(rules.RULES[rule])
+    made = make(rule, dtype, general, {**constants(dtype), **values._asdict()})
+    names = list(made.values)
     placed = [c._replace(coefficient=names.index(values._fields[c.coefficient])) for c in corrections if c.operation]
-    return make(rule, dtype, general, {**constants(dtype), **values._asdict()}, placed)
+    return made._replace(corrections=tuple(placed))
 
 
-def make(rule, dtype, general, values, corrections=()):
-    """A recipe with its coefficients in the order of the rule."""
+def make(rule, dtype, general, values):
+    """A recipe without corrections, its coefficients in the order of the rule."""
     ordered = {name: float(values[name]) for name in rules.coefficient_names(rules.RULES[rule])}
-    return Recipe(rule, dtype, bool(general), ordered, tuple(corrections))
+    return Recipe(rule, dtype, bool(general), ordered, ())
 
 
+@cache
 def constants(dtype):
     """The numbers that rules may not spell out: zero, one, tiny (smallest normal), floor (of the centered variance)."""
     return {

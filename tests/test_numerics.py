@@ -397,3 +397,14 @@ def test_a_step_size_clip_is_compare_and_select():
     assert rules.larger(1.0, np.nan) == 1.0 and np.isnan(rules.larger(np.nan, 1.0))
     assert not np.signbit(rules.flush(-1e-40, 1e-38, 0.0)) and rules.flush(-1e-38, 1e-38, 0.0) == -1e-38
     assert rules.sign(np.nan, 0.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_docstring_of_a_rule_says_what_each_argument_means(rule):
+    function = rules.RULES[rule]
+    for name in rules.arguments(function):
+        meaning = rules.meaning(name, function)
+        assert meaning and f"    {name} : float\n        {meaning}\n" in function.__doc__
+    used = {name for other in rules.RULES.values() for name in rules.arguments(other)}
+    assert {name.partition(" of ")[0] for key in rules.MEANINGS for name in key.split(", ")} == used
+    assert all(helper.__doc__ for helper in (rules.select, *rules.HELPERS))
