@@ -236,7 +236,7 @@ def is_c_order(buffer):
 
 
 def again(buffer, name):
-    """The Buffer of a torch tensor that may have been given other memory since."""
+    """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
     return acquire(buffer.owner, name, writable=True)
 
 
@@ -268,9 +268,9 @@ def same_device(buffers, names):
     """Refuse unless all Buffers are on one device.  The memory of the host is one device, so there is nothing to refuse."""
 
 
-def on_host(flat):
+def on_host(array):
     """A flat array of ours as a NumPy array in host memory, which it is here."""
-    return flat
+    return array
 
 
 def place_beside(param, others):
