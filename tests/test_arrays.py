@@ -175,6 +175,7 @@ REMEDIES = {  # what the sentence about a parameter says to do, over and above B
     "complex": r"params\['w'\]\.view\(np\.float32\)",
     "byte order": r"params\['w'\]\.astype\('float32'\)",
     "only __array__": r"np\.array\(params\['w'\]\)",
+    "bytearray": r"np\.asarray\(params\['w'\]\)\.astype\(np\.float32\)",
     "strided": r"np\.ascontiguousarray\(params\['w'\]\)",
     "read-only": r"np\.array\(params\['w'\]\)",
 }
