@@ -27,8 +27,7 @@ def compile_fused(cc):
     """The PTX of the fused kernel, in float32; coefficients are one argument each, in the order of COEFFICIENTS."""
     real = types.float32
     signature = types.void(*[types.CPointer(real)] * 4, uint64, types.UniTuple(real, len(COEFFICIENTS)))
-    ptx, _ = cuda.compile(fused, signature, cc=cc, device=False, abi="numba")
-    return ptx
+    return fastrms.cuda.compile_ptx(fused, signature, cc)
 
 
 if __name__ == "__main__":

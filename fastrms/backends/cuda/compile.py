@@ -77,12 +77,16 @@ def signature(rule, dtype, kind):
 
 
 def to_ptx(source, update, dtype, signature, name, cc):
-    """The PTX of a kernel's text, with a plain name in place of Numba's mangled one."""
+    """The PTX of a kernel's text."""
     names = {"rule": update, "load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
     names["pointer"] = intrinsics.pointer_to(REALS[dtype])
     exec(source, names)
-    options = {"device": False, "abi": "numba", "output": "ptx", "launch_bounds": THREADS}
-    ptx, _ = cuda.compile(names["kernel"], signature, cc=cc, **options)
+    return named_ptx(names["kernel"], signature, name, cc, launch_bounds=THREADS)
+
+
+def named_ptx(function, signature, name, cc, **options):
+    """The PTX of a function as a kernel, with a plain name in place of Numba's mangled one."""
+    ptx, _ = cuda.compile(function, signature, cc=cc, device=False, abi="numba", output="ptx", **options)
     return ptx.replace(re.search(r"\.entry\s+([\w$]+)", ptx).group(1), name)
 
 
