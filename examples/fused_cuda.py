@@ -1,7 +1,6 @@
 """Gradient and Adam update in one CUDA kernel of your own: the weights that are nearest to a target.
 
-The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.  With
-one, decorate fused by @cuda.jit instead and launch it.
+The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.
 """
 
 from numba import cuda
