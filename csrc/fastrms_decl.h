@@ -16,6 +16,7 @@
 #define FASTRMS_NOT_HELD 5       /* the plan holds no gradients, or others */
 #define FASTRMS_NONFINITE 6      /* a gradient is not finite, and on_nonfinite left the step out */
 #define FASTRMS_STREAMING 7      /* a streamed step is open; of fastrms_stream_step: none is */
+#define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
 
 /* on_nonfinite of a plan: do not look for nonfinite gradients; leave the step out; leave the step out and the gradients as
  * they are */
@@ -26,8 +27,8 @@
 /* ---- recipes: a rule with its coefficients ---- */
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
- * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
- * or value / sqrt(q). */
+ * weight * (1 + decay + ... + decay^(t-1+ahead)).  By operation 0 the coefficient stays value, by 1 it becomes
+ * value / q, by 2 value * sqrt(q), by 3 value / sqrt(q). */
 typedef struct {
     int32_t coefficient, operation, linear, ahead;
     double decay, weight;

@@ -56,6 +56,9 @@ TIERS(DECLARE_TIER, )
 
 const fastrms_tier *fastrms_current_tier(void);           /* dispatch.c */
 
+/* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */
+void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready);
+
 /* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
 typedef void fastrms_task(void *context, int64_t begin, int64_t end);
 void fastrms_parallel(int64_t elements, fastrms_task *task, void *context, int64_t count, int64_t chunk);

@@ -1,5 +1,4 @@
 /* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
-#include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,50 +11,6 @@ enum {
     MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
 };
 
-/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
-double fastrms_series(double decay, double weight, int64_t terms)
-{
-    double sum = 0, power = 1;
-    int bit = 0;
-    while (bit < 63 && terms >> bit)
-        ++bit;
-    while (bit--) {
-        sum = sum * (1 + power);
-        power = power * power;
-        if (terms >> bit & 1) {
-            sum = sum * decay + 1;
-            power = power * decay;
-        }
-    }
-    return weight * sum;
-}
-
-static double corrected(double value, const fastrms_correction *c, int64_t step)
-{
-    double quantity = c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
-    if (c->operation == 0)
-        return value / quantity;
-    return c->operation == 1 ? value * sqrt(quantity) : value / sqrt(quantity);
-}
-
-/* the coefficients of step number `step`, rounded once to the compute dtype */
-static void coefficients_at(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
-{
-    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
-    for (int k = 0; k < recipe->coefficients; ++k)
-        value[k] = recipe->value[k];
-    value[0] = value[0] * grad_scale;
-    for (int k = 0; k < recipe->corrections; ++k) {
-        const fastrms_correction *c = &recipe->correction[k];
-        value[c->coefficient] = corrected(value[c->coefficient], c, step);
-    }
-    for (int k = 0; k < recipe->coefficients; ++k)
-        if (recipe->itemsize == 4)
-            ((float *)ready)[k] = (float)value[k];
-        else
-            ready[k] = value[k];
-}
-
 /* the coefficients of step number `step`, with both parts of the factor of the gradient */
 static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
 {
@@ -65,7 +20,7 @@ static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fast
         rescaled.value[1] = scale.grad_rescale;
         recipe = &rescaled;
     }
-    coefficients_at(recipe, step, scale.grad_scale, ready);
+    fastrms_evaluate(recipe, step, scale.grad_scale, ready);
 }
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
@@ -433,6 +388,8 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
+    if (step < 1 || step > INT64_C(1) << 62)
+        return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
         if ((uintptr_t)buffer[k] % (uintptr_t)fastrms_stored_itemsize(recipe))
             return FASTRMS_MISALIGNED;

@@ -69,7 +69,9 @@ RULE(rmsprop_momentum)
 END(rmsprop_momentum)
 
 /* Centered RMSProp (Graves 2013): divide by the running standard deviation.  The floor keeps the
- * cancellation v - a*a above the rounding of v itself. */
+ * cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its first
+ * argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and
+ * the floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN. */
 #define rmsprop_centered_NAMES(S, C) S(square_avg) S(grad_avg) \
     C(grad_scale) C(grad_rescale) C(clip_low) C(clip_high) C(weight_decay) C(rho) C(one_minus_rho) C(v_scale) C(floor) \
     C(eps_root) C(in_scale) C(eps) C(decay) C(tiny) C(zero)
@@ -83,7 +85,7 @@ RULE(rmsprop_centered)
         v = v * v_scale;
         a = a * v_scale;
     }
-    real w = larger(v - a * a, floor * v);
+    real w = larger(floor * v, v - a * a);
     if (GENERAL)
         w = w + eps_root;
     real u = in_scale * g / (sqrt(w) + eps);
@@ -105,7 +107,7 @@ RULE(rmsprop_centered_momentum)
         v = v * v_scale;
         a = a * v_scale;
     }
-    real w = larger(v - a * a, floor * v);
+    real w = larger(floor * v, v - a * a);
     if (GENERAL)
         w = w + eps_root;
     real u = in_scale * g / (sqrt(w) + eps);

@@ -7,61 +7,212 @@ max_exp_avg_sq are the optional states.  ``rmsprop_parallel`` and so on divide i
 ``param[i], square_avg[i] = rules.rmsprop(param[i], grad[i], square_avg[i], grad_scale, clip_low, ...)``; every number
 is rounded to the type of param first.
 
-Arrays: float32 or float64, any number of dimensions, contiguous, all of one dtype, order and shape; anything else is
-refused.  Hyper-parameters are not checked, overlap is not seen.  A function of yours that was kept by cache=True
-goes on with the fastrms it was compiled with.  Parallel forms, like any parallel Numba code, may not be used by two
-Python threads at once under the workqueue layer, nor after a fork under omp; fastrms.RMSProp(..., backend="numba")
-and its like are safe there.
+Arrays are float32 or float64, of any number of dimensions, contiguous, aligned, all of one dtype, order and shape; only grad
+may be read-only.  An argument of another kind is a numba.errors.TypingError when your function is compiled.  Shapes that
+differ, buffers that overlap and hyper-parameters out of range are a ValueError when it runs, before anything is written.
+A function of yours that was kept by cache=True goes on with the fastrms it was compiled with.  Parallel forms, like any
+parallel Numba code, may not be used by two Python threads at once under the workqueue layer, nor after a fork under omp;
+fastrms.RMSProp(..., backend="numba") and its like are safe there.
 """
 
 from collections import namedtuple
 from functools import cache
-from math import sqrt
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import numba
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
-from . import recipes
+from . import hyper, optimizers, recipes
 from . import rules as texts
 from .backends.numba.kernels import OPTIONS, compiler, jitted, kernel
+from .recipes import CORRECTED, DOZAT, FOLDED, NONE
 
 _REAL = {types.float32: np.dtype(np.float32), types.float64: np.dtype(np.float64)}
 _DEFAULT = {"jit_options": OPTIONS}
 
 
-# what the four have in common
+# recipes.py in jitted code: its functions of plain numbers as they stand, with the itemsize in place of a dtype
+
+register_jitable(**OPTIONS)(texts.select)
+for _text in vars(recipes).values():
+    if isinstance(_text, FunctionType) and _text.__module__ == recipes.__name__ and _text is not recipes.rounded:
+        register_jitable(**OPTIONS)(_text)
 
 
-def _rounded(param, value):
-    """The double that the dtype of param holds for value."""
+@overload(recipes.rounded, **_DEFAULT)
+def _rounded(value, dtype):
+    return lambda value, dtype: np.float64(np.float32(value)) if dtype == 4 else value
 
 
-@overload(_rounded, **_DEFAULT)
-def _rounded_by_type(param, value):
-    real = param.dtype
-    return lambda param, value: np.float64(real(value))
+# the arguments of an update as recipes.py wants them, or an error
 
 
-def _choice(option, first, second, true):
-    """0 for False, 1 and 2 for these words, `true` for True; ValueError for anything else."""
+def _refused(sentence):
+    return numba.errors.TypingError(f"fastrms {sentence}")
 
 
-@overload(_choice, **_DEFAULT)
-def _choice_by_type(option, first, second, true):
-    def of_words(option, first, second, true):
-        if option != first and option != second:
+def _number(value):
+    """A hyper-parameter as a double."""
+
+
+@overload(_number, **_DEFAULT)
+def _number_by_type(value):
+    if not isinstance(value, (types.Float, types.Integer)):
+        raise _refused(f"takes a number where it is given a {value}")
+    return lambda value: np.float64(value)
+
+
+def _flag(value):
+    """True or False as a number."""
+
+
+@overload(_flag, **_DEFAULT)
+def _flag_by_type(value):
+    if not isinstance(value, types.Boolean):
+        raise _refused(f"takes True or False where it is given a {value}")
+    return lambda value: 1 if value else 0
+
+
+def _word(value, one, other, true):
+    """The number of a word, which must be `one` or `other`; 0 for False, `true` for True; ValueError for another."""
+
+
+@overload(_word, prefer_literal=True, **_DEFAULT)
+def _word_by_type(value, one, other, true):
+    def number(value, one, other, true):
+        made = known if known >= 0 else _number_of_word(value)
+        if made != one and made != other:
             raise ValueError("fastrms: bias_correction, nesterov or amsgrad has a value that means nothing here")
-        return 1 if option == first else 2
+        return made
 
-    def of_flags(option, first, second, true):
-        if option and true < 0:
-            raise ValueError("fastrms: True does not say which; say it in a word")
-        return true if option else 0
+    def of_flag(value, one, other, true):
+        if value and true < 0:
+            raise ValueError("fastrms: nesterov=True does not say which; say 'dozat' or 'folded'")
+        return true if value else 0
 
-    return of_words if isinstance(option, (types.UnicodeType, types.StringLiteral)) else of_flags
+    if isinstance(value, types.Boolean | types.BooleanLiteral):
+        return of_flag
+    if not isinstance(value, types.UnicodeType | types.StringLiteral):
+        raise _refused(f"takes a word, True or False where it is given a {value}")
+    known = recipes.WORDS.get(getattr(value, "literal_value", ""), -1)
+    return number
+
+
+@compiler
+def _number_of_word(word):
+    return CORRECTED if word == "corrected" else FOLDED if word == "folded" else DOZAT if word == "dozat" else NONE
+
+
+def _positive(value):
+    """clip_value as a double; 0, which recipes.py takes for None, is no clip_value."""
+
+
+@overload(_positive, **_DEFAULT)
+def _positive_by_type(value):
+    def positive(value):
+        if not value > 0:
+            raise ValueError(clip_value_refused)
+        return _number(value)
+
+    clip_value_refused = hyper.refusal("clip_value")
+    return positive
+
+
+def _count(step):
+    """The number of an update."""
+
+
+@overload(_count, **_DEFAULT)
+def _count_by_type(step):
+    if not isinstance(step, types.Integer):
+        raise _refused(f"takes the number of this update, an integer from 1, as step, not a {step}")
+
+    def count(step):
+        if step < 1 or step > most:
+            raise ValueError("fastrms: step must be from 1 to 2**62")
+        return np.int64(step)
+
+    most = hyper.MOST_STEPS
+    return count
+
+
+@compiler
+def _factor(grad_scale):
+    if not 1e-30 <= _number(grad_scale) <= 1e30:
+        raise ValueError("fastrms: grad_scale must be from 1e-30 to 1e30")
+    return _number(grad_scale)
+
+
+@compiler
+def _refuse_zeros(eps, eps_root, sum):
+    """AdaGrad without eps divides by the root of its sum: a zero in it would give 0/0."""
+    if recipes.rounded(eps, sum.itemsize) == 0 and recipes.rounded(eps_root, sum.itemsize) == 0:
+        for x in sum.flat:
+            if x == 0:
+                raise ValueError("fastrms: eps and eps_root are both 0 in the dtype of param and sum holds a 0: 0/0")
+
+
+def _hyper(optimizer):
+    """The hyper-parameters that a step needs, as a named tuple."""
+    return namedtuple(f"_{optimizer.__name__}", [name for name in optimizer.defaults if name != "initial_value"])
+
+
+_RMSProp, _AdaGrad, _Adam, _RProp = map(_hyper, (optimizers.RMSProp, optimizers.AdaGrad, optimizers.Adam, optimizers.RProp))
+
+
+def _refusal(sentences, place=0):
+    """refuse(number) of jitted code raises the sentence of that number; what it raises must be a constant."""
+    if not sentences:
+        return compiler(lambda number: None)
+    first, refuse_others = sentences[0], _refusal(sentences[1:], place + 1)
+
+    @compiler
+    def refuse(number):
+        if number == place:
+            raise ValueError(first)
+        refuse_others(number)
+
+    return refuse
+
+
+def _coefficients_of(family):
+    """coefficients(h, step, grad_scale, itemsize) of jitted code -> whether the form is general, coefficients in double."""
+    checks_of, recipe_of, right, _ = recipes.FAMILIES[family]
+    refuse = _refusal([hyper.refusal(name) for name in right._fields])
+
+    @compiler
+    def coefficients(h, step, grad_scale, itemsize):
+        checks = checks_of(h, itemsize)
+        for k in range(len(checks)):
+            if not checks[k]:
+                refuse(k)
+        general, values, corrections = recipe_of(h, itemsize)
+        if recipes.overflowing(values, corrections, itemsize) >= 0:
+            raise ValueError("fastrms: lr or weight_decay makes a coefficient that is not finite in the dtype of param")
+        made = np.empty(len(values))
+        for k in range(len(values)):
+            made[k] = values[k]
+        recipes.evaluate(made, corrections, step, grad_scale)
+        return general, made
+
+    return coefficients
+
+
+# the way to the kernels
+
+
+def _refuse_types(arrays):
+    """What a kernel of flat arrays cannot take, as an error of compilation."""
+    param = arrays[0]
+    for array in arrays:
+        if not isinstance(array, types.Array) or array.dtype not in _REAL or array.layout == "A":
+            raise _refused(f"updates contiguous arrays of float32 or float64, not {array}")
+        if (array.dtype, array.ndim, array.layout) != (param.dtype, param.ndim, param.layout):
+            raise _refused(f"needs arrays of one dtype and memory order, not {param} and {array}")
+    if not all(array.mutable for array in (param, *arrays[2:])):
+        raise _refused("updates param and its states in place: of these arrays only grad may be read-only")
 
 
 def _addresses(arrays, shape):
@@ -81,29 +232,22 @@ def _addresses_by_type(arrays, shape):
     return addresses
 
 
-_names = {}
-for _text in (recipes.twice, recipes.one_more, recipes.doubled, recipes.series):
-    _names[_text.__name__] = compiler(texts.rebuilt(_text, _names))
-_series = _names["series"]
+@compiler
+def _refuse_places(table, size, itemsize):
+    """Buffers of `size` elements, whose addresses are in the table from place 5, share no byte and are aligned."""
+    for k in range(5, len(table)):
+        if table[k] % itemsize != 0:
+            raise ValueError("fastrms: one of param, grad and the states is not aligned to its dtype; pass a copy")
+        for other in range(5, k):
+            if abs(table[k] - table[other]) < size * itemsize:
+                raise ValueError("fastrms: two of param, grad and the states overlap in memory")
 
 
-# the way to the kernels
-
-
-def _refuse_types(arrays):
-    """What a kernel of flat arrays cannot take, as an error of compilation."""
-    param = arrays[0]
-    for array in arrays:
-        if not isinstance(array, types.Array) or array.dtype not in _REAL or array.layout == "A":
-            raise numba.errors.TypingError(f"fastrms updates contiguous arrays of float32 or float64, not {array}")
-        if (array.dtype, array.ndim, array.layout) != (param.dtype, param.ndim, param.layout):
-            raise numba.errors.TypingError(f"fastrms needs arrays of one dtype and memory order, not {param} and {array}")
-
-
-def _runner(rule, names, parallel):
-    """run(general, values, param, grad, *states) for jitted code: values[k] is the coefficient names[k], in double."""
+def _runner(rule, family, parallel):
+    """run(general, values, param, grad, *states) for jitted code; values: what coefficients() of the family gave."""
     wanted = texts.coefficient_names(texts.RULES[rule])
-    place = tuple(names.index(name) if name in names else -1 for name in wanted)
+    known = recipes.FAMILIES[family].values._fields
+    place = tuple(known.index(name) if name in known else -1 for name in wanted)
 
     def run(general, values, *arrays):
         """Only its overload is ever called."""
@@ -123,7 +267,7 @@ _no_threads = compiler(lambda: ())
 _some_threads = compiler(lambda: (np.intp(numba.get_num_threads()),))
 
 
-def _implementation(neutral, full, more, real, place, fixed):
+def _implementation(neutral, full, threads, real, place, fixed):
     def run(general, values, *arrays):
         coefficients = np.empty(len(place), real)
         for k in range(len(place)):
@@ -138,7 +282,8 @@ def _implementation(neutral, full, more, real, place, fixed):
         places = _addresses(arrays, arrays[0].shape)
         for k in range(len(places)):
             table[5 + k] = places[k]
-        arguments = (np.intp(table.ctypes.data), np.intp(0)) + more()
+        _refuse_places(table, arrays[0].size, arrays[0].itemsize)
+        arguments = (np.intp(table.ctypes.data), np.intp(0)) + threads()
         if general:
             full(*arguments)
         else:
@@ -147,104 +292,12 @@ def _implementation(neutral, full, more, real, place, fixed):
     return run
 
 
-# hyper-parameters -> coefficients in double, as in optimizers.py
-
-
-@compiler
-def _scale(maximize, grad_scale):
-    return -grad_scale if maximize else grad_scale
-
-
-_RMSPropValues = namedtuple(
-    "_RMSPropValues",
-    "grad_scale clip_low clip_high weight_decay rho one_minus_rho v_scale eps_root in_scale eps "
-    "momentum nesterov_b nesterov_u out_scale decay",
-)
-
-
-@compiler
-def _rmsprop_values(param, buffer, lr, rho, eps, eps_root, momentum, nesterov, weight_decay, decoupled, maximize, clip,
-                    lr_in_momentum, bias_correction, step, grad_scale):  # fmt: skip
-    form = _choice(bias_correction, "corrected", "folded", 1)
-    corrected, folded = form == 1, form == 2
-    share = _series(_rounded(param, rho), _rounded(param, 1 - rho), step) if corrected or folded else 1.0
-    rate = lr * sqrt(share) if folded else lr
-    first = lr_in_momentum or not buffer
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0 or nesterov or corrected
-    return general, _RMSPropValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, rho, 1 - rho,
-        1.0 / share if corrected else 1.0, eps_root, rate if first else 1.0, eps, momentum,
-        momentum if nesterov else 1.0, 1.0 if nesterov else 0.0, 1.0 if first else rate,
-        lr * weight_decay if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_AdaGradValues = namedtuple("_AdaGradValues", "grad_scale clip_low clip_high weight_decay eps_root lr eps decay")
-
-
-@compiler
-def _adagrad_values(lr, eps, eps_root, lr_decay, weight_decay, decoupled, maximize, clip, step, grad_scale):
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0
-    slower = 1 + np.float64(step - 1) * lr_decay
-    return general, _AdaGradValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, eps_root, lr / slower, eps,
-        lr * weight_decay / slower if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_AdamValues = namedtuple(
-    "_AdamValues",
-    "grad_scale clip_low clip_high weight_decay beta1 one_minus_beta1 beta2 one_minus_beta2 max_scale m_scale g_scale "
-    "v_scale eps_root step_size root_scale eps decay",
-)
-
-
-@compiler
-def _adam_scales(lr, beta1, eps_root, largest, nesterov, form, first, ahead, second):
-    """max_scale, m_scale, g_scale, v_scale, step_size, root_scale; first, ahead and second: the sums of the averages'
-    weights so far, 1 without correction."""
-    m_scale, g_scale = (beta1, 1 - beta1) if nesterov else (1.0, 0.0)
-    if nesterov == 1:
-        m_scale, g_scale, rate = m_scale / ahead, g_scale / first, lr
-    else:
-        rate = lr / first
-    if form == 2:
-        return 1.0, m_scale, g_scale, 1.0, rate * sqrt(second), 1.0
-    if largest == 1:
-        return 1.0 / second, m_scale, g_scale, 1.0, rate, 1.0
-    if eps_root > 0:
-        return 1.0, m_scale, g_scale, 1.0 / second, rate, 1.0
-    return 1.0, m_scale, g_scale, 1.0, rate, 1.0 / sqrt(second)
-
-
-@compiler
-def _adam_values(param, lr, beta1, beta2, eps, eps_root, largest, nesterov, form, weight_decay, decoupled,
-                 maximize, clip, step, grad_scale):  # fmt: skip
-    first = ahead = second = 1.0
-    if form:
-        first = _series(_rounded(param, beta1), _rounded(param, 1 - beta1), step)
-        ahead = _series(_rounded(param, beta1), _rounded(param, 1 - beta1), step + 1)
-        second = _series(_rounded(param, beta2), _rounded(param, 1 - beta2), step)
-    scales = _adam_scales(lr, beta1, eps_root, largest, nesterov, form, first, ahead, second)
-    max_scale, m_scale, g_scale, v_scale, step_size, root_scale = scales
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0 or nesterov > 0
-    return general, _AdamValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-        max_scale, m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, lr * weight_decay if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_RPropValues = namedtuple("_RPropValues", "grad_scale clip_low clip_high eta_minus eta_plus step_min step_max flip_below")
-
-
-# the four, in two forms
+# the four families, in two forms
 
 
 def _rmsprop_of(parallel):
-    names = _RMSPropValues._fields
-    plain, momentum_only = _runner("rmsprop", names, parallel), _runner("rmsprop_momentum", names, parallel)
-    centered = _runner("rmsprop_centered", names, parallel)
-    both = _runner("rmsprop_centered_momentum", names, parallel)
+    rules = "rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum"
+    plain, momentum_only, centered_only, both = (_runner(rule, "rmsprop", parallel) for rule in rules)
 
     @compiler
     def rmsprop(
@@ -252,22 +305,52 @@ def _rmsprop_of(parallel):
         decoupled=False, maximize=False, clip_value=None, lr_in_momentum=False, bias_correction=False, step=1,
         grad_scale=1.0, grad_avg=None, momentum_buffer=None,
     ):  # fmt: skip
-        """One RMSProp update in place, as fastrms.rmsprop makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        buffer = momentum_buffer is not None
-        if buffer != (momentum > 0):
+        """One RMSProp update of param and its states, in place, with the bits of fastrms.rmsprop (Hinton 2012).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
+            param = param - lr*g/(sqrt(square_avg + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, square_avg : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with bias_correction only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        grad_avg, momentum_buffer : array, optional
+            The state of the centered form, and that of momentum > 0.
+        lr, rho, ... : optional
+            The hyper-parameters of fastrms.RMSProp, with its defaults; lr is a number.
+
+        Raises
+        ------
+        numba.errors.TypingError
+            Where an argument is of another kind; when the calling function is compiled.
+        ValueError
+            Where an argument has a value that it must not have; nothing has been written then.
+        """
+        if (momentum_buffer is not None) != (momentum > 0):
             raise ValueError("fastrms: momentum > 0 and momentum_buffer go together")
-        general, values = _rmsprop_values(
-            param, buffer, lr, rho, eps, eps_root, momentum, nesterov, weight_decay, decoupled, maximize, clip,
-            lr_in_momentum, bias_correction, step, grad_scale,
+        clip = 0.0 if clip_value is None else _positive(clip_value)
+        centered = 0 if grad_avg is None else 1
+        h = _RMSProp(
+            lr=_number(lr), rho=_number(rho), eps=_number(eps), eps_root=_number(eps_root), momentum=_number(momentum),
+            nesterov=_flag(nesterov), centered=centered, weight_decay=_number(weight_decay),
+            decoupled=_flag(decoupled), maximize=_flag(maximize),
+            clip_value=clip, lr_in_momentum=_flag(lr_in_momentum),
+            bias_correction=_word(bias_correction, CORRECTED, FOLDED, CORRECTED),
         )  # fmt: skip
+        general, values = _of_rmsprop(h, _count(step), _factor(grad_scale), param.itemsize)
         if grad_avg is None:
             if momentum_buffer is None:
                 plain(general, values, param, grad, square_avg)
             else:
                 momentum_only(general, values, param, grad, square_avg, momentum_buffer)
         elif momentum_buffer is None:
-            centered(general, values, param, grad, square_avg, grad_avg)
+            centered_only(general, values, param, grad, square_avg, grad_avg)
         else:
             both(general, values, param, grad, square_avg, grad_avg, momentum_buffer)
 
@@ -275,26 +358,51 @@ def _rmsprop_of(parallel):
 
 
 def _adagrad_of(parallel):
-    run = _runner("adagrad", _AdaGradValues._fields, parallel)
+    run = _runner("adagrad", "adagrad", parallel)
 
     @compiler
     def adagrad(
         param, grad, sum, lr=0.01, eps=1e-10, eps_root=0.0, lr_decay=0.0, weight_decay=0.0, decoupled=False, maximize=False,
         clip_value=None, step=1, grad_scale=1.0,
     ):  # fmt: skip
-        """One AdaGrad update in place, as fastrms.adagrad makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        general, values = _adagrad_values(
-            lr, eps, eps_root, lr_decay, weight_decay, decoupled, maximize, clip, step, grad_scale
-        )
+        """One AdaGrad update of param and its states, in place, with the bits of fastrms.adagrad (Duchi, Hazan, Singer 2011).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
+            param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, sum : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with lr_decay only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        lr, eps, ... : optional
+            The hyper-parameters of fastrms.AdaGrad, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
+        clip = 0.0 if clip_value is None else _positive(clip_value)
+        h = _AdaGrad(
+            lr=_number(lr), eps=_number(eps), eps_root=_number(eps_root), lr_decay=_number(lr_decay),
+            weight_decay=_number(weight_decay), decoupled=_flag(decoupled), maximize=_flag(maximize),
+            clip_value=clip,
+        )  # fmt: skip
+        general, values = _of_adagrad(h, _count(step), _factor(grad_scale), param.itemsize)
+        _refuse_zeros(h.eps, h.eps_root, sum)
         run(general, values, param, grad, sum)
 
     return adagrad
 
 
 def _adam_of(parallel):
-    plain = _runner("adam", _AdamValues._fields, parallel)
-    largest = _runner("adam_amsgrad", _AdamValues._fields, parallel)
+    plain, largest = _runner("adam", "adam", parallel), _runner("adam_amsgrad", "adam", parallel)
 
     @compiler
     def adam(
@@ -302,19 +410,48 @@ def _adam_of(parallel):
         bias_correction="corrected", weight_decay=0.0, decoupled=False, maximize=False, clip_value=None, grad_scale=1.0,
         max_exp_avg_sq=None, amsgrad=None,
     ):  # fmt: skip
-        """One Adam update in place, as fastrms.adam makes it; step counts from 1."""
-        clip = np.inf if clip_value is None else clip_value
-        form = _choice(bias_correction, "corrected", "folded", 1)
+        """One Adam update of param and its states, in place, with the bits of fastrms.adam (Kingma, Ba 2015).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed
+            exp_avg = beta1*exp_avg + (1 - beta1)*g;  exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
+            m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
+            param = param - lr*m/(sqrt(v + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, exp_avg, exp_avg_sq : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int
+            Number of this update, from 1.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        max_exp_avg_sq : array, optional
+            The state of amsgrad, which is True where this is given, unless it is said.
+        lr, beta1, ... : optional
+            The hyper-parameters of fastrms.Adam, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
         if amsgrad is None:  # noqa: SIM108  Numba leaves out the branch that would not compile
-            maximum = 0 if max_exp_avg_sq is None else 2
+            largest_of = 0 if max_exp_avg_sq is None else 1
         else:
-            maximum = _choice(amsgrad, "corrected", "corrected", 2)
-        if (max_exp_avg_sq is not None) != (maximum > 0) or (maximum == 1 and form != 1):
-            raise ValueError("fastrms: amsgrad needs max_exp_avg_sq, and amsgrad='corrected' needs that bias_correction")
-        general, values = _adam_values(
-            param, lr, beta1, beta2, eps, eps_root, maximum, _choice(nesterov, "dozat", "folded", -1), form, weight_decay,
-            decoupled, maximize, clip, step, grad_scale,
+            largest_of = _word(amsgrad, CORRECTED, CORRECTED, 1)
+        if (max_exp_avg_sq is not None) != (largest_of > 0):
+            raise ValueError("fastrms: amsgrad and max_exp_avg_sq go together")
+        clip = 0.0 if clip_value is None else _positive(clip_value)
+        h = _Adam(
+            lr=_number(lr), beta1=_number(beta1), beta2=_number(beta2), eps=_number(eps), eps_root=_number(eps_root),
+            amsgrad=largest_of, nesterov=_word(nesterov, DOZAT, FOLDED, -1),
+            bias_correction=_word(bias_correction, CORRECTED, FOLDED, CORRECTED), weight_decay=_number(weight_decay),
+            decoupled=_flag(decoupled), maximize=_flag(maximize),
+            clip_value=clip,
         )  # fmt: skip
+        general, values = _of_adam(h, _count(step), _factor(grad_scale), param.itemsize)
         if max_exp_avg_sq is None:
             plain(general, values, param, grad, exp_avg, exp_avg_sq)
         else:
@@ -324,22 +461,47 @@ def _adam_of(parallel):
 
 
 def _rprop_of(parallel):
-    run = _runner("rprop", _RPropValues._fields, parallel)
+    run = _runner("rprop", "rprop", parallel)
 
     @compiler
     def rprop(
         param, grad, prev, step_size, eta_minus=0.5, eta_plus=1.2, step_min=1e-6, step_max=50.0, zero_on_flip=True,
         maximize=False, clip_value=None, grad_scale=1.0,
     ):  # fmt: skip
-        """One RProp update in place, as fastrms.rprop makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        flip_below = 0.0 if zero_on_flip else -np.inf
-        values = _RPropValues(_scale(maximize, grad_scale), -clip, clip, eta_minus, eta_plus, step_min, step_max, flip_below)
-        run(clip < np.inf, values, param, grad, prev, step_size)
+        """One RProp update of param and its states, in place, with the bits of fastrms.rprop (Riedmiller, Braun 1993).
+
+        ::
+
+            s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
+            g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g
+
+        Parameters
+        ----------
+        param, grad, prev, step_size : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        eta_minus, eta_plus, ... : optional
+            The hyper-parameters of fastrms.RProp, with its defaults, but lr: step_size starts with it, and prev with 0.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
+        clip = 0.0 if clip_value is None else _positive(clip_value)
+        h = _RProp(
+            lr=0.0, eta_minus=_number(eta_minus), eta_plus=_number(eta_plus), step_min=_number(step_min),
+            step_max=_number(step_max), zero_on_flip=_flag(zero_on_flip), maximize=_flag(maximize),
+            clip_value=clip,
+        )  # fmt: skip
+        general, values = _of_rprop(h, 1, _factor(grad_scale), param.itemsize)
+        run(general, values, param, grad, prev, step_size)
 
     return rprop
 
 
+_of_rmsprop, _of_adagrad, _of_adam, _of_rprop = map(_coefficients_of, ("rmsprop", "adagrad", "adam", "rprop"))
 rmsprop, rmsprop_parallel = _rmsprop_of(False), _rmsprop_of(True)
 adagrad, adagrad_parallel = _adagrad_of(False), _adagrad_of(True)
 adam, adam_parallel = _adam_of(False), _adam_of(True)

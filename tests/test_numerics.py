@@ -236,6 +236,50 @@ def test_a_square_that_overflows_by_itself(backend, make):
     assert w[0] < 0 < w[1]
 
 
+FORMS = [
+    *[(fastrms.RMSProp, options) for centered in (False, True) for momentum in (0.0, 0.9) for options in (
+        {"centered": centered, "momentum": momentum},
+        {"centered": centered, "momentum": momentum, "eps_root": 1e-8, "bias_correction": "corrected"},
+        {"centered": centered, "momentum": momentum, "weight_decay": 0.1, "nesterov": momentum > 0},
+    )],
+    (fastrms.AdaGrad, {}), (fastrms.AdaGrad, {"eps_root": 1e-8, "lr_decay": 0.1}),
+    (fastrms.Adam, {}), (fastrms.Adam, {"bias_correction": "folded"}),
+    (fastrms.Adam, {"eps_root": 1e-8, "weight_decay": 0.1}), (fastrms.Adam, {"amsgrad": True}),
+    (fastrms.Adam, {"amsgrad": "corrected", "nesterov": "folded"}),
+    (fastrms.Adam, {"nesterov": "dozat"}), (fastrms.RProp, {}), (fastrms.RProp, {"clip_value": 1e30}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make, options", FORMS, ids=lambda x: "-".join(x) if isinstance(x, dict) else x.__name__)
+def test_finite_gradients_of_any_size_leave_parameters_finite(backend, make, options, dtype):
+    """Where a square overflows, the average is infinite and the update 0; the largest number itself needs an lr below 1, and
+    nesterov="dozat" adds two numbers of its size."""
+    largest = float(np.finfo(dtype).max)
+    sizes = [largest**0.5 * factor for factor in (0.3, 0.9, 1.1, 10.0, 120.0)] + [largest / 1e8, largest / 4, largest / 2]
+    for lr in (1.0, 1e-3):
+        w = np.ones(2 * len(sizes) + 2, dtype)
+        optimizer = make(w, lr=lr, backend=backend, **options)
+        top = largest if lr < 1 and options.get("nesterov") != "dozat" else largest / 2
+        for step in range(4):
+            signs = -1.0 if step % 2 else 1.0
+            optimizer.step(np.array([*sizes, *[signs * size for size in sizes], top, signs * top], dtype))
+            assert np.isfinite(w).all(), (lr, step, w)
+        for _ in range(3):
+            optimizer.step(np.full(w.size, 0.1, dtype))
+        assert np.isfinite(w).all(), (lr, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"bias_correction": "corrected"}, {"eps_root": 1e-8}])
+def test_centered_rmsprop_shows_a_nan_gradient(backend, options, dtype):
+    """The floor of the variance hides only what finite gradients make: inf - inf."""
+    w = np.ones(3, dtype)
+    optimizer = fastrms.RMSProp(w, centered=True, backend=backend, **options)
+    optimizer.step(np.array([np.nan, 1.0, np.finfo(dtype).max], dtype))
+    assert np.isnan(w[0]) and w[1] < 1 and w[2] == 1
+
+
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
 def test_clip_norm_of_huge_and_tiny_doubles(backend, scale):
     """The sum of squares would overflow or vanish: it is scaled by the largest magnitude."""
@@ -353,3 +397,14 @@ def test_a_step_size_clip_is_compare_and_select():
     assert rules.larger(1.0, np.nan) == 1.0 and np.isnan(rules.larger(np.nan, 1.0))
     assert not np.signbit(rules.flush(-1e-40, 1e-38, 0.0)) and rules.flush(-1e-38, 1e-38, 0.0) == -1e-38
     assert rules.sign(np.nan, 0.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_docstring_of_a_rule_says_what_each_argument_means(rule):
+    function = rules.RULES[rule]
+    for name in rules.arguments(function):
+        meaning = rules.meaning(name, function)
+        assert meaning and f"    {name} : float\n        {meaning}\n" in function.__doc__
+    used = {name for other in rules.RULES.values() for name in rules.arguments(other)}
+    assert {name.partition(" of ")[0] for key in rules.MEANINGS for name in key.split(", ")} == used
+    assert all(helper.__doc__ for helper in (rules.select, *rules.HELPERS))

@@ -83,7 +83,7 @@ def fill_recipe(slot, recipe):
     slot.corrections = len(recipe.corrections)
     for k, correction in enumerate(recipe.corrections):
         one = slot.correction[k]
-        one.coefficient = names.index(correction.coefficient)
+        one.coefficient = correction.coefficient
         one.operation = correction.operation
         one.linear = correction.linear
         one.ahead = correction.ahead
