@@ -225,7 +225,7 @@ def overlap(buffers):
 
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    names, buffers = zip(*buffers, strict=True)
+    names, buffers = zip(*sorted(buffers, key=lambda named: named[0]), strict=True)  # two of one address come by name
     pair = overlap(buffers)
     if pair is not None:
         first, second = (names[k] for k in pair)
