@@ -2,6 +2,7 @@
 #ifndef FASTRMS_INTERNAL_H
 #define FASTRMS_INTERNAL_H
 #include "fastrms.h"
+#include "testing_decl.h"
 
 #ifdef __FAST_MATH__
 #error "fastrms promises IEEE results: build without -ffast-math"
@@ -75,6 +76,7 @@ static inline int fastrms_stored_itemsize(const fastrms_recipe *recipe) { return
 typedef struct {
     double grad_scale, grad_rescale;
 } fastrms_factor;
+int64_t fastrms_segments(int64_t size);                   /* how many a scan of so many elements has */
 fastrms_squares fastrms_scan(fastrms_plan *plan);
 fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares);
 

@@ -6,7 +6,10 @@
 
 #define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-enum { CACHE_CHUNK = 4096 };                              /* elements: all buffers of so many stay in cache */
+enum {
+    CACHE_CHUNK = 4096,                                   /* elements: all buffers of so many stay in cache */
+    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
+};
 
 static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
 {
@@ -144,6 +147,29 @@ static int run(fastrms_plan *plan)
     return status;
 }
 
+/* scratch for coefficients, the sums of segments, the ranges of buffers in memory, and where tensors start */
+int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor)
+{
+    int64_t segments = 0;
+    for (int64_t k = 0; k < tensors; ++k)
+        segments += fastrms_segments(tensor[k].size);
+    return tensors * (FASTRMS_MAX_COEFFICIENTS * (int64_t)sizeof(double) + MOST_RANGES * 2 * (int64_t)sizeof(uintptr_t))
+        + segments * (int64_t)sizeof(fastrms_squares) + (tensors + 1) * (int64_t)sizeof(int64_t);
+}
+
+void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
+                       const void **grad, void *scratch)
+{
+    *plan = (fastrms_plan){.tensors = tensors, .tensor = tensor, .recipes = recipes, .recipe = recipe, .grad = grad,
+                           .ready = scratch, .grad_scale = 1, .clip_norm = -1};
+    plan->starts = (int64_t *)(plan->ready + tensors * FASTRMS_MAX_COEFFICIENTS);
+    plan->ranges = (uintptr_t *)(plan->starts + tensors + 1);
+    plan->segments = (fastrms_squares *)(plan->ranges + tensors * MOST_RANGES * 2);
+    for (int k = 0; k < recipes; ++k)
+        if (fastrms_rule_states(recipe[k].rule) > plan->states)
+            plan->states = fastrms_rule_states(recipe[k].rule);
+}
+
 static int release(fastrms_plan *plan, int status)
 {
     __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE);
@@ -187,7 +213,7 @@ static int by_start(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* do any two of the buffers of this step share a byte? */
+/* sort the ranges of buffers in memory; do any two of them share a byte? */
 static int overlap(uintptr_t (*range)[2], int64_t count)
 {
     int sorted = 1;
@@ -210,7 +236,7 @@ static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start
     return count + 1;
 }
 
-/* would any two buffers of a step overlap, with these parameters and gradients? */
+/* would any two buffers of a step overlap, with these parameters and gradients?  NULL: those of the plan; no gradients. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
@@ -219,11 +245,28 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
         const fastrms_tensor *tensor = &plan->tensor[k];
         int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
         count = add_range(range, count, param ? param[k] : tensor->param, bytes);
-        count = add_range(range, count, grad[k], bytes);
+        count = add_range(range, count, grad ? grad[k] : NULL, bytes);
         for (int s = 0; s < plan->states; ++s)
             count = add_range(range, count, tensor->state[s], bytes);
     }
+    plan->occupied = count;
     return overlap(range, count);
+}
+
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that the
+ * last that starts before the end of the gradient is the only one to look at. */
+static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
+{
+    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
+    int64_t before = 0, after = plan->occupied;
+    while (before < after) {
+        int64_t middle = (before + after) / 2;
+        if (range[middle][0] < end)
+            before = middle + 1;
+        else
+            after = middle;
+    }
+    return bytes && before && range[before - 1][1] > start;
 }
 
 static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
@@ -271,10 +314,27 @@ int fastrms_stream_open(fastrms_plan *plan)
         return status;
     plan->streaming = 1;
     plan->streamed = 0;
+    would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */
     return release(plan, FASTRMS_OK);
 }
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
+
+/* let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer */
+static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *param, const void *grad)
+{
+    int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
+    void *before = tensor->param;
+    if (param)
+        tensor->param = param;
+    int moved = tensor->param != before;
+    if (!(moved && would_overlap(plan, NULL, NULL)) && !is_occupied(plan, grad, bytes))
+        return FASTRMS_OK;
+    tensor->param = before;
+    if (moved)
+        would_overlap(plan, NULL, NULL);
+    return FASTRMS_OVERLAP;
+}
 
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale)
@@ -283,9 +343,10 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
         return FASTRMS_BUSY;
     if (!plan->streaming)
         return release(plan, FASTRMS_STREAMING);
+    int status = accept_streamed(plan, &plan->tensor[tensor], param, grad);
+    if (status)
+        return release(plan, status);
     set_recipes(plan, recipe);
-    if (param)
-        plan->tensor[tensor].param = param;
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,

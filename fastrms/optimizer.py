@@ -120,6 +120,11 @@ class OneThread:
         self._lock.release()
 
 
+def _hint(name):
+    """What to write for a name of another framework, as the end of a sentence."""
+    return f"; {hyper.said_instead(name)}" if hyper.said_instead(name) else ""
+
+
 def in_use(name):
     return RuntimeError(f"this {name} is in use by another thread; give each thread its own, or a lock")
 
@@ -210,7 +215,7 @@ class Optimizer:
         """All hyper-parameters, checked: the defaults, over them the dialect's, over them the explicit options."""
         unknown = next((name for name in options if name not in cls.defaults), None)
         if unknown is not None:
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{hyper.said_instead(unknown)}; it has "
+            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{_hint(unknown)}; it has "
                             f"{', '.join(cls.defaults)}")  # fmt: skip
         values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
         return {name: cls._checked(dialect, name, value) for name, value in values.items()}
@@ -337,7 +342,7 @@ class Optimizer:
         if any(name in vars(c) for c in type(self).__mro__):
             getattr(self, name)  # an Instead says what to write
             raise AttributeError(f"{name} of an optimizer cannot be set; make a new {type(self).__name__}")
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hyper.said_instead(name)}")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{_hint(name)}")
 
     @classmethod
     def _declares(cls, name):

@@ -1,6 +1,8 @@
 """Promise 2: bad input gets a sentence that names it, and nothing has changed: no buffer, no counter."""
 
 import array
+import inspect
+import itertools
 import re
 import threading
 import time
@@ -14,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastrms
+from fastrms import memory
+from fastrms.memory import device, host
 
 SHAPE = (3, 4)
 
@@ -171,6 +175,7 @@ REMEDIES = {  # what the sentence about a parameter says to do, over and above B
     "complex": r"params\['w'\]\.view\(np\.float32\)",
     "byte order": r"params\['w'\]\.astype\('float32'\)",
     "only __array__": r"np\.array\(params\['w'\]\)",
+    "bytearray": r"np\.asarray\(params\['w'\]\)\.astype\(np\.float32\)",
     "strided": r"np\.ascontiguousarray\(params\['w'\]\)",
     "read-only": r"np\.array\(params\['w'\]\)",
 }
@@ -610,6 +615,21 @@ def test_the_backend_steps_only_with_gradients_that_are_held(backend):
     assert bits(param).tobytes() == before and optimizer.steps == 1
     optimizer.bind(grad)
     assert optimizer._call(optimizer._argument) == 0 and optimizer.steps == 2
+
+
+def test_both_memory_modules_offer_what_is_written_down():
+    """The functions that the docstring of fastrms.memory lists, with these parameters; a Buffer with these attributes."""
+    listed = dict(re.findall(r"^(\w+)\((.*?)\)  ", memory.__doc__, re.MULTILINE))
+    assert len(listed) == 8
+    for module, (name, parameters) in itertools.product((host, device), listed.items()):
+        assert ", ".join(inspect.signature(getattr(module, name)).parameters) == parameters.replace("=", ""), (module, name)
+    attributes = re.findall(
+        r"\b(owner|address|end|size|dtype|shape|strides|flat)\b", memory.__doc__.partition("attributes")[2]
+    )
+    of_device = device.DeviceBuffer(None, 64, (3,), (1,), np.dtype(np.float32), 0)
+    for buffer in (host.ours(np.ones(3, np.float32)), of_device):
+        assert all(hasattr(buffer, name) for name in attributes) and len(set(attributes)) == 8
+        assert (buffer.end - buffer.address, buffer.size, buffer.shape, buffer.strides) == (12, 3, (3,), (1,))
 
 
 @pytest.mark.skipif("c" not in fastrms.available_backends(), reason="without the C extension")

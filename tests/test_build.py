@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import BACKENDS, backends, c
 
+import fastrms
 from fastrms import rules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +180,13 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     assert re.search(r"\d+ passed", out)
     check_header(python, tmp_path)
     check_sdist(tmp_path / "dist")
+
+
+def test_the_headers_of_the_package_are_those_of_the_sources():
+    """Files, not links, which a clone on Windows does not keep; copies as old as the last build."""
+    for name in ("fastrms.h", "fastrms_decl.h"):
+        header = Path(fastrms.get_include(), name)
+        assert not header.is_symlink() and header.read_bytes() == (ROOT / "csrc" / name).read_bytes()
 
 
 def check_sdist(dist):

@@ -180,7 +180,7 @@ def test_adamax_is_its_formula():
     exec(example("class AdaMax"), names)
     opt, theta, m, u = names["AdaMax"](w, lr=0.1), w.copy(), 0.0, 0.0
     for step in range(1, 6):
-        grad = np.linspace(-1, 2, 7) * step
+        grad = np.linspace(-1, 2, 7) / step
         opt.step(grad)
         m, u = 0.9 * m + 0.1 * grad, np.maximum(0.999 * u, abs(grad) + 1e-8)
         theta = theta - 0.1 / (1 - 0.9**step) * m / u

@@ -110,33 +110,20 @@ class Plan:
     """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
-        count = len(params)
-        self._tensor = ffi.new("fastrms_tensor[]", count)
-        self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
-        self._grad = ffi.new("void *[]", count)
-        self._ready = ffi.new("double[]", count * lib.FASTRMS_MAX_COEFFICIENTS)
-        self._starts = ffi.new("int64_t[]", count + 1)
-        self._segments = ffi.new("fastrms_squares[]", sum(lib.fastrms_segments(param.size) for param in params))
-        self._ranges = ffi.new("uintptr_t[]", count * (2 + lib.FASTRMS_MAX_STATES) * 2)
-        self._plan = ffi.new("fastrms_plan *")
         self._pointers = ffi.typeof("void *[]")
+        self._tensor = ffi.new("fastrms_tensor[]", len(params))
+        self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
+        self._grad = ffi.new(self._pointers, len(params))
         for index, recipe in enumerate(recipes):
             fill_recipe(self._recipe[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
-            tensor = self._tensor[k]
-            tensor.size = param.size
-            tensor.recipe = sets[k]
-            tensor.param = pointer(param.address)
-            for slot, flat in enumerate(state):
-                tensor.state[slot] = pointer(host.ours(flat).address)
-        plan = self._plan
-        plan.tensors, plan.tensor = count, self._tensor
-        plan.recipes, plan.recipe = len(recipes), self._recipe
-        plan.grad, plan.ready, plan.ranges = self._grad, self._ready, self._ranges
-        plan.starts, plan.segments = self._starts, self._segments
-        plan.states = max(map(len, states))
-        plan.grad_scale, plan.clip_norm = 1.0, -1.0
-        plan.on_nonfinite, plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
+            addresses = [pointer(host.ours(flat).address) for flat in state]
+            self._tensor[k] = {"size": param.size, "recipe": sets[k], "param": pointer(param.address), "state": addresses}
+        self._scratch = ffi.new("double[]", lib.fastrms_scratch_bytes(len(params), self._tensor) // 8)
+        self._plan = ffi.new("fastrms_plan *")
+        tables = len(params), self._tensor, len(recipes), self._recipe, self._grad
+        lib.fastrms_plan_init(self._plan, *tables, self._scratch)
+        self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
 
     def bound_step(self):
         """Two functions and their argument for one step of the held gradients; they answer 0 when the step was made.

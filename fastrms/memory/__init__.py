@@ -1,5 +1,5 @@
 """Where numbers lie: arrays of the host (host) and of a GPU (device), named arrays in one buffer (flat), where buffers start
-(placement), and the shapes that params and grads may have (tree).
+(placement), the shapes that params and grads may have (tree), and what a refusal says to do instead (remedies).
 
 An optimizer uses either host or device as its memory module.  Both offer the same functions:
 

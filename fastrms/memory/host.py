@@ -43,7 +43,7 @@ def acquire(x, name, *, writable):
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
     array = as_array(x, name)
     start = address(array)
-    refuse_dtype(array.dtype, name)
+    refuse_dtype(array.dtype, name, x)
     if start % array.itemsize:
         raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
@@ -51,14 +51,15 @@ def acquire(x, name, *, writable):
     return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
 
 
-def refuse_dtype(dtype, name):
-    """TypeError unless dtype is float32 or float64 in native byte order."""
+def refuse_dtype(dtype, name, x):
+    """TypeError unless the dtype of x is float32 or float64 in native byte order."""
     if dtype in DTYPES and dtype.isnative:
         return
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:
         fault = f"{dtype.str}, which is not in native byte order"
-    raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, name)}")
+    array = name if hasattr(x, "astype") else f"np.asarray({name})"
+    raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array)}")
 
 
 def address(array):
@@ -87,11 +88,7 @@ def is_torch(x):
 
 def _from_torch(x, name):
     """A CPU tensor as an ndarray of the same memory; requires_grad does not matter."""
-    _refuse_kind(x, name)
-    dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float64"):
-        remedy = remedies.of_torch_dtype(dtype, name)
-        raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64: {remedy}")
+    _refuse_tensor(x, name, sys.modules["torch"])
     try:
         array, storage = x.detach().numpy(), x.untyped_storage()
         start = x.data_ptr()
@@ -102,25 +99,28 @@ def _from_torch(x, name):
     return array
 
 
-def _refuse_kind(x, name):
-    """TypeError, ValueError for torch tensors whose numbers do not simply lie in host memory."""
-    if sys.modules["torch"].nn.parameter.is_lazy(x):
+def _refuse_tensor(x, name, torch):
+    """TypeError, ValueError for a tensor whose numbers do not lie in host memory as float32 or float64."""
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
-    if x.device.type == "meta":
-        raise TypeError(f"{name} is on device meta and has no numbers: give its module memory first, "
-                        f"model.to_empty(device='cpu')")  # fmt: skip
-    if x.device.type != "cpu":
-        raise TypeError(f"{name} is on device {x.device}; this backend updates host memory: pass {name}.cpu()")
-    if str(x.layout) != "torch.strided":
+    if (where := x.device.type) != "cpu":
+        raise TypeError(f"{name} is on device {x.device}{remedies.of_torch_device(where, name)}")
+    if x.layout is not torch.strided:
         raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one: "
                         f"pass {name}.to_dense()")  # fmt: skip
     if x.is_neg() or x.is_conj():
         raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
+    if x.dtype not in (torch.float32, torch.float64):
+        dtype = str(x.dtype).removeprefix("torch.")
+        remedy = remedies.of_torch_dtype(dtype, name)
+        raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64: {remedy}")
 
 
 def _extent(array):
     """Bytes from the first to behind the last element of an array with strides >= 0."""
+    if array.flags.c_contiguous:
+        return array.nbytes
     last = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
     return last + array.itemsize
 
@@ -131,11 +131,23 @@ def _as_array(x, name):
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
     refuse_non_array(x, name)
+    if remedies.is_jax(x):
+        _refuse_without_numbers(x, name)
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
         raise TypeError(
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
         )
     return _view(x, name)
+
+
+def _refuse_without_numbers(x, name):
+    """TypeError for a value that JAX traces, and for an array whose memory it has taken back."""
+    if "Tracer" in type(x).__name__:
+        raise TypeError(f"{name} is traced by JAX and has no numbers yet: call fastrms outside of jax.jit and jax.grad, "
+                        f"with the gradients that they return")  # fmt: skip
+    if getattr(x, "is_deleted", bool)():
+        raise TypeError(f"{name} is a JAX array that was deleted: a jitted function took it over (donate_argnums), so pass "
+                        f"what that function returned")  # fmt: skip
 
 
 def refuse_non_array(x, name):
@@ -165,8 +177,8 @@ def _view(x, name):
                 return np.from_dlpack(x)
             raise
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
-        dtype = f" of dtype {x.dtype}" if hasattr(x, "dtype") else ""
-        raise TypeError(f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({error}): "
+        dtype, reason = f" of dtype {x.dtype}" if hasattr(x, "dtype") else "", str(error).partition("\n")[0]
+        raise TypeError(f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({reason}): "
                         f"{remedies.of_object(x, name)}") from None  # fmt: skip
 
 
@@ -204,12 +216,20 @@ def same_layout(buffer, name, reference, reference_name):
         )
 
 
+def overlap(buffers):
+    """The indices of two Buffers that share a byte, the one with the lower address first, or None."""
+    ranges = sorted((buffer.address, buffer.end, k) for k, buffer in enumerate(buffers) if buffer.size)
+    pairs = itertools.pairwise(ranges)
+    return next(((first, second) for (_, end, first), (start, _, second) in pairs if start < end), None)
+
+
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    ranges = sorted((buffer.address, buffer.end, name) for name, buffer in buffers if buffer.size)
-    for (_, end, first), (start, _, second) in itertools.pairwise(ranges):
-        if start < end:
-            raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
+    names, buffers = zip(*buffers, strict=True)
+    pair = overlap(buffers)
+    if pair is not None:
+        first, second = (names[k] for k in pair)
+        raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
 
 
 def ours(array):
@@ -236,7 +256,7 @@ def is_c_order(buffer):
 
 
 def again(buffer, name):
-    """The Buffer of a torch tensor that may have been given other memory since."""
+    """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
     return acquire(buffer.owner, name, writable=True)
 
 
@@ -268,9 +288,9 @@ def same_device(buffers, names):
     """Refuse unless all Buffers are on one device.  The memory of the host is one device, so there is nothing to refuse."""
 
 
-def on_host(flat):
+def on_host(array):
     """A flat array of ours as a NumPy array in host memory, which it is here."""
-    return flat
+    return array
 
 
 def place_beside(param, others):

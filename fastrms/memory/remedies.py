@@ -73,6 +73,13 @@ def of_dtype(dtype, name):
     return "pass an array of one of these"
 
 
+def of_torch_device(kind, name):
+    """For a torch tensor on a device that is not the CPU; kind: "cuda", "meta", ..."""
+    if kind == "meta":
+        return " and has no numbers: give its module memory first, model.to_empty(device='cpu')"
+    return f"; this backend updates host memory: pass {name}.cpu()"
+
+
 def of_torch_dtype(dtype, name):
     """For a torch tensor of another dtype; dtype: its name."""
     if dtype.startswith("complex"):
