@@ -1,5 +1,5 @@
 """The CUDA backend where there is none: nothing is imported, and each thing that is missing has its own sentence.  And
-T6, the only GPU tests: skipped, with the reason, where there is no GPU."""
+The tests on a GPU at the end are skipped, with the reason, where there is no GPU."""
 
 import subprocess
 import sys
@@ -96,24 +96,24 @@ def test_what_only_cuda_knows(option):
         fastrms.RMSProp(np.ones(3), backend="numpy", **option)
 
 
-# T6
+# on a GPU
 
 
 def test_gpu_libraries():
     """Say once which GPU tests do not run, and why."""
     if reason:
-        pytest.skip(f"T6 did not run: no GPU ({reason})")
+        pytest.skip(f"the GPU tests did not run: there is no GPU ({reason})")
 
 
 def libraries():
     """(name, to the device, to the host) of the array libraries here."""
-    cupy = pytest.importorskip("cupy", reason="T6 needs CuPy")
-    torch = pytest.importorskip("torch", reason="T6 needs torch")
+    cupy = pytest.importorskip("cupy", reason="the GPU tests need CuPy")
+    torch = pytest.importorskip("torch", reason="the GPU tests need torch")
     return (cupy.asarray, cupy.asnumpy), (lambda x: torch.as_tensor(x).cuda(), lambda x: x.cpu().numpy())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(reason is not None, reason=f"T6 needs a GPU: {reason}")
+@pytest.mark.skipif(reason is not None, reason=f"the GPU tests need a GPU: {reason}")
 @pytest.mark.parametrize("library", [0, 1])
 @pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp])
 def test_on_a_real_gpu(make, library):
@@ -130,10 +130,10 @@ def test_on_a_real_gpu(make, library):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(reason is not None, reason=f"T6 needs a GPU: {reason}")
+@pytest.mark.skipif(reason is not None, reason=f"the GPU tests need a GPU: {reason}")
 def test_throughput_on_a_real_gpu(capsys):
     """GB/s of a step beside a device-to-device copy of as many bytes, as a table."""
-    cupy = pytest.importorskip("cupy", reason="T6 needs CuPy")
+    cupy = pytest.importorskip("cupy", reason="the GPU tests need CuPy")
     from cupyx.profiler import benchmark
 
     with capsys.disabled():
