@@ -31,12 +31,13 @@ enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_AHEAD = 24 * 
 
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 
-/* norm.c: what a scan of a gradient looks for, and the sum of squares and the count of nonfinite elements of one block */
+/* norm.c: what a scan of a gradient looks for, and the sum of squares and the count of nonfinite elements of one block,
+ * whose numbers are stored in so many bytes */
 typedef struct {
     int squares, nonfinite;
     double grad_scale;                                    /* for the count only */
 } fastrms_scan_options;
-typedef fastrms_squares fastrms_scan_function(int64_t size, int itemsize, const void *grad, fastrms_scan_options options);
+typedef fastrms_squares fastrms_scan_function(int64_t size, int stored, const void *grad, fastrms_scan_options options);
 
 typedef struct fastrms_ceiling_loops fastrms_ceiling_loops;      /* ceilings.c */
 

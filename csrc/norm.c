@@ -70,42 +70,42 @@ INLINE int block_exponent(int64_t size, const double *f64)
     return exponent < -1000 ? -1000 : exponent;
 }
 
-INLINE fastrms_squares block_squares(int64_t size, int itemsize, const void *grad)
+INLINE fastrms_squares block_squares(int64_t size, int stored, const void *grad)
 {
-    if (itemsize == 4)
+    if (stored == 4)
         return (fastrms_squares){block_sum(size, grad, NULL, 1), 0, 0};
     int exponent = block_exponent(size, grad);
     return (fastrms_squares){block_sum(size, NULL, grad, ldexp(1, -exponent)), exponent, 0};
 }
 
-/* in the compute dtype, in which the rule squares what it has scaled */
-INLINE int64_t block_nonfinite(int64_t size, int itemsize, const void *grad, double grad_scale)
+/* the squares are made in the compute dtype, as the rule makes them of what it has scaled */
+INLINE int64_t block_nonfinite(int64_t size, int stored, const void *grad, double grad_scale)
 {
     const float *f32 = grad, scale = (float)grad_scale;
     const double *f64 = grad;
     int32_t few = 0;
     int64_t count = 0;
-    for (int64_t i = 0; itemsize == 4 && i < size; ++i)
+    for (int64_t i = 0; stored == 4 && i < size; ++i)
         few += !(f32[i] * scale * (f32[i] * scale) <= FLT_MAX);
-    for (int64_t i = 0; itemsize == 8 && i < size; ++i)
+    for (int64_t i = 0; stored == 8 && i < size; ++i)
         count += !(f64[i] * grad_scale * (f64[i] * grad_scale) <= DBL_MAX);
     return few + count;
 }
 
-INLINE fastrms_squares block_scan(int64_t size, int itemsize, const void *grad, fastrms_scan_options options)
+INLINE fastrms_squares block_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
 {
     fastrms_squares found = {0, 0, 0};
     if (options.squares)
-        found = block_squares(size, itemsize, grad);
+        found = block_squares(size, stored, grad);
     if (options.nonfinite)
-        found.nonfinite = block_nonfinite(size, itemsize, grad, options.grad_scale);
+        found.nonfinite = block_nonfinite(size, stored, grad, options.grad_scale);
     return found;
 }
 
 #define OF_TIER(isa, target, supported, with)                                                                           \
-    target fastrms_squares fastrms_scan_##isa(int64_t size, int itemsize, const void *grad, fastrms_scan_options options) \
+    target fastrms_squares fastrms_scan_##isa(int64_t size, int stored, const void *grad, fastrms_scan_options options) \
     {                                                                                                                   \
-        return block_scan(size, itemsize, grad, options);                                                               \
+        return block_scan(size, stored, grad, options);                                                                 \
     }
 TIERS(OF_TIER, )
 
@@ -119,13 +119,13 @@ static void add(fastrms_squares *total, fastrms_squares part)
     total->exponent = most;
 }
 
-static fastrms_squares segment_scan(int64_t size, int itemsize, const void *grad, fastrms_scan_options options)
+static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
 {
     fastrms_scan_function *scan = fastrms_current_tier()->scan;
     fastrms_squares total = {0, -1000, 0};
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t length = size - start < BLOCK ? size - start : BLOCK;
-        add(&total, scan(length, itemsize, (const char *)grad + start * itemsize, options));
+        add(&total, scan(length, stored, (const char *)grad + start * stored, options));
     }
     return total;
 }
@@ -144,8 +144,9 @@ static void scan_range(void *context, int64_t begin, int64_t end)
         int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
         for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
             int64_t start = s * SEGMENT, length = size - start < SEGMENT ? size - start : SEGMENT;
-            const char *part = (const char *)plan->grad[k] + start * fastrms_stored_itemsize(recipe);
-            plan->segments[first + s] = segment_scan(length, recipe->itemsize, part, options);
+            int stored = fastrms_stored_itemsize(recipe);
+            const char *part = (const char *)plan->grad[k] + start * stored;
+            plan->segments[first + s] = segment_scan(length, stored, part, options);
         }
         first += count;
     }

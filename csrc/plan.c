@@ -11,6 +11,7 @@ enum {
     MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
 };
 
+/* the coefficients of step number `step`, with both parts of the factor of the gradient */
 static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
 {
     fastrms_recipe rescaled;
@@ -253,8 +254,8 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     return overlap(range, count);
 }
 
-/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that the
- * last that starts before the end of the gradient is the only one to look at. */
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that
+ * the last that starts before the end of the gradient is the only one to look at. */
 static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;

@@ -7,6 +7,7 @@ import os
 from . import backends
 
 MOST = 64
+LONGEST = 4096  # bytes of a path; Linux takes no longer ones
 _c = backends.load("c")
 _without_c = None
 
@@ -84,7 +85,7 @@ def cgroup_quota(root="/"):
 
 
 def _levels(mount, path):
-    parts = [part for part in path.split("/") if part not in ("", "..")]
+    parts = [part for part in path[:LONGEST].split("/") if part not in ("", "..")]
     return [os.path.join(mount, *parts[:k]) for k in range(len(parts) + 1)]
 
 
@@ -109,10 +110,10 @@ def _quota(quota, period):
 
 
 def _lines(path):
-    """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it."""
+    """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it, and any number."""
     try:
         with open(path, "rb") as file:
-            return os.fsdecode(file.read(1 << 20)).split("\n")
+            return os.fsdecode(file.read(1 << 16)).split("\n")
     except (OSError, ValueError):  # a path with a zero byte is a ValueError
         return []
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from .. import rules
+from .. import backends, rules
 from ..memory import host
 from . import OK, ON_NONFINITE, Found
 
@@ -106,8 +106,8 @@ def update(recipe, step, grad_scale, param, grad, states):
         raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
 
-class Plan:
-    """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param."""
+class Plan(backends.Plan):
+    """The plan of backends.Plan, as a fastrms_plan and the tables that it points to."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         self._pointers = ffi.typeof("void *[]")
@@ -126,17 +126,12 @@ class Plan:
         self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
 
     def bound_step(self):
-        """Two functions and their argument for one step of the held gradients; they answer 0 when the step was made.
-        The second also takes the number under which change() was told to hold them."""
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
     def addresses(self):
-        """Of the C function `int fastrms_step(fastrms_plan *)` and of this plan."""
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
-        step: all of it in one C call, or nothing.  Returns (status, Found, or None where nothing was looked for)."""
         looks = run and (clip_norm is not None or self._plan.on_nonfinite)
         found = ffi.new("fastrms_found *") if looks else ffi.NULL
         status = lib.fastrms_change(
@@ -157,11 +152,9 @@ class Plan:
         return Found(norm, found.nonfinite if self._plan.on_nonfinite else None, found.tensor)
 
     def stream_open(self):
-        """Begin a step that is made tensor by tensor; returns a status."""
         return lib.fastrms_stream_open(self._plan)
 
     def stream_step(self, k, param, grad, recipes, grad_scale):
-        """Update tensor k from a Buffer, with the param (Buffer or None) and recipes taken over first; returns a status."""
         return lib.fastrms_stream_step(
             self._plan,
             k,
@@ -189,8 +182,6 @@ class Plan:
         return made
 
     def copy(self, pairs, recipes=None, steps=None):
-        """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
-        All of it in one C call, or nothing.  Returns (status, the step counts before)."""
         to, source = ([ffi.from_buffer(pair[side]) for pair in pairs] for side in (0, 1))
         before = ffi.new("int64_t[]", len(self._tensor) + 1)
         status = lib.fastrms_copy(

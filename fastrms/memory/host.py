@@ -53,7 +53,7 @@ def acquire(x, name, *, writable):
 
 def refuse_dtype(dtype, name, x):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
-    if dtype in DTYPES and dtype.isnative:
+    if dtype in DTYPES:
         return
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:
@@ -225,7 +225,7 @@ def overlap(buffers):
 
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    names, buffers = zip(*buffers, strict=True)
+    names, buffers = zip(*sorted(buffers, key=lambda named: named[0]), strict=True)  # two of one address come by name
     pair = overlap(buffers)
     if pair is not None:
         first, second = (names[k] for k in pair)

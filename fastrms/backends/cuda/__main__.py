@@ -21,7 +21,7 @@ from .toolchain import NO_PACKAGE, compiler
 
 
 class Assembled(NamedTuple):
-    """registers and spilled bytes per thread; the listing (SASS); how often each operation stands in it."""
+    """Registers and spilled bytes per thread, the listing (SASS), and how often each operation stands in it."""
 
     registers: int
     spills: int
