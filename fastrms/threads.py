@@ -13,7 +13,18 @@ _without_c = None
 
 
 def set_num_threads(n):
-    """Let large steps (64 Ki elements on the C backend) use up to n threads (1 to 64), for the whole process."""
+    """Let large steps (64 Ki elements on the C backend) use several threads, for the whole process.
+
+    Parameters
+    ----------
+    n : int
+        The most threads that a step uses, from 1 to 64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
+    """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
     if not 1 <= n <= MOST:
@@ -22,7 +33,12 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """The number of threads that a large step uses."""
+    """The number of threads that a large step uses.
+
+    Returns
+    -------
+    int
+    """
     return count()
 
 
