@@ -32,6 +32,18 @@ HELPER prepare(real grad, real param, real grad_scale, real grad_rescale, real c
     return g;
 }
 
+/* The floor keeps the cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its
+ * first argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and the
+ * floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN. */
+HELPER variance(real v, real a, real v_scale, real floor)
+{
+    if (GENERAL) {
+        v = v * v_scale;
+        a = a * v_scale;
+    }
+    return larger(floor * v, v - a * a);
+}
+
 /* RMSProp (Hinton 2012): divide each gradient by a running root mean square. */
 #define rmsprop_NAMES(S, C) S(square_avg) \
     C(grad_scale) C(grad_rescale) C(clip_low) C(clip_high) C(weight_decay) C(rho) C(one_minus_rho) C(v_scale) C(eps_root) \
@@ -68,10 +80,7 @@ RULE(rmsprop_momentum)
 }
 END(rmsprop_momentum)
 
-/* Centered RMSProp (Graves 2013): divide by the running standard deviation.  The floor keeps the
- * cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its first
- * argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and
- * the floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN. */
+/* Centered RMSProp (Graves 2013): divide by the running standard deviation. */
 #define rmsprop_centered_NAMES(S, C) S(square_avg) S(grad_avg) \
     C(grad_scale) C(grad_rescale) C(clip_low) C(clip_high) C(weight_decay) C(rho) C(one_minus_rho) C(v_scale) C(floor) \
     C(eps_root) C(in_scale) C(eps) C(decay) C(tiny) C(zero)
@@ -80,12 +89,7 @@ RULE(rmsprop_centered)
     real g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay);
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero);
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero);
-    real v = square_avg, a = grad_avg;
-    if (GENERAL) {
-        v = v * v_scale;
-        a = a * v_scale;
-    }
-    real w = larger(floor * v, v - a * a);
+    real w = variance(square_avg, grad_avg, v_scale, floor);
     if (GENERAL)
         w = w + eps_root;
     real u = in_scale * g / (sqrt(w) + eps);
@@ -102,12 +106,7 @@ RULE(rmsprop_centered_momentum)
     real g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay);
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero);
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero);
-    real v = square_avg, a = grad_avg;
-    if (GENERAL) {
-        v = v * v_scale;
-        a = a * v_scale;
-    }
-    real w = larger(floor * v, v - a * a);
+    real w = variance(square_avg, grad_avg, v_scale, floor);
     if (GENERAL)
         w = w + eps_root;
     real u = in_scale * g / (sqrt(w) + eps);

@@ -145,17 +145,30 @@ def _hyper(optimizer):
 RMSProp, AdaGrad, Adam, RProp = map(_hyper, (optimizers.RMSProp, optimizers.AdaGrad, optimizers.Adam, optimizers.RProp))
 
 
-def _refusal(sentences, place=0):
-    """refuse(number) of jitted code raises the sentence of that number; what it raises must be a constant."""
-    if not sentences:
-        return compiler(lambda number: None)
-    first, refuse_others = sentences[0], _refusal(sentences[1:], place + 1)
+def _refusal(sentences):
+    """refuse(number) of jitted code raises the sentence of that number, of nine at most.  Numba raises constants only, so
+    each has a variable; one function of nine branches compiles in a fifth of the time of nine functions."""
+    s0, s1, s2, s3, s4, s5, s6, s7, s8 = [*sentences, *[""] * 9][:9]
 
     @compiler
     def refuse(number):
-        if number == place:
-            raise ValueError(first)
-        refuse_others(number)
+        if number == 0:
+            raise ValueError(s0)
+        if number == 1:
+            raise ValueError(s1)
+        if number == 2:
+            raise ValueError(s2)
+        if number == 3:
+            raise ValueError(s3)
+        if number == 4:
+            raise ValueError(s4)
+        if number == 5:
+            raise ValueError(s5)
+        if number == 6:
+            raise ValueError(s6)
+        if number == 7:
+            raise ValueError(s7)
+        raise ValueError(s8)
 
     return refuse
 

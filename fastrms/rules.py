@@ -50,6 +50,19 @@ def prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_d
     return g
 
 
+def variance(v, a, v_scale, floor):
+    """The variance of which v is the mean of the squares and a the mean, both corrected by v_scale; at least floor*v.
+
+    The floor keeps the cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its
+    first argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and the
+    floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN.
+    """
+    if GENERAL:
+        v = v * v_scale
+        a = a * v_scale
+    return larger(floor * v, v - a * a)
+
+
 def rmsprop(param, grad, square_avg,
             grad_scale, grad_rescale, clip_low, clip_high, weight_decay, rho, one_minus_rho, v_scale, eps_root,
             in_scale, eps, decay, tiny, zero):  # fmt: skip
@@ -93,20 +106,12 @@ def rmsprop_centered(param, grad, square_avg, grad_avg,
                      eps_root, in_scale, eps, decay, tiny, zero):  # fmt: skip
     """Centered RMSProp divides by the running standard deviation: grad_avg is the running mean.
 
-    The floor keeps the cancellation v - a*a above the rounding of v itself.  It stands first in larger(), which keeps its
-    first argument where the second is NaN: after finite gradients whose square overflows, v - a*a is inf - inf, and the
-    floor, which is infinite then, makes the update 0, as in plain RMSProp.  A NaN gradient makes the floor NaN.
-
     Source: Graves 2013.
     """
     g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
-    v, a = square_avg, grad_avg
-    if GENERAL:
-        v = v * v_scale
-        a = a * v_scale
-    w = larger(floor * v, v - a * a)
+    w = variance(square_avg, grad_avg, v_scale, floor)
     if GENERAL:
         w = w + eps_root
     u = in_scale * g / (sqrt(w) + eps)
@@ -125,11 +130,7 @@ def rmsprop_centered_momentum(param, grad, square_avg, grad_avg, momentum_buffer
     g = prepare(grad, param, grad_scale, grad_rescale, clip_low, clip_high, weight_decay)
     square_avg = flush(rho * square_avg + (one_minus_rho * g) * g, tiny, zero)
     grad_avg = flush(rho * grad_avg + one_minus_rho * g, tiny, zero)
-    v, a = square_avg, grad_avg
-    if GENERAL:
-        v = v * v_scale
-        a = a * v_scale
-    w = larger(floor * v, v - a * a)
+    w = variance(square_avg, grad_avg, v_scale, floor)
     if GENERAL:
         w = w + eps_root
     u = in_scale * g / (sqrt(w) + eps)
@@ -214,7 +215,7 @@ def rprop(param, grad, prev, step_size,
     return param, prev, step_size
 
 
-HELPERS = (larger, clip, flush, sign, prepare)
+HELPERS = (larger, clip, flush, sign, prepare, variance)
 RULES = {
     function.__name__: function
     for function in (

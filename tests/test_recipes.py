@@ -113,6 +113,7 @@ def test_what_is_refused_is_named_with_its_value(make, wrong, words):
 
 def test_every_hyper_parameter_has_a_sentence_without_its_value():
     for family in recipes.FAMILIES.values():
+        assert len(family.right._fields) <= 9  # jitted.py has so many branches
         for name in family.right._fields:
             assert name in hyper.refusal(name) and "{" not in hyper.refusal(name)
 
