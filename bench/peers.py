@@ -22,7 +22,7 @@ from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
 PAUSE = 0.005  # seconds before a measurement; OpenMP's threads go on spinning for some milliseconds after their last loop
-INSTALL = "pip install 'fastrms[peers]'"
+INSTALL = "pip install -e '.[peers]'"
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
     "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.99, "eps": 1e-8}),

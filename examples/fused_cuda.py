@@ -1,7 +1,6 @@
 """Gradient and Adam update in one CUDA kernel of your own: the weights that are nearest to a target.
 
-The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.  With
-one, decorate fused by @cuda.jit instead and launch it.
+The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.
 """
 
 from numba import cuda
@@ -27,8 +26,7 @@ def compile_fused(cc):
     """The PTX of the fused kernel, in float32; coefficients are one argument each, in the order of COEFFICIENTS."""
     real = types.float32
     signature = types.void(*[types.CPointer(real)] * 4, uint64, types.UniTuple(real, len(COEFFICIENTS)))
-    ptx, _ = cuda.compile(fused, signature, cc=cc, device=False, abi="numba")
-    return ptx
+    return fastrms.cuda.compile_ptx(fused, signature, cc)
 
 
 if __name__ == "__main__":

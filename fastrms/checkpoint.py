@@ -18,7 +18,7 @@ def _library():
     try:
         import safetensors.numpy
     except ImportError:
-        raise ImportError("save() and load() need safetensors: pip install 'fastrms[checkpoint]'") from None
+        raise ImportError("save() and load() need safetensors: pip install safetensors") from None
     return safetensors
 
 

@@ -10,12 +10,23 @@ from . import backends, threads
 
 
 def isa():
-    """The instruction set that the C kernels use here ("avx2" or "baseline"), or None without the C extension."""
+    """The instruction set that the C kernels use here.
+
+    Returns
+    -------
+    str or None
+        "avx2" or "baseline"; None without the C extension.
+    """
     return backends.load("c").isa()
 
 
 def get_include():
-    """The directory of fastrms.h, for C code that calls opt.c_step or links libfastrms.a (`make -C csrc` in the sources)."""
+    """The directory of fastrms.h, for C code that calls opt.c_step or links libfastrms.a (`make -C csrc` in the sources).
+
+    Returns
+    -------
+    str
+    """
     return str(Path(__file__).parent / "include")
 
 

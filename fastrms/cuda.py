@@ -1,7 +1,8 @@
 """For your own Numba CUDA kernels: the scalar rules as device functions, bit for bit those of the backend "cuda".
 
 fastrms.cuda.rules.adam(param, grad, exp_avg, exp_avg_sq, *coefficients) -> the new param and states; the arguments are
-those of fastrms.rules, all float32 or all float64.  neutral_rules are the same with GENERAL False.
+those of fastrms.rules, all float32 or all float64.  neutral_rules are the same with GENERAL False.  compile_ptx compiles
+a kernel that calls them without a GPU.
 """
 
 from types import ModuleType
@@ -19,3 +20,22 @@ def _module(name, general):
 
 
 rules, neutral_rules = _module("rules", True), _module("neutral_rules", False)
+
+
+def compile_ptx(kernel, signature, cc):
+    """The PTX of a kernel of yours, whose entry has the name of the function.
+
+    Parameters
+    ----------
+    kernel : function
+        Plain Python, as numba.cuda.jit takes it.
+    signature : numba.cuda.types signature
+        Of a function that returns void.
+    cc : tuple of int
+        The compute capability, such as (9, 0).
+
+    Returns
+    -------
+    str
+    """
+    return _compile.named_ptx(kernel, signature, kernel.__name__, cc)

@@ -196,10 +196,10 @@ NOT_NEEDED = {
 
 
 def said_instead(name):
-    """What to write for a name of another framework, as a part of a sentence; "" where that is not known."""
+    """What to write for a name of another framework, as the end of a sentence; "" where that is not known."""
     if name in NOT_NEEDED:
-        return f"leave {name} out: {NOT_NEEDED[name]}"
-    return f"for {name} write {OUR_WORD[name]}" if name in OUR_WORD else ""
+        return f"; leave {name} out: {NOT_NEEDED[name]}"
+    return f"; for {name} write {OUR_WORD[name]}" if name in OUR_WORD else ""
 
 
 def cuda_options(backend, stream, capturable, check):

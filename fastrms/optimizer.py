@@ -2,45 +2,22 @@
 
 import os
 import threading
-from collections.abc import MutableMapping
-from inspect import Parameter, Signature
-from math import isfinite
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, dialects, graph_breaks, hyper, own_rules, rules
+from . import backends, graph_breaks, hyper, rules
 from . import state as states
+from .family import Family
 from .gradients import Gradients
+from .groups import Group, Groups
 from .memory import device, host, placement, tree
-from .recipes import rounded
+from .names import Names
 from .streaming import Streaming
 from .tensors import Tensors
 
 ONE = 1.0
 _NEVER = object()  # is no gradient
-OPTIONS = {
-    "nonfinite": "propagate",
-    "zero_grad": False,
-    "backend": "auto",
-    "stream": None,
-    "capturable": False,
-    "check": False,
-}
-
-
-class Instead:
-    """An attribute that people know from elsewhere: reading it says what to write here."""
-
-    def __init__(self, sentence):
-        self._sentence = sentence
-
-    def __set_name__(self, owner, name):
-        self._name = name
-
-    def __get__(self, instance, owner=None):
-        raise AttributeError(f"{owner.__name__} has no attribute {self._name!r}: {self._sentence}")
 
 
 class StepInfo(NamedTuple):
@@ -65,39 +42,6 @@ class StepInfo(NamedTuple):
 APPLIED = StepInfo(True, None, None)
 
 
-class Group(MutableMapping):
-    """The hyper-parameters of one group; setting one checks it and takes effect at the next step."""
-
-    __slots__ = ("_index", "_optimizer")
-
-    def __init__(self, optimizer, index):
-        self._optimizer, self._index = optimizer, index
-
-    @property
-    def _values(self):
-        return self._optimizer._values[self._index]
-
-    def __getitem__(self, name):
-        return self._values[name]
-
-    def __setitem__(self, name, value):
-        if name not in self._values:
-            raise KeyError(f"{name!r} is not a hyper-parameter; there are {', '.join(self._values)}")
-        self._optimizer._change([(self._index, name, value)])
-
-    def __delitem__(self, name):
-        raise TypeError("a hyper-parameter cannot be deleted")
-
-    def __iter__(self):
-        return iter(self._values)
-
-    def __len__(self):
-        return len(self._values)
-
-    def __repr__(self):
-        return f"Group({self._values})"
-
-
 class OneThread:
     """A `with` block that one thread at a time may enter.  A forked child does not wait for a thread of its parent."""
 
@@ -120,16 +64,11 @@ class OneThread:
         self._lock.release()
 
 
-def _hint(name):
-    """What to write for a name of another framework, as the end of a sentence."""
-    return f"; {hyper.said_instead(name)}" if hyper.said_instead(name) else ""
-
-
 def in_use(name):
     return RuntimeError(f"this {name} is in use by another thread; give each thread its own, or a lock")
 
 
-class Optimizer:
+class Optimizer(Names, Family):
     """Base of the optimizers, and of rules of your own.
 
     A rule of your own, for the backends "numba", "numpy" and "cuda", is a subclass with the attributes below.  It gets
@@ -157,24 +96,6 @@ class Optimizer:
     # what step() reads: 20 ns faster than in the dict
     __slots__ = ("__dict__", "__weakref__", "_argument", "_call", "_call_held", "_no_grads", "_same_grads")
 
-    defaults: dict = {}
-    checks: dict = {}
-    fixed: tuple = ()
-    state_names: tuple = ()
-    own_rule = None
-
-    def __init_subclass__(cls):
-        if "rule" in vars(cls):
-            if getattr(cls.recipe, "__func__", None) is not Optimizer.recipe.__func__:
-                raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
-            cls.own_rule = own_rules.rule_of(cls)
-        cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
-        keywords = {**cls.defaults, "groups": None, "dialect": None, **OPTIONS}
-        cls.__signature__ = Signature(
-            [Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
-            + [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in keywords.items()]
-        )
-
     def __init__(self, params, *positional, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
                  backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
         if type(self) is Optimizer:
@@ -190,118 +111,34 @@ class Optimizer:
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module))
-        self._values = [self.resolve(dialect, {**options, **extra}) for extra in overrides]
-        recipes = [self._recipe(key) for key in self._tensors.keys]
-        self._rules = [recipe.rule for recipe in recipes]
-        self._tensors.make_state(lambda key, name: self.initial(self._hyper(key), name), self._rules)
-        self._refuse_zero_state(self._values, [tensor.state for tensor in self._tensors])
+        values = [self.resolve(dialect, {**options, **extra}) for extra in overrides]
+        self._groups = Groups(type(self), self._tensors, values)
+        self._tensors.make_state(self._groups.initial, self._groups.rules)
+        self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)
-        state = [list(tensor.state.values()) for tensor in self._tensors]
+        state = [list(flats.values()) for flats in self._tensors.state]
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
-        self._bind_plan(module.Plan(self._tensors.params, state, which, recipes, *gradients, *extra))
+        self._bind_plan(module.Plan(self._tensors.params, state, which, self._groups.recipes(), *gradients, *extra))
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
         self._call, self._call_held, self._argument = plan.bound_step()
         self._gradients = Gradients(self._tensors, self._zero_grad)
-        self._note_schedules()
         self._hold(None)
 
     # hyper-parameters
 
-    @classmethod
-    def resolve(cls, dialect, options):
-        """All hyper-parameters, checked: the defaults, over them the dialect's, over them the explicit options."""
-        unknown = next((name for name in options if name not in cls.defaults), None)
-        if unknown is not None:
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{_hint(unknown)}; it has "
-                            f"{', '.join(cls.defaults)}")  # fmt: skip
-        values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
-        return {name: cls._checked(dialect, name, value) for name, value in values.items()}
-
-    @classmethod
-    def _checked(cls, dialect, name, value):
-        value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
-        return dialects.meaning_of_true(dialect, name) if value is True else value
-
-    def _hyper(self, key):
-        """The hyper-parameters of a RecipeKey as attributes."""
-        return SimpleNamespace(**self._values[key.group])
-
-    def _recipe(self, key):
-        return self.checked_recipe(self.at_step(self._values[key.group]), key.dtype)
-
-    @classmethod
-    def checked_recipe(cls, h, dtype):
-        """The recipe, with every number finite in dtype."""
-        for name, value in vars(h).items():
-            if isinstance(value, float) and not isfinite(rounded(value, dtype)):
-                raise ValueError(f"{name}={value!r} is not finite in {dtype}")
-        return cls.recipe(h, dtype)
-
-    @classmethod
-    def recipe(cls, h, dtype):
-        """The recipe of a subclass with its own rule; those of fastrms have their own recipes."""
-        if cls.own_rule is None:
-            raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
-        return own_rules.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)
-
-    @staticmethod
-    def initial(h, state_name):
-        """The value at which a state starts."""
-        return 0.0
-
-    @staticmethod
-    def needs_positive_state(h, dtype):
-        """Whether a zero in the state would give 0/0."""
-        return False
-
-    @staticmethod
-    def at_step(values, step=None):
-        """Hyper-parameters as attributes; a callable lr evaluated at the number of steps done, 0 where that is None."""
-        h = SimpleNamespace(**values)
-        if callable(values["lr"]):
-            h.lr = 0.0 if step is None else hyper.non_negative(f"lr({step})", values["lr"](step))
-        return h
-
     def _change(self, changes):
         """Set hyper-parameters, (group, name, value) each: check everything, then hand the new recipes to the plan."""
-        values = list(self._values)
-        for index, name, value in changes:
-            if name in self.fixed or name == "initial_value":
-                raise ValueError(f"{name} is used once, when the state is made; make a new {type(self).__name__}")
-            values[index] = {**values[index], name: self._checked(self._dialect, name, value)}
-        source = f"setting {changes[0][1]}={changes[0][2]!r}"
-        recipes = self._recipes_for(values, [tensor.state for tensor in self._tensors], source)
+        values = self._groups.changed(self._dialect, changes)
+        recipes = self._groups.recipes_for(values, self._tensors.state, f"setting {changes[0][1]}={changes[0][2]!r}")
         with self._one_thread:
             self._change_plan(recipes=recipes, run=False)
             self._take_values(values)
 
-    def _recipes_for(self, values, state, source):
-        """The recipe of every key for new hyper-parameters of all groups; a schedule is asked at the next step only."""
-        recipes = {}
-        for k, key in enumerate(self._tensors.keys):
-            recipes[k] = self.checked_recipe(self.at_step(values[key.group]), key.dtype)
-            if recipes[k].rule != self._rules[k]:
-                raise ValueError(f"{source} turns {self._rules[k]} into {recipes[k].rule}, which has other state; "
-                                 f"make a new {type(self).__name__}")  # fmt: skip
-        self._refuse_zero_state(values, state)
-        return recipes
-
-    def _refuse_zero_state(self, values, state):
-        """AdaGrad without eps divides by the root of its sum: a zero in it would give 0/0."""
-        for k, key in enumerate(self._tensors.keys):
-            h = SimpleNamespace(**values[key.group])
-            mine = [] if not self.needs_positive_state(h, key.dtype) else zip(self._tensors, state, strict=True)
-            for tensor, flats in mine:
-                if tensor.recipe == k and any((self._memory.on_host(flat) == 0).any() for flat in flats.values()):
-                    raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {key.dtype}, and the sum of "
-                                     f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
-
     def _take_values(self, values):
-        self._values = values
-        self._note_schedules()
+        self._groups.take(values)
         self._hold(self._gradients.held)
 
     @property
@@ -311,50 +148,20 @@ class Optimizer:
     @property
     def groups(self):
         """The hyper-parameters of each group, as a tuple of mappings; setting one takes effect at the next step."""
-        return tuple(Group(self, k) for k in range(len(self._values)))
+        return tuple(Group(self, k) for k in range(len(self._groups.values)))
 
     @property
     def lr(self):
         """The learning rate: a float or callable(step); a list where the groups differ.  Setting one sets all groups."""
-        rates = [values["lr"] for values in self._values]
+        rates = [values["lr"] for values in self._groups.values]
         return rates[0] if all(rate == rates[0] for rate in rates) else rates
 
     @lr.setter
     def lr(self, value):
-        rates = value if isinstance(value, list) else [value] * len(self._values)
-        if len(rates) != len(self._values):
-            raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._values)} groups")
+        rates = value if isinstance(value, list) else [value] * len(self._groups.values)
+        if len(rates) != len(self._groups.values):
+            raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._groups.values)} groups")
         self._change([(k, "lr", rate) for k, rate in enumerate(rates)])
-
-    # names
-
-    param_groups = Instead("the groups are opt.groups, and opt.groups[0]['lr'] = 0.1 takes effect at the next step")
-    add_param_group = Instead("parameters cannot be added; make a new optimizer, of all of them or of the new ones")
-    minimize = apply_gradients = Instead("compute the gradients, then call opt.step(grads)")
-    iterations = Instead("the number of steps made is opt.steps")
-    learning_rate = Instead("the learning rate is opt.lr")
-
-    def __setattr__(self, name, value):
-        if name.startswith("_") or name == "lr" or self._declares(name):
-            return super().__setattr__(name, value)
-        if name in self.defaults:
-            raise AttributeError(f"set {name} of a group: opt.groups[0][{name!r}] = {value!r}")
-        if any(name in vars(c) for c in type(self).__mro__):
-            getattr(self, name)  # an Instead says what to write
-            raise AttributeError(f"{name} of an optimizer cannot be set; make a new {type(self).__name__}")
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{_hint(name)}")
-
-    @classmethod
-    def _declares(cls, name):
-        """Whether a subclass of somebody's declares this attribute in its class body."""
-        foreign = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith("fastrms.")]
-        return any(name in vars(c) or name in vars(c).get("__annotations__", ()) for c in foreign if c is not object)
-
-    def __dir__(self):
-        hidden = {"at_step", "checked_recipe", "checks", "coefficients", "defaults", "family", "fixed", "initial",
-                  "needs_positive_state", "own_rule", "recipe", "resolve", "rule", "rule_name", "state_names"}  # fmt: skip
-        hidden |= {name for name, value in vars(Optimizer).items() if isinstance(value, Instead)}
-        return sorted(name for name in super().__dir__() if name not in hidden and (name[:1] != "_" or name[:2] == "__"))
 
     def __reduce__(self):
         raise TypeError(
@@ -382,10 +189,6 @@ class Optimizer:
 
     # steps
 
-    def _note_schedules(self):
-        self._of_rate = {}  # index of a recipe -> (rate, recipe)
-        self._scheduled = [k for k, key in enumerate(self._tensors.keys) if callable(self._values[key.group]["lr"])]
-
     def _hold(self, held):
         """Note what the plan holds, and whether step() may call the backend at once: no step may need Python, and none may
         have anything to tell."""
@@ -402,7 +205,7 @@ class Optimizer:
 
     def _needs_python(self):
         """Whether a schedule must be asked, or something may move between steps (torch)."""
-        return bool(self._scheduled or self._tensors.of_torch or self._gradients.may_move())
+        return bool(self._groups.scheduled or self._tensors.of_torch or self._gradients.may_move())
 
     # grad_scale and clip_norm are for keywords; enforcing that by `*` costs 60 ns of 250 at 64 elements (CPython 3.11)
     def step(self, grads=None, grad_scale=ONE, clip_norm=None):
@@ -458,7 +261,7 @@ class Optimizer:
             raise TypeError("grads is a function: fastrms calls no closure; compute the loss and the gradients first, then "
                             "call opt.step(grads)")  # fmt: skip
         tensors, gradients = self._tensors, self._gradients
-        recipes = self._scheduled_recipes()
+        recipes = self._groups.scheduled_recipes(self.steps)
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
         if accepted is not None:
@@ -501,15 +304,6 @@ class Optimizer:
                 f"first of them in {self._tensors[found.tensor].grad_name}; nothing was updated"
             )
         return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
-
-    def _scheduled_recipes(self):
-        """Those of the next step, where lr is a schedule; made anew only where the rate has changed."""
-        for k in self._scheduled:
-            key = self._tensors.keys[k]
-            h = self.at_step(self._values[key.group], self.steps)
-            if k not in self._of_rate or self._of_rate[k][0] != h.lr:
-                self._of_rate[k] = h.lr, self.checked_recipe(h, key.dtype)
-        return {k: self._of_rate[k][1] for k in self._scheduled}
 
     def _refusal(self, status):
         if status == backends.STREAMING:
@@ -602,7 +396,7 @@ class Optimizer:
             raise TypeError(f"{tensor.grad_name} is None; a tensor without a gradient is left out of the block")
         buffer = self._tensors.acquire_grad(k, grad, self._zero_grad)
         params = self._tensors.moved([k]) if k in self._tensors.of_torch else None
-        recipes = self._scheduled_recipes() if first else None
+        recipes = self._groups.scheduled_recipes(self.steps) if first else None
         status = None
         try:
             status = self._plan.stream_step(k, params and params[k], buffer, recipes, grad_scale)
@@ -650,7 +444,7 @@ class Optimizer:
         the step and write its coefficients, an lr set since included, to the device."""
         if self._backend != "cuda" or self._gradients.held is None:
             raise RuntimeError("advance() needs backend='cuda', capturable=True and bound gradients: see bind()")
-        self._change_plan(recipes=self._scheduled_recipes(), run=False)
+        self._change_plan(recipes=self._groups.scheduled_recipes(self.steps), run=False)
         self._plan.advance()
 
     # state
@@ -674,8 +468,8 @@ class Optimizer:
         dict
         """
         copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in t.state.items()} for t in self._tensors]
-        counts = self._copy(copies, [tensor.state for tensor in self._tensors])
-        groups = states.described(self._values)
+        counts = self._copy(copies, self._tensors.state)
+        groups = states.described(self._groups.values)
         return {"optimizer": type(self).__name__, "dialect": self._dialect, "steps": counts[0], "groups": groups,
                 "patterns": list(self._patterns), "tensors": states.saved(self._tensors, copies, counts[1:])}  # fmt: skip
 
@@ -707,9 +501,9 @@ class Optimizer:
             loaded = self._checked_state_dict(d)
         except states.MALFORMED as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
-        recipes = self._recipes_for(loaded.values, loaded.flats, "this state_dict")
+        recipes = self._groups.recipes_for(loaded.values, loaded.flats, "this state_dict")
         with self._one_thread:
-            self._copy([tensor.state for tensor in self._tensors], loaded.flats, recipes, loaded.steps)
+            self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))
@@ -717,7 +511,7 @@ class Optimizer:
 
     def _checked_state_dict(self, d):
         """The contents of a state_dict, checked against this optimizer."""
-        return states.checked(d, type(self), self._tensors, self._values, self._patterns)
+        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns)
 
     def save(self, path):
         """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact.  You save the parameters.
@@ -811,12 +605,12 @@ class Optimizer:
         """
         said = f", dialect {self._dialect!r}" if self._dialect else ""
         lines = [f"{type(self).__name__} on backend {self._backend!r}{said}"]
-        for k, key in enumerate(self._tensors.keys):
+        for k, (key, recipe) in enumerate(zip(self._tensors.keys, self._groups.recipes(), strict=True)):
             sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
-            form = "general" if self._recipe(key).general else "neutral"
-            count = len(rules.state_names(rules.find(self._rules[k])))
+            form = "general" if recipe.general else "neutral"
+            count = len(rules.state_names(rules.find(recipe.rule)))
             lines.append(
-                f"group {key.group}: rule {self._rules[k]}, {form} form, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} "
+                f"group {key.group}: rule {recipe.rule}, {form} form, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} "
                 f"elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
             )
         for tensor, grad in zip(self._tensors, self._gradients.bound or (), strict=False):

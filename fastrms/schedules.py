@@ -59,9 +59,21 @@ def _closed(counters=""):
 @_closed()
 @dataclass(frozen=True)
 class Step:
-    """lr * factor**(step // every)      (PyTorch's StepLR, counted in steps, not epochs)
+    """lr * factor**(step // every): PyTorch's StepLR, counted in steps and not in epochs.
 
-    lr >= 0; every >= 1, in steps; 0 < factor <= 1.  TypeError, ValueError otherwise.
+    Parameters
+    ----------
+    lr : float
+        The first rate, at least 0.
+    every : int
+        After how many steps the rate falls, at least 1.
+    factor : float, default 0.1
+        By what it falls; above 0 and at most 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
     """
 
     lr: float
@@ -78,10 +90,23 @@ class Step:
 @_closed()
 @dataclass(frozen=True)
 class Exponential:
-    """lr * factor**(step/every), the exponent rounded down if staircase      (Keras' ExponentialDecay; every=1:
-    PyTorch's ExponentialLR)
+    """lr * factor**(step/every): Keras' ExponentialDecay, and with every=1 PyTorch's ExponentialLR.
 
-    lr >= 0; 0 < factor <= 1; every >= 1, in steps.  TypeError, ValueError otherwise.
+    Parameters
+    ----------
+    lr : float
+        The first rate, at least 0.
+    factor : float
+        By what the rate falls in `every` steps; above 0 and at most 1.
+    every : int, default 1
+        In steps, at least 1.
+    staircase : bool, default False
+        Whether the exponent is rounded down.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
     """
 
     lr: float
@@ -106,8 +131,24 @@ class Cosine:
         step < warmup:  start + (lr - start) * step/warmup
         then:           end + (lr - end) * (1 + cos(pi * (step - warmup)/(steps - warmup)))/2
 
-    Loshchilov, Hutter 2017 (SGDR) without restarts; the whole is Optax' warmup_cosine_decay_schedule, whose decay_steps
-    counts the warm-up in, as `steps` does.  lr, end, start >= 0; 0 <= warmup < steps.  TypeError, ValueError otherwise.
+    Source: Loshchilov, Hutter 2017 (SGDR), without restarts; the whole is Optax' warmup_cosine_decay_schedule, whose
+    decay_steps counts the warm-up in, as `steps` does.
+
+    Parameters
+    ----------
+    lr : float
+        The highest rate, at least 0.
+    steps : int
+        The number of the step at which the rate reaches `end`.
+    end, start : float, default 0.0
+        The last and the first rate, at least 0.
+    warmup : int, default 0
+        In steps, below `steps`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
     """
 
     lr: float
@@ -160,16 +201,47 @@ _MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 class Plateau:
     """The rate falls by `factor` when the metric given to update() has stopped improving.
 
-    An improvement is a metric below best*(1 - threshold) (threshold_mode "rel") or best - threshold ("abs"); above
-    best*(1 + threshold), best + threshold with mode "max".  NaN is none.  Every other update() is a bad one, and
+    An update() that is no improvement is a bad one.  The rate becomes max(rate*factor, min_lr).  The defaults are those of
+    PyTorch's ReduceLROnPlateau; keras() gives those of Keras'.
 
-    counting="torch": reduces when there are more than `patience` bad ones in a row; the next `cooldown` are not counted.
-    counting="keras": reduces when there are `patience` of them (0 means 1); the next `cooldown` - 1 are not counted.
+    Parameters
+    ----------
+    lr : float
+        The first rate, at least 0.
+    factor : float, default 0.1
+        By what it falls; between 0 and 1.
+    patience : int, default 10
+        How many bad updates in a row are borne; see counting.
+    threshold : float, default 1e-4
+        How much a metric must improve, at least 0.  NaN never improves.
+    threshold_mode : {"rel", "abs"}
+        An improvement is a metric below best*(1 - threshold) with "rel", which is meant for positive metrics, or below
+        best - threshold with "abs"; with mode="max", above best*(1 + threshold) or best + threshold.
+    mode : {"min", "max"}
+        Whether a smaller or a larger metric is better.
+    cooldown : int, default 0
+        For how many updates after a reduction bad ones are not counted; see counting.
+    min_lr : float, default 0.0
+        The rate does not fall below it.
+    min_change : float, default 1e-8
+        A change of this size or less is not made.
+    counting : {"torch", "keras"}
+        "torch" reduces when there are more than `patience` bad updates in a row, and does not count the next `cooldown`;
+        "keras" reduces when there are `patience` of them (0 means 1), and does not count the next `cooldown` - 1.
 
-    The rate becomes max(rate*factor, min_lr); a change of `min_change` or less is not made.  The defaults are those of
-    PyTorch's ReduceLROnPlateau; keras() gives those of Keras'.  "rel" is meant for positive metrics, as it is there.
-    lr, threshold, min_lr, min_change >= 0; 0 < factor < 1; patience, cooldown >= 0.  TypeError, ValueError otherwise.
-    Counters: rate (the present one), best (None at first), bad, cooling (how many updates are still not counted).
+    Attributes
+    ----------
+    rate : float
+        The present rate.
+    best : float or None
+        The best metric so far.
+    bad, cooling : int
+        The bad updates in a row, and for how many updates they are still not counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
     """
 
     lr: float
@@ -197,20 +269,59 @@ class Plateau:
 
     @classmethod
     def keras(cls, lr, factor=0.1, patience=10, **options):
-        """With the values of Keras' ReduceLROnPlateau: counting "keras", an absolute threshold, any change made."""
+        """A Plateau with the values of Keras' ReduceLROnPlateau: counting "keras", an absolute threshold, any change made.
+
+        Parameters
+        ----------
+        lr, factor, patience : float, float, int
+            As in Plateau.
+        **options
+            The other parameters of Plateau.
+
+        Returns
+        -------
+        Plateau
+        """
         return cls(lr, factor, patience, **{"threshold_mode": "abs", "min_change": 0.0, "counting": "keras", **options})
 
     def __call__(self, step):
         return self.rate
 
     def count(self, rate, best, bad, cooling):
-        """Set the counters, as they once were."""
+        """Set the counters, as they once were.
+
+        Parameters
+        ----------
+        rate, best, bad, cooling : float, float or None, int, int
+            The attributes of these names.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a value of another kind or range.
+        """
         best = None if best is None else hyper.number("best", best)
         rate, bad, cooling = hyper.non_negative("rate", rate), _count("bad", bad), _count("cooling", cooling)
         vars(self).update(rate=rate, best=best, bad=bad, cooling=cooling)
 
     def update(self, metric):
-        """Count one metric, a number (usually the loss of an epoch).  Returns whether the rate was reduced."""
+        """Count one metric.
+
+        Parameters
+        ----------
+        metric : float
+            Usually the loss of an epoch.
+
+        Returns
+        -------
+        bool
+            Whether the rate was reduced.
+
+        Raises
+        ------
+        TypeError
+            For what is no number.
+        """
         metric = _metric(metric)
         improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
         counted = self.cooling <= (self.counting == "keras")
@@ -243,13 +354,32 @@ class EarlyStopping:
                 break
         stopping.restore()
 
-    It stops when `patience` (at least 1) updates in a row were no improvement, as Keras' EarlyStopping counts; threshold,
-    threshold_mode, mode: as in Plateau.  Restarting from the best parameters with a smaller rate is this and a Plateau:
+    Restarting from the best parameters with a smaller rate is this and a Plateau:
     ``if plateau.update(loss): stopping.restore()``.
 
-    params: what an optimizer takes, a FlatBuffer or groups of mappings among it, of float32 or float64 in host
-    memory.  They are copied here (so restore() may come at any time) and at every improvement.
-    Attributes: best (metric, None at first), bad (updates since).  TypeError, ValueError for wrong arguments.
+    Parameters
+    ----------
+    params : array, sequence, mapping, FlatBuffer or list of groups
+        What an optimizer takes, of float32 or float64 in host memory.  They are copied here (so restore() may come at any
+        time) and at every improvement.
+    patience : int, default 10
+        After how many updates in a row without an improvement it stops, as Keras' EarlyStopping counts; 0 means 1.
+    threshold, threshold_mode, mode
+        As in Plateau.
+    optimizer : Optimizer, optional
+        One whose state is kept and restored, too.
+
+    Attributes
+    ----------
+    best : float or None
+        The best metric so far.
+    bad : int
+        The updates since.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
     """
 
     patience: int
@@ -285,7 +415,23 @@ class EarlyStopping:
         vars(self).update(_kept=[buffer.flat.copy() for buffer in self._buffers()], _kept_state=state)
 
     def update(self, metric):
-        """Count one metric, a number, and copy the parameters if it is the best.  Returns whether to stop."""
+        """Count one metric, and copy the parameters if it is the best.
+
+        Parameters
+        ----------
+        metric : float
+            Usually the loss on held-out data.
+
+        Returns
+        -------
+        bool
+            Whether to stop.
+
+        Raises
+        ------
+        TypeError
+            For what is no number.
+        """
         metric = _metric(metric)
         if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
             self._keep()
@@ -310,13 +456,28 @@ class EarlyStopping:
         vars(self).update(bad=0)
 
     def state_dict(self):
-        """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
+        """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it.
+
+        Returns
+        -------
+        dict
+        """
         kept = zip(self._names, self._kept, self._buffers(), strict=True)
         params = {name: host.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
         return {"best": self.best, "bad": self.bad, "params": params, "optimizer": copy.deepcopy(self._kept_state)}
 
     def load_state_dict(self, d):
-        """Take over what state_dict() gave.  ValueError, with nothing changed, where d does not fit these parameters."""
+        """Take over what state_dict() gave.
+
+        Parameters
+        ----------
+        d : dict
+
+        Raises
+        ------
+        ValueError
+            With nothing changed, where d does not fit these parameters.
+        """
         try:
             best = None if d["best"] is None else hyper.number("best", d["best"])
             bad, params, state = _count("bad", d["bad"]), d["params"], copy.deepcopy(d["optimizer"])

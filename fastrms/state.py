@@ -75,7 +75,7 @@ def _group(kind, k, mine, group, dialect):
     if group.keys() | {"lr"} != mine.keys():
         name = next(iter((group.keys() | {"lr"}) ^ mine.keys()))
         raise ValueError(f"groups[{k}] of the state_dict and {kind.__name__} do not both have {name!r}")
-    new = {name: kind._checked(dialect, name, value) for name, value in group.items()}
+    new = {name: kind.checked(dialect, name, value) for name, value in group.items()}
     return {name: new.get(name, mine["lr"]) for name in mine}
 
 

@@ -64,6 +64,14 @@ class Tensors:
     def params(self):
         return [tensor.param for tensor in self.each]
 
+    @property
+    def state(self):
+        return [tensor.state for tensor in self.each]
+
+    def holds_zero(self, flat):
+        """Whether a flat state array holds a zero."""
+        return bool((self.memory.on_host(flat) == 0).any())
+
     def make_state(self, initial_of, rules_of_keys):
         """Allocate the state of every tensor.  initial_of(key, name): the value at which a state of this name starts."""
         for tensor, twin in zip(self.each, self.structure.twins(), strict=True):

@@ -7,12 +7,24 @@ import os
 from . import backends
 
 MOST = 64
+LONGEST = 4096  # bytes of a path; Linux takes no longer ones
 _c = backends.load("c")
 _without_c = None
 
 
 def set_num_threads(n):
-    """Let large steps (64 Ki elements on the C backend) use up to n threads (1 to 64), for the whole process."""
+    """Let large steps (64 Ki elements on the C backend) use several threads, for the whole process.
+
+    Parameters
+    ----------
+    n : int
+        The most threads that a step uses, from 1 to 64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a value of another kind or range.
+    """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
     if not 1 <= n <= MOST:
@@ -21,7 +33,12 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """The number of threads that a large step uses."""
+    """The number of threads that a large step uses.
+
+    Returns
+    -------
+    int
+    """
     return count()
 
 
@@ -84,7 +101,7 @@ def cgroup_quota(root="/"):
 
 
 def _levels(mount, path):
-    parts = [part for part in path.split("/") if part not in ("", "..")]
+    parts = [part for part in path[:LONGEST].split("/") if part not in ("", "..")]
     return [os.path.join(mount, *parts[:k]) for k in range(len(parts) + 1)]
 
 
@@ -109,10 +126,10 @@ def _quota(quota, period):
 
 
 def _lines(path):
-    """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it."""
+    """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it, and any number."""
     try:
         with open(path, "rb") as file:
-            return os.fsdecode(file.read(1 << 20)).split("\n")
+            return os.fsdecode(file.read(1 << 16)).split("\n")
     except (OSError, ValueError):  # a path with a zero byte is a ValueError
         return []
 

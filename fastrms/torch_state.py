@@ -172,7 +172,7 @@ def _our_group(optimizer, names, group):
             values.update(zip(ours, group[theirs], strict=True))
         else:
             values[ours] = group[theirs]
-    return {name: optimizer._checked("torch", name, value) for name, value in values.items()}
+    return {name: optimizer.checked("torch", name, value) for name, value in values.items()}
 
 
 def _our_tensor(optimizer, named, saved, h):

@@ -216,7 +216,7 @@ def test_a_state_is_written_into_not_exchanged(params, place, backend):
     state[place] += 1
     assert (optimizer.state["square_avg"][place] == 5).all()
     grouped = fastrms.RMSProp([{"params": params()}], backend=backend)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"\[0\] is in use by the optimizer and stays; write into its arrays$"):
         grouped.state["square_avg"][0] = state
     with pytest.raises(TypeError):
         grouped.state["square_avg"][0][place] = state[place]

@@ -41,16 +41,16 @@ def in_python(family, hyper_parameters, dtype, step, scale):
 @pytest.fixture
 def jitted():
     pytest.importorskip("numba")
-    return importlib.import_module("fastrms.numba")
+    return importlib.import_module("fastrms.jitted")
 
 
 def in_numba(jitted, family, hyper_parameters, dtype, step, scale):
     """The same from jitted code."""
     kind, coefficients = {
-        "rmsprop": (jitted._RMSProp, jitted._of_rmsprop),
-        "adagrad": (jitted._AdaGrad, jitted._of_adagrad),
-        "adam": (jitted._Adam, jitted._of_adam),
-        "rprop": (jitted._RProp, jitted._of_rprop),
+        "rmsprop": (jitted.RMSProp, jitted.of_rmsprop),
+        "adagrad": (jitted.AdaGrad, jitted.of_adagrad),
+        "adam": (jitted.Adam, jitted.of_adam),
+        "rprop": (jitted.RProp, jitted.of_rprop),
     }[family.replace("adamw", "adam")]
     numbers = {name: recipes.WORDS.get(value, value) for name, value in hyper_parameters.items() if name in kind._fields}
     h = kind(**{name: x if isinstance(x, float) else int(x) for name, x in numbers.items()})
@@ -124,9 +124,9 @@ def test_only_lr_may_be_a_schedule(name):
 
 
 def test_the_words_of_other_frameworks_have_ours():
-    assert hyper.said_instead("alpha") == "for alpha write rho"
-    assert hyper.said_instead("betas") == "for betas write beta1 and beta2"
-    assert hyper.said_instead("fused").startswith("leave fused out: ")
+    assert hyper.said_instead("alpha") == "; for alpha write rho"
+    assert hyper.said_instead("betas") == "; for betas write beta1 and beta2"
+    assert hyper.said_instead("fused").startswith("; leave fused out: ")
     assert hyper.said_instead("speed") == ""
     ours = {name for make in FAMILIES.values() for name in make.defaults}
     assert not ours & {*hyper.OUR_WORD, *hyper.NOT_NEEDED}

@@ -353,6 +353,10 @@ def test_unreadable_files_of_the_system_are_no_limit(tmp_path):
     (tmp_path / "proc" / "self" / "cgroup").mkdir(parents=True)  # a folder cannot be read
     assert threads.cgroup_quota(str(tmp_path)) == float("inf")
     assert threads.cgroup_quota("\0") == float("inf")
+    deep = fake(tmp_path / "deep", {"proc/self/cgroup": "0::" + "/a" * 10**6})
+    assert threads.cgroup_quota(deep) == float("inf")
+    endless = fake(tmp_path / "endless", {"proc/self/cgroup": "0::/a\n" * 10**6})
+    assert threads.cgroup_quota(endless) == float("inf")
 
 
 @pytest.mark.parametrize(

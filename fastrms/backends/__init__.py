@@ -152,7 +152,13 @@ def find_spec(name):
 
 
 def available_backends():
-    """Names of the backends that work here, the one that "auto" takes first."""
+    """The backends that work here.
+
+    Returns
+    -------
+    tuple of str
+        Their names, the one that "auto" takes first.
+    """
     return tuple(name for name in NAMES if load(name).available() is None)
 
 

@@ -26,7 +26,8 @@ class ReadOnly:
 
     def __setitem__(self, name, value):
         if value is not self[name]:  # the same comes back from collection[name] += x
-            raise TypeError(f"[{name!r}] {self.entry} and stays; write into it: [{name!r}][...] = x")
+            how = "its arrays" if isinstance(self[name], ReadOnly) else f"it: [{name!r}][...] = x"
+            raise TypeError(f"[{name!r}] {self.entry} and stays; write into {how}")
 
     def __delitem__(self, name):
         raise TypeError(f"[{name!r}] {self.entry} and stays")
@@ -104,13 +105,28 @@ def _plain_number(key):
 class FlatBuffer:
     """Named arrays of one dtype, in C order and without gaps in one buffer, and their gradients in a second one.
 
-    shapes   mapping name -> shape, or a sequence of shapes, whose names are then 0, 1, ...; all values start at 0
-    dtype    float32 or float64
-    data, grad        the two flat arrays, 1-D; where they start is chosen so that they do not evict each other from cache
-    params, grads     read-only mappings name -> view of data and of grad, in the shape of that name
+    fastrms.RMSProp(flat) updates data as one tensor, whatever the number of names.  A copy or pickle is a new FlatBuffer.
 
-    fastrms.RMSProp(flat) updates data as one tensor, whatever the number of names.  TypeError for another dtype or a
-    shape that is none, ValueError for a negative length or no names at all.  A copy or pickle is a new FlatBuffer.
+    Parameters
+    ----------
+    shapes : mapping or sequence
+        name -> shape, or shapes, whose names are then 0, 1, ...; all values start at 0.
+    dtype : dtype, default float32
+        float32 or float64.
+
+    Attributes
+    ----------
+    data, grad : ndarray
+        The two flat arrays, 1-D; where they start is chosen so that they do not evict each other from cache.
+    params, grads : mapping
+        name -> view of data and of grad, in the shape of that name.  The mappings cannot be changed.
+
+    Raises
+    ------
+    TypeError
+        For another dtype, or a shape that is none.
+    ValueError
+        For a negative length, or no names at all.
     """
 
     def __init__(self, shapes, dtype=np.float32):
@@ -126,8 +142,23 @@ class FlatBuffer:
 
     @classmethod
     def like(cls, params):
-        """A FlatBuffer with copies of these arrays, and gradients of 0.  params: a mapping name -> array, or a sequence;
-        NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or all float64."""
+        """A FlatBuffer with copies of these arrays, and gradients of 0.
+
+        Parameters
+        ----------
+        params : mapping or sequence
+            name -> array, or arrays: NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or
+            all float64.
+
+        Returns
+        -------
+        FlatBuffer
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no such array.
+        """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}
         given = {name: host.as_array(x, text[name]) for name, x in params.items()}

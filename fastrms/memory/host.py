@@ -53,7 +53,7 @@ def acquire(x, name, *, writable):
 
 def refuse_dtype(dtype, name, x):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
-    if dtype in DTYPES and dtype.isnative:
+    if dtype in DTYPES:
         return
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:

@@ -96,9 +96,9 @@ def _refuse_made_anew(leaves, again, params):
     """TypeError where a second look into params finds other arrays, as in an NpzFile: an update would reach neither."""
     for first, second in zip(leaves, again, strict=False):  # what can be looked through only once ends at once
         if first is not second and not host.same_memory(first, second):
-            kind = type(params).__name__
+            kind, plain = type(params).__name__, "dict" if isinstance(params, Mapping) else "list"
             raise TypeError(f"params is a {kind}, which makes its arrays anew at each access, so that an update would be "
-                            f"lost: take them out once, params = dict(...) or list(...) of it, and keep that")  # fmt: skip
+                            f"lost: make arrays = {plain}(params) once, pass them and use them from then on")  # fmt: skip
 
 
 def _refuse_modules(leaves, params):

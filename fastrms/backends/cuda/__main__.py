@@ -21,7 +21,7 @@ from .toolchain import NO_PACKAGE, compiler
 
 
 class Assembled(NamedTuple):
-    """registers and spilled bytes per thread; the listing (SASS); how often each operation stands in it."""
+    """Registers and spilled bytes per thread, the listing (SASS), and how often each operation stands in it."""
 
     registers: int
     spills: int
@@ -34,7 +34,7 @@ def tool(name):
     wheels = Path(sysconfig.get_path("purelib"), "nvidia")
     found = next((str(path) for path in sorted(wheels.glob(f"*/bin/{name}"))), None) or shutil.which(name)
     if found is None:
-        raise RuntimeError(f"{name} was not found: pip install 'fastrms[cuda-test]'")
+        raise RuntimeError(f"{name} was not found: pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
     return found
 
 

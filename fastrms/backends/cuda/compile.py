@@ -40,7 +40,22 @@ class Compiled(NamedTuple):
 
 @cache
 def compiled(rule, general, dtype, kind, cc):
-    """The kernel of a rule, named as in rules.RULES or an OwnRule, from this process, from disk or new."""
+    """The kernel of a rule, from this process, from disk or new.
+
+    Parameters
+    ----------
+    rule : str or OwnRule
+        A name in rules.RULES, or a user's rule.
+    general : bool
+    dtype : numpy.dtype
+    kind : Kind
+    cc : tuple of int
+        The compute capability, such as (9, 0).
+
+    Returns
+    -------
+    Compiled
+    """
     path, name = cache_path(rule, general, dtype, kind, cc), kernel_name(rule, general, dtype, kind)
     if path is not None and (kept := _kept(path)):
         return Compiled(name, *kept)
@@ -52,7 +67,7 @@ def compiled(rule, general, dtype, kind, cc):
 
 
 def compile_ptx(rule, general, dtype, kind, cc):
-    """The PTX of a kernel; no cache."""
+    """The PTX of a kernel, always compiled anew."""
     operations = operations_of(rule, general)
     update = lower(operations)
     source = kernel_text(rules.find(rule), dtype, kind)
@@ -61,7 +76,7 @@ def compile_ptx(rule, general, dtype, kind, cc):
 
 @cache
 def operations_of(rule, general):
-    """The Trace of a rule."""
+    """The Trace of a rule, with the rule's name in the error where it has none."""
     try:
         return trace(rules.find(rule), general)
     except TypeError as error:
@@ -77,12 +92,16 @@ def signature(rule, dtype, kind):
 
 
 def to_ptx(source, update, dtype, signature, name, cc):
-    """The PTX of a kernel's text, with a plain name in place of Numba's mangled one."""
+    """The PTX of a kernel's text."""
     names = {"rule": update, "load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
     names["pointer"] = intrinsics.pointer_to(REALS[dtype])
     exec(source, names)
-    options = {"device": False, "abi": "numba", "output": "ptx", "launch_bounds": THREADS}
-    ptx, _ = cuda.compile(names["kernel"], signature, cc=cc, **options)
+    return named_ptx(names["kernel"], signature, name, cc, launch_bounds=THREADS)
+
+
+def named_ptx(function, signature, name, cc, **options):
+    """The PTX of a function as a kernel, with a plain name in place of Numba's mangled one."""
+    ptx, _ = cuda.compile(function, signature, cc=cc, device=False, abi="numba", output="ptx", **options)
     return ptx.replace(re.search(r"\.entry\s+([\w$]+)", ptx).group(1), name)
 
 
@@ -93,7 +112,7 @@ def link(ptx, cc):
 
 
 def cache_path(rule, general, dtype, kind, cc):
-    """Of the kept kernel, without suffix, or None without sources: what decides its code is in the name."""
+    """Where a kernel is kept, without suffix, by a key of all that decides its code; None where our sources are missing."""
     texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
     try:
         parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
@@ -105,7 +124,7 @@ def cache_path(rule, general, dtype, kind, cc):
 
 @cache
 def versions():
-    """Of everything between the text and the machine code, the files that compile it included."""
+    """The versions of everything between the text of a kernel and its machine code, and the files that compile it."""
     packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
     ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics)]
     return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]

@@ -12,8 +12,16 @@ from .table import BEHIND, THREADS, width
 
 
 class Kind(NamedTuple):
-    """many: buffers found through a table of pointers, for any number of tensors in one launch; else one tensor.
-    capturable: coefficients read from device memory, so that a captured CUDA graph can change them; else arguments."""
+    """Where a kernel finds its tensors and its coefficients.
+
+    Parameters
+    ----------
+    many : bool
+        The kernel finds any number of tensors through a table of pointers; else one tensor is among its arguments.
+    capturable : bool
+        The kernel reads the coefficients from device memory, where they may change between two launches of a captured
+        CUDA graph; else they are arguments.
+    """
 
     many: bool = False
     capturable: bool = False
@@ -36,6 +44,7 @@ def kernel({arguments}):
 
 
 def kernel_name(rule, general, dtype, kind):
+    """The name of a kernel in PTX, on disk and in errors."""
     form = "general" if general else "neutral"
     return "_".join(["fastrms", str(rule), form, str(dtype), *(name for name, on in kind._asdict().items() if on)])
 

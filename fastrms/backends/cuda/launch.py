@@ -84,6 +84,7 @@ class Launch:
                 self.sent = row.tobytes()
 
     def run(self, number, stream):
+        """Launch step `number` of the plan on a stream of cuda.core."""
         if self.device_row is None:
             start = (number - self.first) * self.stride * self.count
             tail = self.words[start : start + self.count]

@@ -16,8 +16,17 @@ OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not
 
 
 class Options(NamedTuple):
-    """What only this backend knows.  stream: where to launch, instead of where the arrays' library works now.
-    capturable: coefficients in device memory, for CUDA graphs.   check: wait for each step and raise its error."""
+    """What only this backend knows.
+
+    Parameters
+    ----------
+    stream : stream of cuda.core, CuPy, torch or Numba, or its handle, optional
+        Where to launch; by default it is the stream on which the arrays' library works at the time.
+    capturable : bool, default False
+        Keep the coefficients in device memory, for CUDA graphs.
+    check : bool, default False
+        Wait for each step and raise its error.
+    """
 
     stream: Any = None
     capturable: bool = False
@@ -92,7 +101,7 @@ class Plan(plan.Plan):
         return OK, None
 
     def advance(self):
-        """Before a captured graph is launched again: count its step, and write the coefficients of that step."""
+        """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
         number, stream = self._ready_to_launch(1.0)
         self._send(stream, number)
         self._count(number)
@@ -123,7 +132,7 @@ class Plan(plan.Plan):
         self._entered.once = True
 
     def _foreign_streams(self):
-        """Streams that arrays name: the launch waits for them on the device, not here."""
+        """The streams that arrays name: a launch waits for them on the device, not here."""
         pairs = zip(self.params, self.grads, strict=True)
         buffers = [buffer for param, grad in pairs if grad is not None for buffer in (param, grad)]
         return {handle for handle in map(device.named_stream, buffers) if handle is not None}

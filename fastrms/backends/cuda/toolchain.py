@@ -9,9 +9,9 @@ import numpy as np
 
 from .. import find_spec
 
-NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
+NO_PACKAGE = "numba-cuda is not installed: pip install 'numba-cuda[cu13]' 'numpy<2.5' (cu12 for CUDA 12)"
 
-UNFIT = "numba-cuda {} cannot be used with NumPy {} ({}): pip install 'fastrms[cu13]' chooses a NumPy that it can use"
+UNFIT = "numba-cuda {} cannot be used with NumPy {} ({}): pip install 'numpy<2.5'"
 
 
 @cache

@@ -26,7 +26,7 @@ _process = os.getpid()
 def available():
     """None, or the reason why not."""
     if not find_spec("numba"):
-        return "numba is not installed: pip install 'fastrms[numba]'"
+        return "numba is not installed: pip install numba"
     return "NUMBA_DISABLE_JIT is set, and its kernels run compiled only: unset it" if jit_disabled() else None
 
 

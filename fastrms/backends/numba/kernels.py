@@ -115,8 +115,12 @@ if platform.libc_ver()[0] != "glibc":
 
 @cache
 def kernel(rule, general, dtype, parallel=False):
-    """kernel(table, number[, parts]).  table: the address of words that say how many tensors, where coefficients begin, with
-    which number, how many bytes from one number's to the next; then of each tensor size, param, grad, *states."""
+    """A compiled kernel(table, number), or kernel(table, number, parts) where it is parallel.
+
+    The table is the address of words, which say how many tensors there are, where their coefficients begin, to which step
+    number these belong, and how many bytes further those of the next number are; then there are the size of each tensor and
+    the addresses of its param, grad and states.
+    """
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     made = trace.trace(rules.RULES[rule], general)
