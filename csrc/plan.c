@@ -85,7 +85,7 @@ static void update_range(void *context, int64_t begin, int64_t end)
     const fastrms_plan *plan = context;
     fastrms_mode mode = fastrms_set_float_mode();
     int64_t k = 0, after = plan->tensors;
-    while (after - k > 1) {                               /* the tensor that holds `begin` */
+    while (after - k > 1) {                               /* find the tensor that holds `begin` */
         int64_t middle = (k + after) / 2;
         if (plan->starts[middle] <= begin)
             k = middle;
@@ -277,6 +277,33 @@ static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
     plan->unchanging &= !recipe;
 }
 
+static void take_over(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe, int hold)
+{
+    set_recipes(plan, recipe);
+    for (int64_t k = 0; param && k < plan->tensors; ++k)
+        plan->tensor[k].param = param[k];
+    if (!grad)
+        return;
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        plan->grad[k] = grad[k];
+    plan->held = hold;
+    plan->unchanging = 0;
+}
+
+/* a step with another grad_scale and clip_norm than those of the plan */
+static int run_with(fastrms_plan *plan, double grad_scale, double clip_norm, fastrms_found *found)
+{
+    double usual_scale = plan->grad_scale, usual_norm = plan->clip_norm;
+    plan->grad_scale = grad_scale;
+    plan->clip_norm = clip_norm;
+    int status = run(plan);
+    plan->grad_scale = usual_scale;
+    plan->clip_norm = usual_norm;
+    if (found)
+        *found = plan->found;
+    return status;
+}
+
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run_now, double grad_scale, double clip_norm, fastrms_found *found)
 {
@@ -287,25 +314,8 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
         return release(plan, FASTRMS_NOT_HELD);
     if (grad && would_overlap(plan, param, grad))
         return release(plan, FASTRMS_OVERLAP);
-    set_recipes(plan, recipe);
-    for (int64_t k = 0; param && k < plan->tensors; ++k)
-        plan->tensor[k].param = param[k];
-    for (int64_t k = 0; grad && k < plan->tensors; ++k)
-        plan->grad[k] = grad[k];
-    if (grad) {
-        plan->held = hold;
-        plan->unchanging = 0;
-    }
-    if (run_now) {
-        plan->grad_scale = grad_scale;
-        plan->clip_norm = clip_norm;
-        status = run(plan);
-        plan->grad_scale = 1;
-        plan->clip_norm = -1;
-        if (found)
-            *found = plan->found;
-    }
-    return release(plan, status);
+    take_over(plan, param, grad, recipe, hold);
+    return release(plan, run_now ? run_with(plan, grad_scale, clip_norm, found) : FASTRMS_OK);
 }
 
 int fastrms_stream_open(fastrms_plan *plan)

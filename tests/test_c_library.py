@@ -260,6 +260,26 @@ int twice(int (*step)(fastrms_plan *), fastrms_plan *plan) { return step(plan) |
     assert np.array_equal(param, same) and optimizer.steps == 2
 
 
+@needs_c
+def test_a_plan_made_by_init_keeps_its_grad_scale():
+    """fastrms_change makes one step with another grad_scale; before and after, fastrms_step has that of the plan."""
+    ffi, lib = c.ffi, c.lib
+    param, grad, total = (np.full(3, value, np.float32) for value in (0, 1, 0))
+    param_at, grad_at, total_at = map(ffi.from_buffer, (param, grad, total))
+    recipe = ffi.new("fastrms_recipe *")
+    assert not lib.fastrms_adagrad_recipe(recipe, 4, ffi.addressof(lib.fastrms_adagrad_defaults))
+    tensor = ffi.new("fastrms_tensor[]", [{"size": 3, "param": param_at, "state": [total_at]}])
+    plan, grads, scratch = ffi.new("fastrms_plan *"), ffi.new("void *[]", 1), ffi.new("double[]", 1000)
+    assert lib.fastrms_scratch_bytes(1, tensor) <= ffi.sizeof(scratch)
+    lib.fastrms_plan_init(plan, 1, tensor, 1, recipe, grads, scratch)
+    assert lib.fastrms_step(plan) == lib.FASTRMS_NOT_HELD and (param == 0).all()
+    grads[0], plan.held, plan.grad_scale = grad_at, 1, 0.5
+    assert lib.fastrms_step(plan) == lib.FASTRMS_OK and (total == 0.25).all()
+    assert lib.fastrms_change(plan, ffi.NULL, ffi.NULL, ffi.NULL, 0, 1, 2.0, -1.0, ffi.NULL) == lib.FASTRMS_OK
+    assert (total == 4.25).all()
+    assert lib.fastrms_step(plan) == lib.FASTRMS_OK and (total == 4.5).all() and plan.steps == tensor[0].steps == 3
+
+
 # the trainer
 
 
