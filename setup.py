@@ -1,9 +1,14 @@
 """Builds the C extension; everything else is in pyproject.toml.  FASTRMS_NO_EXT=1 leaves C out on purpose."""
 
 import os
+import shutil
 import sysconfig
 
 from setuptools import setup
+
+os.makedirs("fastrms/include", exist_ok=True)
+for header in ("fastrms.h", "fastrms_decl.h"):  # the public interface, for fastrms.get_include()
+    shutil.copyfile(f"csrc/{header}", f"fastrms/include/{header}")
 
 without_c = os.environ.get("FASTRMS_NO_EXT") == "1"
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # no stable ABI there

@@ -19,9 +19,9 @@ import fastrms
 
 from . import first_step, machine, peers, timing
 from .check import WrongContender, check
-from .contenders import contenders
+from .contenders import CEILINGS, contenders
 from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
-from .report import README
+from .report import PAGE
 from .results import Results
 
 QUICK_SIZES = [2**k for k in range(6, 25, 2)]
@@ -29,7 +29,9 @@ FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
 QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing, for each rule and size
 QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
-QUICK_LIMIT = 36.0  # seconds; a quick run begins nothing further after that
+QUICK_LIMIT = 36.0  # seconds; a quick run begins nothing further after that,
+AGAIN_LIMIT = 42.0  # and measures nothing again after that
+MOST_AGAIN = 4  # times that what was faster than a ceiling is measured again, together with the ceiling
 PIPE_WIDTH = 150  # columns where the output is not a terminal
 
 
@@ -42,7 +44,7 @@ def parse(arguments):
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--peers", action="store_true", help="torch, Optax, DeepSpeed, ...: those that are installed")
     parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
-    parser.add_argument("--readme", action="store_true", help=f"rewrite the table in {README}")
+    parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite the table in {PAGE}")
     options = parser.parse_args(arguments)
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES)
     options.rules = options.rules or (QUICK_RULES if options.quick else RULES)
@@ -72,7 +74,7 @@ class Run:
     def __init__(self, options, rivals, console):
         self.options, self.rivals, self.console = options, rivals, console
         self.seconds = QUICK_SECONDS if options.quick else FULL_SECONDS
-        self.end = time.perf_counter() + QUICK_LIMIT
+        self.start = time.perf_counter()
         self.results = {where: Results(options.dtype, where) for where in (WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK)}
 
     def measure(self):
@@ -88,7 +90,7 @@ class Run:
             task = progress.add_task("", total=len(cells))
             for where, size, rule in cells:
                 progress.update(task, description=f"{rule} {report.size_name(size)} {where}")
-                if self.options.quick and time.perf_counter() > self.end:
+                if self.is_late():
                     self.console.print(f"no time left in --quick: {rule}, {size} elements, {where} is left out")
                 else:
                     self.measure_one(where, size, rule)
@@ -96,16 +98,27 @@ class Run:
         return self.results
 
     def measure_one(self, where, size, rule):
-        """Once, and once more where something was faster than a ceiling: that may have been one disturbed minimum."""
+        """All contenders; then those that were faster than a ceiling again, with the ceilings and in new buffers.  The
+        ceiling may have been disturbed in all of its rounds, or its pages may have lain worse."""
+        self.time_one(where, size, rule)
+        for _ in range(MOST_AGAIN):
+            faster = {name for *cell, name in self.results[where].above_ceiling() if cell == [rule, size]}
+            if not faster or self.is_late(AGAIN_LIMIT):
+                break
+            self.time_one(where, size, rule, faster.union(CEILINGS))
+
+    def time_one(self, where, size, rule, names=None):
+        """Check the contenders of these names, or all, and add their timings to the results."""
         problem = Problem(rule, size, self.options.dtype, where)
-        made, reasons = contenders(problem, fastrms.get_num_threads(), peers=self.rivals)
+        made, reasons = contenders(problem, fastrms.get_num_threads(), names, self.rivals)
         check(problem, made)
         calls = {(contender.name, contender.way): contender.step for contender in made}
-        results, pause = self.results[where], peers.PAUSE if self.rivals else 0.0
-        for _ in range(2):
-            results.add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
-            if not any(cell[:2] == (rule, size) for cell in results.above_ceiling()):
-                break
+        pause = peers.PAUSE if self.rivals else 0.0
+        self.results[where].add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
+
+    def is_late(self, limit=QUICK_LIMIT):
+        """Whether this is a quick run and has lasted longer than limit."""
+        return self.options.quick and time.perf_counter() - self.start > limit
 
 
 def show(results, reasons, console):
@@ -121,7 +134,7 @@ def show(results, reasons, console):
     for name, reason in reasons.items():
         console.print(f"{name}: {reason}")
     for line in report.complaints(placed):
-        console.print(f"[bold red]{line}")
+        console.print(f"[bold]{line}")
 
 
 def main(arguments=None):
@@ -135,8 +148,8 @@ def main(arguments=None):
     rivals, reasons = gather_peers(options)
     facts = machine.describe() | ({"peers": peers.versions()} if rivals else {})
     try:
-        if options.readme:
-            report.check_readme(README, "bench")
+        if options.docs:
+            report.check_page(PAGE, "bench")
         console.print(report.header(facts))
         clocks = [timing.clock()]
         compiling = first_step.sentence()
@@ -149,8 +162,6 @@ def main(arguments=None):
         console.print(compiling)
     console.print(f"empty Python call: {clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end")
     console.print(f"wrote {', '.join(write(options, results, facts, clocks, command))}")
-    if report.complaints(results[WELL_PLACED]):
-        sys.exit(1)
 
 
 def gather_peers(options):
@@ -167,9 +178,9 @@ def write(options, results, facts, clocks, command):
     if options.json:
         report.write_json(options.json, results, facts, clocks, command)
         written.append(options.json)
-    if options.readme:
-        report.write_readme(README, "bench", report.markdown(results, facts, clocks, command))
-        written.append(str(README))
+    if options.docs:
+        report.write_page(PAGE, "bench", report.markdown(results, facts, clocks, command))
+        written.append(str(PAGE))
     return written
 
 

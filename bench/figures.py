@@ -1,4 +1,4 @@
-"""The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--readme]`.
+"""The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--docs]`.
 
 numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
@@ -54,14 +54,14 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
     sets = ("numpy", "machine", "step", "flat", "numba")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
-    parser.add_argument("--readme", action="store_true", help=f"rewrite their table in {report.README}")
+    parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
     options = parser.parse_args()
     if "c" not in fastrms.available_backends():
         sys.exit("the figures are those of the C backend, and fastrms was built without its C extension")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     facts, figures = measure(options.set, console)
-    if options.readme:
-        report.write_readme(report.README, f"figures-{options.set}", markdown(options.set, facts, figures))
+    if options.docs:
+        report.write_page(report.PAGE, f"figures-{options.set}", markdown(options.set, facts, figures))
 
 
 def measure(name, console):
@@ -85,7 +85,7 @@ def measure(name, console):
 
 
 def markdown(name, facts, figures):
-    command = f"`python -m bench.figures {name} --readme`"
+    command = f"`python -m bench.figures {name} --docs`"
     return "\n".join(
         ["| what | target | measured |", "| --- | ---: | ---: |"]
         + [f"| {f.what} | {f.target} | {f.measured if f.ok else f'**{f.measured}, missed**'} |" for f in figures]

@@ -1,4 +1,4 @@
-"""What the numbers were measured on and with: for the output, the JSON file, the picture and the README."""
+"""What the numbers were measured on and with: for the output, the JSON file, the picture and docs/performance.md."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import fastrms
 def describe():
     return {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "caches": caches(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -42,8 +42,23 @@ def threads(machine):
     return "one thread" if machine["threads"] == 1 else f"up to {machine['threads']} threads (NumPy: one)"
 
 
+def cores():
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on this system, or forbidden in its sandbox
+        return os.cpu_count()
+
+
+def text_of(path):
+    """The text of a file of the system; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def cpu_model():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in text_of("/proc/cpuinfo").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
@@ -53,9 +68,9 @@ def caches():
     """Bytes of each data cache that the first core sees: {"L1": ..., "L2": ...}, empty where the system hides them."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "type").read_text().strip() in ("Data", "Unified"):
-            level = (index / "level").read_text().strip()
-            found[f"L{level}"] = int((index / "size").read_text().strip().removesuffix("K")) * 1024
+        size = text_of(index / "size").removesuffix("K")
+        if text_of(index / "type") in ("Data", "Unified") and size.isdecimal():
+            found[f"L{text_of(index / 'level')}"] = int(size) * 1024
     return found
 
 

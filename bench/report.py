@@ -1,4 +1,4 @@
-"""The results for people: rich tables, the README's block and the JSON file."""
+"""The results for people: rich tables, the blocks of docs/performance.md and the JSON file."""
 
 import json
 import re
@@ -13,9 +13,9 @@ from .machine import in_words, software
 from .problem import IN_WORDS, PLACEMENTS, WELL_PLACED
 from .results import ABOVE
 
-README = Path("README.md")
+PAGE = Path("docs/performance.md")
 LABELS_WIDTH, COLUMN_WIDTH = 36, 9
-README_SIZES = 6
+PAGE_SIZES = 6
 LEGEND = """\
 Minima over interleaved rounds.  GB/s: the bytes that the rule must move, over the time taken.
 streams: a C loop of one addition per stream, the fastest of several orders.  divider: the rule's square root and
@@ -101,10 +101,11 @@ def header(machine):
 
 
 def complaints(results):
-    """Sentences on what makes the run invalid."""
+    """A sentence on each measurement that cannot be right, and what to do about it."""
     return [
-        f"INVALID: {name}, {rule}, {size_name(size)} elements: {results.share_of_ceiling(rule, size, name):.0f} % of the "
-        f"{results.nearer_ceiling(rule, size)} ceiling; above {100 * ABOVE:.0f} % it is none, or the run was disturbed"
+        f"DISTURBED: {name}, {rule}, {size_name(size)} elements: {results.share_of_ceiling(rule, size, name):.0f} % of the "
+        f"{results.nearer_ceiling(rule, size)} ceiling, where at most {100 * ABOVE:.0f} % are possible: the machine changed "
+        f"its speed or did other work while the two were measured; run this again on an idle machine"
         for rule, size, name in results.above_ceiling()
     ]
 
@@ -129,14 +130,14 @@ def write_json(path, results, machine, clocks, command):
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_readme(path, name):
+def check_page(path, name):
     """ValueError where the block to rewrite is missing."""
     begin, end = markers(name)
     if not path.exists() or not re.search(f"{begin}.*{end}", path.read_text(), re.DOTALL):
         raise ValueError(f"{path} needs the lines {begin} and {end}: the table goes between them")
 
 
-def write_readme(path, name, text):
+def write_page(path, name, text):
     """Put text between the markers of the block `name`."""
     begin, end = markers(name)
     block = f"{begin}\n{text}\n{end}"
@@ -150,10 +151,10 @@ def markers(name):
 def markdown(results, machine, clocks, command):
     """Two tables: nanoseconds per element with the ratios over both NumPy baselines, and the placements."""
     placed = results[WELL_PLACED]
-    sizes = spread(placed.sizes(), README_SIZES)
+    sizes = spread(placed.sizes(), PAGE_SIZES)
     lines = [
         f"Nanoseconds per element ({placed.dtype}; in brackets: times as fast as naive and as in-place NumPy), one column "
-        "per size. The last row of a rule: the share of the nearer ceiling that `fastrms c` reaches.",
+        "per size. Last row per rule: how close fastrms (C) comes to the hardware limit that binds.",
         "",
         f"| rule | | {' | '.join(map(size_name, sizes))} |",
         f"|---|---|{'---:|' * len(sizes)}",

@@ -76,7 +76,7 @@ class Results:
         return times and 100 * times
 
     def above_ceiling(self):
-        """What makes the run invalid: (rule, size, contender) that beat a ceiling."""
+        """The (rule, size, contender) that beat a ceiling, which can only be a disturbed measurement."""
         return [
             cell
             for cell in self.timings

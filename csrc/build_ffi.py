@@ -7,14 +7,13 @@ from cffi import FFI
 with open("csrc/flags") as lines:
     flags = [word for line in lines for word in line.partition("#")[0].split()]
 
-with open("csrc/fastrms_decl.h") as declarations:
-    cdef = declarations.read()
-
 ffibuilder = FFI()
-ffibuilder.cdef(cdef)
+for name in ("fastrms_decl.h", "testing_decl.h"):
+    with open(f"csrc/{name}") as declarations:
+        ffibuilder.cdef(declarations.read())
 ffibuilder.set_source(
     "fastrms._core",
-    '#include "fastrms.h"\n',
+    '#include "fastrms.h"\n#include "testing_decl.h"\n',
     sources=sorted(glob.glob("csrc/*.c")),
     include_dirs=["csrc"],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.inc")) + ["csrc/build_ffi.py", "csrc/flags"],

@@ -6,7 +6,7 @@
 
 enum { IN_L1 = 1024 };                                    /* elements */
 
-/* for every i, in tiles, with what lies ahead asked for, as the kernels do */
+/* for every i, in tiles, with prefetching, as the kernels do */
 #define EACH(work, ...)                                                                                         \
     {                                                                                                           \
         enum { TILE = FASTRMS_TILE / sizeof(real) };                                                            \
@@ -15,14 +15,14 @@ enum { IN_L1 = 1024 };                                    /* elements */
             const real *ahead[] = {__VA_ARGS__};                                                                \
             for (unsigned k = 0; k < sizeof ahead / sizeof *ahead; ++k)                                         \
                 for (int line = 0; line < FASTRMS_TILE; line += FASTRMS_LINE)                                   \
-                    FASTRMS_ASK(ahead[k] + start, line)                                                         \
+                    FASTRMS_PREFETCH(ahead[k] + start, line)                                                         \
             INDEPENDENT for (int64_t i = start; i < start + TILE; ++i) work                                     \
         }                                                                                                       \
         INDEPENDENT for (int64_t i = start; i < size; ++i) work                                                 \
     }
 #define STREAMS int64_t size, int states, real *restrict param, const real *restrict grad, \
                 real *restrict state0, real *restrict state1, real *restrict state2
-#define LOOPS(dtype, isa, target)                                                                               \
+#define LOOPS(isa, target, supported, dtype)                                                                    \
     target static void together_##dtype##_##isa(STREAMS)                                                        \
     {                                                                                                           \
         if (states == 1)                                                                                        \
@@ -52,48 +52,41 @@ enum { IN_L1 = 1024 };                                    /* elements */
 
 #define real float
 #define sqrt sqrtf
-LOOPS(float, baseline, )
-#ifdef FASTRMS_AVX2
-LOOPS(float, avx2, FASTRMS_AVX2)
-#endif
+TIERS(LOOPS, float)
 #undef sqrt
 #undef real
 #define real double
-LOOPS(double, baseline, )
-#ifdef FASTRMS_AVX2
-LOOPS(double, avx2, FASTRMS_AVX2)
-#endif
+TIERS(LOOPS, double)
 #undef real
 
 typedef void float_streams(int64_t, int, float *, const float *, float *, float *, float *);
 typedef void double_streams(int64_t, int, double *, const double *, double *, double *, double *);
-static const struct {
+struct fastrms_ceiling_loops {
     float_streams *float_together, *float_in_turn;
     double_streams *double_together, *double_in_turn;
     void (*float_quotients)(int64_t, float *, const float *);
     void (*double_quotients)(int64_t, double *, const double *);
-} loops[] = {
-#define TIER(isa) {together_float_##isa, in_turn_float_##isa, together_double_##isa, in_turn_double_##isa, \
-                   quotients_float_##isa, quotients_double_##isa},
-#ifdef FASTRMS_AVX2
-    TIER(avx2)
-#endif
-    TIER(baseline)                                        /* the order of dispatch.c */
 };
+#define OF_TIER(isa, target, supported, with)                                                                   \
+    const fastrms_ceiling_loops fastrms_ceilings_##isa = {                                                      \
+        together_float_##isa, in_turn_float_##isa, together_double_##isa, in_turn_double_##isa,                 \
+        quotients_float_##isa, quotients_double_##isa};
+TIERS(OF_TIER, )
 
 static void streams_part(const fastrms_ceiling *job, int64_t begin, int64_t size)
 {
-    int isa = fastrms_isa_get(), turn = job->block > 0;
+    const fastrms_ceiling_loops *loops = fastrms_current_tier()->ceilings;
+    int turn = job->block > 0;
     int64_t bytes = begin * job->itemsize;
     char *param = (char *)job->param + bytes, *state[FASTRMS_MAX_STATES];
     const char *grad = (const char *)job->grad + bytes;
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = job->state[s] ? (char *)job->state[s] + bytes : NULL;
     if (job->itemsize == 4)
-        (turn ? loops[isa].float_in_turn : loops[isa].float_together)(
+        (turn ? loops->float_in_turn : loops->float_together)(
             size, job->states, (float *)param, (const float *)grad, (float *)state[0], (float *)state[1], (float *)state[2]);
     else
-        (turn ? loops[isa].double_in_turn : loops[isa].double_together)(
+        (turn ? loops->double_in_turn : loops->double_together)(
             size, job->states, (double *)param, (const double *)grad, (double *)state[0], (double *)state[1], (double *)state[2]);
 }
 
@@ -109,15 +102,16 @@ static void divider_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_ceiling *job = context;
     union { float floats[IN_L1]; double doubles[IN_L1]; } to, from;
-    int isa = fastrms_isa_get(), first = begin == 0;
+    const fastrms_ceiling_loops *loops = fastrms_current_tier()->ceilings;
+    int first = begin == 0;
     int64_t used = job->size < IN_L1 ? job->size : IN_L1;
     memcpy(&from, job->grad, (size_t)(used * job->itemsize));
     for (int64_t size; begin < end; begin += size) {
         size = end - begin < used ? end - begin : used;
         if (job->itemsize == 4)
-            loops[isa].float_quotients(size, to.floats, from.floats);
+            loops->float_quotients(size, to.floats, from.floats);
         else
-            loops[isa].double_quotients(size, to.doubles, from.doubles);
+            loops->double_quotients(size, to.doubles, from.doubles);
         __asm__ volatile("" : : "r"(&to) : "memory");      /* every round counts */
     }
     if (first)

@@ -1,54 +1,38 @@
-/* Which kernels this CPU runs: an ordered list, best first; the first supported one unless another is forced. */
+/* Which tier runs: the first of TIERS that this CPU supports, unless another is forced. */
 #include <stdatomic.h>
 #include <stddef.h>
 #include "internal.h"
 
-static int always(void) { return 1; }
-#ifdef FASTRMS_AVX2
-static int has_avx2(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") != 0;
-}
-#endif
+#define DEFINE_SUPPORTED(isa, target, supported, with) \
+    static int isa##_is_supported(void) { return supported; }
+TIERS(DEFINE_SUPPORTED, )
+#define ROW(isa, target, supported, with) \
+    {#isa, isa##_is_supported, fastrms_kernels_##isa, fastrms_scan_##isa, &fastrms_ceilings_##isa},
+static const fastrms_tier tiers[] = {TIERS(ROW, )};
 
-static const struct {
-    const char *name;
-    int (*supported)(void);
-    fastrms_kernel *const (*kernels)[2][2];
-} isas[] = {
-#ifdef FASTRMS_AVX2
-    {"avx2", has_avx2, fastrms_kernels_avx2},
-#endif
-    {"baseline", always, fastrms_kernels_baseline},
-};
+static const fastrms_tier *_Atomic current;
 
-static _Atomic int current = -1;
-
-int fastrms_isa_count(void) { return (int)(sizeof isas / sizeof *isas); }
-const char *fastrms_isa_name(int isa) { return isas[isa].name; }
-int fastrms_isa_supported(int isa) { return isas[isa].supported(); }
+int fastrms_isa_count(void) { return (int)(sizeof tiers / sizeof *tiers); }
+const char *fastrms_isa_name(int isa) { return tiers[isa].name; }
+int fastrms_isa_supported(int isa) { return tiers[isa].supported(); }
 
 int fastrms_isa_set(int isa)
 {
-    if (isa < 0 || isa >= fastrms_isa_count() || !isas[isa].supported())
+    if (isa < 0 || isa >= fastrms_isa_count() || !tiers[isa].supported())
         return -1;
-    atomic_store_explicit(&current, isa, memory_order_relaxed);
+    atomic_store_explicit(&current, &tiers[isa], memory_order_relaxed);
     return isa;
 }
 
-int fastrms_isa_get(void)
+const fastrms_tier *fastrms_current_tier(void)
 {
-    int isa = atomic_load_explicit(&current, memory_order_relaxed);
-    for (int next = 0; isa < 0; ++next)
-        isa = fastrms_isa_set(next);
-    return isa;
+    const fastrms_tier *tier = atomic_load_explicit(&current, memory_order_relaxed);
+    for (int isa = 0; !tier; ++isa)
+        tier = fastrms_isa_set(isa) < 0 ? NULL : &tiers[isa];
+    return tier;
 }
 
-fastrms_kernel *fastrms_find(const fastrms_recipe *recipe)
-{
-    return isas[fastrms_isa_get()].kernels[recipe->rule][recipe->itemsize == 8][recipe->general != 0];
-}
+int fastrms_isa_get(void) { return (int)(fastrms_current_tier() - tiers); }
 
 const char *fastrms_compiler(void)
 {

@@ -1,42 +1,54 @@
-/* The C interface, declarations only: cffi reads this file as it stands, C programs include fastrms.h. */
+/* The C interface, declarations only: cffi reads this file as it stands, C programs include fastrms.h.  Sections: limits and
+ * answers; recipes; plans; a step of a plan; a step without a plan; hyper-parameters; rules; threads. */
+
+/* ---- limits and answers ---- */
 
 #define FASTRMS_MAX_STATES 3
 #define FASTRMS_MAX_COEFFICIENTS 24
 #define FASTRMS_MAX_CORRECTIONS 4
 
-/* what a call answers; everything but OK has changed nothing (NONFINITE may have zeroed the gradients) */
+/* What a call answers.  Everything but FASTRMS_OK has changed nothing (FASTRMS_NONFINITE may have zeroed the gradients). */
 #define FASTRMS_OK 0
-#define FASTRMS_BUSY 1
-#define FASTRMS_OVERLAP 2
-#define FASTRMS_MISALIGNED 3
-#define FASTRMS_MISSING 4
-#define FASTRMS_NOT_HELD 5
-#define FASTRMS_NONFINITE 6      /* no step was made: on_nonfinite, and a gradient is not finite */
+#define FASTRMS_BUSY 1           /* another thread is in a call with this plan */
+#define FASTRMS_OVERLAP 2        /* two buffers share a byte */
+#define FASTRMS_MISALIGNED 3     /* a buffer does not start at a multiple of the size of its numbers */
+#define FASTRMS_MISSING 4        /* a buffer that the rule needs is NULL */
+#define FASTRMS_NOT_HELD 5       /* the plan holds no gradients, or others */
+#define FASTRMS_NONFINITE 6      /* a gradient is not finite, and on_nonfinite left the step out */
 #define FASTRMS_STREAMING 7      /* a streamed step is open; of fastrms_stream_step: none is */
+#define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
 
-/* on_nonfinite of a plan: look for nothing; leave the step out; leave it out, and the gradients as they are */
+/* on_nonfinite of a plan: do not look for nonfinite gradients; leave the step out; leave the step out and the gradients as
+ * they are */
 #define FASTRMS_PROPAGATE 0
 #define FASTRMS_SKIP 1
 #define FASTRMS_REFUSE 2
 
+/* ---- recipes: a rule with its coefficients ---- */
+
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
- * weight * (1 + decay + ... + decay^(t-1+ahead)), and the coefficient becomes value / q, value * sqrt(q)
- * or value / sqrt(q). */
+ * weight * (1 + decay + ... + decay^(t-1+ahead)).  By operation 0 the coefficient stays value, by 1 it becomes
+ * value / q, by 2 value * sqrt(q), by 3 value / sqrt(q). */
 typedef struct {
     int32_t coefficient, operation, linear, ahead;
     double decay, weight;
 } fastrms_correction;
 
-/* One rule with its hyper-parameters.  rule: index of fastrms_rule_name(); itemsize: 4 float, 8 double;
- * general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
- * value[] holds the coefficients in double, in the order of fastrms_rule_arguments(); value[0] is grad_scale. */
+/* One rule with its hyper-parameters.  rule: index of fastrms_rule_name(); itemsize: of the compute dtype, 4 for float, 8
+ * for double; general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
+ * value[] holds the coefficients in double, in the order of fastrms_rule_arguments().  value[0] is grad_scale.  value[1] is
+ * grad_rescale, a second factor of the gradient in the general form; it is 1, except during a step whose clipping makes the
+ * factor smaller than the normal numbers of float. */
 typedef struct {
     int32_t rule, itemsize, general, coefficients, corrections, reserved;
     fastrms_correction correction[FASTRMS_MAX_CORRECTIONS];
     double value[FASTRMS_MAX_COEFFICIENTS];
 } fastrms_recipe;
 
-/* One parameter and its state; steps counts the updates it has had. */
+/* ---- plans: all tensors of an optimizer ---- */
+
+/* One parameter and its states.  size: in elements; steps: how many updates it has had; recipe: index into the recipes of
+ * the plan; ready: for the plan's own use. */
 typedef struct {
     int64_t size, steps;
     int32_t recipe, ready;
@@ -44,25 +56,33 @@ typedef struct {
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
 
-/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes; nonfinite: of how many elements. */
+/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes; nonfinite: how many of the elements are
+ * not finite. */
 typedef struct {
     double sum;
     int64_t exponent, nonfinite;
 } fastrms_squares;
 
-/* What a step found in the gradients before it wrote anything: their norm, where clip_norm asked for it; with on_nonfinite
- * how many elements of grad * grad_scale are NaN or infinite or have a square that overflows their type, and the first
- * tensor with such a one, -1 where there is none. */
+/* What a step found in the gradients before it wrote anything.  grad_norm: the norm of grad * grad_scale, where clip_norm
+ * asked for it; infinite where it is too large for a double.  With on_nonfinite, nonfinite: how many elements of
+ * grad * grad_scale are NaN or infinite or have a square that overflows their type; tensor: the first tensor with such an
+ * element, -1 where there is none. */
 typedef struct {
     double grad_norm;
     int64_t nonfinite, tensor;
 } fastrms_found;
 
-/* All tensors of an optimizer.  grad[k] == NULL leaves tensor k alone; zero_grad: a step writes zeros over the gradients,
- * also one left out by FASTRMS_SKIP.  streaming, streamed: see fastrms_stream_open.  Scratch: ready for one set of
- * FASTRMS_MAX_COEFFICIENTS per tensor; starts (tensors + 1); segments for fastrms_segments() in all; ranges
- * (2 * tensors * (2 + states)).  held: grad[] points to memory that stays; fastrms_step refuses without it.
- * unchanging: ready[] holds for the next step too; set it to 0 after writing to a recipe. */
+/* All tensors of an optimizer; all memory is the caller's.  fastrms_plan_init fills a plan, and leaves
+ * these fields to the caller.
+ * grad[k]: the gradient of tensor k; NULL leaves tensor k alone.
+ * grad_scale, clip_norm: of fastrms_step; every gradient is multiplied by grad_scale (1), and clipped to the norm clip_norm
+ *     unless that is negative (-1).
+ * on_nonfinite: FASTRMS_PROPAGATE, FASTRMS_SKIP or FASTRMS_REFUSE.
+ * zero_grad: a step writes zeros over the gradients, also a step left out by FASTRMS_SKIP.
+ * held: not 0 while grad[] points to memory that stays; fastrms_step refuses without it.
+ * unchanging: set it to 0 after writing to a recipe; otherwise coefficients that were ready for the last step serve
+ *     the next.
+ * steps counts the steps of the plan.  The other fields are the plan's own. */
 typedef struct {
     int64_t tensors, steps;
     fastrms_tensor *tensor;
@@ -72,44 +92,58 @@ typedef struct {
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;
+    int64_t occupied;
     double grad_scale, clip_norm;
     fastrms_found found;
-    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, reserved;
+    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
 } fastrms_plan;
 
-/* One step over all tensors, of the gradients that the plan holds; fastrms_step_held makes it only while they are those
- * that fastrms_change was told to hold under this number, and answers FASTRMS_NOT_HELD otherwise. */
+/* Make *plan a plan of these tensors and recipes, which hold no gradients yet.  tensor[k].size must be set.  grad: place for
+ * the address of one gradient per tensor.  scratch: fastrms_scratch_bytes() bytes, aligned like a double. */
+int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor);
+void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
+                       const void **grad, void *scratch);
+
+/* ---- a step of a plan ---- */
+
+/* Make one step over all tensors, from the gradients that the plan holds.  fastrms_step_held makes it only while they are
+ * the gradients that fastrms_change was told to hold under this number, and answers FASTRMS_NOT_HELD otherwise. */
 int fastrms_step(fastrms_plan *plan);
 int fastrms_step_held(fastrms_plan *plan, int held);
 
-/* What a plan takes over and does in one call that no other thread and no interrupt can cut: all of it, or nothing.
- * param, grad: new addresses for every tensor, or NULL; recipe: all recipes anew, or NULL; hold: a number not 0 where grad stays valid;
- * run: make a step, with grad_scale, and with clip_norm unless it is negative; *found, unless found is NULL, takes what it
- * found.  FASTRMS_NONFINITE leaves the step out, not what was taken over. */
+/* Take over parameters, gradients and recipes, and make a step, in one call that no other thread and no interrupt can cut in
+ * two: all of it is done, or nothing.
+ * param, grad: new addresses for every tensor, or NULL; recipe: all recipes anew, or NULL; hold: a number other than 0 where
+ * the gradients stay where they are; run: whether to make a step, with grad_scale, and with clip_norm unless that is
+ * negative; *found receives what the step found, unless found is NULL.
+ * FASTRMS_NONFINITE leaves out the step, but not what was taken over. */
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
 
-/* A step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor that
- * has a gradient, then close.  The first counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: all recipes anew, or NULL.  The plan's own gradients stay. */
+/* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
+ * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
+ * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: all recipes anew, or NULL.  A gradient that shares a byte with
+ * a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The gradients that the plan holds stay. */
 int fastrms_stream_open(fastrms_plan *plan);
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 
-/* Copy `count` buffers and the step counts (tensors + 1 of them, the plan's own first) in or out, in the same sense. */
+/* Copy `count` buffers in or out of the plan, and with them the step counts (tensors + 1 of them, the plan's own first) and
+ * the recipes; all of it in one call, as fastrms_change.  recipe, new_steps, old_steps: or NULL. */
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
                  const fastrms_recipe *recipe, const int64_t *new_steps, int64_t *old_steps);
 
-/* One step on raw buffers, without a plan; step is the number of this update, from 1; states the rule lacks are NULL. */
+/* ---- a step without a plan ---- */
+
+/* Make one step on raw buffers.  step: the number of this update, from 1.  States that the rule does not have are NULL. */
 int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
-int64_t fastrms_segments(int64_t size);
-/* the same for rules with one state, step 1 and grad_scale 1: four arguments less to convert */
+/* fastrms_update for a rule with one state, with step 1 and grad_scale 1: a caller has four arguments less to convert. */
 int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state);
 
-double fastrms_series(double decay, double weight, int64_t terms);
+/* ---- hyper-parameters ---- */
 
 /* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults; what
  * a family does not know it ignores.  clip_value: 0 for none.  bias_correction: 0, FASTRMS_CORRECTED or FASTRMS_FOLDED.
@@ -131,42 +165,24 @@ extern const fastrms_hyper fastrms_rprop_defaults;
 
 /* The recipe of these hyper-parameters for float (itemsize 4) or double (8), with the bits that Python computes.  The answer
  * is NULL, or the name of the hyper-parameter that is refused, and *recipe is as it was.  Not checked is what only the state
- * shows: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  RProp's state step_size starts as lr, by the caller. */
+ * shows: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  RProp's state step_size starts as lr, by the
+ * caller. */
 const char *fastrms_rmsprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 const char *fastrms_adagrad_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 const char *fastrms_adam_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 const char *fastrms_rprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 
+/* ---- rules ---- */
+
+/* The rules of this library by number: their names, their arguments with blanks between them, and how many states they
+ * have. */
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);
 const char *fastrms_rule_arguments(int rule);
 int fastrms_rule_states(int rule);
 
+/* ---- threads ---- */
+
+/* How many threads a step may use, 1 at first. */
 int fastrms_get_num_threads(void);
 void fastrms_set_num_threads(int count);
-void fastrms_set_chunks(int64_t chunk, int64_t least_elements);
-int fastrms_workers(void);
-
-int fastrms_isa_count(void);
-const char *fastrms_isa_name(int isa);
-int fastrms_isa_supported(int isa);
-int fastrms_isa_get(void);
-int fastrms_isa_set(int isa);
-
-/* the compiler that built the kernels, in words */
-const char *fastrms_compiler(void);
-
-/* The benchmark's ceilings.  fastrms_streams makes one addition to every buffer that a rule with so many states writes:
- * all streams together, or in turn within blocks of so many elements where block > 0.  fastrms_divider makes `size`
- * divisions and square roots of the first elements of grad, in L1, and leaves param[i] = grad[i] / sqrt(grad[i]) of those.
- * shared: by all threads of the pool, in chunks, however small it is. */
-typedef struct {
-    int64_t size, block, chunk;
-    int32_t itemsize, states, shared, reserved;
-    void *param;
-    const void *grad;
-    void *state[FASTRMS_MAX_STATES];
-} fastrms_ceiling;
-
-void fastrms_streams(fastrms_ceiling *job);
-void fastrms_divider(fastrms_ceiling *job);

@@ -2,13 +2,20 @@
 #ifndef FASTRMS_INTERNAL_H
 #define FASTRMS_INTERNAL_H
 #include "fastrms.h"
+#include "testing_decl.h"
 
 #ifdef __FAST_MATH__
 #error "fastrms promises IEEE results: build without -ffast-math"
 #endif
 
+/* The tiers: the instruction sets that the loops are compiled for, best first.  The first that the CPU supports is taken.
+ * X(name, attributes of a function, whether this CPU supports it, with) */
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FASTRMS_AVX2 __attribute__((target("avx2")))      /* avx2 without fma: nothing may contract */
+#define TIERS(X, with)                                                                                          \
+    X(avx2, __attribute__((target("avx2"))), (__builtin_cpu_init(), __builtin_cpu_supports("avx2") != 0), with) \
+    X(baseline, , 1, with)                                /* avx2 without fma: nothing may contract */
+#else
+#define TIERS(X, with) X(baseline, , 1, with)
 #endif
 
 #if defined(__clang__)                                    /* before a loop: its buffers never overlap */
@@ -17,16 +24,40 @@
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-/* Large buffers are asked for ahead of their use: the processor's own prefetching leaves the divider waiting.  A tile is
+/* Large buffers are prefetched ahead of their use: the processor's own prefetching leaves the divider waiting.  A tile is
  * short, so that the requests of all streams mix with the arithmetic, and of constant length, so that it has no tail. */
 enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_AHEAD = 24 * FASTRMS_LINE };      /* bytes */
-#define FASTRMS_ASK(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_AHEAD + (line));
+#define FASTRMS_PREFETCH(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_AHEAD + (line));
 
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
-extern fastrms_kernel *const fastrms_kernels_baseline[][2][2];      /* [rule][float, double][neutral, general] */
-extern fastrms_kernel *const fastrms_kernels_avx2[][2][2];
 
-fastrms_kernel *fastrms_find(const fastrms_recipe *recipe);
+/* norm.c: what a scan of a gradient looks for, and the sum of squares and the count of nonfinite elements of one block,
+ * whose numbers are stored in so many bytes */
+typedef struct {
+    int squares, nonfinite;
+    double grad_scale;                                    /* for the count only */
+} fastrms_scan_options;
+typedef fastrms_squares fastrms_scan_function(int64_t size, int stored, const void *grad, fastrms_scan_options options);
+
+typedef struct fastrms_ceiling_loops fastrms_ceiling_loops;      /* ceilings.c */
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    fastrms_kernel *const (*kernels)[2][2];               /* [rule][float, double][neutral, general] */
+    fastrms_scan_function *scan;
+    const fastrms_ceiling_loops *ceilings;
+} fastrms_tier;
+#define DECLARE_TIER(isa, target, supported, with)                                                              \
+    extern fastrms_kernel *const fastrms_kernels_##isa[][2][2];                                                 \
+    fastrms_scan_function fastrms_scan_##isa;                                                                   \
+    extern const fastrms_ceiling_loops fastrms_ceilings_##isa;
+TIERS(DECLARE_TIER, )
+
+const fastrms_tier *fastrms_current_tier(void);           /* dispatch.c */
+
+/* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */
+void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready);
 
 /* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
 typedef void fastrms_task(void *context, int64_t begin, int64_t end);
@@ -37,36 +68,39 @@ void fastrms_leave_step(void);
 int32_t fastrms_generation(void);
 #define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds these two by name */
 
-/* norm.c: sums of squares in one fixed order and counts of nonfinite elements, segment by segment */
-#define FASTRMS_SEGMENT (1 << 18)
-typedef struct {
-    int squares, nonfinite;
-    double grad_scale;                                    /* for the count only */
-} fastrms_wanted;
-fastrms_squares fastrms_look(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted);
-void fastrms_add_squares(fastrms_squares *total, fastrms_squares part);
-double fastrms_root(const fastrms_squares *total, double scale);
+/* Bytes of an element as the buffers of a tensor store it.  Today every buffer is stored in the compute dtype of its recipe,
+ * whose bytes are recipe->itemsize; with storage formats this will be said of each buffer. */
+static inline int fastrms_stored_itemsize(const fastrms_recipe *recipe) { return recipe->itemsize; }
 
-/* The floating-point mode of the calling thread: ours is IEEE with subnormals, whatever the caller has set. */
+/* norm.c.  What a step multiplies every gradient by, grad_scale * grad_rescale: the second is a power of two, and 1 except
+ * where their product is below the normal numbers of float; such a step runs the general form of its rules. */
+typedef struct {
+    double grad_scale, grad_rescale;
+} fastrms_factor;
+int64_t fastrms_segments(int64_t size);                   /* how many a scan of so many elements has */
+fastrms_squares fastrms_scan(fastrms_plan *plan);
+fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares);
+
+/* The floating-point mode of the calling thread: kernels run in IEEE arithmetic with subnormals, whatever the caller set. */
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #define FASTRMS_DEFAULT_MODE 0x1f80u
 typedef unsigned fastrms_mode;
-static inline fastrms_mode fastrms_enter(void)
+static inline fastrms_mode fastrms_set_float_mode(void)
 {
     fastrms_mode mode = _mm_getcsr();
     if ((mode & ~0x3fu) != FASTRMS_DEFAULT_MODE)
         _mm_setcsr(FASTRMS_DEFAULT_MODE);
     return mode;
 }
-static inline void fastrms_leave(fastrms_mode mode)
+static inline void fastrms_restore_float_mode(fastrms_mode mode)
 {
     if ((mode & ~0x3fu) != FASTRMS_DEFAULT_MODE)
         _mm_setcsr(mode);
 }
 #elif defined(__aarch64__)
 typedef uint64_t fastrms_mode;
-static inline fastrms_mode fastrms_enter(void)
+static inline fastrms_mode fastrms_set_float_mode(void)
 {
     fastrms_mode mode;
     __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
@@ -74,14 +108,14 @@ static inline fastrms_mode fastrms_enter(void)
         __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
     return mode;
 }
-static inline void fastrms_leave(fastrms_mode mode)
+static inline void fastrms_restore_float_mode(fastrms_mode mode)
 {
     if (mode)
         __asm__ volatile("msr fpcr, %0" : : "r"(mode));
 }
 #else
 typedef int fastrms_mode;
-static inline fastrms_mode fastrms_enter(void) { return 0; }
-static inline void fastrms_leave(fastrms_mode mode) { (void)mode; }
+static inline fastrms_mode fastrms_set_float_mode(void) { return 0; }
+static inline void fastrms_restore_float_mode(fastrms_mode mode) { (void)mode; }
 #endif
 #endif

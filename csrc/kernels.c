@@ -1,4 +1,4 @@
-/* Every rule as a loop: float and double, neutral and general form, for each instruction set in one binary.
+/* Every rule as a loop: float and double, neutral and general form, for each tier in one binary.
  * The loops are plain C that the compiler vectorises; the file flags has those that make it do so. */
 #include <math.h>
 #include "internal.h"
@@ -35,19 +35,15 @@
 
 #define ROW(rule, isa) {{rule##_float_neutral_##isa, rule##_float_general_##isa}, \
                         {rule##_double_neutral_##isa, rule##_double_general_##isa}},
-#define BASELINE(rule) ROW(rule, baseline)
-fastrms_kernel *const fastrms_kernels_baseline[][2][2] = {RULES(BASELINE)};
-#ifdef FASTRMS_AVX2
-#define AVX2(rule) ROW(rule, avx2)
-fastrms_kernel *const fastrms_kernels_avx2[][2][2] = {RULES(AVX2)};
-#endif
+#define TABLE(isa, target, supported, with) fastrms_kernel *const fastrms_kernels_##isa[][2][2] = {RULES(ROW, isa)};
+TIERS(TABLE, )
 
 /* names for the comparison with rules.py at import */
 #define NAME(name) #name " "
 #define ONE(name) + 1
 #define NOTHING(name)
-#define LIST(rule) {#rule, "param grad " rule##_NAMES(NAME, NAME), 0 rule##_NAMES(ONE, NOTHING)},
-static const struct { const char *rule, *arguments; int states; } names[] = {RULES(LIST)};
+#define LIST(rule, with) {#rule, "param grad " rule##_NAMES(NAME, NAME), 0 rule##_NAMES(ONE, NOTHING)},
+static const struct { const char *rule, *arguments; int states; } names[] = {RULES(LIST, )};
 
 int fastrms_rule_count(void) { return (int)(sizeof names / sizeof *names); }
 const char *fastrms_rule_name(int rule) { return names[rule].rule; }

@@ -1,14 +1,15 @@
-/* The norm of a gradient in double, in one order of additions: eight lanes within a block of 4096, blocks in sequence
- * within a segment of 2^18, segments in sequence, whichever thread computed them.  Each block of doubles is scaled by a
- * power of two of its own, so that no square overflows; squares of floats cannot.  backends/plan.py computes the same
- * bits.  Elements that are not finite are counted on the way, block by block, so that memory is read once for both. */
+/* The norm of all gradients and the clipping by it.  The sum of squares is made in double and in one order of additions:
+ * eight lanes within a block of 4096, blocks in sequence within a segment of 2^18, segments in sequence, whichever thread
+ * computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows; squares of
+ * floats cannot.  Elements that are not finite are counted in the same scan, so that memory is read once for both.
+ * fastrms/backends/norm.py computes the same bits by functions of the same names. */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
 #include "internal.h"
 
-enum { BLOCK = 4096, LANES = 8 };
+enum { SEGMENT = 1 << 18, BLOCK = 4096, LANES = 8 };      /* elements */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -16,92 +17,99 @@ enum { BLOCK = 4096, LANES = 8 };
 typedef float four_floats __attribute__((vector_size(16)));
 typedef double four __attribute__((vector_size(32)));
 
-INLINE void add_four(four *sums, const float *single, const double *twice, double scale)
+INLINE void add_four(four *sums, const float *f32, const double *f64, double scale)
 {
     four_floats narrow;
     four x;
-    if (single) {
-        memcpy(&narrow, single, sizeof narrow);
+    if (f32) {
+        memcpy(&narrow, f32, sizeof narrow);
         x = __builtin_convertvector(narrow, four);
     } else {
-        memcpy(&x, twice, sizeof x);
+        memcpy(&x, f64, sizeof x);
     }
     x *= scale;
     *sums += x * x;
 }
 
-INLINE double block_sum(int64_t size, const float *single, const double *twice, double scale)
+INLINE double block_sum(int64_t size, const float *f32, const double *f64, double scale)
 {
     four low = {0}, high = {0};
     int64_t whole = size - size % LANES;
     for (int64_t i = 0; i < whole; i += LANES) {
-        FASTRMS_ASK(single ? (const void *)(single + i) : twice + i, 0)
-        add_four(&low, single ? single + i : NULL, twice ? twice + i : NULL, scale);
-        add_four(&high, single ? single + i + 4 : NULL, twice ? twice + i + 4 : NULL, scale);
+        FASTRMS_PREFETCH(f32 ? (const void *)(f32 + i) : f64 + i, 0)
+        add_four(&low, f32 ? f32 + i : NULL, f64 ? f64 + i : NULL, scale);
+        add_four(&high, f32 ? f32 + i + 4 : NULL, f64 ? f64 + i + 4 : NULL, scale);
     }
     double lane[LANES];
     memcpy(lane, &low, sizeof low);
     memcpy(lane + 4, &high, sizeof high);
     for (int64_t i = whole; i < size; ++i) {
-        double x = (single ? (double)single[i] : twice[i]) * scale;
+        double x = (f32 ? (double)f32[i] : f64[i]) * scale;
         lane[i - whole] += x * x;
     }
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
 /* the power of two just above the largest finite magnitude; 0 for zeros, infinities and floats */
-INLINE int block_exponent(int64_t size, const double *grad)
+INLINE int block_exponent(int64_t size, const double *f64)
 {
     double lane[LANES] = {0}, most = 0;
     int64_t whole = size - size % LANES;
     for (int64_t i = 0; i < whole; i += LANES)
         for (int j = 0; j < LANES; ++j) {
-            double x = fabs(grad[i + j]);
+            double x = fabs(f64[i + j]);
             lane[j] = x > lane[j] ? x : lane[j];
         }
     for (int64_t i = whole; i < size; ++i)
-        most = fabs(grad[i]) > most ? fabs(grad[i]) : most;
+        most = fabs(f64[i]) > most ? fabs(f64[i]) : most;
     for (int j = 0; j < LANES; ++j)
         most = lane[j] > most ? lane[j] : most;
     int exponent = 0;
-    if (most > 0 && most <= 0x1.fffffffffffffp1023)
+    if (most > 0 && most <= DBL_MAX)
         frexp(most, &exponent);
     return exponent < -1000 ? -1000 : exponent;
 }
 
-INLINE fastrms_squares block_squares(int64_t size, int itemsize, const void *grad)
+INLINE fastrms_squares block_squares(int64_t size, int stored, const void *grad)
 {
-    if (itemsize == 4)
+    if (stored == 4)
         return (fastrms_squares){block_sum(size, grad, NULL, 1), 0, 0};
     int exponent = block_exponent(size, grad);
     return (fastrms_squares){block_sum(size, NULL, grad, ldexp(1, -exponent)), exponent, 0};
 }
 
-/* in the type of the rule, which squares what it has scaled */
-INLINE int64_t block_nonfinite(int64_t size, int itemsize, const void *grad, double grad_scale)
+/* the squares are made in the compute dtype, as the rule makes them of what it has scaled */
+INLINE int64_t block_nonfinite(int64_t size, int stored, const void *grad, double grad_scale)
 {
-    const float *single = grad, scale = (float)grad_scale;
-    const double *twice = grad;
+    const float *f32 = grad, scale = (float)grad_scale;
+    const double *f64 = grad;
     int32_t few = 0;
     int64_t count = 0;
-    for (int64_t i = 0; itemsize == 4 && i < size; ++i)
-        few += !(single[i] * scale * (single[i] * scale) <= FLT_MAX);
-    for (int64_t i = 0; itemsize == 8 && i < size; ++i)
-        count += !(twice[i] * grad_scale * (twice[i] * grad_scale) <= DBL_MAX);
+    for (int64_t i = 0; stored == 4 && i < size; ++i)
+        few += !(f32[i] * scale * (f32[i] * scale) <= FLT_MAX);
+    for (int64_t i = 0; stored == 8 && i < size; ++i)
+        count += !(f64[i] * grad_scale * (f64[i] * grad_scale) <= DBL_MAX);
     return few + count;
 }
 
-INLINE fastrms_squares block_look(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted)
+INLINE fastrms_squares block_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
 {
     fastrms_squares found = {0, 0, 0};
-    if (wanted.squares)
-        found = block_squares(size, itemsize, grad);
-    if (wanted.nonfinite)
-        found.nonfinite = block_nonfinite(size, itemsize, grad, wanted.grad_scale);
+    if (options.squares)
+        found = block_squares(size, stored, grad);
+    if (options.nonfinite)
+        found.nonfinite = block_nonfinite(size, stored, grad, options.grad_scale);
     return found;
 }
 
-void fastrms_add_squares(fastrms_squares *total, fastrms_squares part)
+#define OF_TIER(isa, target, supported, with)                                                                           \
+    target fastrms_squares fastrms_scan_##isa(int64_t size, int stored, const void *grad, fastrms_scan_options options) \
+    {                                                                                                                   \
+        return block_scan(size, stored, grad, options);                                                                 \
+    }
+TIERS(OF_TIER, )
+
+static void add(fastrms_squares *total, fastrms_squares part)
 {
     total->nonfinite += part.nonfinite;
     if (part.sum == 0)                                    /* its exponent says nothing */
@@ -111,35 +119,90 @@ void fastrms_add_squares(fastrms_squares *total, fastrms_squares part)
     total->exponent = most;
 }
 
-typedef fastrms_squares look_function(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted);
-static fastrms_squares look_baseline(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted)
+static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
 {
-    return block_look(size, itemsize, grad, wanted);
-}
-#ifdef FASTRMS_AVX2
-FASTRMS_AVX2 static fastrms_squares look_avx2(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted)
-{
-    return block_look(size, itemsize, grad, wanted);
-}
-static look_function *const look_of[] = {look_avx2, look_baseline};      /* in the order of dispatch.c */
-#else
-static look_function *const look_of[] = {look_baseline};
-#endif
-
-fastrms_squares fastrms_look(int64_t size, int itemsize, const void *grad, fastrms_wanted wanted)
-{
-    look_function *look = look_of[fastrms_isa_get()];
+    fastrms_scan_function *scan = fastrms_current_tier()->scan;
     fastrms_squares total = {0, -1000, 0};
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t length = size - start < BLOCK ? size - start : BLOCK;
-        fastrms_add_squares(&total, look(length, itemsize, (const char *)grad + start * itemsize, wanted));
+        add(&total, scan(length, stored, (const char *)grad + start * stored, options));
     }
     return total;
 }
 
-int64_t fastrms_segments(int64_t size) { return (size + FASTRMS_SEGMENT - 1) / FASTRMS_SEGMENT; }
+int64_t fastrms_segments(int64_t size) { return (size + SEGMENT - 1) / SEGMENT; }
 
-double fastrms_root(const fastrms_squares *total, double scale)
+/* scan segments [begin, end) of the gradients, each to its place in plan->segments */
+static void scan_range(void *context, int64_t begin, int64_t end)
 {
-    return ldexp(sqrt(total->sum) * scale, (int)total->exponent);
+    const fastrms_plan *plan = context;
+    fastrms_mode mode = fastrms_set_float_mode();
+    int64_t first = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        const fastrms_recipe *recipe = &plan->recipe[plan->tensor[k].recipe];
+        fastrms_scan_options options = {plan->clip_norm >= 0, plan->on_nonfinite, recipe->value[0] * plan->grad_scale};
+        int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
+        for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
+            int64_t start = s * SEGMENT, length = size - start < SEGMENT ? size - start : SEGMENT;
+            int stored = fastrms_stored_itemsize(recipe);
+            const char *part = (const char *)plan->grad[k] + start * stored;
+            plan->segments[first + s] = segment_scan(length, stored, part, options);
+        }
+        first += count;
+    }
+    fastrms_restore_float_mode(mode);
+}
+
+/* add up what scan_range left of each tensor's segments, and tell it in plan->found */
+static fastrms_squares sum_of_segments(fastrms_plan *plan)
+{
+    fastrms_squares total = {0, -1000, 0};
+    int64_t s = 0;
+    plan->found.tensor = -1;
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        int64_t end = s + (plan->grad[k] ? fastrms_segments(plan->tensor[k].size) : 0);
+        for (; s < end; ++s)
+            add(&total, plan->segments[s]);
+        if (total.nonfinite && plan->found.tensor < 0)
+            plan->found.tensor = k;
+    }
+    plan->found.nonfinite = total.nonfinite;
+    plan->found.grad_norm = ldexp(sqrt(total.sum) * plan->grad_scale, (int)total.exponent);
+    return total;
+}
+
+/* in one reading of the gradients, everything that must be known of them before the first write */
+fastrms_squares fastrms_scan(fastrms_plan *plan)
+{
+    int64_t segments = 0, elements = 0;
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        if (plan->grad[k]) {
+            segments += fastrms_segments(plan->tensor[k].size);
+            elements += plan->tensor[k].size;
+        }
+    fastrms_parallel(elements, scan_range, plan, segments, 1);
+    return sum_of_segments(plan);
+}
+
+/* value * 2^exponent as a factor.  A small power of two is halved between its parts, so that float can hold both. */
+static fastrms_factor factor(double value, int exponent)
+{
+    double whole = ldexp(value, exponent);
+    if (value == 0 || !(fabs(whole) < FLT_MIN))           /* NaN passes */
+        return (fastrms_factor){whole, 1};
+    int more;
+    value = frexp(value, &more);
+    exponent += more;
+    return (fastrms_factor){ldexp(value, exponent / 2), ldexp(1, exponent - exponent / 2)};
+}
+
+/* grad_scale * (clip_norm / norm) where the norm is larger than clip_norm.  Powers of two are kept apart, since the norm of
+ * finite gradients may be too large for a double.  A NaN norm makes the factor NaN, as every framework has it. */
+fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares)
+{
+    if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
+        return (fastrms_factor){plan->grad_scale, 1};
+    int exponent;
+    double clip_norm = frexp(plan->clip_norm, &exponent), norm = sqrt(squares->sum) * plan->grad_scale;
+    return factor(plan->grad_scale * (clip_norm / norm), exponent - (int)squares->exponent);
 }

@@ -1,5 +1,4 @@
 /* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
-#include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,58 +6,30 @@
 
 #define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-enum { TILE = 4096 };                                     /* elements */
+enum {
+    CACHE_CHUNK = 4096,                                   /* elements: all buffers of so many stay in cache */
+    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
+};
 
-/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
-double fastrms_series(double decay, double weight, int64_t terms)
+/* the coefficients of step number `step`, with both parts of the factor of the gradient */
+static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
 {
-    double sum = 0, power = 1;
-    int bit = 0;
-    while (bit < 63 && terms >> bit)
-        ++bit;
-    while (bit--) {
-        sum = sum * (1 + power);
-        power = power * power;
-        if (terms >> bit & 1) {
-            sum = sum * decay + 1;
-            power = power * decay;
-        }
+    fastrms_recipe rescaled;
+    if (scale.grad_rescale != 1) {
+        rescaled = *recipe;
+        rescaled.value[1] = scale.grad_rescale;
+        recipe = &rescaled;
     }
-    return weight * sum;
-}
-
-static double corrected(double value, const fastrms_correction *c, int64_t step)
-{
-    double quantity = c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
-    if (c->operation == 0)
-        return value / quantity;
-    return c->operation == 1 ? value * sqrt(quantity) : value / sqrt(quantity);
-}
-
-/* the coefficients of step number `step`, rounded once to the compute dtype */
-static void coefficients_at(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
-{
-    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
-    for (int k = 0; k < recipe->coefficients; ++k)
-        value[k] = recipe->value[k];
-    value[0] = value[0] * grad_scale;
-    for (int k = 0; k < recipe->corrections; ++k) {
-        const fastrms_correction *c = &recipe->correction[k];
-        value[c->coefficient] = corrected(value[c->coefficient], c, step);
-    }
-    for (int k = 0; k < recipe->coefficients; ++k)
-        if (recipe->itemsize == 4)
-            ((float *)ready)[k] = (float)value[k];
-        else
-            ready[k] = value[k];
+    fastrms_evaluate(recipe, step, scale.grad_scale, ready);
 }
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
-static void prepare(fastrms_plan *plan, double grad_scale)
+static void prepare(fastrms_plan *plan, fastrms_factor scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
-    plan->unchanging = grad_scale == 1;
+    plan->rescaled = scale.grad_rescale != 1;
+    plan->unchanging = scale.grad_scale == 1 && !plan->rescaled;
     plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
@@ -69,8 +40,8 @@ static void prepare(fastrms_plan *plan, double grad_scale)
             tensor->ready = last->ready;
         } else {
             tensor->ready = sets++;
-            coefficients_at(&plan->recipe[tensor->recipe], tensor->steps + 1, grad_scale,
-                            plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+            scaled_coefficients(&plan->recipe[tensor->recipe], tensor->steps + 1, scale,
+                                plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
         }
         plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
@@ -81,25 +52,28 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
 {
     const fastrms_tensor *tensor = &plan->tensor[k];
     const fastrms_recipe *recipe = &plan->recipe[tensor->recipe];
-    int64_t bytes = offset * recipe->itemsize;
+    int64_t bytes = offset * fastrms_stored_itemsize(recipe);
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
-    fastrms_find(recipe)(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
-                        plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+    int general = recipe->general || plan->rescaled;
+    fastrms_kernel *kernel = fastrms_current_tier()->kernels[recipe->rule][recipe->itemsize == 8][general];
+    kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
+           plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    int itemsize = plan->recipe[plan->tensor[k].recipe].itemsize;
-    memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
+    int stored = fastrms_stored_itemsize(&plan->recipe[plan->tensor[k].recipe]);
+    memset((char *)plan->grad[k] + offset * stored, 0, (size_t)(size * stored));
 }
 
-/* each tile of the gradient is zeroed while it is in cache */
+/* Chunk by chunk, what is done to a chunk while it is in cache.  Today that is the update and the zeroing of the gradient; a
+ * storage format will decode before the update and encode after it here, and nowhere else. */
 static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    for (; size > 0; offset += TILE, size -= TILE) {
-        int64_t length = size < TILE ? size : TILE;
+    for (; size > 0; offset += CACHE_CHUNK, size -= CACHE_CHUNK) {
+        int64_t length = size < CACHE_CHUNK ? size : CACHE_CHUNK;
         update_part(plan, k, offset, length);
         zero_part(plan, k, offset, length);
     }
@@ -109,7 +83,7 @@ static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t o
 static void update_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     int64_t k = 0, after = plan->tensors;
     while (after - k > 1) {                               /* the tensor that holds `begin` */
         int64_t middle = (k + after) / 2;
@@ -126,72 +100,13 @@ static void update_range(void *context, int64_t begin, int64_t end)
             update_part(plan, k, begin - plan->starts[k], stop - begin);
         begin = stop;
     }
-    fastrms_leave(mode);
+    fastrms_restore_float_mode(mode);
 }
 
-/* look at segments [begin, end) of the gradients, each to its place in plan->segments */
-static void look_range(void *context, int64_t begin, int64_t end)
+static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
 {
-    const fastrms_plan *plan = context;
-    fastrms_mode mode = fastrms_enter();
-    int64_t first = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        const fastrms_recipe *recipe = &plan->recipe[plan->tensor[k].recipe];
-        fastrms_wanted wanted = {plan->clip_norm >= 0, plan->on_nonfinite, recipe->value[0] * plan->grad_scale};
-        int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
-        for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
-            int64_t start = s * FASTRMS_SEGMENT, length = size - start < FASTRMS_SEGMENT ? size - start : FASTRMS_SEGMENT;
-            const char *part = (const char *)plan->grad[k] + start * recipe->itemsize;
-            plan->segments[first + s] = fastrms_look(length, recipe->itemsize, part, wanted);
-        }
-        first += count;
-    }
-    fastrms_leave(mode);
-}
-
-/* sums up what look_range left of each tensor's segments */
-static fastrms_found found_in(const fastrms_plan *plan)
-{
-    fastrms_squares total = {0, -1000, 0};
-    fastrms_found found = {0, 0, -1};
-    int64_t s = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        int64_t end = s + (plan->grad[k] ? fastrms_segments(plan->tensor[k].size) : 0);
-        for (; s < end; ++s)
-            fastrms_add_squares(&total, plan->segments[s]);
-        if (total.nonfinite && found.tensor < 0)
-            found.tensor = k;
-    }
-    found.nonfinite = total.nonfinite;
-    found.grad_norm = fastrms_root(&total, plan->grad_scale);
-    return found;
-}
-
-/* in one reading of the gradients, everything that must be known of them before the first write */
-static void look(fastrms_plan *plan)
-{
-    int64_t segments = 0, elements = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k)
-        if (plan->grad[k]) {
-            segments += fastrms_segments(plan->tensor[k].size);
-            elements += plan->tensor[k].size;
-        }
-    fastrms_parallel(elements, look_range, plan, segments, 1);
-    plan->found = found_in(plan);
-}
-
-/* a NaN norm makes the factor NaN, as every framework has it */
-static double clipped_scale(const fastrms_plan *plan)
-{
-    if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
-        return plan->grad_scale;
-    return plan->grad_scale * (plan->clip_norm / plan->found.grad_norm);
-}
-
-static ALWAYS_INLINE void update(fastrms_plan *plan, double grad_scale)
-{
-    if (!plan->unchanging || grad_scale != 1)
-        prepare(plan, grad_scale);
+    if (!plan->unchanging || scale.grad_scale != 1)
+        prepare(plan, scale);
     int64_t elements = plan->starts[plan->tensors];
     fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -207,15 +122,15 @@ static void zero_gradients(const fastrms_plan *plan)
             zero_part(plan, k, 0, plan->tensor[k].size);
 }
 
-static APART int look_and_update(fastrms_plan *plan)
+static APART int scan_and_update(fastrms_plan *plan)
 {
-    look(plan);
+    fastrms_squares squares = fastrms_scan(plan);
     if (plan->found.nonfinite) {
         if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
             zero_gradients(plan);
         return FASTRMS_NONFINITE;
     }
-    update(plan, clipped_scale(plan));
+    update(plan, fastrms_clipped_scale(plan, &squares));
     return FASTRMS_OK;
 }
 
@@ -223,14 +138,37 @@ static int run(fastrms_plan *plan)
 {
     int status = FASTRMS_OK;
     fastrms_enter_step();
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     if (plan->clip_norm < 0 && !plan->on_nonfinite)
-        update(plan, plan->grad_scale);
+        update(plan, (fastrms_factor){plan->grad_scale, 1});
     else
-        status = look_and_update(plan);
-    fastrms_leave(mode);
+        status = scan_and_update(plan);
+    fastrms_restore_float_mode(mode);
     fastrms_leave_step();
     return status;
+}
+
+/* scratch for coefficients, the sums of segments, the ranges of buffers in memory, and where tensors start */
+int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor)
+{
+    int64_t segments = 0;
+    for (int64_t k = 0; k < tensors; ++k)
+        segments += fastrms_segments(tensor[k].size);
+    return tensors * (FASTRMS_MAX_COEFFICIENTS * (int64_t)sizeof(double) + MOST_RANGES * 2 * (int64_t)sizeof(uintptr_t))
+        + segments * (int64_t)sizeof(fastrms_squares) + (tensors + 1) * (int64_t)sizeof(int64_t);
+}
+
+void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
+                       const void **grad, void *scratch)
+{
+    *plan = (fastrms_plan){.tensors = tensors, .tensor = tensor, .recipes = recipes, .recipe = recipe, .grad = grad,
+                           .ready = scratch, .grad_scale = 1, .clip_norm = -1};
+    plan->starts = (int64_t *)(plan->ready + tensors * FASTRMS_MAX_COEFFICIENTS);
+    plan->ranges = (uintptr_t *)(plan->starts + tensors + 1);
+    plan->segments = (fastrms_squares *)(plan->ranges + tensors * MOST_RANGES * 2);
+    for (int k = 0; k < recipes; ++k)
+        if (fastrms_rule_states(recipe[k].rule) > plan->states)
+            plan->states = fastrms_rule_states(recipe[k].rule);
 }
 
 static int release(fastrms_plan *plan, int status)
@@ -276,7 +214,7 @@ static int by_start(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* do any two of the buffers of this step share a byte? */
+/* sort the ranges of buffers in memory; do any two of them share a byte? */
 static int overlap(uintptr_t (*range)[2], int64_t count)
 {
     int sorted = 1;
@@ -299,20 +237,37 @@ static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start
     return count + 1;
 }
 
-/* would any two buffers of a step overlap, with these parameters and gradients? */
+/* would any two buffers of a step overlap, with these parameters and gradients?  NULL: those of the plan; no gradients. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
     int64_t count = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         const fastrms_tensor *tensor = &plan->tensor[k];
-        int64_t bytes = tensor->size * plan->recipe[tensor->recipe].itemsize;
+        int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
         count = add_range(range, count, param ? param[k] : tensor->param, bytes);
-        count = add_range(range, count, grad[k], bytes);
+        count = add_range(range, count, grad ? grad[k] : NULL, bytes);
         for (int s = 0; s < plan->states; ++s)
             count = add_range(range, count, tensor->state[s], bytes);
     }
+    plan->occupied = count;
     return overlap(range, count);
+}
+
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that
+ * the last that starts before the end of the gradient is the only one to look at. */
+static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
+{
+    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
+    int64_t before = 0, after = plan->occupied;
+    while (before < after) {
+        int64_t middle = (before + after) / 2;
+        if (range[middle][0] < end)
+            before = middle + 1;
+        else
+            after = middle;
+    }
+    return bytes && before && range[before - 1][1] > start;
 }
 
 static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
@@ -360,10 +315,27 @@ int fastrms_stream_open(fastrms_plan *plan)
         return status;
     plan->streaming = 1;
     plan->streamed = 0;
+    would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */
     return release(plan, FASTRMS_OK);
 }
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
+
+/* let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer */
+static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *param, const void *grad)
+{
+    int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
+    void *before = tensor->param;
+    if (param)
+        tensor->param = param;
+    int moved = tensor->param != before;
+    if (!(moved && would_overlap(plan, NULL, NULL)) && !is_occupied(plan, grad, bytes))
+        return FASTRMS_OK;
+    tensor->param = before;
+    if (moved)
+        would_overlap(plan, NULL, NULL);
+    return FASTRMS_OVERLAP;
+}
 
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale)
@@ -372,9 +344,10 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
         return FASTRMS_BUSY;
     if (!plan->streaming)
         return release(plan, FASTRMS_STREAMING);
+    int status = accept_streamed(plan, &plan->tensor[tensor], param, grad);
+    if (status)
+        return release(plan, status);
     set_recipes(plan, recipe);
-    if (param)
-        plan->tensor[tensor].param = param;
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,
@@ -415,12 +388,14 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
     int64_t count = 0;
+    if (step < 1 || step > INT64_C(1) << 62)
+        return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
-        if ((uintptr_t)buffer[k] % (uintptr_t)recipe->itemsize)
+        if ((uintptr_t)buffer[k] % (uintptr_t)fastrms_stored_itemsize(recipe))
             return FASTRMS_MISALIGNED;
         if (!buffer[k] && size && k < 2 + fastrms_rule_states(recipe->rule))
             return FASTRMS_MISSING;
-        count = add_range(range, count, buffer[k], size * recipe->itemsize);
+        count = add_range(range, count, buffer[k], size * fastrms_stored_itemsize(recipe));
     }
     if (overlap(range, count))
         return FASTRMS_OVERLAP;

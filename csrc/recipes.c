@@ -1,12 +1,12 @@
-/* From hyper-parameters to the coefficients of a rule: fastrms/optimizers.py in C, with the same names in the same order.
- * The tests compare the whole fastrms_recipe, byte by byte, with the one that Python fills. */
+/* From hyper-parameters to the coefficients of a rule, and to those of one step: fastrms/recipes.py in C, with the same names
+ * in the same order of operations.  The tests compare the whole fastrms_recipe, byte by byte, with the one that Python fills. */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
 #include "internal.h"
 
-enum { DIVIDE, TIMES_ROOT, OVER_ROOT };                   /* value / q, value * sqrt(q), value / sqrt(q) */
+enum { NONE, DIVIDE, TIMES_ROOT, OVER_ROOT };             /* value, value / q, value * sqrt(q), value / sqrt(q) */
 
 const fastrms_hyper fastrms_rmsprop_defaults = {.lr = 0.01, .rho = 0.99, .eps = 1e-8};
 const fastrms_hyper fastrms_adagrad_defaults = {.lr = 0.01, .eps = 1e-10};
@@ -18,21 +18,21 @@ const fastrms_hyper fastrms_adamw_defaults = {
 const fastrms_hyper fastrms_rprop_defaults = {
     .lr = 0.01, .eta_minus = 0.5, .eta_plus = 1.2, .step_min = 1e-6, .step_max = 50, .zero_on_flip = 1};
 
-static double rounded(const fastrms_recipe *recipe, double value)
+static double rounded(double value, int itemsize)
 {
     volatile float single = (float)value;                 /* gcc 12 vectorises two (double)(float) side by side into none */
-    return recipe->itemsize == 4 ? single : value;
+    return itemsize == 4 ? single : value;
 }
 
 /* what hyper-parameters may be: finite and at least 0; in [0, 1); 0 or not rounded to it; 0 or one of two words */
-static int usable(const fastrms_recipe *recipe, double x) { return x >= 0 && isfinite(rounded(recipe, x)); }
-static int decaying(const fastrms_recipe *recipe, double x) { return x >= 0 && rounded(recipe, x) < 1; }
-static int clipping(const fastrms_recipe *recipe, double x) { return usable(recipe, x) && (x == 0 || rounded(recipe, x) > 0); }
+static int usable(double x, int itemsize) { return x >= 0 && rounded(x, itemsize) < INFINITY; }
+static int decaying(double x, int itemsize) { return x >= 0 && rounded(x, itemsize) < 1; }
+static int clipping(double x, int itemsize) { return usable(x, itemsize) && (x == 0 || rounded(x, itemsize) > 0); }
 static int word(int32_t x, int32_t one, int32_t other) { return x == 0 || x == one || x == other; }
 
-static int some_eps(const fastrms_recipe *recipe, const fastrms_hyper *h)
+static int some_eps(const fastrms_hyper *h, int itemsize)
 {
-    return usable(recipe, h->eps) && (rounded(recipe, h->eps) > 0 || rounded(recipe, h->eps_root) > 0);
+    return usable(h->eps, itemsize) && (rounded(h->eps, itemsize) > 0 || rounded(h->eps_root, itemsize) > 0);
 }
 
 typedef struct {
@@ -47,7 +47,7 @@ static const char *first_wrong(const check *checks)
     return checks->name;
 }
 
-/* index of a coefficient in recipe->value, -1 where the rule has none of that name */
+/* the place of a coefficient in recipe->value, -1 where the rule has none of that name */
 static int place(const fastrms_recipe *recipe, const char *name)
 {
     const char *at = strstr(fastrms_rule_arguments(recipe->rule), "grad_scale");
@@ -60,53 +60,64 @@ static int place(const fastrms_recipe *recipe, const char *name)
     return -1;
 }
 
-static void set(fastrms_recipe *recipe, const char *name, double value)
-{
-    int k = place(recipe, name);
-    if (k >= 0)
-        recipe->value[k] = value;
-}
+typedef struct {
+    const char *name;
+    double value;
+} coefficient;
 
-static void correct(fastrms_recipe *recipe, const char *name, int operation, double rate, int ahead)
+/* the rule, its form, its coefficients and the constants; a rule that lacks one of them ignores it */
+static void fill(fastrms_recipe *recipe, const char *rule, int general, const coefficient *values)
 {
-    recipe->correction[recipe->corrections++] = (fastrms_correction){
-        .coefficient = place(recipe, name), .operation = operation, .ahead = ahead,
-        .decay = rounded(recipe, rate), .weight = rounded(recipe, 1 - rate)};
-}
-
-static void correct_linearly(fastrms_recipe *recipe, const char *name, double decay)
-{
-    recipe->correction[recipe->corrections++] = (fastrms_correction){
-        .coefficient = place(recipe, name), .operation = DIVIDE, .linear = 1, .decay = decay, .weight = 1};
-}
-
-/* the rule, its form, and the coefficients that every rule shares; a rule that lacks one of them ignores it */
-static void begin(fastrms_recipe *recipe, const char *rule, int general, const fastrms_hyper *h)
-{
-    double clip = h->clip_value > 0 ? h->clip_value : INFINITY;
+    const coefficient constants[] = {{"grad_rescale", 1}, {"one", 1}, {"tiny", recipe->itemsize == 4 ? FLT_MIN : DBL_MIN},
+                                     {"floor", recipe->itemsize == 4 ? 0x1p-20 : 0x1p-49}};
     while (strcmp(fastrms_rule_name(recipe->rule), rule))
         ++recipe->rule;
+    recipe->general = general;
     for (const char *at = strstr(fastrms_rule_arguments(recipe->rule), "grad_scale"); (at = strchr(at, ' ')); ++at)
         ++recipe->coefficients;
-    recipe->general = general || h->clip_value > 0;
-    set(recipe, "grad_scale", h->maximize ? -1 : 1);
-    set(recipe, "clip_low", -clip);
-    set(recipe, "clip_high", clip);
-    set(recipe, "weight_decay", h->decoupled ? 0 : h->weight_decay);
-    set(recipe, "decay", h->decoupled ? h->lr * h->weight_decay : 0);
-    set(recipe, "one", 1);
-    set(recipe, "tiny", recipe->itemsize == 4 ? FLT_MIN : DBL_MIN);
-    set(recipe, "floor", recipe->itemsize == 4 ? 0x1p-20 : 0x1p-49);
+    for (size_t k = 0; k < sizeof constants / sizeof *constants; ++k)
+        if (place(recipe, constants[k].name) >= 0)
+            recipe->value[place(recipe, constants[k].name)] = constants[k].value;
+    for (; values->name; ++values)
+        if (place(recipe, values->name) >= 0)
+            recipe->value[place(recipe, values->name)] = values->value;
 }
 
-static int needs_general(const fastrms_hyper *h) { return (h->weight_decay > 0 && !h->decoupled) || h->eps_root > 0; }
+static void correct(fastrms_recipe *recipe, const char *name, fastrms_correction correction)
+{
+    if (correction.operation == NONE)
+        return;
+    correction.coefficient = place(recipe, name);
+    recipe->correction[recipe->corrections++] = correction;
+}
 
-static const char *wrong_rmsprop(const fastrms_recipe *recipe, const fastrms_hyper *h)
+/* what every family shares */
+static double direction(const fastrms_hyper *h) { return h->maximize ? -1 : 1; }
+static double clip_bound(const fastrms_hyper *h) { return h->clip_value > 0 ? h->clip_value : INFINITY; }
+static double added_decay(const fastrms_hyper *h) { return h->decoupled ? 0 : h->weight_decay; }
+static double decoupled_decay(const fastrms_hyper *h) { return h->decoupled ? h->lr * h->weight_decay : 0; }
+static int needs_general(const fastrms_hyper *h) { return h->clip_value > 0 || added_decay(h) > 0 || h->eps_root > 0; }
+
+/* the correction for the start at 0 of an average that decays by `rate` */
+static void of_average(fastrms_recipe *recipe, const char *name, int operation, double rate, int ahead)
+{
+    correct(recipe, name, (fastrms_correction){.operation = operation, .ahead = ahead,
+        .decay = rounded(rate, recipe->itemsize), .weight = rounded(1 - rate, recipe->itemsize)});
+}
+
+static void linear(fastrms_recipe *recipe, const char *name, int operation, double decay)
+{
+    correct(recipe, name, (fastrms_correction){.operation = operation, .linear = 1, .decay = decay, .weight = 1});
+}
+
+/* The families.  The first function of each answers the name of the first hyper-parameter that is wrong, or NULL. */
+static const char *rmsprop_wrong(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
-        {"lr", usable(recipe, h->lr)}, {"weight_decay", usable(recipe, h->weight_decay)},
-        {"clip_value", clipping(recipe, h->clip_value)}, {"eps_root", usable(recipe, h->eps_root)}, {"eps", some_eps(recipe, h)},
-        {"rho", decaying(recipe, h->rho)}, {"momentum", decaying(recipe, h->momentum)},
+        {"lr", usable(h->lr, itemsize)}, {"weight_decay", usable(h->weight_decay, itemsize)},
+        {"clip_value", clipping(h->clip_value, itemsize)}, {"eps_root", usable(h->eps_root, itemsize)},
+        {"eps", some_eps(h, itemsize)},
+        {"rho", decaying(h->rho, itemsize)}, {"momentum", decaying(h->momentum, itemsize)},
         {"nesterov", word(h->nesterov, h->momentum > 0, 0)},
         {"bias_correction", word(h->bias_correction, FASTRMS_CORRECTED, h->centered ? 0 : FASTRMS_FOLDED)}, {NULL, 0}});
 }
@@ -116,148 +127,183 @@ static const char *const rmsprop_rules[2][2] = {          /* [centered][momentum
 
 static void rmsprop(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
-    int lr_first = h->lr_in_momentum || h->momentum == 0, corrected = h->bias_correction == FASTRMS_CORRECTED;
-    begin(recipe, rmsprop_rules[h->centered != 0][h->momentum > 0], needs_general(h) || h->nesterov || corrected, h);
-    set(recipe, "rho", h->rho);
-    set(recipe, "one_minus_rho", 1 - h->rho);
-    set(recipe, "v_scale", 1);
-    set(recipe, "eps_root", h->eps_root);
-    set(recipe, "eps", h->eps);
-    set(recipe, "in_scale", lr_first ? h->lr : 1);
-    set(recipe, "out_scale", lr_first ? 1 : h->lr);
-    set(recipe, "momentum", h->momentum);
-    set(recipe, "nesterov_b", h->nesterov ? h->momentum : 1);
-    set(recipe, "nesterov_u", h->nesterov != 0);
-    if (corrected)
-        correct(recipe, "v_scale", DIVIDE, h->rho, 0);
-    else if (h->bias_correction == FASTRMS_FOLDED)
-        correct(recipe, lr_first ? "in_scale" : "out_scale", TIMES_ROOT, h->rho, 0);
+    int lr_first = h->lr_in_momentum || h->momentum == 0, form = h->bias_correction;
+    fill(recipe, rmsprop_rules[h->centered != 0][h->momentum > 0],
+         needs_general(h) || h->nesterov > 0 || form == FASTRMS_CORRECTED, (const coefficient[]){
+        {"grad_scale", direction(h)}, {"clip_low", -clip_bound(h)}, {"clip_high", clip_bound(h)},
+        {"weight_decay", added_decay(h)}, {"rho", h->rho}, {"one_minus_rho", 1 - h->rho},
+        {"v_scale", 1}, {"eps_root", h->eps_root}, {"in_scale", lr_first ? h->lr : 1}, {"eps", h->eps},
+        {"momentum", h->momentum}, {"nesterov_b", h->nesterov ? h->momentum : 1}, {"nesterov_u", h->nesterov ? 1 : 0},
+        {"out_scale", lr_first ? 1 : h->lr}, {"decay", decoupled_decay(h)}, {NULL, 0}});
+    int divide = form == FASTRMS_CORRECTED ? DIVIDE : NONE, times_root = form == FASTRMS_FOLDED ? TIMES_ROOT : NONE;
+    of_average(recipe, "v_scale", divide, h->rho, 0);
+    of_average(recipe, lr_first ? "in_scale" : "out_scale", times_root, h->rho, 0);
 }
 
-static const char *wrong_adagrad(const fastrms_recipe *recipe, const fastrms_hyper *h)
+static const char *adagrad_wrong(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
-        {"lr", usable(recipe, h->lr)}, {"weight_decay", usable(recipe, h->weight_decay)},
-        {"clip_value", clipping(recipe, h->clip_value)}, {"eps_root", usable(recipe, h->eps_root)},
-        {"eps", usable(recipe, h->eps)}, {"lr_decay", usable(recipe, h->lr_decay)}, {NULL, 0}});
+        {"lr", usable(h->lr, itemsize)}, {"weight_decay", usable(h->weight_decay, itemsize)},
+        {"clip_value", clipping(h->clip_value, itemsize)}, {"eps_root", usable(h->eps_root, itemsize)},
+        {"eps", usable(h->eps, itemsize)}, {"lr_decay", usable(h->lr_decay, itemsize)}, {NULL, 0}});
 }
 
 static void adagrad(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
-    begin(recipe, "adagrad", needs_general(h), h);
-    set(recipe, "eps_root", h->eps_root);
-    set(recipe, "lr", h->lr);
-    set(recipe, "eps", h->eps);
-    if (h->lr_decay > 0) {
-        correct_linearly(recipe, "lr", h->lr_decay);
-        correct_linearly(recipe, "decay", h->lr_decay);
-    }
+    fill(recipe, "adagrad", needs_general(h), (const coefficient[]){
+        {"grad_scale", direction(h)}, {"clip_low", -clip_bound(h)}, {"clip_high", clip_bound(h)},
+        {"weight_decay", added_decay(h)},
+        {"eps_root", h->eps_root}, {"lr", h->lr}, {"eps", h->eps}, {"decay", decoupled_decay(h)}, {NULL, 0}});
+    int slower = h->lr_decay > 0 ? DIVIDE : NONE;
+    linear(recipe, "lr", slower, h->lr_decay);
+    linear(recipe, "decay", slower, h->lr_decay);
 }
 
-static const char *wrong_adam(const fastrms_recipe *recipe, const fastrms_hyper *h)
+static const char *adam_wrong(const fastrms_hyper *h, int itemsize)
 {
     int32_t corrected = h->bias_correction == FASTRMS_CORRECTED ? FASTRMS_CORRECTED : 0;
     return first_wrong((const check[]){
-        {"lr", usable(recipe, h->lr)}, {"weight_decay", usable(recipe, h->weight_decay)},
-        {"clip_value", clipping(recipe, h->clip_value)}, {"eps_root", usable(recipe, h->eps_root)}, {"eps", some_eps(recipe, h)},
-        {"beta1", decaying(recipe, h->beta1)}, {"beta2", decaying(recipe, h->beta2)},
+        {"lr", usable(h->lr, itemsize)}, {"weight_decay", usable(h->weight_decay, itemsize)},
+        {"clip_value", clipping(h->clip_value, itemsize)}, {"eps_root", usable(h->eps_root, itemsize)},
+        {"eps", some_eps(h, itemsize)},
+        {"beta1", decaying(h->beta1, itemsize)}, {"beta2", decaying(h->beta2, itemsize)},
         {"nesterov", word(h->nesterov, FASTRMS_DOZAT, FASTRMS_FOLDED)},
         {"bias_correction", word(h->bias_correction, FASTRMS_CORRECTED, FASTRMS_FOLDED)},
         {"amsgrad", word(h->amsgrad, 1, corrected)}, {NULL, 0}});
 }
 
-static void correct_adam(fastrms_recipe *recipe, const fastrms_hyper *h)
+/* Adam's correction of exp_avg_sq, which stands where its form of bias correction wants it */
+static void of_second_average(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
-    if (h->nesterov == FASTRMS_DOZAT) {
-        correct(recipe, "m_scale", DIVIDE, h->beta1, 1);
-        correct(recipe, "g_scale", DIVIDE, h->beta1, 0);
-    } else {
-        correct(recipe, "step_size", DIVIDE, h->beta1, 0);
-    }
+    int divide = h->bias_correction ? DIVIDE : NONE, over_root = h->bias_correction ? OVER_ROOT : NONE;
     if (h->bias_correction == FASTRMS_FOLDED)
-        correct(recipe, "step_size", TIMES_ROOT, h->beta2, 0);
+        of_average(recipe, "step_size", TIMES_ROOT, h->beta2, 0);
     else if (h->amsgrad == FASTRMS_CORRECTED)
-        correct(recipe, "max_scale", DIVIDE, h->beta2, 0);
+        of_average(recipe, "max_scale", divide, h->beta2, 0);
     else if (h->eps_root > 0)
-        correct(recipe, "v_scale", DIVIDE, h->beta2, 0);
+        of_average(recipe, "v_scale", divide, h->beta2, 0);
     else
-        correct(recipe, "root_scale", OVER_ROOT, h->beta2, 0);
+        of_average(recipe, "root_scale", over_root, h->beta2, 0);
 }
 
 static void adam(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
-    begin(recipe, h->amsgrad ? "adam_amsgrad" : "adam", needs_general(h) || h->nesterov, h);
-    set(recipe, "beta1", h->beta1);
-    set(recipe, "one_minus_beta1", 1 - h->beta1);
-    set(recipe, "beta2", h->beta2);
-    set(recipe, "one_minus_beta2", 1 - h->beta2);
-    set(recipe, "m_scale", h->nesterov ? h->beta1 : 1);
-    set(recipe, "g_scale", h->nesterov ? 1 - h->beta1 : 0);
-    set(recipe, "max_scale", 1);
-    set(recipe, "v_scale", 1);
-    set(recipe, "root_scale", 1);
-    set(recipe, "eps_root", h->eps_root);
-    set(recipe, "step_size", h->lr);
-    set(recipe, "eps", h->eps);
-    if (h->bias_correction)
-        correct_adam(recipe, h);
+    fill(recipe, h->amsgrad ? "adam_amsgrad" : "adam", needs_general(h) || h->nesterov > 0, (const coefficient[]){
+        {"grad_scale", direction(h)}, {"clip_low", -clip_bound(h)}, {"clip_high", clip_bound(h)},
+        {"weight_decay", added_decay(h)},
+        {"beta1", h->beta1}, {"one_minus_beta1", 1 - h->beta1}, {"beta2", h->beta2}, {"one_minus_beta2", 1 - h->beta2},
+        {"max_scale", 1}, {"m_scale", h->nesterov ? h->beta1 : 1}, {"g_scale", h->nesterov ? 1 - h->beta1 : 0},
+        {"v_scale", 1}, {"eps_root", h->eps_root}, {"step_size", h->lr}, {"root_scale", 1}, {"eps", h->eps},
+        {"decay", decoupled_decay(h)}, {NULL, 0}});
+    int divide = h->bias_correction ? DIVIDE : NONE, dozat = h->nesterov == FASTRMS_DOZAT;
+    of_average(recipe, dozat ? "m_scale" : "step_size", divide, h->beta1, dozat ? 1 : 0);
+    of_average(recipe, "g_scale", dozat ? divide : NONE, h->beta1, 0);
+    of_second_average(recipe, h);
 }
 
-static const char *wrong_rprop(const fastrms_recipe *recipe, const fastrms_hyper *h)
+static const char *rprop_wrong(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
-        {"lr", usable(recipe, h->lr)}, {"clip_value", clipping(recipe, h->clip_value)},
-        {"eta_minus", h->eta_minus > 0 && decaying(recipe, h->eta_minus)},
-        {"eta_plus", usable(recipe, h->eta_plus) && rounded(recipe, h->eta_plus) > 1},
-        {"step_max", usable(recipe, h->step_max)}, {"step_min", h->step_min >= 0 && h->step_min <= h->step_max}, {NULL, 0}});
+        {"lr", usable(h->lr, itemsize)}, {"clip_value", clipping(h->clip_value, itemsize)},
+        {"eta_minus", h->eta_minus > 0 && decaying(h->eta_minus, itemsize)},
+        {"eta_plus", usable(h->eta_plus, itemsize) && rounded(h->eta_plus, itemsize) > 1},
+        {"step_max", usable(h->step_max, itemsize)}, {"step_min", 0 <= h->step_min && h->step_min <= h->step_max}, {NULL, 0}});
 }
 
 static void rprop(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
-    begin(recipe, "rprop", 0, h);
-    set(recipe, "eta_minus", h->eta_minus);
-    set(recipe, "eta_plus", h->eta_plus);
-    set(recipe, "step_min", h->step_min);
-    set(recipe, "step_max", h->step_max);
-    set(recipe, "flip_below", h->zero_on_flip ? 0 : -INFINITY);
+    fill(recipe, "rprop", h->clip_value > 0, (const coefficient[]){
+        {"grad_scale", direction(h)}, {"clip_low", -clip_bound(h)}, {"clip_high", clip_bound(h)},
+        {"eta_minus", h->eta_minus}, {"eta_plus", h->eta_plus}, {"step_min", h->step_min}, {"step_max", h->step_max},
+        {"flip_below", h->zero_on_flip ? 0 : -INFINITY}, {NULL, 0}});
 }
 
-/* does a coefficient overflow the dtype, now or at the first step?  All that can hold lr. */
-static int overflows(const fastrms_recipe *recipe)
+/* does a coefficient overflow the dtype, at any step or at the first?  All that can hold lr. */
+static int overflowing(const fastrms_recipe *recipe)
 {
     int over = 0;
     for (int k = 0; k < recipe->coefficients; ++k)
-        over |= isfinite(recipe->value[k]) && !isfinite(rounded(recipe, recipe->value[k]));
+        over |= isfinite(recipe->value[k]) && !isfinite(rounded(recipe->value[k], recipe->itemsize));
     for (int k = 0; k < recipe->corrections; ++k) {
         const fastrms_correction *c = &recipe->correction[k];
-        over |= c->operation == DIVIDE && !isfinite(rounded(recipe, recipe->value[c->coefficient] / c->weight));
+        over |= c->operation == DIVIDE && !isfinite(rounded(recipe->value[c->coefficient] / c->weight, recipe->itemsize));
     }
     return over;
 }
 
+/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
+double fastrms_series(double decay, double weight, int64_t terms)
+{
+    double total = 0, power = 1;
+    int bits = 0;
+    while (terms >> bits > 0)
+        ++bits;
+    for (int bit = bits - 1; bit >= 0; --bit) {
+        total = total * (1 + power);
+        power = power * power;
+        if (terms >> bit & 1) {
+            total = total * decay + 1;
+            power = power * decay;
+        }
+    }
+    return weight * total;
+}
+
+/* what a correction divides or multiplies by at update number `step` */
+static double quantity(const fastrms_correction *c, int64_t step)
+{
+    return c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
+}
+
+static double corrected(double value, int operation, double q)
+{
+    if (operation == DIVIDE)
+        return value / q;
+    if (operation == TIMES_ROOT)
+        return value * sqrt(q);
+    return operation == OVER_ROOT ? value / sqrt(q) : value;
+}
+
+/* the coefficients of update number `step`, from 1, rounded once to the compute dtype */
+void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
+{
+    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
+    for (int k = 0; k < recipe->coefficients; ++k)
+        value[k] = recipe->value[k];
+    value[0] = value[0] * grad_scale;
+    for (int k = 0; k < recipe->corrections; ++k) {
+        const fastrms_correction *c = &recipe->correction[k];
+        value[c->coefficient] = corrected(value[c->coefficient], c->operation, quantity(c, step));
+    }
+    for (int k = 0; k < recipe->coefficients; ++k)
+        if (recipe->itemsize == 4)
+            ((float *)ready)[k] = (float)value[k];
+        else
+            ready[k] = value[k];
+}
+
 static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *h,
-                        const char *(*wrong)(const fastrms_recipe *, const fastrms_hyper *),
-                        void (*fill)(fastrms_recipe *, const fastrms_hyper *))
+                        const char *(*wrong)(const fastrms_hyper *, int), void (*family)(fastrms_recipe *, const fastrms_hyper *))
 {
     if (itemsize != 4 && itemsize != 8)
         return "itemsize";
-    fastrms_mode mode = fastrms_enter();
+    fastrms_mode mode = fastrms_set_float_mode();
     fastrms_recipe made = {.itemsize = itemsize};
-    const char *refused = wrong(&made, h);
+    const char *refused = wrong(h, itemsize);
     if (!refused) {
-        fill(&made, h);
-        refused = overflows(&made) ? "lr" : NULL;
+        family(&made, h);
+        refused = overflowing(&made) ? "lr" : NULL;
     }
     if (!refused)
         *recipe = made;
-    fastrms_leave(mode);
+    fastrms_restore_float_mode(mode);
     return refused;
 }
 
 #define FAMILY(name) \
     const char *fastrms_##name##_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper) \
     { \
-        return make(recipe, itemsize, hyper, wrong_##name, name); \
+        return make(recipe, itemsize, hyper, name##_wrong, name); \
     }
 FAMILY(rmsprop)
 FAMILY(adagrad)

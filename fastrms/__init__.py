@@ -4,9 +4,8 @@ from . import rules
 from .backends import available_backends
 from .config import get_include, isa, show_config
 from .functional import adagrad, adam, init_state, rmsprop, rprop
-from .gradients import StepInfo
 from .memory.flat import FlatBuffer
-from .optimizer import Optimizer
+from .optimizer import Optimizer, StepInfo
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
 from .threads import get_num_threads, set_num_threads
 
@@ -35,10 +34,23 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    """fastrms.numba and fastrms.cuda, which import Numba, and fastrms.schedules come when they are asked for."""
-    if name not in ("numba", "cuda", "schedules"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+_ON_DEMAND = ("cuda", "numba", "schedules")  # submodules that are imported when they are asked for
+_OUR_NAME = {"RMSprop": "RMSProp", "Adagrad": "AdaGrad", "Rprop": "RProp", "ADAM": "Adam", "RMSPROP": "RMSProp"}
 
-    return importlib.import_module(f"{__name__}.{name}")
+
+def __getattr__(name):
+    if name == "cuda":
+        import fastrms.cuda as module
+    elif name == "numba":
+        import fastrms.numba as module
+    elif name == "schedules":
+        import fastrms.schedules as module
+    elif name in _OUR_NAME:
+        raise AttributeError(f"module 'fastrms' has no attribute {name!r}: fastrms spells it {_OUR_NAME[name]}")
+    else:
+        raise AttributeError(f"module 'fastrms' has no attribute {name!r}")
+    return module
+
+
+def __dir__():
+    return sorted([*__all__, *_ON_DEMAND, "__version__"])

@@ -20,20 +20,25 @@ def get_include():
 
 
 def show_config():
-    """Print the versions, backends, instruction sets and threads of this installation."""
+    """Print the versions, backends, instruction sets and threads of this installation.  What cannot be found out is shown
+    as unknown, with the reason."""
     from . import __version__
 
-    config = {
-        "fastrms": __version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "backends": ", ".join(backends.available_backends()),
-        "auto": backends.choose("auto").__name__.rpartition(".")[2],
-        "isa": isa(),
-        "isas": ", ".join(backends.load("c").isas()),
-        "compiler": backends.load("c").compiler(),
-        "threads": threads.get_num_threads(),
+    facts = {
+        "fastrms": lambda: __version__,
+        "python": platform.python_version,
+        "numpy": lambda: np.__version__,
+        "machine": lambda: f"{platform.system()} {platform.machine()}",
+        "backends": lambda: ", ".join(backends.available_backends()),
+        "auto": lambda: backends.choose("auto").__name__.rpartition(".")[2],
+        "isa": isa,
+        "isas": lambda: ", ".join(backends.load("c").isas()),
+        "compiler": lambda: backends.load("c").compiler(),
+        "threads": threads.get_num_threads,
     }
-    for name, value in config.items():
+    for name, find in facts.items():
+        try:
+            value = find()
+        except Exception as error:  # a bug report needs the other lines all the more
+            value = f"unknown ({error!r})"
         sys.stdout.write(f"{name:10} {value}\n")

@@ -2,7 +2,7 @@
 
 Each entry lists only where the framework differs from fastrms' own defaults (which are PyTorch's).
 `eps` always stands outside the square root and `eps_root` inside it, whatever the framework calls it.
-Where the framework requires an lr, ours stays.  Sources: the frameworks' code, see the README's table.
+Where the framework requires an lr, ours stays.  Sources: the frameworks' code, see docs/dialects.md.
 """
 
 _KERAS = {"lr": 1e-3, "decoupled": True}

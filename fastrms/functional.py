@@ -6,105 +6,83 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules
+from . import backends, graph_breaks, hyper, rules
 from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
+from .tensors import new_state
 
 _c = backends.load("c")
 _c_update = _c.lib and _c.lib.fastrms_update
-_c_update_one = _c.lib and _c.lib.fastrms_update_one
 _from_buffer = _c.ffi and _c.ffi.from_buffer
 _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
 _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
-ONE = 1.0
+ONE, MOST_STEPS = 1.0, hyper.MOST_STEPS
 _WRONG = (AttributeError, BufferError, KeyError, TypeError, ValueError)
 _CACHE_SIZE = 256
 
 
-def _same(options, last):
-    """Equal hyper-parameters, of the same kinds too: True == 1.0."""
-    return options == last and all(type(options[name]) is type(last[name]) for name in options)
-
-
 class Prepared(NamedTuple):
-    """What an update needs, made once per set of hyper-parameters."""
+    """What a call needs, made once per set of hyper-parameters."""
 
     recipe: Recipe
     update: Any  # of the backend, for flat arrays
-    c_recipe: Any  # fastrms_recipe * for the short way through C; None on NumPy, or where the state must be looked at
+    c_recipe: Any  # fastrms_recipe for the short way through C; None elsewhere, or where the state must be looked at
     positive_state: bool
 
 
-class Update:
-    """The update of one rule on raw host.  given: hyper-parameters that its state arrays decide."""
+class Call:
+    """The call of one rule on raw arrays.  given: hyper-parameters that its state arrays decide."""
 
-    __slots__ = ("cache", "given", "last", "last_of_one", "names", "optimizer", "rule")
+    __slots__ = ("cache", "given", "last", "names", "optimizer", "rule")
 
     def __init__(self, optimizer, rule, **given):
         self.optimizer, self.rule, self.given = optimizer, rule, given
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.cache = {}
-        self.last = self.last_of_one = (None, None, None)  # hyper-parameters of the last call, dtype, C recipe
+        self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
 
-    def one(self, options, param, grad, state):
-        """make for a rule with one state, at the first step, without grad_scale: the same with still less Python."""
+    def make(self, options, step, grad_scale, param, grad, first, second=None, third=None):
+        """The short way, for exact ndarrays and the hyper-parameters of the last call: the checks of the other way with less
+        Python.  from_buffer refuses what is strided or read-only, C what overlaps, is misaligned or is missing."""
         try:
-            last, dtype, c_recipe = self.last_of_one
+            last, dtype, recipe = self.last
             if (
                 options == last
                 and type(param) is _ndarray is type(grad)
-                and type(state) is _ndarray
+                and type(first) is _ndarray
                 and param.dtype is dtype is grad.dtype
-                and state.dtype is dtype
-                and (
-                    (param.ndim == grad.ndim == state.ndim == 1 and len(param) == len(grad) == len(state))  # no tuples
-                    or param.shape == grad.shape == state.shape
-                )
+                and first.dtype is dtype
+                and param.shape == grad.shape == first.shape
             ):
-                for value in options.values():
-                    if type(value) is not float:  # True == 1.0: make() tells them apart
+                for name in options:
+                    if type(options[name]) is not type(last[name]):  # True == 1.0
                         break
                 else:
-                    if not _c_update_one(
-                        c_recipe,
+                    second_at = _NULL if second is None else _pointer(second, param)
+                    third_at = _NULL if third is None else _pointer(third, param)
+                    if not _c_update(
+                        recipe,
                         param.size,
+                        step,
+                        grad_scale,
                         _from_buffer(_BYTES, param, True),
                         _from_buffer(grad),
-                        _from_buffer(_BYTES, state, True),
+                        _from_buffer(_BYTES, first, True),
+                        second_at,
+                        third_at,
                     ):
                         return
         except _WRONG:
-            pass  # the long way says what is wrong
-        _refuse_bias_correction(options)
-        self.make(1, ONE, options, param, grad, state)
-        self.last_of_one = self.last
+            pass  # the checked way says what is wrong
+        buffers = param, grad, first, second, third
+        self.checked(options, step, grad_scale, buffers[: len(self.names)])
 
-    def make(self, step, grad_scale, options, *buffers):
-        """First the short way, for exact ndarrays and the hyper-parameters of the last call: the same checks with less
-        Python.  from_buffer refuses what is strided or read-only, C what overlaps or is misaligned."""
-        if type(step) is not int or not 0 < step <= hyper.MOST_STEPS:
-            step = hyper.step_count("step", step, least=1)
-        if grad_scale is not ONE:
-            grad_scale = hyper.scale("grad_scale", grad_scale)
-        try:
-            last, dtype, c_recipe = self.last
-            shape, (_, grad, *_) = buffers[0].shape, buffers
-            if _same(options, last) and all(
-                type(array) is _ndarray and array.dtype is dtype and array.shape == shape for array in buffers
-            ):
-                pointers = [_from_buffer(grad) if array is grad else _from_buffer(_BYTES, array, True) for array in buffers]
-                pointers += [_NULL] * (5 - len(pointers))
-                if not _c_update(c_recipe, buffers[0].size, step, grad_scale, *pointers):
-                    return
-        except _WRONG:
-            pass  # the long way says what is wrong
-        self.checked(buffers, step, grad_scale, options)
-
-    def checked(self, buffers, step, grad_scale, options):
+    def checked(self, options, step, grad_scale, buffers):
         """The same for any array-likes, with the sentences."""
+        graph_breaks.tell_torch()
         names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
             memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
@@ -119,10 +97,13 @@ class Update:
         if prepared.positive_state and any((memory.on_host(buffer.flat) == 0).any() for buffer in acquired[2:]):
             raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
         flats = [buffer.flat for buffer in acquired]
-        prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+        try:
+            prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+        finally:
+            memory.wrote([param, *acquired[2:]])
 
     def prepared(self, dtype, options):
-        """prepare through the cache.  Equal keys may differ in kind (True == 1): those keep their kinds."""
+        """What prepare() makes, through the cache.  Equal keys may differ in kind (True == 1): those keep their kinds."""
         kinds = [*map(type, options.values())]
         plain = _PLAIN_KINDS.issuperset(kinds)
         key = (dtype, *options, *options.values(), *kinds) if plain else None
@@ -162,112 +143,216 @@ class Update:
         return Prepared(recipe, module.update, c_recipe, positive)
 
 
-def _refuse_bias_correction(options):
-    if options.get("bias_correction"):
-        raise ValueError("bias_correction needs step, the number of this update from 1")
+def _pointer(state, param):
+    """Where a further state begins, if it is like param; cffi raises where there is none."""
+    like = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
+    return _from_buffer(_BYTES, state if like else None, True)
 
 
-_rmsprop = Update(RMSProp, "rmsprop", centered=False)
-_rmsprop_momentum = Update(RMSProp, "rmsprop_momentum", centered=False)
-_rmsprop_centered = Update(RMSProp, "rmsprop_centered", centered=True)
-_rmsprop_centered_momentum = Update(RMSProp, "rmsprop_centered_momentum", centered=True)
-_adagrad = Update(AdaGrad, "adagrad")
-_adam = Update(Adam, "adam")
-_adam_amsgrad = Update(Adam, "adam_amsgrad", amsgrad=True)
-_adam_amsgrad_said = Update(Adam, "adam_amsgrad")  # amsgrad is among the options: it may be "corrected"
-_rprop = Update(RProp, "rprop")
+_rmsprop = Call(RMSProp, "rmsprop", centered=False)
+_rmsprop_momentum = Call(RMSProp, "rmsprop_momentum", centered=False)
+_rmsprop_centered = Call(RMSProp, "rmsprop_centered", centered=True)
+_rmsprop_centered_momentum = Call(RMSProp, "rmsprop_centered_momentum", centered=True)
+_adagrad = Call(AdaGrad, "adagrad")
+_adam = Call(Adam, "adam")
+_adam_amsgrad = Call(Adam, "adam_amsgrad", amsgrad=True)
+_adam_amsgrad_of_options = Call(Adam, "adam_amsgrad")  # where amsgrad is given: it may be "corrected"
+_rprop = Call(RProp, "rprop")
 
 
 def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
-    """One RMSProp update of param and its state, in place; returns None.
+    """One RMSProp update of param and its state, in place (Hinton 2012, Coursera lecture 6e).
 
     ::
 
         g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
-        param = param - lr*g/(sqrt(square_avg + eps_root) + eps)                          (Hinton 2012)
+        param = param - lr*g/(sqrt(square_avg + eps_root) + eps)
 
-    param, grad, square_avg and the optional states: arrays of one shape, memory order and dtype (float32 or float64)
-    that do not overlap; grad is only read, square_avg holds no negative number.  init_state makes them.
-    grad_avg: state of the centered form, given for it; momentum_buffer: that of momentum > 0.
-    step: number of this update from 1, needed with bias_correction only.   grad_scale, 1e-30 to 1e30, multiplies grad.
-    The other keywords and the whole formula: fastrms.RMSProp.
-    Raises TypeError or ValueError, naming the argument, before anything is written.
+    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.  init_state() makes the
+    state.
+
+    Parameters
+    ----------
+    param : array
+        Is updated.
+    grad : array
+        Is only read.
+    square_avg : array
+        The running mean of squares; is updated, and holds no negative number.
+    grad_avg : array, optional
+        The running mean of gradients, of the centered form, which is used where this is given.
+    momentum_buffer : array, optional
+        The averaged step, of momentum > 0.
+    step : int, optional
+        The number of this update, from 1; needed with bias_correction only.
+    grad_scale : float, default 1.0
+        Multiplies grad; from 1e-30 to 1e30.
+    **options
+        The hyper-parameters of fastrms.RMSProp, where the whole formula stands; dialect; backend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is written, with a sentence that names the argument.
     """
-    if step is None and grad_scale is ONE and grad_avg is None and momentum_buffer is None:
-        return _rmsprop.one(options, param, grad, square_avg)
     if step is None:
-        _refuse_bias_correction(options)
+        if "bias_correction" in options and options["bias_correction"]:  # noqa: RUF019  faster where it is missing
+            raise ValueError("bias_correction needs step, the number of this update from 1")
         step = 1
+    elif type(step) is not int or not 0 < step <= MOST_STEPS:
+        step = hyper.step_count("step", step, least=1)
+    if grad_scale is not ONE:
+        grad_scale = hyper.scale("grad_scale", grad_scale)
     if grad_avg is None and momentum_buffer is None:
-        return _rmsprop.make(step, grad_scale, options, param, grad, square_avg)
+        return _rmsprop.make(options, step, grad_scale, param, grad, square_avg)
     if grad_avg is None:
-        return _rmsprop_momentum.make(step, grad_scale, options, param, grad, square_avg, momentum_buffer)
+        return _rmsprop_momentum.make(options, step, grad_scale, param, grad, square_avg, momentum_buffer)
     if momentum_buffer is None:
-        return _rmsprop_centered.make(step, grad_scale, options, param, grad, square_avg, grad_avg)
-    states = square_avg, grad_avg, momentum_buffer
-    return _rmsprop_centered_momentum.make(step, grad_scale, options, param, grad, *states)
+        return _rmsprop_centered.make(options, step, grad_scale, param, grad, square_avg, grad_avg)
+    return _rmsprop_centered_momentum.make(options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
-    """One AdaGrad update of param and sum, in place; returns None.
+    """One AdaGrad update of param and sum, in place (Duchi, Hazan, Singer 2011).
 
     ::
 
         g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
-        param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)         (Duchi, Hazan, Singer 2011)
+        param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)
 
-    param, grad, sum: arrays of one shape, memory order and dtype (float32 or float64) that do not overlap; grad is
-    only read, sum holds no negative number.   step: number of this update from 1, for lr_decay.
-    grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.AdaGrad.   Raises as rmsprop does.
+    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+
+    Parameters
+    ----------
+    param : array
+        Is updated.
+    grad : array
+        Is only read.
+    sum : array
+        The sum of squares; is updated, and holds no negative number.
+    step : int, default 1
+        The number of this update, from 1, for lr_decay.
+    grad_scale : float, default 1.0
+        Multiplies grad; from 1e-30 to 1e30.
+    **options
+        The hyper-parameters of fastrms.AdaGrad, where the whole formula stands; dialect; backend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is written, with a sentence that names the argument.
     """
-    if type(step) is int and step == 1 and grad_scale is ONE:
-        return _adagrad.one(options, param, grad, sum)
-    return _adagrad.make(step, grad_scale, options, param, grad, sum)
+    if type(step) is not int or not 0 < step <= MOST_STEPS:
+        step = hyper.step_count("step", step, least=1)
+    if grad_scale is not ONE:
+        grad_scale = hyper.scale("grad_scale", grad_scale)
+    return _adagrad.make(options, step, grad_scale, param, grad, sum)
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
-    """One Adam update of param and its state, in place; returns None.
+    """One Adam update of param and its state, in place (Kingma, Ba 2015).
 
     ::
 
         g = grad*grad_scale, clipped and decayed
         exp_avg = beta1*exp_avg + (1 - beta1)*g;  exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
         m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
-        param = param - lr*m/(sqrt(v + eps_root) + eps)                                   (Kingma, Ba 2015)
+        param = param - lr*m/(sqrt(v + eps_root) + eps)
 
-    param, grad, exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq: arrays of one shape, memory order and dtype
-    (float32 or float64) that do not overlap; grad is only read, the squares hold no negative number.
-    step: number of this update, from 1.   grad_scale, 1e-30 to 1e30, multiplies grad.
-    The other keywords: fastrms.Adam.   Raises as rmsprop does.
+    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+
+    Parameters
+    ----------
+    param : array
+        Is updated.
+    grad : array
+        Is only read.
+    exp_avg, exp_avg_sq : array
+        The running means of gradients and of their squares; are updated.  The second holds no negative number.
+    step : int
+        The number of this update, from 1 (not from 0).
+    max_exp_avg_sq : array, optional
+        The largest mean of squares, of amsgrad, which is used where this is given.
+    grad_scale : float, default 1.0
+        Multiplies grad; from 1e-30 to 1e30.
+    **options
+        The hyper-parameters of fastrms.Adam, where the whole formula stands; dialect; backend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is written, with a sentence that names the argument.
     """
+    if type(step) is not int or not 0 < step <= MOST_STEPS:
+        step = hyper.step_count("step", step, least=1)
+    if grad_scale is not ONE:
+        grad_scale = hyper.scale("grad_scale", grad_scale)
     if max_exp_avg_sq is None:
-        return _adam.make(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq)
-    update = _adam_amsgrad_said if "amsgrad" in options else _adam_amsgrad
-    return update.make(step, grad_scale, options, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        return _adam.make(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
+    call = _adam_amsgrad_of_options if "amsgrad" in options else _adam_amsgrad
+    return call.make(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
-    """One RProp update of param, prev and step_size, in place; returns None.
+    """One RProp update of param, prev and step_size, in place (Riedmiller, Braun 1993).
 
     ::
 
         s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
-        g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g                  (Riedmiller, Braun 1993)
+        g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g
 
-    param, grad, prev, step_size: arrays of one shape, memory order and dtype (float32 or float64) that do not
-    overlap; grad is only read.   step_size starts at lr everywhere, prev at 0 (init_state makes both).
-    grad_scale, 1e-30 to 1e30, multiplies grad.   The other keywords: fastrms.RProp.   Raises as rmsprop does.
+    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+
+    Parameters
+    ----------
+    param : array
+        Is updated.
+    grad : array
+        Is only read.
+    prev : array
+        The gradient of the update before, 0 at first; is updated.
+    step_size : array
+        The step of each weight, lr everywhere at first; is updated.  init_state() makes both.
+    grad_scale : float, default 1.0
+        Multiplies grad; from 1e-30 to 1e30.
+    **options
+        The hyper-parameters of fastrms.RProp, where the whole formula stands; dialect; backend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before anything is written, with a sentence that names the argument.
     """
-    return _rprop.make(1, grad_scale, options, param, grad, prev, step_size)
+    if grad_scale is not ONE:
+        grad_scale = hyper.scale("grad_scale", grad_scale)
+    return _rprop.make(options, 1, grad_scale, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
-    """Fresh state for the calls above: dict of well-placed arrays of the shape, memory order and dtype of param.
+    """Fresh state for the calls above.
 
-    optimizer: "rmsprop", "adagrad", "adam" or "rprop".   dialect and the other keywords: as in the optimizer's class;
-    they decide which arrays there are and how they start (initial_value; lr for RProp's step_size).
     ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
-    Raises TypeError or ValueError, naming the argument.
+
+    Parameters
+    ----------
+    optimizer : {"rmsprop", "adagrad", "adam", "rprop"}
+    param : array
+        What the state belongs to.
+    dialect : str, optional
+        As in the optimizer's class.
+    **options
+        The hyper-parameters of that class; they decide which arrays there are and how they start (initial_value; lr for
+        RProp's step_size).
+
+    Returns
+    -------
+    dict of str to array
+        Well-placed arrays of the shape, memory order and dtype of param.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With a sentence that names the argument.
     """
     if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
@@ -276,7 +361,7 @@ def init_state(optimizer, param, *, dialect=None, **options):
     buffer = memory.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     maker.checked_recipe(h, buffer.dtype)
-    flats = maker.new_state(h, maker.rule_name(h), buffer, memory)
+    flats = new_state(maker.rule_name(h), lambda name: maker.initial(h, name), buffer, memory)
     return {name: host.shaped(flat, buffer) for name, flat in flats.items()}
 
 
@@ -284,7 +369,7 @@ _BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp
 
 
 def _show_signature(function, optimizer):
-    """help() and editors see every hyper-parameter with its default."""
+    """inspect.signature and help() show every hyper-parameter with its default; editors read __init__.pyi."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
     skip = {"initial_value", "centered", *optimizer.fixed} | {p.name for p in own}
     rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
@@ -294,3 +379,4 @@ def _show_signature(function, optimizer):
 
 for _function in (rmsprop, adagrad, adam, rprop):
     _show_signature(_function, _BY_NAME[_function.__name__])
+graph_breaks.at(rmsprop, adagrad, adam, rprop, init_state)

@@ -16,7 +16,8 @@ def number(name, value):
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a 0-d array or tensor
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} is a {kind}; it must be a number")
+        only_lr = "; only lr may be a schedule" if callable(value) and name != "lr" else ""
+        raise TypeError(f"{name}={value!r} is a {kind}; it must be a number{only_lr}")
     try:
         value = float(value)
     except OverflowError:
@@ -26,11 +27,24 @@ def number(name, value):
     return value
 
 
-def non_negative(name, value):
-    value = number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be finite and at least 0")
-    return value
+def within(words, holds):
+    """A check of numbers; `words` say for which ones `holds` is true."""
+
+    def check(name, value):
+        value = number(name, value)
+        if not holds(value):
+            raise ValueError(f"{name}={value!r} must be {words}")
+        return value
+
+    check.words = words
+    return check
+
+
+non_negative = within("finite and at least 0", lambda value: 0 <= value < math.inf)
+positive = within("finite and above 0", lambda value: 0 < value < math.inf)
+above_zero = within("above 0", lambda value: value > 0)
+decay_rate = within("in [0, 1)", lambda value: 0 <= value < 1)
+scale = within("from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30)  # no gradient vanishes or overflows in float32
 
 
 def finite(name, value):
@@ -43,21 +57,6 @@ def finite(name, value):
     return value
 
 
-def positive(name, value):
-    value = number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be finite and above 0")
-    return value
-
-
-def scale(name, value):
-    """A factor for gradients that neither vanishes nor overflows in float32."""
-    value = number(name, value)
-    if not 1e-30 <= value <= 1e30:
-        raise ValueError(f"{name}={value!r} must be from 1e-30 to 1e30")
-    return value
-
-
 def step_count(name, value, least):
     """A number of steps as an int."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
@@ -65,20 +64,6 @@ def step_count(name, value, least):
     if not least <= value <= MOST_STEPS:
         raise ValueError(f"{name}={value!r} must be from {least} to 2**62")
     return int(value)
-
-
-def above_zero(name, value):
-    value = number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}={value!r} must be above 0")
-    return value
-
-
-def decay_rate(name, value):
-    value = number(name, value)
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r} must be in [0, 1)")
-    return value
 
 
 def flag(name, value):
@@ -133,6 +118,88 @@ CHECKS = {
     "bias_correction": choice(False, True, "corrected", "folded"),
     "amsgrad": choice(False, True, "corrected"),
 }
+
+
+# what hyper-parameters may not be together, or when they are rounded to a dtype; each name stands for itself and its value
+FORBIDDEN = {
+    "eps": "{eps} and {eps_root} are both 0 in {dtype}: a zero average would give 0/0",
+    "nesterov": "nesterov=True needs momentum > 0",
+    "bias_correction": "bias_correction='folded' cannot serve centered=True, which corrects two averages",
+    "amsgrad": "amsgrad='corrected' needs bias_correction='corrected'",
+    "eta_minus": "{eta_minus} is not below 1 in {dtype}",
+    "eta_plus": "{eta_plus} is not above 1 in {dtype}",
+    "step_min": "{step_min} is above {step_max}",
+}
+
+
+def words_of(name):
+    """What the numbers that a hyper-parameter may be are, in words; None where it is not a number."""
+    return getattr({"lr": non_negative, "clip_value": positive}.get(name, CHECKS[name]), "words", None)
+
+
+def forbidden(name, h, dtype):
+    """The sentence for a hyper-parameter that is in its range, but not with the others or not in dtype."""
+    known = {key: f"{key}={value!r}" for key, value in vars(h).items()}
+    sentence = FORBIDDEN.get(name, f"{{{name}}} rounds in {{dtype}} to a number that is not {words_of(name)}")
+    return sentence.format(**known, dtype=dtype)
+
+
+def refusal(name):
+    """The sentence for a hyper-parameter that is wrong, where its value cannot be said: in jitted code."""
+    dtype, names = "the dtype of param", {key: key for key in CHECKS}
+    in_range = words_of(name) and f"{name} must be {words_of(name)} in {dtype}"
+    together = name in FORBIDDEN and FORBIDDEN[name].format(**names, dtype=dtype)
+    return "fastrms: " + "; it is refused, too, where ".join(filter(None, (in_range, together)))
+
+
+# what users of other frameworks type first, and what to write here
+OUR_WORD = {
+    "alpha": "rho",
+    "learning_rate": "lr",
+    "betas": "beta1 and beta2",
+    "beta_1": "beta1",
+    "beta_2": "beta2",
+    "b1": "beta1",
+    "b2": "beta2",
+    "epsilon": "eps",
+    "decay": "rho for the averages, weight_decay for the parameters, or lr_decay for AdaGrad's lr",
+    "use_nesterov": "nesterov",
+    "etas": "eta_minus and eta_plus",
+    "step_sizes": "step_min and step_max",
+    "delta_min": "step_min",
+    "delta_max": "step_max",
+    "initial_accumulator_value": "initial_value",
+    "initial_scale": "initial_value",
+    "decoupled_weight_decay": "decoupled",
+    "clip": "clip_value",
+    "clipvalue": "clip_value",
+    "clipnorm": "clip_norm, an argument of step()",
+    "clip_norm": "clip_norm, an argument of step()",
+    "global_clipnorm": "clip_norm, an argument of step()",
+    "grad_clip": "clip_norm, an argument of step()",
+    "max_grad_norm": "clip_norm, an argument of step()",
+    "max_norm": "clip_norm, an argument of step()",
+    "grad_scale": "grad_scale, an argument of step()",
+    "loss_scale": "grad_scale, an argument of step(), which multiplies the gradients",
+    "loss_scale_factor": "grad_scale, an argument of step(), which multiplies the gradients",
+}
+NOT_NEEDED = {
+    "foreach": "all tensors are updated in one call",
+    "fused": "every update is fused",
+    "jit": "every update is compiled",
+    "differentiable": "updates are made in place and cannot be differentiated",
+    "momentum_decay": "nesterov has no schedule of its own here",
+    "use_ema": "averages of the parameters are not kept here",
+    "ema_momentum": "averages of the parameters are not kept here",
+    "ema_overwrite_frequency": "averages of the parameters are not kept here",
+}
+
+
+def said_instead(name):
+    """What to write for a name of another framework, as the end of a sentence; "" where that is not known."""
+    if name in NOT_NEEDED:
+        return f"; leave {name} out: {NOT_NEEDED[name]}"
+    return f"; for {name} write {OUR_WORD[name]}" if name in OUR_WORD else ""
 
 
 def cuda_options(backend, stream, capturable, check):

@@ -7,244 +7,32 @@ max_exp_avg_sq are the optional states.  ``rmsprop_parallel`` and so on divide i
 ``param[i], square_avg[i] = rules.rmsprop(param[i], grad[i], square_avg[i], grad_scale, clip_low, ...)``; every number
 is rounded to the type of param first.
 
-Arrays: float32 or float64, any number of dimensions, contiguous, all of one dtype, order and shape; anything else is
-refused.  Hyper-parameters are not checked, overlap is not seen.  A function of yours that was kept by cache=True
-goes on with the fastrms it was compiled with.  Parallel forms, like any parallel Numba code, may not be used by two
-Python threads at once under the workqueue layer, nor after a fork under omp; fastrms.RMSProp(..., backend="numba")
-and its like are safe there.
+Arrays are float32 or float64, of any number of dimensions, contiguous, aligned, all of one dtype, order and shape; only grad
+may be read-only.  An argument of another kind is a numba.errors.TypingError when your function is compiled.  Shapes that
+differ, buffers that overlap and hyper-parameters out of range are a ValueError when it runs, before anything is written.
+A function of yours that was kept by cache=True goes on with the fastrms it was compiled with.  Parallel forms, like any
+parallel Numba code, may not be used by two Python threads at once under the workqueue layer, nor after a fork under omp;
+fastrms.RMSProp(..., backend="numba") and its like are safe there.
 """
 
-from collections import namedtuple
 from functools import cache
-from math import sqrt
 from types import ModuleType
 
 import numba
-import numpy as np
-from numba import types
 from numba.extending import overload
 
-from . import recipes
+from . import jitted
 from . import rules as texts
-from .backends.numba.kernels import OPTIONS, compiler, jitted, kernel
+from .backends.numba.kernels import compiler
+from .backends.numba.kernels import jitted as compiled_rule
+from .recipes import CORRECTED, DOZAT, FOLDED
 
-_REAL = {types.float32: np.dtype(np.float32), types.float64: np.dtype(np.float64)}
-_DEFAULT = {"jit_options": OPTIONS}
-
-
-# what the four have in common
-
-
-def _rounded(param, value):
-    """The double that the dtype of param holds for value."""
-
-
-@overload(_rounded, **_DEFAULT)
-def _rounded_by_type(param, value):
-    real = param.dtype
-    return lambda param, value: np.float64(real(value))
-
-
-def _choice(option, first, second, true):
-    """0 for False, 1 and 2 for these words, `true` for True; ValueError for anything else."""
-
-
-@overload(_choice, **_DEFAULT)
-def _choice_by_type(option, first, second, true):
-    def of_words(option, first, second, true):
-        if option != first and option != second:
-            raise ValueError("fastrms: bias_correction, nesterov or amsgrad has a value that means nothing here")
-        return 1 if option == first else 2
-
-    def of_flags(option, first, second, true):
-        if option and true < 0:
-            raise ValueError("fastrms: True does not say which; say it in a word")
-        return true if option else 0
-
-    return of_words if isinstance(option, (types.UnicodeType, types.StringLiteral)) else of_flags
-
-
-def _addresses(arrays, shape):
-    """Where contiguous arrays begin; ValueError where one has another shape."""
-
-
-@overload(_addresses, **_DEFAULT)
-def _addresses_by_type(arrays, shape):
-    if len(arrays) == 0:
-        return lambda arrays, shape: ()
-
-    def addresses(arrays, shape):
-        if arrays[0].shape != shape:
-            raise ValueError("fastrms: param, grad and states must have one shape")
-        return (np.intp(arrays[0].ctypes.data),) + _addresses(arrays[1:], shape)
-
-    return addresses
-
-
-_names = {}
-for _text in (recipes.twice, recipes.one_more, recipes.doubled, recipes.series):
-    _names[_text.__name__] = compiler(texts.rebuilt(_text, _names))
-_series = _names["series"]
-
-
-# the way to the kernels
-
-
-def _refuse_types(arrays):
-    """What a kernel of flat arrays cannot take, as an error of compilation."""
-    param = arrays[0]
-    for array in arrays:
-        if not isinstance(array, types.Array) or array.dtype not in _REAL or array.layout == "A":
-            raise numba.errors.TypingError(f"fastrms updates contiguous arrays of float32 or float64, not {array}")
-        if (array.dtype, array.ndim, array.layout) != (param.dtype, param.ndim, param.layout):
-            raise numba.errors.TypingError(f"fastrms needs arrays of one dtype and memory order, not {param} and {array}")
-
-
-def _runner(rule, names, parallel):
-    """run(general, values, param, grad, *states) for jitted code: values[k] is the coefficient names[k], in double."""
-    wanted = texts.coefficient_names(texts.RULES[rule])
-    place = tuple(names.index(name) if name in names else -1 for name in wanted)
-
-    def run(general, values, *arrays):
-        """Only its overload is ever called."""
-
-    @overload(run, **_DEFAULT)
-    def run_by_type(general, values, *arrays):
-        _refuse_types(arrays)
-        dtype, real = _REAL[arrays[0].dtype], arrays[0].dtype
-        fixed = tuple(recipes.constants(dtype).get(name, 0.0) for name in wanted)
-        kernels = [kernel(rule, form, dtype, parallel) for form in (False, True)]
-        return _implementation(*kernels, _some_threads if parallel else _no_threads, real, place, fixed)
-
-    return run
-
-
-_no_threads = compiler(lambda: ())
-_some_threads = compiler(lambda: (np.intp(numba.get_num_threads()),))
-
-
-def _implementation(neutral, full, more, real, place, fixed):
-    def run(general, values, *arrays):
-        coefficients = np.empty(len(place), real)
-        for k in range(len(place)):
-            coefficients[k] = values[place[k]] if place[k] >= 0 else fixed[k]
-        table = np.empty(len(arrays) + 5, np.intp)
-        chosen(general, coefficients, table, arrays)
-
-    @compiler
-    def chosen(general, coefficients, table, arrays):  # the caller keeps what lies at the addresses
-        table[0], table[1], table[2], table[3] = 1, coefficients.ctypes.data, 0, 0  # of one tensor, in one row
-        table[4] = arrays[0].size
-        places = _addresses(arrays, arrays[0].shape)
-        for k in range(len(places)):
-            table[5 + k] = places[k]
-        arguments = (np.intp(table.ctypes.data), np.intp(0)) + more()
-        if general:
-            full(*arguments)
-        else:
-            neutral(*arguments)
-
-    return run
-
-
-# hyper-parameters -> coefficients in double, as in optimizers.py
-
-
-@compiler
-def _scale(maximize, grad_scale):
-    return -grad_scale if maximize else grad_scale
-
-
-_RMSPropValues = namedtuple(
-    "_RMSPropValues",
-    "grad_scale clip_low clip_high weight_decay rho one_minus_rho v_scale eps_root in_scale eps "
-    "momentum nesterov_b nesterov_u out_scale decay",
-)
-
-
-@compiler
-def _rmsprop_values(param, buffer, lr, rho, eps, eps_root, momentum, nesterov, weight_decay, decoupled, maximize, clip,
-                    lr_in_momentum, bias_correction, step, grad_scale):  # fmt: skip
-    form = _choice(bias_correction, "corrected", "folded", 1)
-    corrected, folded = form == 1, form == 2
-    share = _series(_rounded(param, rho), _rounded(param, 1 - rho), step) if corrected or folded else 1.0
-    rate = lr * sqrt(share) if folded else lr
-    first = lr_in_momentum or not buffer
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0 or nesterov or corrected
-    return general, _RMSPropValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, rho, 1 - rho,
-        1.0 / share if corrected else 1.0, eps_root, rate if first else 1.0, eps, momentum,
-        momentum if nesterov else 1.0, 1.0 if nesterov else 0.0, 1.0 if first else rate,
-        lr * weight_decay if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_AdaGradValues = namedtuple("_AdaGradValues", "grad_scale clip_low clip_high weight_decay eps_root lr eps decay")
-
-
-@compiler
-def _adagrad_values(lr, eps, eps_root, lr_decay, weight_decay, decoupled, maximize, clip, step, grad_scale):
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0
-    slower = 1 + np.float64(step - 1) * lr_decay
-    return general, _AdaGradValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, eps_root, lr / slower, eps,
-        lr * weight_decay / slower if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_AdamValues = namedtuple(
-    "_AdamValues",
-    "grad_scale clip_low clip_high weight_decay beta1 one_minus_beta1 beta2 one_minus_beta2 max_scale m_scale g_scale "
-    "v_scale eps_root step_size root_scale eps decay",
-)
-
-
-@compiler
-def _adam_scales(lr, beta1, eps_root, largest, nesterov, form, first, ahead, second):
-    """max_scale, m_scale, g_scale, v_scale, step_size, root_scale; first, ahead and second: the sums of the averages'
-    weights so far, 1 without correction."""
-    m_scale, g_scale = (beta1, 1 - beta1) if nesterov else (1.0, 0.0)
-    if nesterov == 1:
-        m_scale, g_scale, rate = m_scale / ahead, g_scale / first, lr
-    else:
-        rate = lr / first
-    if form == 2:
-        return 1.0, m_scale, g_scale, 1.0, rate * sqrt(second), 1.0
-    if largest == 1:
-        return 1.0 / second, m_scale, g_scale, 1.0, rate, 1.0
-    if eps_root > 0:
-        return 1.0, m_scale, g_scale, 1.0 / second, rate, 1.0
-    return 1.0, m_scale, g_scale, 1.0, rate, 1.0 / sqrt(second)
-
-
-@compiler
-def _adam_values(param, lr, beta1, beta2, eps, eps_root, largest, nesterov, form, weight_decay, decoupled,
-                 maximize, clip, step, grad_scale):  # fmt: skip
-    first = ahead = second = 1.0
-    if form:
-        first = _series(_rounded(param, beta1), _rounded(param, 1 - beta1), step)
-        ahead = _series(_rounded(param, beta1), _rounded(param, 1 - beta1), step + 1)
-        second = _series(_rounded(param, beta2), _rounded(param, 1 - beta2), step)
-    scales = _adam_scales(lr, beta1, eps_root, largest, nesterov, form, first, ahead, second)
-    max_scale, m_scale, g_scale, v_scale, step_size, root_scale = scales
-    general = clip < np.inf or (weight_decay > 0 and not decoupled) or eps_root > 0 or nesterov > 0
-    return general, _AdamValues(
-        _scale(maximize, grad_scale), -clip, clip, 0.0 if decoupled else weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-        max_scale, m_scale, g_scale, v_scale, eps_root, step_size, root_scale, eps, lr * weight_decay if decoupled else 0.0,
-    )  # fmt: skip
-
-
-_RPropValues = namedtuple("_RPropValues", "grad_scale clip_low clip_high eta_minus eta_plus step_min step_max flip_below")
-
-
-# the four, in two forms
+# the four families, in two forms
 
 
 def _rmsprop_of(parallel):
-    names = _RMSPropValues._fields
-    plain, momentum_only = _runner("rmsprop", names, parallel), _runner("rmsprop_momentum", names, parallel)
-    centered = _runner("rmsprop_centered", names, parallel)
-    both = _runner("rmsprop_centered_momentum", names, parallel)
+    rules = "rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum"
+    plain, momentum_only, centered_only, both = (jitted.runner(rule, "rmsprop", parallel) for rule in rules)
 
     @compiler
     def rmsprop(
@@ -252,22 +40,53 @@ def _rmsprop_of(parallel):
         decoupled=False, maximize=False, clip_value=None, lr_in_momentum=False, bias_correction=False, step=1,
         grad_scale=1.0, grad_avg=None, momentum_buffer=None,
     ):  # fmt: skip
-        """One RMSProp update in place, as fastrms.rmsprop makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        buffer = momentum_buffer is not None
-        if buffer != (momentum > 0):
+        """One RMSProp update of param and its states, in place, with the bits of fastrms.rmsprop (Hinton 2012).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
+            param = param - lr*g/(sqrt(square_avg + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, square_avg : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with bias_correction only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        grad_avg, momentum_buffer : array, optional
+            The state of the centered form, and that of momentum > 0.
+        lr, rho, ... : optional
+            The hyper-parameters of fastrms.RMSProp, with its defaults; lr is a number.
+
+        Raises
+        ------
+        numba.errors.TypingError
+            Where an argument is of another kind; when the calling function is compiled.
+        ValueError
+            Where an argument has a value that it must not have; nothing has been written then.
+        """
+        if (momentum_buffer is not None) != (momentum > 0):
             raise ValueError("fastrms: momentum > 0 and momentum_buffer go together")
-        general, values = _rmsprop_values(
-            param, buffer, lr, rho, eps, eps_root, momentum, nesterov, weight_decay, decoupled, maximize, clip,
-            lr_in_momentum, bias_correction, step, grad_scale,
+        clip = 0.0 if clip_value is None else jitted.positive(clip_value)
+        centered = 0 if grad_avg is None else 1
+        h = jitted.RMSProp(
+            lr=jitted.number(lr), rho=jitted.number(rho), eps=jitted.number(eps), eps_root=jitted.number(eps_root),
+            momentum=jitted.number(momentum),
+            nesterov=jitted.flag(nesterov), centered=centered, weight_decay=jitted.number(weight_decay),
+            decoupled=jitted.flag(decoupled), maximize=jitted.flag(maximize),
+            clip_value=clip, lr_in_momentum=jitted.flag(lr_in_momentum),
+            bias_correction=jitted.word(bias_correction, CORRECTED, FOLDED, CORRECTED),
         )  # fmt: skip
+        general, values = jitted.of_rmsprop(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
         if grad_avg is None:
             if momentum_buffer is None:
                 plain(general, values, param, grad, square_avg)
             else:
                 momentum_only(general, values, param, grad, square_avg, momentum_buffer)
         elif momentum_buffer is None:
-            centered(general, values, param, grad, square_avg, grad_avg)
+            centered_only(general, values, param, grad, square_avg, grad_avg)
         else:
             both(general, values, param, grad, square_avg, grad_avg, momentum_buffer)
 
@@ -275,26 +94,51 @@ def _rmsprop_of(parallel):
 
 
 def _adagrad_of(parallel):
-    run = _runner("adagrad", _AdaGradValues._fields, parallel)
+    run = jitted.runner("adagrad", "adagrad", parallel)
 
     @compiler
     def adagrad(
         param, grad, sum, lr=0.01, eps=1e-10, eps_root=0.0, lr_decay=0.0, weight_decay=0.0, decoupled=False, maximize=False,
         clip_value=None, step=1, grad_scale=1.0,
     ):  # fmt: skip
-        """One AdaGrad update in place, as fastrms.adagrad makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        general, values = _adagrad_values(
-            lr, eps, eps_root, lr_decay, weight_decay, decoupled, maximize, clip, step, grad_scale
-        )
+        """One AdaGrad update of param and its states, in place, with the bits of fastrms.adagrad (Duchi et al. 2011).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
+            param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, sum : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int, default 1
+            Number of this update, from 1; it matters with lr_decay only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        lr, eps, ... : optional
+            The hyper-parameters of fastrms.AdaGrad, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
+        clip = 0.0 if clip_value is None else jitted.positive(clip_value)
+        h = jitted.AdaGrad(
+            lr=jitted.number(lr), eps=jitted.number(eps), eps_root=jitted.number(eps_root), lr_decay=jitted.number(lr_decay),
+            weight_decay=jitted.number(weight_decay), decoupled=jitted.flag(decoupled), maximize=jitted.flag(maximize),
+            clip_value=clip,
+        )  # fmt: skip
+        general, values = jitted.of_adagrad(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
+        jitted.refuse_zeros(h.eps, h.eps_root, sum)
         run(general, values, param, grad, sum)
 
     return adagrad
 
 
 def _adam_of(parallel):
-    plain = _runner("adam", _AdamValues._fields, parallel)
-    largest = _runner("adam_amsgrad", _AdamValues._fields, parallel)
+    plain, largest = jitted.runner("adam", "adam", parallel), jitted.runner("adam_amsgrad", "adam", parallel)
 
     @compiler
     def adam(
@@ -302,19 +146,49 @@ def _adam_of(parallel):
         bias_correction="corrected", weight_decay=0.0, decoupled=False, maximize=False, clip_value=None, grad_scale=1.0,
         max_exp_avg_sq=None, amsgrad=None,
     ):  # fmt: skip
-        """One Adam update in place, as fastrms.adam makes it; step counts from 1."""
-        clip = np.inf if clip_value is None else clip_value
-        form = _choice(bias_correction, "corrected", "folded", 1)
-        if amsgrad is None:  # noqa: SIM108  Numba leaves out the branch that would not compile
-            maximum = 0 if max_exp_avg_sq is None else 2
+        """One Adam update of param and its states, in place, with the bits of fastrms.adam (Kingma, Ba 2015).
+
+        ::
+
+            g = grad*grad_scale, clipped and decayed
+            exp_avg = beta1*exp_avg + (1 - beta1)*g;  exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
+            m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
+            param = param - lr*m/(sqrt(v + eps_root) + eps)
+
+        Parameters
+        ----------
+        param, grad, exp_avg, exp_avg_sq : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        step : int
+            Number of this update, from 1.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        max_exp_avg_sq : array, optional
+            The state of amsgrad, which is True where this is given, unless it is said.
+        lr, beta1, ... : optional
+            The hyper-parameters of fastrms.Adam, with its defaults.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
+        if amsgrad is None:
+            largest_of = 0 if max_exp_avg_sq is None else 1
         else:
-            maximum = _choice(amsgrad, "corrected", "corrected", 2)
-        if (max_exp_avg_sq is not None) != (maximum > 0) or (maximum == 1 and form != 1):
-            raise ValueError("fastrms: amsgrad needs max_exp_avg_sq, and amsgrad='corrected' needs that bias_correction")
-        general, values = _adam_values(
-            param, lr, beta1, beta2, eps, eps_root, maximum, _choice(nesterov, "dozat", "folded", -1), form, weight_decay,
-            decoupled, maximize, clip, step, grad_scale,
+            largest_of = jitted.word(amsgrad, CORRECTED, CORRECTED, 1)
+        if (max_exp_avg_sq is not None) != (largest_of > 0):
+            raise ValueError("fastrms: amsgrad and max_exp_avg_sq go together")
+        clip = 0.0 if clip_value is None else jitted.positive(clip_value)
+        h = jitted.Adam(
+            lr=jitted.number(lr), beta1=jitted.number(beta1), beta2=jitted.number(beta2),
+            eps=jitted.number(eps), eps_root=jitted.number(eps_root),
+            amsgrad=largest_of, nesterov=jitted.word(nesterov, DOZAT, FOLDED, -1),
+            bias_correction=jitted.word(bias_correction, CORRECTED, FOLDED, CORRECTED),
+            weight_decay=jitted.number(weight_decay), decoupled=jitted.flag(decoupled), maximize=jitted.flag(maximize),
+            clip_value=clip,
         )  # fmt: skip
+        general, values = jitted.of_adam(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
         if max_exp_avg_sq is None:
             plain(general, values, param, grad, exp_avg, exp_avg_sq)
         else:
@@ -324,18 +198,42 @@ def _adam_of(parallel):
 
 
 def _rprop_of(parallel):
-    run = _runner("rprop", _RPropValues._fields, parallel)
+    run = jitted.runner("rprop", "rprop", parallel)
 
     @compiler
     def rprop(
         param, grad, prev, step_size, eta_minus=0.5, eta_plus=1.2, step_min=1e-6, step_max=50.0, zero_on_flip=True,
         maximize=False, clip_value=None, grad_scale=1.0,
     ):  # fmt: skip
-        """One RProp update in place, as fastrms.rprop makes it."""
-        clip = np.inf if clip_value is None else clip_value
-        flip_below = 0.0 if zero_on_flip else -np.inf
-        values = _RPropValues(_scale(maximize, grad_scale), -clip, clip, eta_minus, eta_plus, step_min, step_max, flip_below)
-        run(clip < np.inf, values, param, grad, prev, step_size)
+        """One RProp update of param and its states, in place, with the bits of fastrms.rprop (Riedmiller, Braun 1993).
+
+        ::
+
+            s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
+            g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g
+
+        Parameters
+        ----------
+        param, grad, prev, step_size : array of float32 or float64
+            Contiguous, of one dtype, shape and memory order, and apart in memory; only grad may be read-only.
+        grad_scale : float, default 1
+            Factor of the gradient, from 1e-30 to 1e30.
+        eta_minus, eta_plus, ... : optional
+            The hyper-parameters of fastrms.RProp, with its defaults, but lr: step_size starts with it, and prev with 0.
+
+        Raises
+        ------
+        numba.errors.TypingError, ValueError
+            As rmsprop does.
+        """
+        clip = 0.0 if clip_value is None else jitted.positive(clip_value)
+        h = jitted.RProp(
+            lr=0.0, eta_minus=jitted.number(eta_minus), eta_plus=jitted.number(eta_plus), step_min=jitted.number(step_min),
+            step_max=jitted.number(step_max), zero_on_flip=jitted.flag(zero_on_flip), maximize=jitted.flag(maximize),
+            clip_value=clip,
+        )  # fmt: skip
+        general, values = jitted.of_rprop(h, 1, jitted.factor(grad_scale), param.itemsize)
+        run(general, values, param, grad, prev, step_size)
 
     return rprop
 
@@ -355,7 +253,7 @@ def _scalar(rule, general):
 
     @cache
     def compiled(real):
-        made = jitted(rule, general)
+        made = compiled_rule(rule, general)
         made.compile((real,) * count)
         made.disable_compile()
         return made
@@ -363,9 +261,9 @@ def _scalar(rule, general):
     def call(param, *rest):
         """Only its overload is ever called."""
 
-    @overload(call, **_DEFAULT)
+    @overload(call, **jitted.DEFAULT)
     def call_by_type(param, *rest):
-        if param not in _REAL or len(rest) != count - 1:
+        if param not in jitted.REAL or len(rest) != count - 1:
             names = ", ".join(texts.arguments(texts.RULES[rule]))
             raise numba.errors.TypingError(f"fastrms.numba.rules.{rule} takes {names}, param a float32 or float64")
         typed = compiled(param)

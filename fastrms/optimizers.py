@@ -1,14 +1,12 @@
-"""RMSProp, AdaGrad, Adam, AdamW and RProp: hyper-parameters -> coefficients of a rule, in double, once per step.
+"""RMSProp, AdaGrad, Adam, AdamW and RProp: what they do, their hyper-parameters and defaults, their rules and states.
 
-The mathematics is in rules.py; structure, groups and state are in optimizer.py, steps in gradients.py.
+The mathematics is in rules.py; how hyper-parameters become the coefficients of a rule, made anew at each change of one, in
+recipes.py; structure, groups and state are in optimizer.py, steps in gradients.py.
 """
-
-import math
-from types import SimpleNamespace
 
 from . import hyper, recipes
 from .optimizer import Optimizer
-from .recipes import DIVIDE, OVER_ROOT, TIMES_ROOT, Correction, rounded
+from .recipes import rounded
 
 COMMON = {
     "weight_decay": 0.0,
@@ -18,71 +16,89 @@ COMMON = {
 }
 
 
-def common(h, dtype):
-    """The coefficients that every rule shares."""
-    clip = math.inf if h.clip_value is None else h.clip_value
-    if rounded(clip, dtype) == 0:
-        raise ValueError(f"clip_value={clip!r} is 0 in {dtype}")
-    return {
-        "grad_scale": -1.0 if h.maximize else 1.0,
-        "clip_low": -clip,
-        "clip_high": clip,
-        "weight_decay": 0.0 if h.decoupled else h.weight_decay,
-        "decay": h.lr * h.weight_decay if h.decoupled else 0.0,
-    }
-
-
-def needs_general(h):
-    return h.clip_value is not None or (h.weight_decay > 0 and not h.decoupled) or h.eps_root > 0
-
-
-def decaying(h, name, dtype):
-    """A decay rate and its complement as the dtype holds them; the rate must stay below 1."""
-    rate = rounded(getattr(h, name), dtype)
-    if rate >= 1:
-        raise ValueError(f"{name}={getattr(h, name)!r} rounds to 1 in {dtype}")
-    return rate, rounded(1 - getattr(h, name), dtype)
-
-
-def refuse_zero_eps(h, dtype):
-    if rounded(h.eps, dtype) == 0 and rounded(h.eps_root, dtype) == 0:
-        raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}: a zero average would give 0/0")
-
-
 class RMSProp(Optimizer):
-    """Divide each gradient by a running root mean square of it (Hinton 2012, Coursera lecture 6e).
+    """RMSProp divides each gradient by a running root mean square of it.
 
-    ::
+    One step computes, for every element::
 
-        g = clip(grad*grad_scale, -clip_value, clip_value) + weight_decay*param          (prepared gradient)
+        g = clip(grad*grad_scale, -clip_value, clip_value) + weight_decay*param          (the prepared gradient)
         square_avg = rho*square_avg + (1 - rho)*g**2
-        w = square_avg            centered: max(square_avg - grad_avg**2, floor*square_avg)      (Graves 2013)
+        w = square_avg            centered: max(square_avg - grad_avg**2, floor*square_avg)
         u = lr*g / (sqrt(w + eps_root) + eps)
         momentum > 0: momentum_buffer = momentum*momentum_buffer + u;  u = momentum_buffer
                       nesterov:  u = momentum*momentum_buffer + u
-        floor = 2**-20 (float32), 2**-49 (float64): above the rounding of square_avg
-        param = param - u         decoupled: param - (u + lr*weight_decay*param)
+        param = param - u         decoupled: param - (u + lr*weight_decay*param), and g without weight_decay*param
 
-    params: one array, a sequence, a mapping, a FlatBuffer, or a list of groups ``{"params": ..., "lr": ...}``; float32 or
-    float64.   groups: hyper-parameters by name, of a mapping or FlatBuffer: ``{"*.bias": {"weight_decay": 0}}``; the first
-    pattern that matches counts (fnmatch.fnmatchcase on str(name)), each must get a name, opt.groups[0] is for the rest.
-    lr: step size >= 0, or callable(step) first called with 0.   rho in [0, 1): decay of the averages.
-    eps, eps_root >= 0: added outside and inside the square root; not both 0.
-    momentum in [0, 1).   nesterov, centered: bool.   lr_in_momentum: lr multiplies u before it enters the buffer
-    (Keras, TF1, Optax) and not after (PyTorch); the same while lr is constant.
-    bias_correction: False, "corrected" (averages divided by 1 - rho**t; Optax), "folded" (lr * sqrt(1 - rho**t)).
-    weight_decay >= 0: L2, or decoupled.   maximize: ascend.   clip_value: bound on each gradient element, or None.
-    initial_value: start of square_avg (1 in TF1 and MindSpore).
-    nonfinite: what a step does where elements of grad*grad_scale, before any clipping, are NaN or infinite or have a square
-    that overflows the dtype: "propagate" does not look; "skip" updates nothing in any tensor, counts no step and says so in
-    StepInfo; "raise" does the same and raises FloatingPointError.   zero_grad: a step writes zeros over the gradients
-    (writable arrays, then), a skipped one too; not one that raises.
-    dialect: None or "torch", "keras", "tf1", "mindspore", "optax": that framework's defaults; explicit arguments win.
-    backend: "auto", "c", "numba", "numpy", or "cuda" for arrays in device memory, where "auto" means that.
-    Only with "cuda": stream, where to launch (None: where the arrays' library works); capturable, coefficients in device
-    memory for CUDA graphs; check, wait for each step and raise its error.
-    State: square_avg, grad_avg (centered), momentum_buffer (momentum > 0), of the shape and dtype of each parameter.
-    Raises TypeError for wrong kinds, ValueError for wrong values; nothing has changed then.
+    where grad_avg = rho*grad_avg + (1 - rho)*g, and floor is 2**-20 in float32 and 2**-49 in float64: just above the
+    rounding of square_avg.  The parameters and the state are updated in place.
+
+    Parameters
+    ----------
+    params : array, sequence, mapping, FlatBuffer or list of groups
+        What is updated in place: float32 or float64 arrays of any shape, each dense in any memory order.  A group is a
+        mapping ``{"params": ..., "lr": ...}`` with hyper-parameters of its own.
+    lr : float or callable, default 0.01
+        Step size, finite and at least 0.  A callable gets the number of steps made, first 0, and gives the lr of the next.
+    rho : float in [0, 1), default 0.99
+        Share of the averages that is kept at each step.
+    eps, eps_root : float >= 0, default 1e-8 and 0
+        Added to the root, and below it.  They must not both be 0.
+    momentum : float in [0, 1), default 0
+        Share of momentum_buffer that is kept at each step; 0 means that there is no such buffer.
+    nesterov : bool, default False
+        Whether momentum looks one step ahead; it needs momentum > 0.
+    centered : bool, default False
+        Whether the variance divides, in place of the mean square.
+    weight_decay : float >= 0, default 0
+        Added to the gradient as weight_decay*param (L2), or, with decoupled, taken from the parameter.
+    decoupled : bool, default False
+        Whether weight_decay acts beside the update, scaled by lr.
+    maximize : bool, default False
+        Whether to go up the gradient.
+    clip_value : float > 0 or None, default None
+        Bound of each element of grad*grad_scale.  The norm of all gradients is clipped by ``step(clip_norm=...)``.
+    initial_value : float >= 0, default 0
+        What square_avg starts with; 1 in TF1 and MindSpore.
+    lr_in_momentum : bool, default False
+        Whether lr multiplies u before it enters momentum_buffer (Keras, TF1, Optax) and not after (PyTorch).  This is the
+        same while lr stays as it is.
+    bias_correction : False, "corrected" or "folded", default False
+        "corrected" (as True) divides the averages by 1 - rho**t in update number t (Optax); "folded" multiplies lr by
+        sqrt(1 - rho**t) and is not for centered=True.
+    groups : mapping of pattern to hyper-parameters, optional
+        Overrides by the names of a mapping or FlatBuffer: ``{"*.bias": {"weight_decay": 0}}``.  The first pattern that
+        matches str(name), as fnmatch.fnmatchcase has it, counts; each must match a name.  opt.groups[0] is for the rest.
+    dialect : "torch", "keras", "tf1", "mindspore", "optax" or None, default None
+        That framework's defaults and semantics; explicit arguments win.
+    nonfinite : "propagate", "skip" or "raise", default "propagate"
+        What a step does where elements of grad*grad_scale, before any clipping, are NaN or infinite or have a square that
+        overflows the dtype.  "propagate" does not look; "skip" updates nothing in any tensor, counts no step and says so
+        in StepInfo; "raise" does the same and raises FloatingPointError.
+    zero_grad : bool, default False
+        Whether a step writes zeros over the gradients, which must be writable then.  A skipped step does so, too, and one
+        that raises does not.
+    backend : "auto", "c", "numba", "numpy" or "cuda", default "auto"
+        What computes; "auto" takes the fastest, and "cuda" for arrays in device memory.
+    stream, capturable, check : optional
+        Only for backend "cuda": where to launch (None: where the arrays' library works); whether coefficients are kept in
+        device memory, for CUDA graphs; whether to wait for each step and raise its error.
+
+    Attributes
+    ----------
+    state : mapping
+        square_avg, grad_avg (centered) and momentum_buffer (momentum > 0), each in the structure of params.
+
+    Raises
+    ------
+    TypeError
+        Where an argument is of a wrong kind.  Nothing has changed then.
+    ValueError
+        Where an argument has a value that it must not have, here or at a step.  Nothing has changed then.
+
+    References
+    ----------
+    Hinton, Coursera lecture 6e, 2012.  Graves, "Generating sequences with recurrent neural networks", 2013, equations 38
+    to 45 (centered, momentum).  Sutskever et al., ICML 2013 (nesterov).  The defaults are those of torch.optim.RMSprop.
     """
 
     defaults = {
@@ -96,27 +112,7 @@ class RMSProp(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        refuse_zero_eps(h, dtype)
-        decaying(h, "momentum", dtype)
-        if h.nesterov and h.momentum == 0:
-            raise ValueError("nesterov=True needs momentum > 0")
-        if h.centered and h.bias_correction == "folded":
-            raise ValueError("bias_correction='folded' cannot serve centered=True, which corrects two averages")
-        rho, weight = decaying(h, "rho", dtype)
-        lr_first = h.lr_in_momentum or h.momentum == 0
-        values = {
-            **recipes.constants(dtype), **common(h, dtype),
-            "rho": h.rho, "one_minus_rho": 1 - h.rho, "v_scale": 1.0, "eps_root": h.eps_root, "eps": h.eps,
-            "in_scale": h.lr if lr_first else 1.0, "out_scale": 1.0 if lr_first else h.lr,
-            "momentum": h.momentum, "nesterov_b": h.momentum if h.nesterov else 1.0, "nesterov_u": float(h.nesterov),
-        }  # fmt: skip
-        corrections = {
-            False: [],
-            "corrected": [Correction("v_scale", DIVIDE, rho, weight)],
-            "folded": [Correction("in_scale" if lr_first else "out_scale", TIMES_ROOT, rho, weight)],
-        }[h.bias_correction]
-        general = needs_general(h) or h.nesterov or h.bias_correction == "corrected"
-        return recipes.make(RMSProp.rule_name(h), dtype, general, values, corrections)
+        return recipes.recipe("rmsprop", RMSProp.rule_name(h), h, dtype)
 
     @staticmethod
     def initial(h, state_name):
@@ -124,19 +120,44 @@ class RMSProp(Optimizer):
 
 
 class AdaGrad(Optimizer):
-    """Divide each gradient by the root of the sum of its squares since the start (Duchi, Hazan, Singer 2011).
+    """AdaGrad divides each gradient by the root of the sum of its squares since the start.
 
-    ::
+    Update number t, from 1, computes for every element::
 
         g = clip(grad*grad_scale, -clip_value, clip_value) + weight_decay*param
         sum = sum + g**2
-        param = param - (lr/(1 + (t-1)*lr_decay) * g / (sqrt(sum + eps_root) + eps)   decoupled: + lr*weight_decay*param)
+        rate = lr/(1 + (t-1)*lr_decay)
+        param = param - rate*g / (sqrt(sum + eps_root) + eps)
 
-    lr: step size >= 0, or callable(step) first called with 0.   lr_decay >= 0: as above, t counts from 1 (PyTorch).
-    eps, eps_root >= 0: outside and inside the root; both 0 only where the sum starts above 0 (TF1).
-    initial_value: start of the sum (0.1 in Keras, TF1, Optax, MindSpore).
-    params, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
-    State: sum.  Raises as RMSProp does.
+    With decoupled, g is without weight_decay*param, and the last line is
+    ``param = param - (rate*g / (sqrt(sum + eps_root) + eps) + rate*weight_decay*param)``.
+
+    Parameters
+    ----------
+    lr : float or callable, default 0.01
+        Step size, finite and at least 0, or a function of the number of steps made, first called with 0.
+    eps, eps_root : float >= 0, default 1e-10 and 0
+        Added to the root, and below it.  They may both be 0 only where no element of the sum is (TF1).
+    lr_decay : float >= 0, default 0
+        How fast the step size falls with the number of updates, decoupled weight decay included (PyTorch).
+    initial_value : float >= 0, default 0
+        What the sum starts with; 0.1 in Keras, TF1, Optax and MindSpore.
+    params, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+        As in RMSProp.
+
+    Attributes
+    ----------
+    state : mapping
+        sum, in the structure of params.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As RMSProp does.
+
+    References
+    ----------
+    Duchi, Hazan, Singer, JMLR 12, 2011, the diagonal form.  The defaults and lr_decay are those of torch.optim.Adagrad.
     """
 
     defaults = {"lr": 0.01, "eps": 1e-10, "eps_root": 0.0, "lr_decay": 0.0, "initial_value": 0.0, **COMMON}
@@ -147,9 +168,7 @@ class AdaGrad(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        values = {**recipes.constants(dtype), **common(h, dtype), "eps_root": h.eps_root, "lr": h.lr, "eps": h.eps}
-        linear = [Correction(name, DIVIDE, h.lr_decay, linear=True) for name in ("lr", "decay")] if h.lr_decay else []
-        return recipes.make("adagrad", dtype, needs_general(h), values, linear)
+        return recipes.recipe("adagrad", "adagrad", h, dtype)
 
     @staticmethod
     def needs_positive_state(h, dtype):
@@ -161,25 +180,60 @@ class AdaGrad(Optimizer):
 
 
 class Adam(Optimizer):
-    """Running means of the gradient and of its square, corrected for their start at 0 (Kingma, Ba 2015).
+    """Adam keeps running means of the gradient and of its square, corrected for their start at 0.
 
-    ::
+    Update number t, from 1, computes for every element::
 
         g = clip(grad*grad_scale, -clip_value, clip_value) + weight_decay*param
         exp_avg = beta1*exp_avg + (1 - beta1)*g
         exp_avg_sq = beta2*exp_avg_sq + (1 - beta2)*g**2
         m, v = exp_avg/(1 - beta1**t), exp_avg_sq/(1 - beta2**t)
-        param = param - (lr*m / (sqrt(v + eps_root) + eps)   decoupled: + lr*weight_decay*param)
+        param = param - lr*m / (sqrt(v + eps_root) + eps)
 
-    lr: step size >= 0, or callable(step) first called with 0.   beta1, beta2 in [0, 1).
-    eps, eps_root >= 0: outside and inside the root; not both 0.
-    amsgrad: True divides by the largest exp_avg_sq so far (Reddi, Kale, Kumar 2018), "corrected" by the largest v (Optax).
-    nesterov: "dozat" (Dozat 2016, as Optax has it: beta1*m' + (1 - beta1)*g/(1 - beta1**t), m' one step ahead) or
-    "folded" (TF, MindSpore: beta1*exp_avg + (1 - beta1)*g in place of exp_avg).  True is refused: it does not say which.
-    bias_correction: "corrected" as above (True means that), "folded": lr*sqrt(1 - beta2**t)/(1 - beta1**t) on the raw
-    averages, so that eps is the paper's "epsilon hat" (Keras, TF1, MindSpore), False: none.
-    params, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
-    State: exp_avg, exp_avg_sq, max_exp_avg_sq (amsgrad).  Raises as RMSProp does.
+    With decoupled, g is without weight_decay*param, and the last line is
+    ``param = param - (lr*m / (sqrt(v + eps_root) + eps) + lr*weight_decay*param)``.
+
+    Parameters
+    ----------
+    lr : float or callable, default 1e-3
+        Step size, finite and at least 0, or a function of the number of steps made, first called with 0.
+    beta1, beta2 : float in [0, 1), default 0.9 and 0.999
+        Shares of exp_avg and of exp_avg_sq that are kept at each step.
+    eps, eps_root : float >= 0, default 1e-8 and 0
+        Added to the root, and below it.  They must not both be 0.
+    amsgrad : bool or "corrected", default False
+        True divides by the root of the largest exp_avg_sq so far, corrected as v is; "corrected" by that of the largest v
+        so far (Optax), and needs bias_correction="corrected".
+    nesterov : False, "dozat" or "folded", default False
+        "dozat" puts beta1*m' + (1 - beta1)*g/(1 - beta1**t) in place of m, where m' = exp_avg/(1 - beta1**(t+1)) (Optax);
+        "folded" puts beta1*exp_avg + (1 - beta1)*g in place of exp_avg (TF, MindSpore).  True does not say which, and is
+        refused.
+    bias_correction : "corrected", "folded" or False, default "corrected"
+        "corrected" (as True) is the formula above.  "folded" takes the raw averages as m and v, and
+        lr*sqrt(1 - beta2**t)/(1 - beta1**t) as lr, so that eps is the paper's "epsilon hat" (Keras, TF1, MindSpore).
+        False takes the raw averages and lr as they are.
+    params, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+        As in RMSProp.
+
+    Attributes
+    ----------
+    state : mapping
+        exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each in the structure of params.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As RMSProp does.
+
+    Notes
+    -----
+    Powers of beta are those of beta1 and beta2 as the dtype holds them, so that the correction stays exact over very many
+    steps.  A gradient so large that its square overflows the dtype leaves the element where it is from then on.
+
+    References
+    ----------
+    Kingma, Ba, ICLR 2015.  Reddi, Kale, Kumar, ICLR 2018 (amsgrad).  Dozat, ICLR workshop 2016 (nesterov).  The defaults
+    are those of torch.optim.Adam.
     """
 
     defaults = {
@@ -194,64 +248,81 @@ class Adam(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        refuse_zero_eps(h, dtype)
-        form = h.bias_correction
-        if h.amsgrad == "corrected" and form != "corrected":
-            raise ValueError(f"amsgrad='corrected' needs bias_correction='corrected', which is {form!r}")
-        values = {
-            **recipes.constants(dtype), **common(h, dtype),
-            "beta1": h.beta1, "one_minus_beta1": 1 - h.beta1, "beta2": h.beta2, "one_minus_beta2": 1 - h.beta2,
-            "m_scale": h.beta1 if h.nesterov else 1.0, "g_scale": 1 - h.beta1 if h.nesterov else 0.0,
-            "max_scale": 1.0, "v_scale": 1.0, "root_scale": 1.0,
-            "eps_root": h.eps_root, "step_size": h.lr, "eps": h.eps,
-        }  # fmt: skip
-        first, second = decaying(h, "beta1", dtype), decaying(h, "beta2", dtype)
-        corrections = []
-        if form and h.nesterov == "dozat":
-            corrections = [Correction("m_scale", DIVIDE, *first, ahead=1), Correction("g_scale", DIVIDE, *first)]
-        elif form:
-            corrections = [Correction("step_size", DIVIDE, *first)]
-        if form == "folded":
-            corrections.append(Correction("step_size", TIMES_ROOT, *second))
-        elif form and h.amsgrad == "corrected":
-            corrections.append(Correction("max_scale", DIVIDE, *second))
-        elif form and h.eps_root > 0:
-            corrections.append(Correction("v_scale", DIVIDE, *second))
-        elif form:
-            corrections.append(Correction("root_scale", OVER_ROOT, *second))
-        return recipes.make(Adam.rule_name(h), dtype, needs_general(h) or h.nesterov, values, corrections)
+        return recipes.recipe("adam", Adam.rule_name(h), h, dtype)
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov, Hutter 2019): Adam with decoupled=True, weight_decay=0.01.
+    """AdamW is Adam whose weight decay acts beside the update: decoupled=True and weight_decay=0.01 are its defaults.
 
-    ::
+    Update number t computes, with m and v as in Adam::
 
-        param = param - (lr*m/(sqrt(v + eps_root) + eps) + lr*weight_decay*param)
+        param = param - (lr*m / (sqrt(v + eps_root) + eps) + lr*weight_decay*param)
 
-    with m and v as in Adam; parameters, state and errors as there.  dialect="keras", "mindspore", "optax" give the
-    decay 0.004, 0 and 1e-4 of those frameworks.
+    Parameters
+    ----------
+    weight_decay : float >= 0, default 0.01
+        Share of the parameter, times lr, that is taken from it at each step; dialect="keras", "mindspore" and "optax"
+        make it 0.004, 0 and 1e-4.
+    decoupled : bool, default True
+        False makes this Adam with L2 weight decay.
+    lr, beta1, beta2, eps, eps_root, amsgrad, nesterov, bias_correction :
+        As in Adam.
+    params, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+        As in RMSProp.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As RMSProp does.
+
+    References
+    ----------
+    Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
 
     defaults = {**Adam.defaults, "decoupled": True, "weight_decay": 0.01}
 
 
 class RProp(Optimizer):
-    """A step size per weight that grows while the sign of its gradient stays and shrinks when it flips
-    (Riedmiller, Braun 1993; the default is iRprop-, Igel, Huesken 2000).
+    """RProp moves each weight by its own step, which grows while the gradient keeps its sign and shrinks when that flips.
 
-    ::
+    One step computes, for every element::
 
         g = clip(grad*grad_scale, -clip_value, clip_value)
         s = sign(g)*sign(prev)
         step_size = clip(step_size*(eta_plus if s > 0, eta_minus if s < 0, else 1), step_min, step_max)
         g = 0 where s < 0           (zero_on_flip)
-        param = param - sign(g)*step_size;  prev = g
+        param = param - sign(g)*step_size
+        prev = g
 
-    lr >= 0: the first step_size; it is used once and cannot be a schedule.   0 < eta_minus < 1 < eta_plus.
-    0 <= step_min <= step_max.   zero_on_flip: False gives plain Rprop-, which moves even when the sign flips.
-    params, maximize, clip_value, dialect, nonfinite, zero_grad, backend: as in RMSProp.
-    State: prev, step_size.  Raises as RMSProp does.
+    It is meant for gradients of the whole data set, without noise.
+
+    Parameters
+    ----------
+    lr : float >= 0, default 0.01
+        The first step_size of every weight, in the unit of the parameter.  It is used once and cannot be a schedule.
+    eta_minus, eta_plus : float, default 0.5 and 1.2
+        Factors by which step_size shrinks and grows: 0 < eta_minus < 1 < eta_plus.
+    step_min, step_max : float, default 1e-6 and 50
+        Bounds of step_size: 0 <= step_min <= step_max.
+    zero_on_flip : bool, default True
+        Whether a weight whose gradient has flipped its sign waits for one step (iRprop-); False is plain Rprop-.
+    params, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+        As in RMSProp.
+
+    Attributes
+    ----------
+    state : mapping
+        prev, the gradient of the step before, and step_size, each in the structure of params.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As RMSProp does.
+
+    References
+    ----------
+    Riedmiller, Braun, 1993 (Rprop).  Igel, Huesken, 2000 (iRprop-).  The defaults are those of torch.optim.Rprop.
     """
 
     defaults = {
@@ -267,16 +338,7 @@ class RProp(Optimizer):
 
     @staticmethod
     def recipe(h, dtype):
-        if not rounded(h.eta_minus, dtype) < 1 < rounded(h.eta_plus, dtype):
-            raise ValueError(f"eta_minus={h.eta_minus!r} and eta_plus={h.eta_plus!r} must lie below and above 1")
-        if h.step_min > h.step_max:
-            raise ValueError(f"step_min={h.step_min!r} is above step_max={h.step_max!r}")
-        values = {
-            **recipes.constants(dtype), **common(SimpleNamespace(**vars(h), weight_decay=0.0, decoupled=False), dtype),
-            "eta_minus": h.eta_minus, "eta_plus": h.eta_plus, "step_min": h.step_min, "step_max": h.step_max,
-            "flip_below": 0.0 if h.zero_on_flip else -math.inf,
-        }  # fmt: skip
-        return recipes.make("rprop", dtype, h.clip_value is not None, values)
+        return recipes.recipe("rprop", "rprop", h, dtype)
 
     @staticmethod
     def initial(h, state_name):

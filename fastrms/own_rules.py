@@ -1,20 +1,30 @@
-"""People's own rules: a subclass of Optimizer with state_names, coefficients and rule, on the backends that run Python."""
+"""People's own rules: a subclass of Optimizer with state_names, coefficients and rule, on the backends that run Python.
+
+A rule is elementwise: each element of its results depends on the same element of its arguments and on coefficients, so that
+one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``select``, ``larger`` and ``clip`` of
+``fastrms.rules`` stand for it.  It changes nothing in place.  ``@staticmethod`` may be written above it or left out.
+"""
 
 import math
 from inspect import signature
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import rules
+
+PROBE = 7  # elements on which a rule is tried
 
 
 class OwnRule(NamedTuple):
-    """A rule that a subclass of Optimizer brings, in the form of those in rules.py: grad_scale is a coefficient, too."""
+    """A rule that a subclass of Optimizer brings, in the form of those in rules.py, where grad_scale and grad_rescale
+    are coefficients, too."""
 
     name: str
     function: Any
     states: tuple
-    coefficients: tuple  # without grad_scale
+    coefficients: tuple  # without these two
 
     def __str__(self):
         return self.name
@@ -27,10 +37,16 @@ class OwnRecipe(NamedTuple):
     dtype: Any
     coefficients: Any  # of the subclass
     hyper: dict
-    general: bool = False
+    grad_rescale: float = 1.0
+
+    general = False  # there is one form of an own rule
 
     fixed = False
     ahead = None  # the subclass is asked step by step
+
+    def rescaled(self, grad_rescale):
+        """This recipe with a second factor of the gradient, as Recipe.rescaled."""
+        return self._replace(grad_rescale=grad_rescale)
 
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
@@ -41,7 +57,7 @@ class OwnRecipe(NamedTuple):
         values = [float(given[name]) for name in self.rule.coefficients]
         if any(map(math.isnan, values)):
             raise ValueError(f"coefficients of {self.rule} gives a NaN at step {step}: {given}")
-        return [grad_scale, *values]
+        return [grad_scale, self.grad_rescale, *values]
 
 
 def plain(rule):
@@ -61,8 +77,9 @@ def rule_of(cls):
     first = ("param", "grad", *states)
     if names[: len(first)] != first:
         raise TypeError(f"rule of {cls.__name__} takes {', '.join(names)}; its first arguments must be {', '.join(first)}")
-    if "grad_scale" in names:
-        raise TypeError(f"rule of {cls.__name__} takes grad_scale, which is multiplied into grad before it is called")
+    taken = next((name for name in ("grad_scale", "grad_rescale") if name in names), None)
+    if taken:
+        raise TypeError(f"rule of {cls.__name__} takes {taken}, which is multiplied into grad before it is called")
     return OwnRule(cls.__name__, function, tuple(states), names[len(first) :])
 
 
@@ -91,3 +108,45 @@ def function_of(rule, select, compiler=lambda function: function):
     used = rule.function.__globals__.items()
     mine = {name: exchanged.get(x, x) if isinstance(x, FunctionType) else x for name, x in used}
     return rules.rebuilt(rule.function, mine, compiler)
+
+
+def refuse_unless_elementwise(rule, function, coefficients):
+    """Try an own rule, as a function of arrays, on an array and on the elements of this array one by one.
+
+    Raises
+    ------
+    ValueError
+        The rule writes into its arguments, or it does not accept an array, as with an ``if``, or an element of its results
+        depends on other elements, as with a sum or a norm, which would be those of a chunk.
+    """
+    numbers = np.sin(np.arange(1.0, 1 + PROBE * (2 + len(rule.states)))).reshape(-1, PROBE)
+    numbers[2:] = abs(numbers[2:])  # a state may be one that is never negative
+    coefficients = [float(x) for x in coefficients]
+    with np.errstate(all="ignore"):
+        for of_param, of_others in ((1.0, 1.0), (1e-3, 1e3), (1e3, 1e-3)):
+            buffers = [numbers[0] * of_param, *(numbers[1:] * of_others)]
+            whole = _tried_on(rule, function, buffers, coefficients)
+            single = [_tried_on(rule, function, [x[k : k + 1] for x in buffers], coefficients) for k in range(PROBE)]
+            for results, parts in zip(whole, zip(*single, strict=True), strict=True):
+                _refuse_different(rule, results, np.concatenate(parts))
+
+
+def _tried_on(rule, function, buffers, coefficients):
+    """The results of a rule as arrays of the size of its arguments."""
+    try:
+        return [np.broadcast_to(x, buffers[0].shape) for x in function(*buffers, *coefficients)]
+    except ValueError as error:
+        remedy = "its arguments are read-only: write `param = param - ...`, never `param -= ...`"
+        if "read-only" not in str(error):
+            remedy = f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules"
+        raise ValueError(f"the rule of {rule} does not run on backend='numpy': {remedy}") from error
+
+
+def _refuse_different(rule, whole, single):
+    size = np.max(np.abs(whole[np.isfinite(whole)]), initial=0.0)
+    if not np.allclose(whole, single, rtol=1e-9, atol=1e-9 * size, equal_nan=True):
+        raise ValueError(
+            f"the rule of {rule} is not elementwise: an element of its results depends on other elements, as with a sum, a "
+            f"norm or a maximum, and only a chunk of them is there; compute such a number before the step and pass it as a "
+            f"hyper-parameter"
+        )

@@ -6,13 +6,12 @@ Exponential, Cosine and Plateau are stored in state_dict() and save(), counters 
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from . import hyper
 from .memory import host, tree
-from .optimizer import Optimizer
 
 
 def _factor(name, value):
@@ -36,6 +35,28 @@ def _check(owner, **checks):
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
 
+def _closed(counters=""):
+    """Class decorator: setting an attribute raises AttributeError and says what to do, as nothing would use
+    the value.  counters: what is said of the attributes that the object changes itself.  A subclass may have others."""
+
+    def close(cls):
+        names = tuple(cls.__annotations__)
+
+        def __setattr__(self, name, value):
+            if type(self) is not cls and name not in names:
+                return object.__setattr__(self, name, value)
+            fault = f"{name} of a {cls.__name__} is fixed"
+            if name not in names:
+                fault = f"a {cls.__name__} has no attribute {name!r} (it has {', '.join(names)}), and they are fixed"
+            raise AttributeError(f"{fault}: make a new {cls.__name__}{counters}")
+
+        cls.__setattr__ = __setattr__
+        return cls
+
+    return close
+
+
+@_closed()
 @dataclass(frozen=True)
 class Step:
     """lr * factor**(step // every)      (PyTorch's StepLR, counted in steps, not epochs)
@@ -54,6 +75,7 @@ class Step:
         return self.lr * self.factor ** (step // self.every)
 
 
+@_closed()
 @dataclass(frozen=True)
 class Exponential:
     """lr * factor**(step/every), the exponent rounded down if staircase      (Keras' ExponentialDecay; every=1:
@@ -74,6 +96,7 @@ class Exponential:
         return self.lr * self.factor ** (step // self.every if self.staircase else step / self.every)
 
 
+@_closed()
 @dataclass(frozen=True)
 class Cosine:
     """From start up to lr in `warmup` steps, then down to end at step number `steps`, where it stays.
@@ -132,7 +155,8 @@ def _metric(value):
 _MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
-@dataclass(eq=False)
+@_closed("; its counters are set by count(rate, best, bad, cooling)")
+@dataclass(frozen=True, eq=False)
 class Plateau:
     """The rate falls by `factor` when the metric given to update() has stopped improving.
 
@@ -169,7 +193,7 @@ class Plateau:
                min_change=hyper.non_negative, counting=hyper.choice("torch", "keras"))  # fmt: skip
         if self.factor == 1:
             raise ValueError("factor=1.0 would reduce nothing; it must be below 1")
-        self.rate = self.lr
+        vars(self).update(rate=self.lr, best=None, bad=0, cooling=0)
 
     @classmethod
     def keras(cls, lr, factor=0.1, patience=10, **options):
@@ -182,30 +206,31 @@ class Plateau:
     def count(self, rate, best, bad, cooling):
         """Set the counters, as they once were."""
         best = None if best is None else hyper.number("best", best)
-        counters = hyper.non_negative("rate", rate), best, _count("bad", bad), _count("cooling", cooling)
-        self.rate, self.best, self.bad, self.cooling = counters
+        rate, bad, cooling = hyper.non_negative("rate", rate), _count("bad", bad), _count("cooling", cooling)
+        vars(self).update(rate=rate, best=best, bad=bad, cooling=cooling)
 
     def update(self, metric):
         """Count one metric, a number (usually the loss of an epoch).  Returns whether the rate was reduced."""
         metric = _metric(metric)
         improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
-        if improved:
-            self.best = metric
         counted = self.cooling <= (self.counting == "keras")
-        self.bad = self.bad + 1 if counted and not improved else 0
-        self.cooling = max(self.cooling - 1, 0)
+        vars(self).update(
+            best=metric if improved else self.best,
+            bad=self.bad + 1 if counted and not improved else 0,
+            cooling=max(self.cooling - 1, 0),
+        )
         if self.bad < (max(self.patience, 1) if self.counting == "keras" else self.patience + 1):
             return False
         return self._reduce()
 
     def _reduce(self):
         before, reduced = self.rate, max(self.rate * self.factor, self.min_lr)
-        self.bad, self.cooling = 0, self.cooldown
-        if before - reduced > self.min_change:
-            self.rate = reduced
-        return self.rate < before
+        rate = reduced if before - reduced > self.min_change else before
+        vars(self).update(rate=rate, bad=0, cooling=self.cooldown)
+        return rate < before
 
 
+@_closed("; best and bad are set by update() and load_state_dict()")
 class EarlyStopping:
     """Says when to stop, and keeps the parameters (with optimizer=: and its state) of the best metric.
 
@@ -227,17 +252,27 @@ class EarlyStopping:
     Attributes: best (metric, None at first), bad (updates since).  TypeError, ValueError for wrong arguments.
     """
 
+    patience: int
+    threshold: float
+    threshold_mode: str
+    mode: str
+    best: float | None
+    bad: int
+
     def __init__(self, params, patience=10, threshold=0.0, threshold_mode="abs", mode="min", optimizer=None):
-        self.patience, self.threshold = _count("patience", patience), hyper.non_negative("threshold", threshold)
-        self.threshold_mode, self.mode = _THRESHOLD_MODE("threshold_mode", threshold_mode), _MODE("mode", mode)
+        vars(self).update(
+            patience=_count("patience", patience),
+            threshold=hyper.non_negative("threshold", threshold),
+            threshold_mode=_THRESHOLD_MODE("threshold_mode", threshold_mode),
+            mode=_MODE("mode", mode),
+        )
         arranged = tree.arrange(params, None)
-        self._names, self._leaves = arranged.structure.names("params"), arranged.leaves
-        if not self._leaves:
+        names, leaves = arranged.structure.names("params"), arranged.leaves
+        if not leaves:
             raise ValueError("params is empty: there is nothing to keep")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
-        self._optimizer = optimizer
-        self.best, self.bad = None, 0
+        vars(self).update(best=None, bad=0, _names=names, _leaves=leaves, _optimizer=optimizer)
         self._keep()
 
     def _buffers(self):
@@ -247,16 +282,16 @@ class EarlyStopping:
 
     def _keep(self):
         state = None if self._optimizer is None else self._optimizer.state_dict()
-        self._kept, self._kept_state = [buffer.flat.copy() for buffer in self._buffers()], state
+        vars(self).update(_kept=[buffer.flat.copy() for buffer in self._buffers()], _kept_state=state)
 
     def update(self, metric):
         """Count one metric, a number, and copy the parameters if it is the best.  Returns whether to stop."""
         metric = _metric(metric)
         if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
             self._keep()
-            self.best, self.bad = metric, 0
+            vars(self).update(best=metric, bad=0)
         else:
-            self.bad += 1
+            vars(self).update(bad=self.bad + 1)
         return self.bad >= max(self.patience, 1)
 
     def restore(self):
@@ -269,9 +304,10 @@ class EarlyStopping:
         if self._optimizer is not None:
             groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
             self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
+        host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
             np.copyto(buffer.flat, kept)
-        self.bad = 0
+        vars(self).update(bad=0)
 
     def state_dict(self):
         """The best metric, the count, the parameters and optimizer state kept, as plain values and copies: pickle it."""
@@ -292,7 +328,7 @@ class EarlyStopping:
             raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
-        self._kept, self._kept_state, self.best, self.bad = self._taken(arrays_of), state, best, bad
+        vars(self).update(_kept=self._taken(arrays_of), _kept_state=state, best=best, bad=bad)
 
     def _taken(self, values):
         flats = [np.empty(value.size, value.dtype) for value in values]
@@ -301,80 +337,4 @@ class EarlyStopping:
         return flats
 
 
-# in a state_dict
-
-KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}
-
-
-def _is_ours(rate):
-    return KINDS.get(type(rate).__name__) is type(rate)
-
-
-def described(groups):
-    """The hyper-parameters of groups as plain values.  A schedule of ours becomes its fields, its class and the number of
-    its object, as groups may share one; any other callable is left out."""
-    numbers, plain = {}, []
-    for group in groups:
-        rate, values = group["lr"], dict(group)
-        if _is_ours(rate):
-            number = numbers.setdefault(id(rate), len(numbers))
-            values["lr"] = {"schedule": type(rate).__name__, "object": number, **asdict(rate)}
-        elif callable(rate):
-            del values["lr"]
-        plain.append(values)
-    return plain
-
-
-def revived(plain, rates):
-    """(groups, plateaus) of what described() gave, for an optimizer whose groups have these rates now.
-
-    groups: the plain values with a schedule in place of its description, and without lr where the present one stays.
-    plateaus: (present, saved) Plateaus, of which the first shall take over the second.  ValueError, TypeError, KeyError.
-    """
-    groups, pairs = _with_schedules(plain), {}
-    for values, rate in zip(groups, rates, strict=True):
-        if callable(rate) and not (_is_ours(rate) and _is_ours(values.get("lr"))):
-            values.pop("lr", None)
-        elif type(rate) is Plateau:
-            pairs[id(rate), id(values["lr"])] = rate, values["lr"]
-    _refuse_lost(pairs)
-    stays = {id(saved): rate for rate, saved in pairs.values()}
-    for values in groups:
-        if "lr" in values:
-            values["lr"] = stays.get(id(values["lr"]), values["lr"])
-    return groups, list(pairs.values())
-
-
-def _with_schedules(plain):
-    made, groups = {}, []
-    for saved in plain:
-        values = {**saved}
-        told = values.get("lr")
-        if isinstance(told, dict):
-            if told["object"] not in made:
-                made[told["object"]] = _revive(told)
-            values["lr"] = made[told["object"]]
-        elif "lr" in values:
-            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
-        groups.append(values)
-    return groups
-
-
-def _revive(told):
-    """The schedule with the fields and counters that described() wrote."""
-    kind = KINDS[told["schedule"]]
-    values = {name: value for name, value in told.items() if name not in ("schedule", "object")}
-    counters = {f.name: values.pop(f.name) for f in fields(kind) if not f.init}
-    schedule = kind(**values)
-    if kind is Plateau:
-        schedule.count(**counters)
-    return schedule
-
-
-def _refuse_lost(pairs):
-    """A Plateau that somebody feeds must neither be replaced nor come to stand for other groups than it did."""
-    for _, saved in pairs.values():
-        if type(saved) is not Plateau:
-            raise ValueError(f"lr is a Plateau here, the saved one is a {type(saved).__name__}; set lr to a number first")
-    if any(len({key[k] for key in pairs}) < len(pairs) for k in (0, 1)):
-        raise ValueError("the groups that share a Plateau here are not those that shared one when it was saved")
+KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold

@@ -4,11 +4,19 @@ from . import backends
 
 
 class Streaming:
-    """One step as a `with` block; see Optimizer.streaming.  updated: names of the tensors updated so far, in this order."""
+    """One step as a `with` block; see Optimizer.streaming.
+
+    Attributes
+    ----------
+    updated : list
+        The names of the tensors updated so far, in this order.
+    """
+
+    __slots__ = ("_grad_scale", "_labels", "_left", "_optimizer", "updated")
 
     def __init__(self, optimizer, grad_scale):
         self._optimizer, self._grad_scale = optimizer, grad_scale
-        self._labels = optimizer._structure.labels()
+        self._labels = optimizer._tensors.structure.labels()
         self._left = None  # name -> index of the tensors to come, None outside the block
         self.updated = []
 
@@ -27,9 +35,21 @@ class Streaming:
     def step(self, name, grad):
         """Update the tensor of this name from its gradient, which may be overwritten afterwards.
 
-        grad: an array of the dtype, shape and memory order of that parameter.  Raises before anything is written:
-        ValueError for a name that does not exist or comes again, TypeError and ValueError for a grad that does not fit,
-        RuntimeError outside the block and when another thread uses this optimizer.
+        Parameters
+        ----------
+        name : hashable
+            The key, index or (group index, key or index) of a tensor; each once in a block.
+        grad : array
+            Of the dtype, shape and memory order of that parameter.
+
+        Raises
+        ------
+        ValueError
+            For a name that does not exist or comes again; before anything is written.
+        TypeError, ValueError
+            For a grad that does not fit; before anything is written.
+        RuntimeError
+            Outside the block, and when another thread uses this optimizer.
         """
         k, plan = self._index(name), self._optimizer._plan
         before = plan.steps_of(k)

@@ -7,6 +7,7 @@ import os
 from . import backends
 
 MOST = 64
+LONGEST = 4096  # bytes of a path; Linux takes no longer ones
 _c = backends.load("c")
 _without_c = None
 
@@ -40,19 +41,31 @@ def default_num_threads(environment=os.environ):
     """What the environment and the machine give this process."""
     said = environment.get("FASTRMS_NUM_THREADS", "")
     if said:
-        if not said.isdigit() or not 1 <= int(said) <= MOST:
+        if not 1 <= _whole(said) <= MOST:
             raise ValueError(f"FASTRMS_NUM_THREADS={said!r} must be a number from 1 to {MOST}")
-        return int(said)
-    lowered = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    limit = int(lowered) if lowered.isdigit() and int(lowered) > 0 else MOST
-    return min(usable_cpus(), limit, MOST)
+        return _whole(said)
+    lowered = _whole(environment.get("OMP_NUM_THREADS", "").split(",")[0].strip())
+    return min(usable_cpus(), lowered or MOST, MOST)
+
+
+def _whole(text):
+    """The whole number that a text of digits stands for; 0 for any other text, and for more digits than int() takes."""
+    try:
+        return int(text) if text.isascii() and text.isdigit() else 0
+    except ValueError:
+        return 0
 
 
 def usable_cpus(root="/"):
     """CPUs of the affinity mask, or of the cgroup quota rounded up where that is less."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_quota(root)
-    return max(1, min(cpus, math.ceil(quota))) if quota < math.inf else cpus
+    return max(1, math.ceil(min(_allowed_cpus(), cgroup_quota(root))))
+
+
+def _allowed_cpus():
+    try:
+        return len(os.sched_getaffinity(0))
+    except Exception:  # a sandbox may forbid it, and other systems do not have it: it is only asked for convenience
+        return os.cpu_count() or 1
 
 
 def cgroup_quota(root="/"):
@@ -60,7 +73,9 @@ def cgroup_quota(root="/"):
     rows = _lines(os.path.join(root, "proc/self/cgroup"))
     quotas = [math.inf]
     for row in rows:
-        _, controllers, path = row.split(":", 2)
+        _, controllers, path = (*row.split(":", 2), None, None)[:3]
+        if path is None:  # a malformed row
+            continue
         if controllers == "":
             quotas += [_v2(folder) for folder in _levels(os.path.join(root, "sys/fs/cgroup"), path)]
         elif "cpu" in controllers.split(","):
@@ -70,26 +85,36 @@ def cgroup_quota(root="/"):
 
 
 def _levels(mount, path):
-    parts = [part for part in path.split("/") if part not in ("", "..")]
+    parts = [part for part in path[:LONGEST].split("/") if part not in ("", "..")]
     return [os.path.join(mount, *parts[:k]) for k in range(len(parts) + 1)]
 
 
 def _v2(folder):
     words = " ".join(_lines(os.path.join(folder, "cpu.max"))).split()
-    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else math.inf
+    return _quota(*words) if len(words) == 2 else math.inf
 
 
 def _v1(folder):
     quota = _lines(os.path.join(folder, "cpu.cfs_quota_us"))
     period = _lines(os.path.join(folder, "cpu.cfs_period_us"))
-    return int(quota[0]) / int(period[0]) if quota and period and int(quota[0]) > 0 else math.inf
+    return _quota(quota[0].strip(), period[0].strip()) if quota and period else math.inf
+
+
+def _quota(quota, period):
+    """CPUs, from two texts in microseconds; inf where one of them is no number above 0, as "max" and "-1" are."""
+    quota, period = _whole(quota), _whole(period)
+    try:
+        return quota / period if quota and period else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def _lines(path):
+    """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it, and any number."""
     try:
-        with open(path) as file:
-            return file.read().splitlines()
-    except OSError:
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read(1 << 16)).split("\n")
+    except (OSError, ValueError):  # a path with a zero byte is a ValueError
         return []
 
 
@@ -97,10 +122,14 @@ def join_threadpoolctl():
     """Let threadpoolctl, where it is installed, see and limit our threads (user_api "fastrms")."""
     try:
         import threadpoolctl
-    except ImportError:
-        return
 
-    class FastrmsController(threadpoolctl.LibController):
+        threadpoolctl.register(_controller(threadpoolctl.LibController))
+    except Exception:  # it is absent, too old or broken: our threads are then counted by ourselves only
+        pass
+
+
+def _controller(base):
+    class FastrmsController(base):
         user_api = internal_api = "fastrms"
         filename_prefixes = ("_core",)
         check_symbols = ("fastrms_get_num_threads", "fastrms_set_num_threads")
@@ -117,7 +146,7 @@ def join_threadpoolctl():
         def set_additional_attributes(self):
             pass
 
-    threadpoolctl.register(FastrmsController)
+    return FastrmsController
 
 
 _set(default_num_threads())

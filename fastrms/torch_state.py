@@ -48,18 +48,20 @@ class Named(NamedTuple):
 
 def _arrays(optimizer):
     found = []
-    for k, parts in enumerate(optimizer._structure.parts("params")):
-        (group, dtype), param = optimizer._sets[optimizer._set_of[k]], optimizer._params[k]
-        for name, part in parts:
-            shape = param.shape if part.place is None else part.shape
-            found.append(Named(name, group, shape, dtype, tuple(optimizer._state[k])))
+    for tensor in optimizer._tensors:
+        key = optimizer._tensors.keys[tensor.recipe]
+        for name, part in tensor.parts:
+            shape = tensor.param.shape if part.place is None else part.shape
+            found.append(Named(name, key.group, shape, key.dtype, tuple(tensor.state)))
     return found
 
 
 def _members(optimizer):
     """The numbers of the arrays of each group, in torch's order."""
-    found = _arrays(optimizer)
-    return [[k for k, x in enumerate(found) if x.group == g] for g in range(len(optimizer._groups))]
+    members = [[] for _ in optimizer.groups]
+    for k, named in enumerate(_arrays(optimizer)):
+        members[named.group].append(k)
+    return members
 
 
 # ours to torch's
@@ -84,7 +86,8 @@ def torch_form(optimizer):
     """torch's state_dict with NumPy arrays, and floats for step."""
     members = _members(optimizer)
     order = [k for group in members for k in group]
-    groups = [_torch_group(optimizer, k, [order.index(n) for n in group]) for k, group in enumerate(members)]
+    place = {k: number for number, k in enumerate(order)}
+    groups = [_torch_group(optimizer, k, [place[n] for n in group]) for k, group in enumerate(members)]
     tensors = optimizer.state_dict()["tensors"]
     return {"state": {number: _torch_state(tensors[k]) for number, k in enumerate(order)}, "param_groups": groups}
 
@@ -96,7 +99,7 @@ def _torch_state(tensor):
 
 
 def _torch_group(optimizer, k, numbers):
-    h = vars(optimizer.at_step(optimizer._groups[k]._values, optimizer.steps))
+    h = vars(optimizer.at_step(dict(optimizer.groups[k]), optimizer.steps))
     names = _names(optimizer)
     _refuse_what_torch_lacks(optimizer, h, names)
     values = {theirs: tuple(h[n] for n in ours) if isinstance(ours, tuple) else h[ours] for theirs, ours in names.items()}
@@ -142,8 +145,8 @@ def _plain(optimizer, names, d):
             f"this optimizer has {[len(group) for group in members]}"
         )
     numbers = [number for group in groups for number in group["params"]]
-    strange = next((number for number in d["state"] if number not in numbers), None)
-    if strange is not None or len(set(numbers)) < len(numbers):
+    known = set(numbers)
+    if not known.issuperset(d["state"]) or len(known) < len(numbers):
         raise ValueError(f"the state_dict has state for {list(d['state'])}, its groups list the parameters {numbers}; "
                          f"each must be listed once")  # fmt: skip
     values = [_our_group(optimizer, names, group) for group in groups]
@@ -169,7 +172,7 @@ def _our_group(optimizer, names, group):
             values.update(zip(ours, group[theirs], strict=True))
         else:
             values[ours] = group[theirs]
-    return {name: optimizer._checked("torch", name, value) for name, value in values.items()}
+    return {name: optimizer.checked("torch", name, value) for name, value in values.items()}
 
 
 def _our_tensor(optimizer, named, saved, h):

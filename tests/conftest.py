@@ -1,6 +1,7 @@
 """What exists here: backends, instruction sets, rules.  Tests run over all of it, and the header says how much that is."""
 
 import contextlib
+import importlib.util
 
 import numpy as np
 import pytest
@@ -16,11 +17,31 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
 
 def pytest_report_header(config):
     built = [c.ffi.string(c.lib.fastrms_isa_name(k)).decode() for k in range(c.lib.fastrms_isa_count())] if c.lib else []
-    return (
+    return [
         f"fastrms {fastrms.__version__} from {fastrms.__file__}: {len(TIERS)} tiers run "
         f"({', '.join(isa or name for name, isa in TIERS)}), {len(c.isas())} of {len(built)} built instruction sets "
-        f"({', '.join(built)}), {len(rules.RULES)} rules"
-    )
+        f"({', '.join(built)}), {len(rules.RULES)} rules",
+        "all tests together take about 5 minutes on 2 cores",
+    ]
+
+
+NEEDED = {  # what tests are skipped without: module -> its name for people
+    "numba": "numba", "torch": "torch", "jax": "jax", "optax": "optax", "keras": "keras", "deepspeed": "deepspeed",
+    "numba_cuda": "numba-cuda",
+}  # fmt: skip
+
+
+def pytest_unconfigure(config):
+    """The last line of a run with skipped tests."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
+    if skipped:
+        missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+        missing += [] if "cuda" in fastrms.available_backends() else ["a GPU"]
+        reporter.write_line(
+            f"{skipped} skipped tests are normal: they need what is not installed or not there ({', '.join(missing)}), or a "
+            f"combination that does not exist; the lines above say which."
+        )
 
 
 @contextlib.contextmanager
@@ -51,7 +72,8 @@ def backend(request):
 
 
 COEFFICIENTS = {
-    "grad_scale": -0.7, "clip_low": -2.5, "clip_high": 2.5, "weight_decay": 0.03, "rho": 0.9, "one_minus_rho": 0.1,
+    "grad_scale": -0.7, "grad_rescale": 0.9, "clip_low": -2.5, "clip_high": 2.5, "weight_decay": 0.03, "rho": 0.9,
+    "one_minus_rho": 0.1,
     "v_scale": 1.7, "eps_root": 1e-7, "in_scale": 0.01, "eps": 1e-8, "momentum": 0.8, "nesterov_b": 0.8,
     "nesterov_u": 0.3, "out_scale": 0.9, "decay": 1e-4, "lr": 0.02, "beta1": 0.9, "one_minus_beta1": 0.1,
     "beta2": 0.99, "one_minus_beta2": 0.01, "m_scale": 0.9, "g_scale": 0.2, "step_size": 0.003, "root_scale": 1.1,
@@ -61,7 +83,7 @@ COEFFICIENTS = {
 
 def raw_recipe(rule, dtype, general):
     """A recipe with every coefficient different from its neutral value."""
-    return recipes.make(rule, dtype, general, {**COEFFICIENTS, **recipes.constants(dtype)})
+    return recipes.make(rule, dtype, general, {**recipes.constants(dtype), **COEFFICIENTS})
 
 
 def wild_values(size, dtype, seed):

@@ -1,8 +1,12 @@
 """Promise 2: bad input gets a sentence that names it, and nothing has changed: no buffer, no counter."""
 
 import array
+import inspect
+import itertools
+import re
 import threading
 import time
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastrms
+from fastrms import memory
+from fastrms.memory import device, host
 
 SHAPE = (3, 4)
 
@@ -67,6 +73,40 @@ class Jaxlike:
         return self.values.__array_interface__
 
 
+class ArrayMaker(Mapping):
+    """Makes its arrays anew at each access, as an NpzFile does; or views of one array."""
+
+    def __init__(self, kept=None):
+        self.kept = kept
+
+    def __getitem__(self, key):
+        return good() if self.kept is None else self.kept[:]
+
+    def __iter__(self):
+        return iter(("w",))
+
+    def __len__(self):
+        return 1
+
+
+class Module:
+    """Stands for a torch module."""
+
+    def parameters(self):
+        return [good()]
+
+
+def object_of(library):
+    """An object of a library that gives its numbers by __array__ only."""
+    return type("Table", (OnlyArrayMethod,), {"__module__": f"{library}.core.table"})()
+
+
+def memory_map(folder):
+    path = folder / "weights"
+    good().tofile(path)
+    return np.memmap(path, np.float32, "r", shape=SHAPE)
+
+
 # name: (array, error, words of the sentence).  Everything here is refused as parameter and as gradient.
 BAD = {
     "list": (lambda: [[1.0] * 4] * 3, TypeError, "list"),
@@ -87,6 +127,10 @@ BAD = {
     "device": (OnDevice, TypeError, "device memory.*copy it"),
     "dlpack device": (OnDeviceByDlpack, TypeError, "device memory.*copy it"),
     "only __array__": (OnlyArrayMethod, TypeError, "OnlyArrayMethod.*in place"),
+    "module": (Module, TypeError, r"parameters.*\.parameters\(\)"),
+    "mapping": (lambda: {"w": good()}, TypeError, "dict; nested mappings are not flattened.*'layer.weight'"),
+    "nested list": (lambda: [good(), good()], TypeError, "list; nested sequences are not flattened.*one list"),
+    "named": (lambda: ("w", good()), TypeError, r"tuple, a \(name, array\) pair.*dict\(model.named_parameters\(\)\)"),
     "strided": (lambda: np.ones((3, 8), np.float32)[:, ::2], ValueError, "not dense"),
     "reversed": (lambda: np.ones(SHAPE, np.float32)[::-1], ValueError, "not dense"),
     "broadcast": (lambda: np.broadcast_to(np.float32(1), SHAPE), ValueError, "not dense|read-only"),
@@ -119,6 +163,73 @@ def test_refused_parameters(make, backend, case):
         make({"ok": kept, "bad": value()}, backend=backend)
     assert "params['bad']" in str(info.value)
     assert np.array_equal(bits(kept), before)
+
+
+REMEDIES = {  # what the sentence about a parameter says to do, over and above BAD
+    "list": r"np\.array\(params\['w'\], np\.float32\)",
+    "scalar": r"np\.array\(params\['w'\], np\.float32\)",
+    "integers": r"params\['w'\]\.astype\(np\.float32\)",
+    "half": r"params\['w'\]\.astype\(np\.float32\)",
+    "bfloat16": r"params\['w'\]\.astype\(np\.float32\)",
+    "long double": r"params\['w'\]\.astype\(np\.float64\)",
+    "complex": r"params\['w'\]\.view\(np\.float32\)",
+    "byte order": r"params\['w'\]\.astype\('float32'\)",
+    "only __array__": r"np\.array\(params\['w'\]\)",
+    "bytearray": r"np\.asarray\(params\['w'\]\)\.astype\(np\.float32\)",
+    "strided": r"np\.ascontiguousarray\(params\['w'\]\)",
+    "read-only": r"np\.array\(params\['w'\]\)",
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_the_sentence_names_a_remedy_that_works(case):
+    """The expression in the sentence, carried out, gives something that is taken."""
+    params = {"w": {**BAD, **BAD_PARAM}[case][0]()}
+    with pytest.raises((TypeError, ValueError), match=REMEDIES[case]) as info:
+        fastrms.RMSProp(params, backend="numpy")
+    remedy = re.search(REMEDIES[case], str(info.value)).group()
+    assert fastrms.RMSProp({"w": eval(remedy, {"np": np, "params": params})}, backend="numpy").steps == 0
+
+
+@pytest.mark.parametrize("library, remedy", [
+    ("pandas", ".to_numpy(copy=True)"), ("polars", ".to_numpy(writable=True)"), ("xarray", ".values"),
+    ("scipy", ".toarray()"), ("h5py", "[...]"), ("zarr", "[...]"), ("dask", ".compute()"),
+])  # fmt: skip
+def test_objects_of_known_libraries_are_refused_with_their_way_to_an_array(library, remedy, backend):
+    with pytest.raises(TypeError, match=re.escape(f"pass params['w']{remedy}")):
+        fastrms.Adam({"w": object_of(library)}, backend=backend)
+
+
+def test_a_memory_map_is_opened_for_writing(tmp_path, backend):
+    mapped = memory_map(tmp_path)
+    for param in (mapped, mapped[:2], np.asarray(mapped)):
+        with pytest.raises(ValueError, match=r"params is read-only: it is a memory map.*mode='r\+'"):
+            fastrms.Adam(param, backend=backend)
+    fastrms.Adam(good(1), backend=backend).step(mapped)  # as a gradient it need not be writable
+    writable = np.memmap(mapped.filename, np.float32, "r+", shape=SHAPE)
+    fastrms.Adam(writable, backend=backend).step(good(1))
+    assert not np.array_equal(mapped, good())
+
+
+def test_what_makes_its_arrays_anew_is_refused(tmp_path, backend):
+    np.savez(tmp_path / "weights.npz", w=good())
+    with np.load(tmp_path / "weights.npz") as archive:
+        for params in (archive, archive.values(), ArrayMaker(), [{"params": archive}]):
+            with pytest.raises(TypeError, match=r"(NpzFile|ValuesView|ArrayMaker).*anew.*(dict|list)\(params\)"):
+                fastrms.RMSProp(params, backend=backend)
+        taken = dict(archive)
+    fastrms.RMSProp(taken, backend=backend).step({"w": good(1)})
+    kept = good()
+    fastrms.RMSProp(ArrayMaker(kept), backend=backend).step(ArrayMaker())  # gradients are read once
+    fastrms.RMSProp((x for x in [kept]), backend=backend)
+    assert not np.array_equal(taken["w"], good()) and not np.array_equal(kept, good())
+
+
+def test_a_flat_buffer_is_no_array_among_others(backend):
+    flat = fastrms.FlatBuffer({"w": 3})
+    for params in ([flat], {"flat": flat}, (flat, np.ones(3))):
+        with pytest.raises(TypeError, match=r"FlatBuffer.*alone.*'params': flat"):
+            fastrms.RMSProp(params, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +498,7 @@ def test_two_threads_on_one_optimizer(backend):
         thread.start()
     for thread in threads:
         thread.join()
-    assert optimizer.steps == len(made) == optimizer._plan.tensor_steps[0]
+    assert optimizer.steps == len(made) == optimizer.tensor_steps[0]
     assert refused and all("another thread" in sentence for sentence in refused)
 
 
@@ -504,6 +615,21 @@ def test_the_backend_steps_only_with_gradients_that_are_held(backend):
     assert bits(param).tobytes() == before and optimizer.steps == 1
     optimizer.bind(grad)
     assert optimizer._call(optimizer._argument) == 0 and optimizer.steps == 2
+
+
+def test_both_memory_modules_offer_what_is_written_down():
+    """The functions that the docstring of fastrms.memory lists, with these parameters; a Buffer with these attributes."""
+    listed = dict(re.findall(r"^(\w+)\((.*?)\)  ", memory.__doc__, re.MULTILINE))
+    assert len(listed) == 8
+    for module, (name, parameters) in itertools.product((host, device), listed.items()):
+        assert ", ".join(inspect.signature(getattr(module, name)).parameters) == parameters.replace("=", ""), (module, name)
+    attributes = re.findall(
+        r"\b(owner|address|end|size|dtype|shape|strides|flat)\b", memory.__doc__.partition("attributes")[2]
+    )
+    of_device = device.DeviceBuffer(None, 64, (3,), (1,), np.dtype(np.float32), 0)
+    for buffer in (host.ours(np.ones(3, np.float32)), of_device):
+        assert all(hasattr(buffer, name) for name in attributes) and len(set(attributes)) == 8
+        assert (buffer.end - buffer.address, buffer.size, buffer.shape, buffer.strides) == (12, 3, (3,), (1,))
 
 
 @pytest.mark.skipif("c" not in fastrms.available_backends(), reason="without the C extension")

@@ -10,11 +10,13 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
-from conftest import BACKENDS, c
+from conftest import BACKENDS, backends, c
 
+import fastrms
 from fastrms import rules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +170,10 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
+    assert {"fastrms/py.typed", "fastrms/__init__.pyi", "fastrms/numba.pyi"} <= set(names)
+    (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+    assert f"{metadata.rpartition('/')[0]}/licenses/LICENSE" in names
+    assert b"\nLicense-Expression: MIT\n" in zipfile.ZipFile(wheel).read(metadata)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
     assert {n for n in names if n.endswith(".h")} == {"fastrms/include/fastrms.h", "fastrms/include/fastrms_decl.h"}
     python, out = run_tests_with(wheel, ["test_optimizers.py", "test_numerics.py"], tmp_path)
@@ -176,12 +182,20 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     check_sdist(tmp_path / "dist")
 
 
+def test_the_headers_of_the_package_are_those_of_the_sources():
+    """Files, not links, which a clone on Windows does not keep; copies as old as the last build."""
+    for name in ("fastrms.h", "fastrms_decl.h"):
+        header = Path(fastrms.get_include(), name)
+        assert not header.is_symlink() and header.read_bytes() == (ROOT / "csrc" / name).read_bytes()
+
+
 def check_sdist(dist):
     """All that C needs is in it, and nothing that was built."""
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{name}" for name in ("Makefile", "flags", "recipes.c", "fastrms_decl.h", "kernels.inc")} <= names
+    assert {"LICENSE", "README.md", "docs/performance.md"} <= names
     assert {"examples/trainer_c/" + name for name in ("Makefile", "trainer.c", "export_digits.py", "same.py")} <= names
     assert not [name for name in names if name.endswith((".o", ".a", ".so")) or "/build/" in name]
 
@@ -259,3 +273,32 @@ def test_show_config_and_available_backends():
     for words in ("fastrms", "numpy", "backends", "auto", "isa", "python", "machine", "threads"):
         assert words in out
     assert repr(BACKENDS) in out and BACKENDS[-1] == "numpy" and ("c" in BACKENDS) == bool(c.lib)
+
+
+def test_every_backend_is_found_from_the_import_statements():
+    """As tools that freeze a program (PyInstaller, cx_Freeze) look for it."""
+    outside = ["numpy", "numba", "torch", "cuda", "safetensors", "threadpoolctl", "llvmlite", "cffi"]
+    finder = ModuleFinder(path=[str(Path(c.__file__).parents[2]), *sys.path], excludes=outside)
+    finder.import_hook("fastrms")
+    extension = ["fastrms._core", "_cffi_backend"] if c.lib else []
+    for name in [*(f"fastrms.backends.{name}" for name in backends.NAMES), *extension]:
+        assert name in finder.modules, name
+
+
+def test_a_system_without_fork():
+    code = (
+        "import os; del os.register_at_fork, os.fork; import numpy as np, fastrms; w = np.ones(3);"
+        "[fastrms.RMSProp(w, backend=name).step(w.copy()) for name in fastrms.available_backends() if name != 'cuda'];"
+        "print(bool((w < 1).all()))"
+    )
+    assert question(code) == "True"
+
+
+@pytest.mark.parametrize("name", ["numba", "numba_cuda", "torch"])
+def test_a_module_without_spec_does_not_end_the_import(name):
+    """A stand-in in the place of a package that we ask for."""
+    code = (
+        f"import sys, types; sys.modules[{name!r}] = types.ModuleType({name!r}); sys.modules[{name!r}].__spec__ = None;"
+        "import fastrms; print({'c', 'numpy'} & set(fastrms.available_backends()) > set())"
+    )
+    assert question(code) == "True"

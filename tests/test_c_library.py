@@ -155,6 +155,18 @@ def test_words_and_sizes_that_are_none_are_refused():
     assert c.ffi.string(c.lib.fastrms_rprop_recipe(c.ffi.NULL, 2, c.ffi.NULL)) == b"itemsize"
 
 
+@needs_c
+@pytest.mark.parametrize("step", [0, -1, -(2**63), 2**62 + 1, 2**63 - 1])
+def test_a_step_that_cannot_be_has_a_status_and_changes_nothing(step):
+    group, buffers = c.ffi.new("fastrms_recipe *"), [np.full(3, value) for value in (1.0, 2.0, 0.5, 0.25)]
+    assert c.lib.fastrms_adam_recipe(group, 8, c.ffi.addressof(c.lib.fastrms_adam_defaults)) == c.ffi.NULL
+    pointers = [c.ffi.from_buffer(buffer) for buffer in buffers] + [c.ffi.NULL]
+    assert c.lib.fastrms_update(group, 3, step, 1.0, *pointers) == c.lib.FASTRMS_STEP
+    assert [buffer[0] for buffer in buffers] == [1.0, 2.0, 0.5, 0.25]
+    assert c.lib.fastrms_update(group, 3, 2**62, 1.0, *pointers) == c.lib.FASTRMS_OK
+    assert np.isfinite(buffers[0]).all() and buffers[0][0] != 1
+
+
 # the library
 
 
@@ -198,11 +210,11 @@ def sanitized(tmp_path_factory):
 
 
 def readme_program():
-    return next(re.finditer(r"```c\n(.*?)```", (ROOT / "README.md").read_text(), re.S))[1]
+    return next(re.finditer(r"```c\n(.*?)```", (ROOT / "docs" / "c.md").read_text(), re.S))[1]
 
 
 def want():
-    """What the README's program prints, from Python."""
+    """What the program of docs/c.md prints, from Python."""
     param = np.array([1, 2, 3], np.float32)
     optimizer = fastrms.RMSProp(param, lr=0.02)
     for _ in range(100):

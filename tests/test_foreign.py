@@ -1,11 +1,15 @@
 """Arrays of other libraries.  torch CPU tensors and Parameters: the same memory, read anew at every step, refused where
 it is not what it was.  JAX arrays: read-only."""
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import bits
 
 import fastrms
+from fastrms.memory import device, host
+from fastrms.schedules import EarlyStopping
 
 pytestmark = pytest.mark.peers
 
@@ -68,7 +72,7 @@ def test_data_that_no_longer_fits_is_refused(torch, backend, how):
     optimizer.bind([grad])
     optimizer.step()
     if how == "dtype":
-        param = optimizer._params[0].owner
+        param = optimizer._tensors[0].param.owner
         param.requires_grad_(False)
     param.data = grad if how == "gradient" else data()
     before = grad.clone()
@@ -109,11 +113,72 @@ def test_tensors_that_cannot_be_used_are_refused(torch, backend, kind):
     assert (w == 0).all()
 
 
+REMEDIES = {  # kind: (tensor, what the sentence about it says)
+    "expanded": (lambda torch: torch.ones(1).expand(4), "not dense.*contiguous"),
+    "expanded, as from sum()": (lambda torch: torch.tensor(1.0).expand(4, 1), "not dense.*contiguous"),
+    "every second": (lambda torch: torch.ones(8)[::2], "not dense.*contiguous"),
+    "at the end of a storage": (lambda torch: torch.ones(9)[1::2], "not dense.*contiguous"),
+    "half": (lambda torch: torch.ones(4, dtype=torch.float16), r"float16.*\.float\(\)"),
+    "bfloat16": (lambda torch: torch.ones(4, dtype=torch.bfloat16), r"bfloat16.*\.float\(\)"),
+    "int": (lambda torch: torch.ones(4, dtype=torch.int64), r"int64.*\.float\(\)"),
+    "complex": (lambda torch: torch.ones(4, dtype=torch.complex64), "complex64.*view_as_real"),
+    "sparse": (lambda torch: torch.ones(4).to_sparse(), r"layout.*\.to_dense\(\)"),
+    "meta": (lambda torch: torch.ones(4, device="meta"), "meta.*no numbers.*to_empty"),
+}
+
+
+@pytest.mark.parametrize("kind", REMEDIES)
+def test_the_sentence_about_a_tensor_is_true(torch, backend, kind):
+    make, words = REMEDIES[kind]
+    w = np.zeros(make(torch).shape, np.float32)
+    for use in (lambda x: fastrms.RMSProp([w], backend=backend).step([x]), lambda x: fastrms.RMSProp([x], backend=backend)):
+        with pytest.raises((TypeError, ValueError), match=rf"^(params|grads)\[0\] .*{words}") as info:
+            use(make(torch))
+        assert "resized" not in str(info.value)
+
+
+def test_lazy_parameters_need_a_forward_pass(torch, backend):
+    layer = torch.nn.LazyLinear(3)
+    with pytest.raises(TypeError, match=r"params\[0\] is an UninitializedParameter.*one forward pass"):
+        fastrms.Adam(layer.parameters(), backend=backend)
+    layer(torch.ones(2, 4))
+    assert fastrms.Adam(layer.parameters(), backend=backend).steps == 0
+
+
+def test_modules_are_asked_for_their_parameters(torch, backend):
+    layer = torch.nn.Linear(3, 2)
+    modules = layer, torch.nn.Sequential(layer), torch.nn.ModuleList([layer]), torch.nn.ParameterDict({"w": layer.weight})
+    for module in modules:
+        with pytest.raises(TypeError, match=rf"params is a {type(module).__name__}.*params\.parameters\(\)"):
+            fastrms.Adam(module, backend=backend)
+    for named in (layer.named_parameters(), list(layer.named_parameters())):
+        with pytest.raises(TypeError, match=r"params\[0\] is a tuple.*dict\(model.named_parameters\(\)\)"):
+            fastrms.Adam(named, backend=backend)
+    for params in (layer.parameters(), dict(layer.named_parameters()), torch.nn.ParameterList(layer.parameters())):
+        assert fastrms.Adam(params, backend=backend).steps == 0
+
+
+@pytest.mark.parametrize("library, make", [
+    ("pandas", lambda pandas: pandas.Series([1.0, 2.0])),
+    ("pandas", lambda pandas: pandas.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]})),
+    ("polars", lambda polars: polars.Series([1.0, 2.0])),
+    ("xarray", lambda xarray: xarray.DataArray(np.ones(2))),
+    ("scipy.sparse", lambda sparse: sparse.eye(3)),
+])  # fmt: skip
+def test_objects_of_other_libraries_are_refused_with_a_remedy_that_works(library, make, backend):
+    x = make(pytest.importorskip(library, reason=f"not installed: {library}"))
+    with pytest.raises(TypeError, match=r"params is a \w+.* in place .*pass params[.\[].*, and keep that array") as info:
+        fastrms.Adam(x, backend=backend)
+    remedy = str(info.value).rpartition("pass ")[2].removesuffix(", and keep that array")
+    array = eval(remedy, {"params": x})
+    fastrms.Adam(array, backend=backend).step(np.ones_like(array))
+
+
 def test_empty_tensors_count_their_steps(torch, backend):
     empty = torch.nn.Parameter(torch.ones(0, 3))
     optimizer = fastrms.Adam([empty], backend=backend)
     optimizer.step([torch.ones(0, 3)])
-    assert optimizer._plan.tensor_steps == [1]
+    assert optimizer.tensor_steps == [1]
 
 
 def test_jax_arrays_are_gradients_but_not_parameters(backend):
@@ -128,8 +193,87 @@ def test_jax_arrays_are_gradients_but_not_parameters(backend):
     for _ in range(2):
         reference.step(np.array(grads))
     assert np.array_equal(bits(w), bits(want))
-    with pytest.raises(ValueError, match="params is read-only"):
+    with pytest.raises(ValueError, match=r"params is read-only, as every JAX array: .*np\.array\(params\).*as gradients"):
         fastrms.Adam(grads, backend=backend)
-    with pytest.raises(TypeError, match=r"grads.*bfloat16"):
+    with pytest.raises(ValueError, match=r"square_avg is read-only, as every JAX array"):
+        fastrms.rmsprop(w, grads, jax.numpy.zeros(1003, "float32"), backend=backend)
+    with pytest.raises(TypeError, match=r"grads.*bfloat16.*grads\.astype\(np\.float32\)"):
         optimizer.step(grads.astype(jax.numpy.bfloat16))
+    with pytest.raises(TypeError, match=r"grads is traced by JAX.*outside of jax\.jit") as info:
+        jax.jit(optimizer.step)(grads)
+    assert "\n" not in str(info.value)
+    grads.delete()
+    with pytest.raises(TypeError, match=r"grads is a JAX array that was deleted"):
+        optimizer.step(grads)
     assert optimizer.steps == 2
+
+
+# the owner learns of a write
+
+TENSORS = {
+    "plain": lambda torch: torch.tensor([1.0, -0.0, float("nan"), 5e-324]),
+    "parameter": lambda torch: torch.nn.Parameter(torch.ones(3, 5)),
+    "double": lambda torch: torch.ones(7, dtype=torch.float64),
+    "0-d": lambda torch: torch.tensor(-0.0),
+    "empty": lambda torch: torch.ones(0, 3),
+    "transposed": lambda torch: torch.ones(3, 5).t(),
+    "view": lambda torch: torch.ones(8)[2:5],
+    "with a history": lambda torch: torch.nn.Parameter(torch.ones(3)) * 2,
+}
+
+
+def without_increment(torch, monkeypatch):
+    monkeypatch.delattr(torch.autograd.graph, "increment_version")
+
+
+def with_increment_of_one(torch, monkeypatch):
+    """torch 2.1 to 2.4 took a single tensor."""
+
+    def increment_version(tensor):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError("increment_version(): argument 'tensor' must be Tensor, not list")
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", increment_version)
+
+
+@pytest.mark.parametrize("age", [None, without_increment, with_increment_of_one])
+@pytest.mark.parametrize("memory", [host, device])
+def test_torch_counts_a_write(torch, monkeypatch, memory, age):
+    if age is not None:
+        age(torch, monkeypatch)
+    tensors = {name: make(torch) for name, make in TENSORS.items()}
+    buffers = [host.acquire(x, name, writable=True) for name, x in tensors.items()]
+    others = [host.acquire(np.ones(3), "other", writable=True), np.ones(3), None]
+    before = {name: (x._version, bits(x.detach().numpy())) for name, x in tensors.items()}
+    memory.wrote([*others, *buffers])
+    for name, x in tensors.items():
+        assert x._version > before[name][0] and np.array_equal(bits(x.detach().numpy()), before[name][1]), name
+    memory.wrote(iter(others))
+
+
+def test_inference_tensors_have_no_count(torch):
+    with torch.inference_mode():
+        tensors = [torch.ones(3), torch.ones(3)]
+    counted = torch.ones(3)
+    host.wrote([host.acquire(x, "x", writable=True) for x in (*tensors, counted)])
+    assert counted._version > 0
+    stopping = EarlyStopping(tensors)
+    stopping.restore()
+
+
+def test_without_torch_a_write_costs_nothing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    host.wrote(None)  # not even looked at
+
+
+def test_a_restored_parameter_counts_as_changed(torch):
+    """A backward pass through the parameters as they were before raises, as it does after torch's own writes."""
+    param, x = torch.nn.Parameter(torch.full((1,), 2.0)), torch.full((1,), 3.0, requires_grad=True)
+    stopping = EarlyStopping([param])
+    with torch.no_grad():
+        param += 5
+    loss = (param * x).sum()
+    stopping.restore()
+    assert param.item() == 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -123,7 +123,7 @@ def test_the_guard_bites(counted, tmp_path):
     """A second root and division in one rule, and coefficients made anew at every step: these are named, no others."""
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     altered(csrc, "rules.h", "lr * g / (sqrt(w) + eps)", "lr * g / (sqrt(w) + eps) / (sqrt(w + lr) + eps)")
-    altered(csrc, "plan.c", "!plan->unchanging || grad_scale != 1", "1")
+    altered(csrc, "plan.c", "!plan->unchanging || scale.grad_scale != 1", "1")
     wrong = complaints(count(build(csrc, tmp_path / "program")), counted)
     guilty = {name for name in counted if name.startswith(("adagrad_", "fastrms_step_"))}
     assert {line.split(":")[0] for line in wrong} == guilty and all(line.endswith("slower") for line in wrong), wrong

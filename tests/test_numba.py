@@ -609,6 +609,111 @@ def test_what_cannot_be_is_refused():
     assert (w == 1).all() and (v == 1).all()
 
 
+ARGUMENTS = {"rmsprop": 3, "adagrad": 3, "adam": 4, "rprop": 4}
+
+
+def called(name, buffers, **options):
+    step = (options.pop("step", 1),) if name == "adam" else ()
+    return getattr(jitted, name)(*buffers, *step, **options)
+
+
+def read_only(size):
+    array = np.ones(size, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("function", [*ARGUMENTS, "rmsprop_parallel"])
+def test_only_grad_may_be_read_only(function):
+    """A read-only map of a file would end the process."""
+    name = function.removesuffix("_parallel")
+    for k in range(ARGUMENTS[name]):
+        buffers = [read_only(6) if k == j else np.ones(6, np.float32) for j in range(ARGUMENTS[name])]
+        step = (1,) if name == "adam" else ()
+        if k == 1:
+            getattr(jitted, function)(*buffers, *step)
+            assert (buffers[0] != 1).all()
+            continue
+        with pytest.raises(numba.errors.TypingError, match="of these arrays only grad may be read-only"):
+            getattr(jitted, function)(*buffers, *step)
+        assert all((buffer == 1).all() for buffer in buffers)
+
+
+OUT_OF_RANGE = [
+    *[(name, {"lr": lr}) for name in ("rmsprop", "adagrad", "adam") for lr in (-0.1, float("nan"), float("inf"), 1e39)],
+    *[(name, {"weight_decay": -0.1}) for name in ("rmsprop", "adagrad", "adam")],
+    *[(name, {"clip_value": value}) for name in ARGUMENTS for value in (0.0, -1.0, float("nan"), float("inf"), 1e-46)],
+    *[(name, {"eps": value}) for name in ("rmsprop", "adagrad", "adam") for value in (-1e-8, float("nan"))],
+    *[(name, {"eps_root": -1e-8}) for name in ("rmsprop", "adagrad", "adam")],
+    *[(name, {"eps": 0.0}) for name in ("rmsprop", "adam")], ("adam", {"eps": 1e-60}),
+    *[("rmsprop", {"rho": value}) for value in (1.0, -0.1, float("nan"), 1 - 1e-9)],
+    *[("adam", {rate: value}) for rate in ("beta1", "beta2") for value in (1.0, -0.1, float("nan"), 1 - 1e-9)],
+    ("rmsprop", {"momentum": -0.5}), ("rmsprop", {"momentum": float("nan")}), ("rmsprop", {"nesterov": True}),
+    ("adagrad", {"lr_decay": -1.0}), ("adam", {"amsgrad": "corrected"}),
+    *[("rprop", wrong) for wrong in ({"eta_minus": 1.0}, {"eta_minus": 0.0}, {"eta_plus": 1.0}, {"step_min": 51.0})],
+    ("rprop", {"step_max": float("inf")}), ("rprop", {"step_min": -1.0}),
+    *[(name, {"grad_scale": value}) for name in ARGUMENTS for value in (0.0, -1.0, 1e-31, 1e31, float("nan"))],
+    *[(name, {"step": step}) for name in ("rmsprop", "adagrad", "adam") for step in (0, -1, 2**62 + 1)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, wrong", OUT_OF_RANGE, ids=str)
+def test_what_python_refuses_jitted_code_refuses_before_it_writes(name, wrong):
+    """The sentence names the hyper-parameter that Python names."""
+    buffers = [np.ones(6, np.float32) for _ in range(ARGUMENTS[name])]
+    needs_step = {"step": 1} if name == "adam" else {}
+    with pytest.raises(ValueError) as theirs:
+        getattr(fastrms, name)(*buffers, **{**needs_step, **wrong})
+    with pytest.raises(ValueError, match="fastrms: ") as mine:
+        called(name, buffers, **wrong)
+    (named,) = {*wrong} & {*re.findall(r"\w+", str(mine.value))}
+    assert named in str(theirs.value) and all((buffer == 1).all() for buffer in buffers)
+
+
+@pytest.mark.parametrize("options", [{"step": 1.0}, {"step": True}, {"lr": "0.1"}, {"lr": True}, {"maximize": 1},
+                                     {"nesterov": 1.0}, {"bias_correction": 2}, {"grad_scale": True}])  # fmt: skip
+def test_arguments_of_another_kind_are_refused_when_the_function_is_compiled(options):
+    buffers = [np.ones(6, np.float32) for _ in range(4)]
+    with pytest.raises(numba.errors.TypingError, match="fastrms takes"):
+        called("adam", buffers, **options)
+    assert all((buffer == 1).all() for buffer in buffers)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_buffers_that_overlap_are_refused(name):
+    """By one element, in any order; neighbours are fine."""
+    count = ARGUMENTS[name]
+    for first in range(count):
+        for second in range(first):
+            buffers = [np.ones(6, np.float32) for _ in range(count)]
+            both = np.ones(11, np.float32)
+            buffers[first], buffers[second] = both[5:], both[:6]
+            with pytest.raises(ValueError, match="overlap"):
+                called(name, buffers)
+            assert (both == 1).all() and all((buffer == 1).all() for buffer in buffers)
+    arena = np.ones((count, 6), np.float32)
+    called(name, list(arena))
+    assert (arena[0] != 1).all()
+    called(name, [np.ones(0, np.float32)] * count)
+
+
+def test_misaligned_arrays_are_refused():
+    odd = np.zeros(25, np.uint8)[1:].view(np.float32)
+    with pytest.raises(ValueError, match="aligned"):
+        jitted.rmsprop(odd, np.ones(6, np.float32), np.ones(6, np.float32))
+
+
+def test_adagrad_without_eps_in_jitted_code():
+    w, g, total = np.ones(3), np.array([1.0, 0.0, 2.0]), np.ones(3)
+    jitted.adagrad(w, g, total, eps=0.0)
+    assert np.isfinite(w).all() and (w != 1).any()
+    total[1] = 0
+    before = w.copy()
+    with pytest.raises(ValueError, match="sum holds a 0"):
+        jitted.adagrad(w, g, total, eps=0.0)
+    assert np.array_equal(w, before)
+
+
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("rule", ["rmsprop", "rmsprop_centered_momentum", "adagrad", "adam_amsgrad", "rprop"])
 def test_a_scalar_rule_inside_users_code(rule, general):

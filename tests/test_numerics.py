@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import DTYPES, TIERS, bits, c, raw_recipe, wild_values
+from conftest import BACKENDS, DTYPES, TIERS, bits, c, raw_recipe, wild_values
 
 import fastrms
 from fastrms import backends, recipes, rules
@@ -236,6 +236,50 @@ def test_a_square_that_overflows_by_itself(backend, make):
     assert w[0] < 0 < w[1]
 
 
+FORMS = [
+    *[(fastrms.RMSProp, options) for centered in (False, True) for momentum in (0.0, 0.9) for options in (
+        {"centered": centered, "momentum": momentum},
+        {"centered": centered, "momentum": momentum, "eps_root": 1e-8, "bias_correction": "corrected"},
+        {"centered": centered, "momentum": momentum, "weight_decay": 0.1, "nesterov": momentum > 0},
+    )],
+    (fastrms.AdaGrad, {}), (fastrms.AdaGrad, {"eps_root": 1e-8, "lr_decay": 0.1}),
+    (fastrms.Adam, {}), (fastrms.Adam, {"bias_correction": "folded"}),
+    (fastrms.Adam, {"eps_root": 1e-8, "weight_decay": 0.1}), (fastrms.Adam, {"amsgrad": True}),
+    (fastrms.Adam, {"amsgrad": "corrected", "nesterov": "folded"}),
+    (fastrms.Adam, {"nesterov": "dozat"}), (fastrms.RProp, {}), (fastrms.RProp, {"clip_value": 1e30}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make, options", FORMS, ids=lambda x: "-".join(x) if isinstance(x, dict) else x.__name__)
+def test_finite_gradients_of_any_size_leave_parameters_finite(backend, make, options, dtype):
+    """Where a square overflows, the average is infinite and the update 0; the largest number itself needs an lr below 1, and
+    nesterov="dozat" adds two numbers of its size."""
+    largest = float(np.finfo(dtype).max)
+    sizes = [largest**0.5 * factor for factor in (0.3, 0.9, 1.1, 10.0, 120.0)] + [largest / 1e8, largest / 4, largest / 2]
+    for lr in (1.0, 1e-3):
+        w = np.ones(2 * len(sizes) + 2, dtype)
+        optimizer = make(w, lr=lr, backend=backend, **options)
+        top = largest if lr < 1 and options.get("nesterov") != "dozat" else largest / 2
+        for step in range(4):
+            signs = -1.0 if step % 2 else 1.0
+            optimizer.step(np.array([*sizes, *[signs * size for size in sizes], top, signs * top], dtype))
+            assert np.isfinite(w).all(), (lr, step, w)
+        for _ in range(3):
+            optimizer.step(np.full(w.size, 0.1, dtype))
+        assert np.isfinite(w).all(), (lr, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"bias_correction": "corrected"}, {"eps_root": 1e-8}])
+def test_centered_rmsprop_shows_a_nan_gradient(backend, options, dtype):
+    """The floor of the variance hides only what finite gradients make: inf - inf."""
+    w = np.ones(3, dtype)
+    optimizer = fastrms.RMSProp(w, centered=True, backend=backend, **options)
+    optimizer.step(np.array([np.nan, 1.0, np.finfo(dtype).max], dtype))
+    assert np.isnan(w[0]) and w[1] < 1 and w[2] == 1
+
+
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
 def test_clip_norm_of_huge_and_tiny_doubles(backend, scale):
     """The sum of squares would overflow or vanish: it is scaled by the largest magnitude."""
@@ -247,6 +291,69 @@ def test_clip_norm_of_huge_and_tiny_doubles(backend, scale):
         assert w[0] == pytest.approx(-0.5, rel=1e-12)  # clipped to 0.01: 0.01/(0.01 + eps)
         bounded = fastrms.RMSProp(w, backend=backend).step(g, clip_norm=1e200)
         assert bounded.grad_norm == info.grad_norm
+
+
+class Descent(fastrms.Optimizer):
+    """A rule of one's own, on the backends that run it."""
+
+    defaults = {"lr": 0.1, "maximize": False}
+    state_names = ("last",)
+
+    @staticmethod
+    def coefficients(step, lr, maximize):
+        return {"lr": -lr if maximize else lr}
+
+    def rule(param, grad, last, lr):
+        return param - lr * grad, grad
+
+
+HUGE = {  # what clipping by norm makes of the factor: subnormal or 0 in float32, in float64; with a norm beyond any double
+    "float32": ([np.float32(1e38)], [70_001]),
+    "float32, largest": ([np.finfo(np.float32).max], [70_001]),
+    "float64": ([np.finfo(np.float64).max], [70_001]),
+    "both": ([np.float32(3e38), np.float64(1.5e308), np.float32(2.0), np.float64(-3.0)], [1003, 50_001, 5, 3]),
+    "like float32 in float64": ([np.float64(1e41)], [1003]),
+}
+MAKERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp, Descent]
+
+
+def huge_steps(make, backend, kind, clip_norm, prescaled):
+    """(params and states after a usual step, one of huge gradients, and a usual step; what the huge one told).  prescaled:
+    these gradients are multiplied by the factor here, in extended precision, and not clipped."""
+    rng = np.random.default_rng(0)
+    values, sizes = HUGE[kind]
+    huge = [v * rng.uniform(0.5, 1.0, n).astype(v.dtype) for v, n in zip(values, sizes, strict=True)]
+    usual = [rng.standard_normal(n).astype(v.dtype) for v, n in zip(values, sizes, strict=True)]
+    if prescaled:
+        exact = [g.astype(np.longdouble) for g in huge]
+        norm = np.sqrt(sum((g**2).sum() for g in exact))
+        huge = [(g * (np.longdouble(clip_norm) / norm)).astype(v.dtype) for g, v in zip(exact, values, strict=True)]
+    params = [np.ones(n, v.dtype) for v, n in zip(values, sizes, strict=True)]
+    optimizer = make(params, backend=backend, maximize=True)
+    optimizer.step(usual)
+    info = optimizer.step(huge) if prescaled else optimizer.step(huge, clip_norm=clip_norm)
+    optimizer.step(usual)
+    states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
+    return [*params, *states], info
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 1e-9, 1e12])
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("make", MAKERS)
+def test_finite_gradients_of_any_size_are_clipped(make, kind, clip_norm):
+    """The result is the one of gradients that were scaled beforehand, and has the same bits on every backend."""
+    if np.finfo(np.longdouble).maxexp <= 1024:
+        pytest.skip("no extended precision here")
+    names = [name for name in BACKENDS if make is not Descent or name in backends.FOR_OWN_RULES]
+    with np.errstate(all="raise", under="ignore"):
+        clipped = {name: huge_steps(make, name, kind, clip_norm, prescaled=False) for name in names}
+        wanted, _ = huge_steps(make, "numpy", kind, clip_norm, prescaled=True)
+    for results, info in clipped.values():
+        assert info.applied and info.grad_norm > 1e40
+        for got, want, same in zip(results, wanted, clipped["numpy"][0], strict=True):
+            eps = 4 * np.finfo(got.dtype).eps  # of the largest: averages of both signs cancel
+            assert np.allclose(got, want, rtol=1e-5 if got.itemsize == 4 else 1e-12, atol=eps * abs(want).max())
+            assert np.array_equal(bits(got), bits(same))
 
 
 def test_clip_norm_against_its_formula(backend):
@@ -290,3 +397,14 @@ def test_a_step_size_clip_is_compare_and_select():
     assert rules.larger(1.0, np.nan) == 1.0 and np.isnan(rules.larger(np.nan, 1.0))
     assert not np.signbit(rules.flush(-1e-40, 1e-38, 0.0)) and rules.flush(-1e-38, 1e-38, 0.0) == -1e-38
     assert rules.sign(np.nan, 0.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_docstring_of_a_rule_says_what_each_argument_means(rule):
+    function = rules.RULES[rule]
+    for name in rules.arguments(function):
+        meaning = rules.meaning(name, function)
+        assert meaning and f"    {name} : float\n        {meaning}\n" in function.__doc__
+    used = {name for other in rules.RULES.values() for name in rules.arguments(other)}
+    assert {name.partition(" of ")[0] for key in rules.MEANINGS for name in key.split(", ")} == used
+    assert all(helper.__doc__ for helper in (rules.select, *rules.HELPERS))

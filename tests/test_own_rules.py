@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from conftest import BACKENDS, DTYPES, backends, bits
-from test_readme import code_blocks
+from test_readme import example
 
 import fastrms
 from fastrms.rules import clip, flush, larger, sign
 
 names = {}
-exec(next(text for text in code_blocks() if "class Lion" in text), names)
+exec(example("class Lion"), names)
 Lion = names["Lion"]
 
 
@@ -63,7 +63,7 @@ def backend(request):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lion_is_its_formula(backend, dtype):
-    """The README's class against Chen et al. 2023, algorithm 2, in double."""
+    """The class of docs/own-rules.md against Chen et al. 2023, algorithm 2, in double."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((7, 30)).astype(dtype)
     theta, m = w.astype(float), 0.0
@@ -90,7 +90,7 @@ def trained(make, backend, steps=30, **options):
         if step % 4 == 1:
             grads[1][0] = None
         norms.append(optimizer.step(grads, grad_scale=0.25, clip_norm=3.0).grad_norm)
-    assert optimizer._plan.tensor_steps == [30, 22, 30]
+    assert optimizer.tensor_steps == [30, 22, 30]
     states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
     return [bits(x) for x in [*params.values(), *states, np.array(norms)]]
 
@@ -205,3 +205,126 @@ def test_a_rule_of_the_wrong_kind_changes_nothing(backend):
         with pytest.raises(TypeError, match="Numba cannot compile the rule of Mine for float32"):
             branch(w, backend=backend).step(w + 1)
     assert (w == 1).all()
+
+
+class HeavyBall(fastrms.Optimizer):
+    """Polyak 1964: the state is the parameter before the step."""
+
+    defaults = {"lr": 0.1, "beta": 0.9}
+    state_names = ("before",)
+
+    @staticmethod
+    def coefficients(step, lr, beta):
+        return {"lr": lr, "beta": beta if step > 1 else 0.0}
+
+    def rule(param, grad, before, lr, beta):
+        return param - lr * grad + beta * (param - before), param
+
+
+class Exchange(fastrms.Optimizer):
+    """Two states that change places, one of them by a view of it; a third is the gradient of the step before."""
+
+    defaults = {"lr": 0.1}
+    state_names = ("a", "b", "previous_grad")
+
+    @staticmethod
+    def coefficients(step, lr):
+        return {"lr": lr}
+
+    @staticmethod
+    def initial(h, state_name):
+        return {"a": 1.0, "b": 2.0}.get(state_name, 0.0)
+
+    def rule(param, grad, a, b, previous_grad, lr):
+        return param - lr * previous_grad, b, a, grad
+
+
+SIZES = [1, 3, 16384, 50001]  # the last two: one chunk of the NumPy backend, and several
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_result_that_is_an_argument_is_its_value_before_the_step(backend, size):
+    w, expected, before = np.ones(size), 1.0, 0.0
+    optimizer = HeavyBall(w, backend=backend)
+    for step in range(4):
+        expected, before = expected - 0.1 * 0.5 + (0.9 * (expected - before) if step else 0.0), expected
+        optimizer.step(np.ones(size), grad_scale=0.5)
+    assert np.allclose(w, expected, rtol=1e-14) and np.allclose(optimizer.state["before"], before, rtol=1e-14)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_states_may_change_places(backend, size):
+    w = np.ones(size)
+    optimizer = Exchange(w, backend=backend)
+    for step in range(3):
+        assert (optimizer.state["a"] == 1 + step % 2).all() and (optimizer.state["b"] == 2 - step % 2).all()
+        optimizer.step(np.full(size, float(step)))
+    assert (optimizer.state["previous_grad"] == 2).all() and np.allclose(w, 0.9)
+
+
+def plain_descent(rule):
+    return make(rule=staticmethod(rule), coefficients=lambda step, lr: {"lr": lr})
+
+
+def writes_param(param, grad, lr):
+    param -= lr * grad
+    return (param,)
+
+
+def writes_grad(param, grad, lr):
+    grad *= lr
+    return (param - grad,)
+
+
+@pytest.mark.parametrize("rule", [writes_param, writes_grad])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rule_that_writes_into_its_arguments(backend, dtype, rule):
+    """On scalars it only gives a name another value; on arrays it is refused, and nothing is written."""
+    w, g = np.ones(20000, dtype), np.ones(20000, dtype)
+    optimizer = plain_descent(rule)(w, backend=backend)
+    if backend == "numpy":
+        with pytest.raises(ValueError, match=r"the rule of Mine .* its arguments are read-only: write `param = param - "):
+            optimizer.step(g)
+        assert (w == 1).all() and optimizer.steps == 0
+    else:
+        optimizer.step(g)
+        assert np.allclose(w, 0.9)
+    assert (g == 1).all()
+
+
+REDUCTIONS = {
+    "sum": lambda param, grad, lr: (param - lr * grad / (lr + np.sum(abs(grad))),),
+    "norm": lambda param, grad, lr: (param - lr * grad / (lr + np.linalg.norm(grad)),),
+    "max": lambda param, grad, lr: (param - lr * grad / (lr + abs(grad).max()),),
+    "mean of param": lambda param, grad, lr: (param - lr * param.mean(),),
+    "clip by norm": lambda param, grad, lr: (param - lr * grad * np.minimum(1, 1 / np.linalg.norm(grad)),),
+    "neighbour": lambda param, grad, lr: (param - lr * np.roll(grad, 1),),
+}
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e-6])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_rule_that_reduces_is_refused(name, lr):
+    """On NumPy, which calls a rule on arrays: to Numba the sum of a scalar is this scalar."""
+    w = np.ones(20000, np.float32)
+    with pytest.raises(ValueError, match="the rule of Mine is not elementwise"):
+        plain_descent(REDUCTIONS[name])(w, lr=lr, backend="numpy").step(w + 1)
+    assert (w == 1).all()
+
+
+def test_an_if_is_refused_on_arrays():
+    w = np.ones(1)
+    with pytest.raises(ValueError, match="a rule has no `if`, see select"):
+        plain_descent(lambda param, grad, lr: (param - lr if grad > 0 else param,))(w, backend="numpy").step(w + 1)
+    assert (w == 1).all()
+
+
+def test_a_rule_may_use_any_elementwise_function():
+    """Whose arrays and single elements may differ in the last bit; and a result that is a number for all elements."""
+    w, g = np.ones(20000, np.float32), np.full(20000, 0.25, np.float32)
+    rule = make(state_names=("last",), rule=lambda param, grad, last, lr: (param - lr * (np.exp(grad) - np.tanh(param)), lr),
+                coefficients=lambda step, lr: {"lr": lr})  # fmt: skip
+    optimizer = rule(w, backend="numpy")
+    optimizer.step(g)
+    assert np.allclose(w, 1 - 0.1 * (np.exp(0.25) - np.tanh(1)), rtol=1e-6)
+    assert (optimizer.state["last"] == np.float32(0.1)).all()

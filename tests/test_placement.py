@@ -48,7 +48,7 @@ def test_report_names_buffers_that_collide():
     assert "params['w'] and grads['w'] start at nearly the same offset" in text and "further on" in text
     assert "params['w'] and params['u']" not in text  # never read side by side
     apart = fastrms.RMSProp(placement.place(SIZE, np.dtype(np.float32), []))
-    apart.bind(placement.place(SIZE, np.dtype(np.float32), [apart._params[0].address]))
+    apart.bind(placement.place(SIZE, np.dtype(np.float32), [apart._tensors[0].param.address]))
     assert "offset" not in apart.report()
 
 

@@ -1,4 +1,4 @@
-"""The README: its example runs, its commands are those of CI, its tables say what the code says."""
+"""README.md and docs/: every example runs, the commands are those of CI, the tables say what the code says."""
 
 import re
 import subprocess
@@ -12,36 +12,77 @@ from fastrms import dialects
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+CUDA_EXAMPLE = "cupy.ones"  # the only one that needs a GPU
 
 
-def block(name):
-    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.S)[1].strip()
+def page(name):
+    return PAGES[ROOT / "docs" / f"{name}.md"]
+
+
+def block(text, name):
+    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.S)[1].strip()
 
 
 def code_blocks():
-    return re.findall(r"```python\n(.*?)```", README, re.S)
+    """The Python examples of the README, then those of every page."""
+    return [code for text in PAGES.values() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+
+
+def example(words):
+    """The only example with these words in it."""
+    (code,) = (code for code in code_blocks() if words in code)
+    return code
+
+
+def small_arrays(value=2.0):
+    """w, b and their gradients gw, gb, as the examples call them."""
+    w, b = np.ones(5, np.float32), np.ones(3, np.float32)
+    return {"fastrms": fastrms, "w": w, "b": b, "gw": w * np.float32(value), "gb": b * np.float32(value)}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_example_is_executed():
+    """Each Python block of README and docs is the example of exactly one test."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    executed = {*re.findall(r"\bexample\(\"([^\"]+)\"\)", tests), CUDA_EXAMPLE}
+    for code in code_blocks():
+        assert sum(words in code for words in executed) == 1, f"no test, or several, for this example:\n{code}"
 
 
 def test_the_first_example_runs_and_trains():
     names = {}
-    exec(code_blocks()[0], names)
-    assert len(code_blocks()[0].strip().splitlines()) <= 10
+    exec(example("here that of the sum"), names)
+    assert code_blocks()[0] == example("here that of the sum") and len(code_blocks()[0].strip().splitlines()) <= 10
     assert 0 < names["w"][0] < 0.5 and names["opt"].steps == 100
 
 
-def test_the_second_example_runs():
-    w, b = np.ones(5, np.float32), np.ones(3, np.float32)
-    names = {"fastrms": fastrms, "w": w, "b": b, "gw": w * 2, "gb": b * 2}
-    exec(code_blocks()[1], names)
-    assert names["info"].grad_norm > 0 and (w < 1).all() and (b < 1).all()
+def test_the_example_of_use_runs():
+    names = small_arrays()
+    exec(example("clip_value=10.0"), names)
+    assert names["info"].grad_norm > 0 and (names["w"] < 1).all() and (names["b"] < 1).all()
+    assert [group["weight_decay"] for group in names["opt"].groups] == [0.0, 0.0] and names["opt"].dialect == "keras"
+    assert names["state"]["exp_avg"].all()
+
+
+def test_the_guides_example_runs():
+    names = small_arrays()
+    exec(example("1 / 1024, clip_norm=1.0)   # info.grad_norm"), names)
+    assert names["info"].grad_norm > 0 and (names["w"] < 1).all() and (names["b"] < 1).all()
     assert names["opt"].steps == 1
 
 
-def test_the_flat_buffer_example_runs():
+def test_the_flat_buffer_examples_run():
     names = {}
-    exec(next(text for text in code_blocks() if "FlatBuffer(" in text), names)
+    exec(example("FlatBuffer(shapes)"), names)
     flat = names["flat"]
     assert names["opt"].steps == 1 and (flat.params["w1.bias"] < 0).all() and not flat.params["w2.bias"].any()
+    names = small_arrays()
+    exec(example("FlatBuffer.like({"), names)
+    assert names["opt"].steps == 1 and (names["flat"].params["w"] == 1).all()  # values copied, gradients of 0
 
 
 def test_the_schedules_and_checkpoints_run(tmp_path, monkeypatch):
@@ -49,17 +90,31 @@ def test_the_schedules_and_checkpoints_run(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     names = {"fastrms": fastrms, "w": np.ones(5, np.float32), "gw": np.ones(5, np.float32)}
-    for words in ("import Cosine", "opt.save("):
-        exec(next(text for text in code_blocks() if words in text), names)
+    exec(example("import Cosine"), names)
+    exec(example("opt.save("), names)
     assert names["plateau"].rate == 0.01 * 0.1 and names["opt"].lr is names["plateau"]
     assert names["opt"].steps == 2 and (tmp_path / "run.safetensors").exists()
 
 
+def test_the_checkpoint_of_parameters_and_optimizer_runs(tmp_path, monkeypatch):
+    """Saved, one step on, loaded: as before that step.  Here the step comes between writing and reading."""
+    monkeypatch.chdir(tmp_path)
+    names = small_arrays()
+    names["opt"] = opt = fastrms.Adam({"w": names["w"], "b": names["b"]})
+    grads = {"w": names["gw"], "b": names["gb"]}
+    opt.step(grads)
+    kept, steps = names["w"].copy(), opt.steps
+    write, read = re.split(r"\n\n(?=with open\(\"run.pickle\", \"rb\"\))", example("run.pickle"))
+    exec(write, names)
+    opt.step(grads)
+    exec(read, names)
+    assert np.array_equal(names["w"], kept) and opt.steps == steps == 1
+
+
 def test_the_example_of_gradients_in_the_step_runs(capsys):
-    w, b = np.ones(5, np.float32), np.ones(3, np.float32)
     for value, said in ((1.0, ""), (np.inf, "8 elements overflowed: nothing was updated\n")):
-        names = {"fastrms": fastrms, "w": w, "b": b, "gw": w * np.float32(value), "gb": b * np.float32(value)}
-        exec(next(text for text in code_blocks() if "info.nonfinite" in text), names)
+        names = small_arrays(value)
+        exec(example("info.nonfinite"), names)
         assert capsys.readouterr().out == said and (names["gw"] == 0).all() and names["opt"].steps == (not said)
 
 
@@ -71,20 +126,86 @@ def test_the_streaming_example_runs():
         "backward": lambda name, out: out,
         "scratch": {k: v * 2 for k, v in w.items()},
     }
-    exec(next(text for text in code_blocks() if "opt.streaming" in text), names)
+    exec(example("opt.streaming"), names)
     assert names["s"].updated == ["second", "first"] and names["opt"].steps == 1 and all((v < 1).all() for v in w.values())
 
 
-def test_the_numba_example_runs():
-    pytest.importorskip("numba")
+def test_the_numba_examples_run():
+    numba = pytest.importorskip("numba")
     names = {}
-    exec(next(text for text in code_blocks() if "numba.njit" in text), names)
+    exec(example("w[i] * np.float32(2)"), names)
     assert 0 < names["w"][0] < 0.5
+    import fastrms.numba
+
+    short, w = {"numba": numba, "fastrms": fastrms}, np.ones(1000, np.float32)
+    exec(example("g[:] = 2 * w"), short)
+    short["train"](w, np.empty_like(w), np.zeros_like(w))
+    assert np.allclose(w, names["w"])
+
+
+@pytest.fixture
+def model():
+    """names for the examples with torch: a small model, its input, and a loss of it."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    made, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    return {"fastrms": fastrms, "model": made, "x": x, "loss": made(x).sum()}
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def moved(model, before):
+    return all((old != new).all() for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_readmes_example_with_torch_runs(model):
+    before = weights(model["model"])
+    exec(example("named_parameters()}, clip_norm=1.0)"), model)
+    assert moved(model["model"], before) and model["opt"].steps == 1
+
+
+def test_the_examples_with_torch_run(model):
+    before = weights(model["model"])
+    exec(example("model.zero_grad()"), model)
+    after = weights(model["model"])
+    assert moved(model["model"], before) and model["opt"].steps == 1
+    exec(example("p.new_zeros("), model)
+    assert moved(model["model"], after) and model["fast"].steps == 1
+
+
+def test_adamax_is_its_formula():
+    names, w = {}, np.ones(7)
+    exec(example("class AdaMax"), names)
+    opt, theta, m, u = names["AdaMax"](w, lr=0.1), w.copy(), 0.0, 0.0
+    for step in range(1, 6):
+        grad = np.linspace(-1, 2, 7) / step
+        opt.step(grad)
+        m, u = 0.9 * m + 0.1 * grad, np.maximum(0.999 * u, abs(grad) + 1e-8)
+        theta = theta - 0.1 / (1 - 0.9**step) * m / u
+    assert np.allclose(w, theta, rtol=1e-13)
 
 
 def test_an_own_rule_is_short():
-    lion = next(text for text in code_blocks() if "class Lion" in text).split("class Lion")[1]
-    assert len([line for line in lion.splitlines() if line.strip()]) <= 12
+    for words in ("class Lion", "class AdaMax"):
+        text = next(text for text in code_blocks() if words in text).split(words)[1]
+        assert len([line for line in text.splitlines() if line.strip()]) <= 12
+
+
+def test_the_readmes_lines_of_c_are_those_of_the_program():
+    short = re.search(r"```c\n(.*?)```", README, re.S)[1]
+    assert short and all(line.rstrip(";") in page("c") for line in short.splitlines())
+
+
+def test_the_output_of_the_program_in_c_is_what_python_computes():
+    """That the program prints it: tests/test_c_library.py."""
+    from test_c_library import want
+
+    assert f"It prints `{want().strip()}`" in page("c")
+
+
+# the tables
 
 
 def shown(value):
@@ -92,7 +213,7 @@ def shown(value):
 
 
 def dialect_table():
-    """The README's table, from the code: per optimizer, our defaults and what each framework has instead."""
+    """The table of docs/dialects.md, from the code: per optimizer, our defaults and what each framework has instead."""
     lines = [f"| | ours, torch | {' | '.join(d for d in dialects.DIALECTS if d != 'torch')} |", "| --- " * 6 + "|"]
     for make in (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp):
         presets = {d: of.get(make.__name__) for d, of in dialects.DIALECTS.items()}
@@ -107,11 +228,54 @@ def dialect_table():
 
 
 def test_the_dialect_table_is_the_code():
-    assert block("dialects") == dialect_table(), f"put this between the markers:\n{dialect_table()}"
+    assert block(page("dialects"), "dialects") == dialect_table(), f"put this between the markers:\n{dialect_table()}"
 
 
 def test_our_defaults_are_torchs():
     assert all(preset == {} for preset in dialects.DIALECTS["torch"].values())
+
+
+SUMMARY = {"1024": "1,024", "2^16": "65,536", "2^25": "33,554,432"}  # column of the benchmark's table: in words
+NAMES = {"rmsprop": "RMSProp", "adagrad": "AdaGrad", "adam": "Adam", "rprop": "RProp"}
+
+
+def measured():
+    """rule -> contender -> column -> nanoseconds per element as written, out of the table in docs/performance.md."""
+    lines = [line for line in block(page("performance"), "bench").splitlines() if line.startswith("|")]
+    columns, found = [cell.strip() for cell in lines[0].split("|")[3:-1]], {}
+    for line in lines[2:]:
+        rule, name, *cells = (cell.strip().strip("*") for cell in line.split("|")[1:-1])
+        if len(cells) == len(columns) and name != "share":  # else it is of another table
+            numbers = {column: cell.split(" ")[0] for column, cell in zip(columns, cells, strict=True)}
+            found.setdefault(rule, {})[name] = numbers
+    return found
+
+
+def summary():
+    """The README's table, from the benchmark's in docs/performance.md."""
+    lines = [
+        "| ns per element, float32 | elements | naive NumPy | in-place NumPy | fastest other library | **fastrms** "
+        "| hardware limit |",
+        "| --- " + "| ---: " * 6 + "|",
+    ]
+    for rule, found in measured().items():
+        peers = [name for name in found if not name.startswith(("fastrms", "naive", "in-place", "streams", "divider"))]
+        for column, size in SUMMARY.items():
+            times = {name: float(numbers[column]) for name, numbers in found.items() if numbers[column]}
+            best = min((name for name in peers if name in times), key=times.get)
+            limit = max((name for name in ("streams", "divider") if name in times), key=times.get)
+            cells = [found[name][column] for name in ("naive NumPy", "in-place NumPy", best, "fastrms c", limit)]
+            cells[2:4] = [f"{cells[2]} ({best})", f"**{cells[3]}**"]
+            lines.append(f"| {NAMES[rule]} | {size} | {' | '.join(cells)} |")
+    machine = re.search(r"^(.*?, \d+ cores).*(\d{4}-\d\d-\d\d);", block(page("performance"), "bench"), re.M)
+    return "\n".join([*lines, "", f"{machine[1]}, {machine[2]}; two threads (NumPy: one)."])
+
+
+def test_the_readmes_table_is_the_benchmarks():
+    assert block(README, "summary") == summary(), f"put this between the markers:\n{summary()}"
+
+
+# commands, files, links
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -123,8 +287,37 @@ def test_ci_runs_the_readmes_test_command():
     assert found.strip() == command and 'eval "$tests"' in script
 
 
-def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"`((?:tests|csrc|fastrms|examples|bench)/[\w./]+)(?:::\w+)?`|\]\(([\w./]+)\)", README):
-        assert (ROOT / (path[0] or path[1])).exists(), path
-    for test in re.findall(r"`(tests/\w+\.py)::(\w+)`", README):
-        assert f"def {test[1]}(" in (ROOT / test[0]).read_text()
+def test_nothing_is_installed_from_where_there_is_no_release():
+    for path, text in PAGES.items():
+        assert not re.search(r"pip install \"?fastrms", text), path
+
+
+def test_extras_named_in_the_pages_exist():
+    made = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    extras = re.findall(r"^([\w-]+) = ", made, re.M)
+    for path, text in PAGES.items():
+        for named in re.findall(r"pip install [^`\n]*?\.\[([\w,-]+)\]", text):
+            assert set(named.split(",")) <= set(extras), (path, named)
+
+
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_named_in_the_pages_exist():
+    for path, text in PAGES.items():
+        for named in re.findall(r"`((?:tests|csrc|fastrms|examples|bench|docs)/[\w./-]+)(?:::\w+)?`", text):
+            assert (ROOT / named).exists(), (path, named)
+        for named, anchor in re.findall(r"\]\(([\w./-]*)#?([\w-]*)\)", text):
+            target = path.parent / named if named else path
+            assert target.exists(), (path, named)
+            assert not anchor or anchor in anchors(target.read_text()), (path, named, anchor)
+        for test in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+            assert f"def {test[1]}(" in (ROOT / test[0]).read_text()
+
+
+def test_every_page_is_linked_from_the_readme():
+    for path in PAGES:
+        assert path.name == "README.md" or f"docs/{path.name}" in README

@@ -81,8 +81,8 @@ def test_a_million_values(tier, rule, general, dtype):
 def test_both_forms_agree_where_the_general_one_is_neutral(tier, rule, dtype):
     """On finite non-zero values, which is all that is promised for a change of form."""
     recipe = raw_recipe(rule, dtype, False)
-    neutral = {"clip_low": -np.inf, "clip_high": np.inf, "weight_decay": 0.0, "v_scale": 1.0, "eps_root": 0.0,
-               "m_scale": 1.0, "g_scale": 0.0, "nesterov_b": 1.0, "nesterov_u": 0.0}  # fmt: skip
+    neutral = {"grad_rescale": 1.0, "clip_low": -np.inf, "clip_high": np.inf, "weight_decay": 0.0, "v_scale": 1.0,
+               "eps_root": 0.0, "m_scale": 1.0, "g_scale": 0.0, "nesterov_b": 1.0, "nesterov_u": 0.0}  # fmt: skip
     values = {name: neutral.get(name, value) for name, value in recipe.values.items()}
     rng = np.random.default_rng(5)
     count = 2 + len(rules.state_names(rules.RULES[rule]))
@@ -126,7 +126,7 @@ def many_steps(make, options, backend, dtypes, steps=40):
         info = optimizer.step([grads[:2], grads[2:]], grad_scale=1.0 / 3, clip_norm=5.0 if step % 2 else None)
         norms.append(np.float64(info.grad_norm if info.grad_norm is not None else 0.0))
     states = [x for tensor in optimizer.state_dict()["tensors"] for x in tensor["state"].values()]
-    return [bits(x) for x in [*params, *states, np.array(norms)]], optimizer._plan.tensor_steps
+    return [bits(x) for x in [*params, *states, np.array(norms)]], optimizer.tensor_steps
 
 
 @pytest.mark.parametrize("make, options", OPTIMIZERS)

@@ -51,6 +51,53 @@ def test_wrong_arguments_are_refused_by_name():
         Step(0.1, 3).lr = 1.0
 
 
+CLOSED = [  # an object, what it has, and what the sentence says to do
+    (lambda: Step(0.1, 3), ["lr", "every", "factor"], "make a new Step$"),
+    (lambda: Exponential(0.1, 0.5), ["lr", "factor", "every", "staircase"], "make a new Exponential$"),
+    (lambda: Cosine(0.1, 5), ["lr", "steps", "end", "warmup", "start"], "make a new Cosine$"),
+    (lambda: Plateau(0.1), [*Plateau.__annotations__], r"make a new Plateau; its counters are set by count\(rate, "),
+    (lambda: EarlyStopping(np.ones(3)), ["patience", "threshold", "threshold_mode", "mode", "best", "bad"],
+     r"make a new EarlyStopping; best and bad are set by update\(\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, names, words", CLOSED)
+def test_no_attribute_can_be_set(make, names, words):
+    """A misspelt one would be ignored, and a wrong one would not be checked."""
+    made = make()
+    kind, before = type(made).__name__, dict(vars(made))
+    assert set(names) <= before.keys() | {"rate", "best", "bad", "cooling"}
+    for name in names:
+        with pytest.raises(AttributeError, match=f"{name} of a {kind} is fixed: {words}"):
+            setattr(made, name, 3)
+    for name in ("patienc", "learning_rate", "rates", "_lr"):
+        with pytest.raises(
+            AttributeError, match=rf"a {kind} has no attribute '{name}' \(it has {', '.join(names)}\).*{words}"
+        ):
+            setattr(made, name, 3)
+    assert vars(made) == before
+
+
+def test_the_counters_of_a_plateau_are_set_by_count():
+    plateau = Plateau(0.1, patience=0)
+    plateau.count(rate=0.5, best=2.0, bad=0, cooling=0)
+    assert plateau(0) == 0.5 and not plateau.update(1.0) and plateau.update(1.5) and plateau.rate == 0.05
+
+
+@pytest.mark.parametrize("base, arguments", [(Plateau, (0.1,)), (Step, (0.1, 3)), (EarlyStopping, (np.ones(2),))])
+def test_a_subclass_may_have_attributes_of_its_own(base, arguments):
+    class Mine(base):
+        def __init__(self, *arguments):
+            self.history = []
+            super().__init__(*arguments)
+            self.history = [1]
+
+    mine = Mine(*arguments)
+    assert mine.history == [1] and type(pickle.loads(pickle.dumps(base(*arguments)))) is base
+    with pytest.raises(AttributeError, match="is fixed"):
+        setattr(mine, next(iter(base.__annotations__)), 1)
+
+
 def test_numpy_numbers_become_plain_ones():
     cosine = Cosine(np.float32(0.5), np.int64(10))
     assert (type(cosine.lr), type(cosine.steps)) == (float, int) and cosine == Cosine(0.5, 10)

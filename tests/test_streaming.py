@@ -11,6 +11,7 @@ from test_same_bits import OPTIMIZERS
 from test_step import everything, shared_out  # noqa: F401 (a fixture)
 
 import fastrms
+from fastrms.memory import host
 
 DTYPES = [np.float32, np.float64, np.float32, np.float32, np.float64]
 SHAPES = [(7, 11), (1003,), (0,), (), (4099,)]
@@ -71,6 +72,34 @@ def test_names_follow_the_structure(backend):
             with pytest.raises(ValueError, match="was updated already in this streaming block"):
                 s.step(labels[0], w + 1)
         assert s.updated == labels and optimizer.steps == 1
+
+
+def test_the_plan_refuses_a_streamed_overlap(backend):
+    """Of the gradient, and of a parameter that has moved, with any parameter, state or each other; then nothing is taken."""
+    memory = np.ones(80)
+    params = [memory[:10], memory[10:20], np.ones(0)]
+    optimizer = fastrms.Adam(params, backend=backend)
+    state = optimizer.state["exp_avg"][1]
+    plan = optimizer._plan
+
+    def step(k, param, grad):
+        buffers = (x if x is None else host.acquire(x, "x", writable=True) for x in (param, grad))
+        return plan.stream_step(k, *buffers, None, 1.0)
+
+    free = memory[40:50]
+    plan.stream_open()
+    before = everything([memory], optimizer)
+    for param, grad in [
+        (None, memory[:10]), (None, memory[19:29]), (None, memory[9:19]), (None, state), (memory[20:30], memory[29:39]),
+        (memory[5:15], free), (memory[11:21], free), (state, free), (memory[20:30], memory[10:20]), (free, free),
+    ]:  # fmt: skip
+        assert step(0, param, grad) == backends.OVERLAP
+        assert everything([memory], optimizer) == before and plan.tensor_steps == [0, 0, 0]
+    assert step(2, None, memory[:0]) == step(0, memory[20:30], memory[30:40]) == backends.OK
+    assert (memory[:20] == 1).all() and (memory[20:30] < 1).all() and (memory[30:] == 1).all()
+    assert step(1, None, memory[29:39]) == backends.OVERLAP and step(1, None, memory[:10]) == backends.OK
+    plan.stream_close()
+    assert plan.tensor_steps == [1, 1, 1]
 
 
 def test_a_gradient_that_does_not_fit_changes_nothing(backend):

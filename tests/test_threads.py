@@ -3,14 +3,19 @@
 Everything that could hang runs in a process of its own with a watchdog.
 """
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import THREADS_AT_ONCE, bits, c, forced
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_same_bits import OPTIMIZERS, many_steps
 
 import fastrms
@@ -19,7 +24,7 @@ from fastrms import threads
 pytestmark = pytest.mark.skipif(c.lib is None, reason="without the C extension there are no threads")
 ROOT = Path(__file__).resolve().parent.parent
 WATCHDOG = 90  # seconds
-SOURCES = [str(ROOT / "csrc" / f"{name}.c") for name in ("pool", "step", "norm", "kernels", "dispatch")]
+SOURCES = sorted(map(str, (ROOT / "csrc").glob("*.c")))
 
 
 @pytest.fixture
@@ -303,7 +308,7 @@ def fake(tmp_path, files):
     for name, content in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(tmp_path)
 
 
@@ -323,6 +328,89 @@ def test_cgroup_quotas(tmp_path, files, quota):
     assert threads.usable_cpus(fake(tmp_path, files)) <= max(1, quota + 0.999)
 
 
+SCRAPS = [
+    *(b"", b"0", b"-1", b"max", b"100000", b"1e5", b"9" * 5000, b"nan", b"0x10", b"1_0", b"+5", b" ", b"\n", b"\0"),
+    *(b":", b"::", b"0::/", b"0::/a\n", b"3:cpu:/a\n", b"/../..", b"\x85", b"\xff\xfe", "\u00b2".encode()),
+]
+some_bytes = st.one_of(st.binary(max_size=20), st.lists(st.sampled_from(SCRAPS), max_size=6).map(b"".join))
+READ = ["proc/self/cgroup", "sys/fs/cgroup/cpu.max", "sys/fs/cgroup/a/cpu.max", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us",
+        "sys/fs/cgroup/cpu/a/cpu.cfs_period_us"]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(READ), some_bytes), st.sampled_from([b"0::/a\n", b"3:cpu:/a\n", None]))
+def test_files_of_the_system_may_hold_anything(files, row):
+    """Whatever is in them, an import does not end: the number of CPUs is that of the affinity mask, or fewer."""
+    if row is not None:
+        files["proc/self/cgroup"] = row + files.get("proc/self/cgroup", b"")
+    with tempfile.TemporaryDirectory() as folder:
+        root = fake(Path(folder), files)
+        assert threads.cgroup_quota(root) >= 0
+        assert 1 <= threads.usable_cpus(root) <= threads.usable_cpus(folder + "/nothing")
+
+
+def test_unreadable_files_of_the_system_are_no_limit(tmp_path):
+    (tmp_path / "proc" / "self" / "cgroup").mkdir(parents=True)  # a folder cannot be read
+    assert threads.cgroup_quota(str(tmp_path)) == float("inf")
+    assert threads.cgroup_quota("\0") == float("inf")
+    deep = fake(tmp_path / "deep", {"proc/self/cgroup": "0::" + "/a" * 10**6})
+    assert threads.cgroup_quota(deep) == float("inf")
+    endless = fake(tmp_path / "endless", {"proc/self/cgroup": "0::/a\n" * 10**6})
+    assert threads.cgroup_quota(endless) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(38, "not implemented"), PermissionError(), ValueError(), AttributeError(), RuntimeError()]
+)
+def test_an_affinity_that_cannot_be_asked(monkeypatch, tmp_path, error):
+    def raises(process):
+        raise error
+
+    monkeypatch.setattr(os, "sched_getaffinity", raises, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert threads.usable_cpus(str(tmp_path)) == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert threads.usable_cpus(str(tmp_path)) == 12
+
+
+@given(
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from(["\u00b2", "\u0663", "1\u00b2", "9" * 5000, "1.5", "+2", " 2", "2,2", "-2", "\udcff"]),
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_any_environment_is_survived_or_named(text):
+    """OMP_NUM_THREADS is not ours: nonsense in it is no limit.  FASTRMS_NUM_THREADS is a request: nonsense is named."""
+    assert 1 <= threads.default_num_threads({"OMP_NUM_THREADS": text}) <= threads.MOST
+    try:
+        assert threads.default_num_threads({"FASTRMS_NUM_THREADS": text}) in range(1, threads.MOST + 1)
+    except ValueError as error:
+        assert str(error) == f"FASTRMS_NUM_THREADS={text!r} must be a number from 1 to {threads.MOST}"
+
+
+@pytest.mark.parametrize("module", [
+    "raise RuntimeError('broken')", "import nothing_of_this_name", "", "class LibController: pass",
+    "class LibController: pass\ndef register(controller): raise ValueError('old')", "LibController = 5", "this is no Python",
+])  # fmt: skip
+def test_a_threadpoolctl_that_does_not_work_is_left(tmp_path, module):
+    (tmp_path / "threadpoolctl.py").write_text(module)
+    ask = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastrms; print(fastrms.get_num_threads())"
+    assert in_process(ask, FASTRMS_NUM_THREADS="3") == "3"
+
+
+def test_show_config_shows_what_it_can(monkeypatch, capsys):
+    def raises():
+        raise OSError("no uname")
+
+    monkeypatch.setattr(platform, "system", raises)
+    monkeypatch.setenv("FASTRMS_BACKEND", "fortran")
+    fastrms.show_config()
+    out = capsys.readouterr().out
+    assert "machine    unknown (OSError('no uname'))" in out and "auto       unknown (ValueError(" in out
+    assert f"threads    {fastrms.get_num_threads()}\n" in out and len(out.splitlines()) == 10
+
+
 def test_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(threads, "usable_cpus", lambda: 6)
     for environment, count in [
@@ -330,7 +418,7 @@ def test_the_number_of_threads(monkeypatch):
         ({"OMP_NUM_THREADS": "x"}, 6), ({"FASTRMS_NUM_THREADS": "9", "OMP_NUM_THREADS": "2"}, 9),
     ]:  # fmt: skip
         assert threads.default_num_threads(environment) == count
-    for bad in ("0", "-1", "two", "65"):
+    for bad in ("0", "-1", "two", "65", "\u00b2", "9" * 5000):
         with pytest.raises(ValueError, match="FASTRMS_NUM_THREADS="):
             threads.default_num_threads({"FASTRMS_NUM_THREADS": bad})
     for bad, error in ((0, ValueError), (65, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)):

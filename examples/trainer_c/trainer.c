@@ -139,19 +139,21 @@ static void make_recipes(fastrms_recipe *recipe)
 #define TENSOR(name, number) {.size = sizeof weights.name / sizeof(float), .recipe = number, .param = weights.name, \
                               .state = {exp_avg.name, exp_avg_sq.name}}
 
-/* all memory is the caller's: here it is static; each batch is one fastrms_step */
+/* All memory is the caller's; it lives as long as the program.  Each batch is one fastrms_step. */
 static fastrms_plan *make_plan(void)
 {
     static fastrms_tensor tensor[TENSORS] = {TENSOR(inner, 0), TENSOR(outer, 0), TENSOR(inner_bias, 1), TENSOR(outer_bias, 1)};
     static const void *grad[TENSORS] = {gradient.inner, gradient.outer, gradient.inner_bias, gradient.outer_bias};
     static fastrms_recipe recipe[2];
-    static double ready[TENSORS * FASTRMS_MAX_COEFFICIENTS];
-    static int64_t starts[TENSORS + 1];
-    static fastrms_squares segments[TENSORS];             /* one each: fastrms_segments() of tensors this small is 1 */
-    static fastrms_plan plan = {.tensors = TENSORS, .tensor = tensor, .recipe = recipe, .grad = grad, .ready = ready,
-                                .starts = starts, .segments = segments, .grad_scale = 1.0 / BATCH, .clip_norm = 1,
-                                .recipes = 2, .states = 2, .held = 1};
+    static fastrms_plan plan;
+    void *scratch = malloc((size_t)fastrms_scratch_bytes(TENSORS, tensor));
+    if (!scratch)
+        refuse("out of memory", "fastrms_scratch_bytes");
     make_recipes(recipe);
+    fastrms_plan_init(&plan, TENSORS, tensor, 2, recipe, grad, scratch);
+    plan.grad_scale = 1.0 / BATCH;
+    plan.clip_norm = 1;
+    plan.held = 1;
     return &plan;
 }
 

@@ -1,7 +1,14 @@
-"""The backends by name.  Each module has available() -> None or the reason why not, and Plan, which holds the
-bound buffers of one optimizer and makes a step over all of them."""
+"""The backends by name, and what each of them offers.
 
-import importlib
+The module of a backend has
+
+available()     None, or the reason why it cannot be used here
+update(recipe, step, grad_scale, param, grad, states)    one step on flat arrays, in place
+Plan            a subclass of the Plan below
+memory          the module for its arrays, where that is not fastrms.memory.host
+"""
+
+import importlib.util
 import os
 from typing import NamedTuple
 
@@ -23,8 +30,125 @@ class Found(NamedTuple):
     tensor: int
 
 
+class Plan:
+    """All tensors of one optimizer, as a backend has bound them: what every backend's Plan offers, and what it means.
+
+    Whoever calls has checked everything: a Plan trusts its arguments, except that it finds buffers which overlap.  A method
+    that answers with a status has done all it was asked for where that is OK, and nothing where it is another: BUSY while
+    another thread is in a method, STREAMING while a streamed step is open (and from stream_step while none is), OVERLAP
+    where two buffers would share a byte, NOT_HELD where there are no gradients, and NONFINITE where a step was left out.
+
+    Parameters
+    ----------
+    params : list of Buffer
+    states : list of lists of flat arrays
+        The states of each param, in the order of its rule.
+    sets : list of int
+        The index in recipes for each param.
+    recipes : list of Recipe or OwnRecipe
+    nonfinite : {"propagate", "skip", "raise"}
+        What a step does about gradients that are not finite; the last two answer NONFINITE and update nothing.
+    zero_grad : bool
+        Whether a step writes zeros over the gradients, also a step that "skip" leaves out.
+    """
+
+    steps: int  #: how many steps were made
+    tensor_steps: list  #: how many updates each tensor has had
+
+    def bound_step(self):
+        """Two functions and their argument, for one step of the held gradients; they return a status.  The second function
+        also takes the number under which change() was told to hold these gradients, and makes no step of others."""
+        raise NotImplementedError
+
+    def addresses(self):
+        """The addresses of the C function ``int fastrms_step(fastrms_plan *)`` and of its argument.  C backend only."""
+        raise NotImplementedError
+
+    def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
+        """Take over parameters, gradients and recipes, and make a step: all of it, or nothing.
+
+        Parameters
+        ----------
+        params : list of Buffer, optional
+            Where all parameters lie now.
+        grads : list of Buffer, ndarray or None, optional
+            The gradients of this step; None leaves a tensor and its step count alone.
+        recipes : dict, optional
+            Index -> Recipe, for the recipes that change.
+        hold : int
+            A number other than 0, where grads may be read in later steps, too.
+        run : bool
+            Whether to make a step.
+        grad_scale : float
+            Every gradient is multiplied by it.
+        clip_norm : float, optional
+            The norm of all grads * grad_scale is measured, and reduced to this where it is larger.
+
+        Returns
+        -------
+        status : int
+        found : Found or None
+            None where nothing was looked for.
+        """
+        raise NotImplementedError
+
+    def stream_open(self):
+        """Begin a step that is made tensor by tensor; returns a status."""
+        raise NotImplementedError
+
+    def stream_step(self, k, param, grad, recipes, grad_scale):
+        """Update tensor k from the Buffer grad; returns a status.  The first update counts the step.  param: a Buffer where
+        the parameter has moved to, or None; recipes: as in change()."""
+        raise NotImplementedError
+
+    def stream_close(self):
+        """End the streamed step, whether or not all tensors had their update."""
+        raise NotImplementedError
+
+    def copy(self, pairs, recipes=None, steps=None):
+        """Copy flat arrays, (to, from) pairs, and take over recipes and step counts: all of it, or nothing.
+
+        Parameters
+        ----------
+        pairs : list of pairs of flat arrays
+        recipes : dict, optional
+            As in change().
+        steps : list of int, optional
+            The step count of the plan, then that of each tensor.
+
+        Returns
+        -------
+        status : int
+        before : list of int or None
+            The step counts as they were, in the same order.
+        """
+        raise NotImplementedError
+
+    def steps_of(self, k):
+        """How many updates tensor k has had."""
+        raise NotImplementedError
+
+
 def load(name):
-    return importlib.import_module(f"{__name__}.{name}")
+    """The module of a backend.  Tools that freeze a program look for such import statements, and find each backend."""
+    if name == "c":
+        from . import c as module
+    elif name == "numba":
+        from . import numba as module
+    elif name == "numpy":
+        from . import numpy as module
+    else:
+        from . import cuda as module
+    return module
+
+
+def find_spec(name):
+    """importlib.util.find_spec, which raises where a stand-in without __spec__ took the place of a package.  Such a package
+    is as good as absent."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:
+        return None
 
 
 def available_backends():
@@ -52,6 +176,11 @@ def choose(name, own_rule=None, array=None):
     if reason:
         raise RuntimeError(f"{source} is not available: {reason}")
     return module
+
+
+def name_of(module):
+    """The name of a backend module, as load() takes it."""
+    return module.__name__.rpartition(".")[2]
 
 
 def memory(module):

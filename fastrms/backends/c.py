@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from .. import rules
+from .. import backends, rules
 from ..memory import host
 from . import OK, ON_NONFINITE, Found
 
@@ -14,6 +14,8 @@ except ModuleNotFoundError as error:
     if error.name != "fastrms._core":
         raise
     ffi = lib = None
+else:
+    import _cffi_backend  # noqa: F401  _core imports it in C, where tools that freeze a program do not see it
 
 RULE_INDEX = {}
 
@@ -81,7 +83,7 @@ def fill_recipe(slot, recipe):
     slot.corrections = len(recipe.corrections)
     for k, correction in enumerate(recipe.corrections):
         one = slot.correction[k]
-        one.coefficient = names.index(correction.coefficient)
+        one.coefficient = correction.coefficient
         one.operation = correction.operation
         one.linear = correction.linear
         one.ahead = correction.ahead
@@ -104,50 +106,32 @@ def update(recipe, step, grad_scale, param, grad, states):
         raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
 
-class Plan:
-    """Bound buffers.  params: Buffers; states: flat arrays per param; sets: index into recipes per param."""
+class Plan(backends.Plan):
+    """The plan of backends.Plan, as a fastrms_plan and the tables that it points to."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
-        count = len(params)
-        self._tensor = ffi.new("fastrms_tensor[]", count)
-        self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
-        self._grad = ffi.new("void *[]", count)
-        self._ready = ffi.new("double[]", count * lib.FASTRMS_MAX_COEFFICIENTS)
-        self._starts = ffi.new("int64_t[]", count + 1)
-        self._segments = ffi.new("fastrms_squares[]", sum(lib.fastrms_segments(param.size) for param in params))
-        self._ranges = ffi.new("uintptr_t[]", count * (2 + lib.FASTRMS_MAX_STATES) * 2)
-        self._plan = ffi.new("fastrms_plan *")
         self._pointers = ffi.typeof("void *[]")
+        self._tensor = ffi.new("fastrms_tensor[]", len(params))
+        self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
+        self._grad = ffi.new(self._pointers, len(params))
         for index, recipe in enumerate(recipes):
             fill_recipe(self._recipe[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
-            tensor = self._tensor[k]
-            tensor.size = param.size
-            tensor.recipe = sets[k]
-            tensor.param = pointer(param.address)
-            for slot, flat in enumerate(state):
-                tensor.state[slot] = pointer(host.ours(flat).address)
-        plan = self._plan
-        plan.tensors, plan.tensor = count, self._tensor
-        plan.recipes, plan.recipe = len(recipes), self._recipe
-        plan.grad, plan.ready, plan.ranges = self._grad, self._ready, self._ranges
-        plan.starts, plan.segments = self._starts, self._segments
-        plan.states = max(map(len, states))
-        plan.grad_scale, plan.clip_norm = 1.0, -1.0
-        plan.on_nonfinite, plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
+            addresses = [pointer(host.ours(flat).address) for flat in state]
+            self._tensor[k] = {"size": param.size, "recipe": sets[k], "param": pointer(param.address), "state": addresses}
+        self._scratch = ffi.new("double[]", lib.fastrms_scratch_bytes(len(params), self._tensor) // 8)
+        self._plan = ffi.new("fastrms_plan *")
+        tables = len(params), self._tensor, len(recipes), self._recipe, self._grad
+        lib.fastrms_plan_init(self._plan, *tables, self._scratch)
+        self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
 
     def bound_step(self):
-        """Two functions and their argument for one step of the held gradients; they answer 0 when the step was made.
-        The second also takes the number under which change() was told to hold them."""
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
     def addresses(self):
-        """Of the C function `int fastrms_step(fastrms_plan *)` and of this plan."""
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        """Take over params (Buffers), grads (Buffers, matching ndarrays or None) and recipes (index -> Recipe), and run a
-        step: all of it in one C call, or nothing.  Returns (status, Found, or None where nothing was looked for)."""
         looks = run and (clip_norm is not None or self._plan.on_nonfinite)
         found = ffi.new("fastrms_found *") if looks else ffi.NULL
         status = lib.fastrms_change(
@@ -168,11 +152,9 @@ class Plan:
         return Found(norm, found.nonfinite if self._plan.on_nonfinite else None, found.tensor)
 
     def stream_open(self):
-        """Begin a step that is made tensor by tensor; returns a status."""
         return lib.fastrms_stream_open(self._plan)
 
     def stream_step(self, k, param, grad, recipes, grad_scale):
-        """Update tensor k from a Buffer, with the param (Buffer or None) and recipes taken over first; returns a status."""
         return lib.fastrms_stream_step(
             self._plan,
             k,
@@ -200,8 +182,6 @@ class Plan:
         return made
 
     def copy(self, pairs, recipes=None, steps=None):
-        """Copy flat arrays, pairs of (to, from), and with them take over recipes and step counts (the plan's own first).
-        All of it in one C call, or nothing.  Returns (status, the step counts before)."""
         to, source = ([ffi.from_buffer(pair[side]) for pair in pairs] for side in (0, 1))
         before = ffi.new("int64_t[]", len(self._tensor) + 1)
         status = lib.fastrms_copy(

@@ -19,12 +19,31 @@ def compiled(rule, general):
     """A rule as a function of arrays."""
     if isinstance(rule, str):
         return rules.compile_rule(rules.RULES[rule], general, select=np.where, sqrt=np.sqrt)
+    return own_function(rule)
+
+
+def own_function(rule):
+    """An own rule as a function of arrays.  It sees views that it cannot write, and a result that shares memory with one of
+    them is copied: every result is a value from before the step, in whatever order they are written back."""
     function, states = own_rules.function_of(rule, np.where), len(rule.states)
 
     def scaled(param, grad, *rest):
-        return own_rules.checked(rule, function(param, grad * rest[states], *rest[:states], *rest[states + 1 :]))
+        grad_scale, grad_rescale, *coefficients = rest[states:]
+        seen = [plan.constant(x) for x in (param, grad * grad_scale * grad_rescale, *rest[:states])]
+        results = own_rules.checked(rule, function(*seen, *coefficients))
+        return [np.copy(x) if any(np.may_share_memory(x, y) for y in seen) else x for x in results]
 
     return scaled
+
+
+_tried = set()  # own rules that were found to be elementwise
+
+
+def try_once(rule, function, coefficients):
+    """Refuse an own rule that is not elementwise before it writes anything."""
+    if isinstance(rule, own_rules.OwnRule) and rule not in _tried:
+        own_rules.refuse_unless_elementwise(rule, function, coefficients)
+        _tried.add(rule)
 
 
 def in_chunks(rule, param, grad, states, coefficients):
@@ -43,6 +62,7 @@ class Update(plan.Update):
     def take(self):
         recipe = self.coefficients.recipe
         self.rule, self.rows = compiled(recipe.rule, recipe.general), self.coefficients.rows
+        try_once(recipe.rule, self.rule, self.rows[0])
 
     def run(self, number):
         coefficients = self.rows[(number - self.first) * self.stride]

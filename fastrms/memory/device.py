@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import host
+from . import host, remedies
 
 LEGACY_STREAM = 1  # the handle of the default stream
 _ON_DEVICE = (2, 13)  # DLPack: CUDA, CUDA managed
@@ -66,9 +66,10 @@ def is_device_array(x):
 
 def acquire(x, name, *, writable):
     """DeviceBuffer of x, or TypeError / ValueError that names it."""
-    if type(x).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip
+    host.refuse_non_array(x, name)
     if not is_device_array(x):
         raise TypeError(f"{name} ({type(x).__name__}) is in host memory; backend='cuda' updates device memory: pass "
                         f"cupy.asarray({name}) or a torch tensor on 'cuda', or use backend='c'")  # fmt: skip
@@ -133,16 +134,21 @@ def same_device(buffers, names):
                              f"optimizer per device")  # fmt: skip
 
 
+wrote = host.wrote  # torch counts the writes to its tensors on either side; CuPy and Numba count none
+
+
 def ours(array):
+    """The Buffer of an array that fastrms allocated itself: a DeviceArray is its own."""
     return array
 
 
 def on_host(array):
+    """A flat array of ours as a NumPy array in host memory: a copy of its numbers."""
     return array.to_host()
 
 
 def place_beside(param, others):
-    """A new uninitialised DeviceArray like a Buffer."""
+    """A new uninitialised flat DeviceArray like a Buffer; where it lies beside the others makes no difference on a GPU."""
     return place(param.size, param.dtype, param.device)
 
 

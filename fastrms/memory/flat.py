@@ -1,8 +1,9 @@
 """FlatBuffer: named arrays in one flat buffer, and their gradients in a second one that lies well apart from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from numbers import Number
 from operator import index
 
 import numpy as np
@@ -10,35 +11,95 @@ import numpy as np
 from . import host, placement
 
 
-class Views(Mapping):
-    """Read-only mapping name -> view into a flat array.  Write into the views: an entry cannot be exchanged, it would
-    leave the buffer.  Copies and pickles as the dict that it shows."""
+class ReadOnly:
+    """A collection of arrays in use.  Write into the arrays: an entry cannot be exchanged, as nothing would use the new one.
+    Copies and pickles as the plain dict or list that it shows."""
+
+    entry = "is in use by the optimizer"
+    plain: type
+
+    def __init__(self, entries):
+        self._entries = self.plain(entries)
+
+    def __getitem__(self, name):
+        return self._entries[name]
+
+    def __setitem__(self, name, value):
+        if value is not self[name]:  # the same comes back from collection[name] += x
+            how = "its arrays" if isinstance(self[name], ReadOnly) else f"it: [{name!r}][...] = x"
+            raise TypeError(f"[{name!r}] {self.entry} and stays; write into {how}")
+
+    def __delitem__(self, name):
+        raise TypeError(f"[{name!r}] {self.entry} and stays")
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self):
+        return len(self._entries)
+
+    def __reduce__(self):
+        return self.plain, (self._entries,)
+
+
+class ReadOnlyDict(ReadOnly, Mapping):
+    """A read-only mapping name -> array in use."""
+
+    plain = dict
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name!r}: {_shape_of(x)}' for name, x in self.items())})"
+
+
+class ReadOnlyList(ReadOnly, Sequence):
+    """A read-only sequence of arrays in use."""
+
+    plain = list
+
+    def __eq__(self, other):
+        return self._entries == (other._entries if isinstance(other, ReadOnlyList) else other)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(map(str, map(_shape_of, self)))})"
+
+
+class Views(ReadOnlyDict):
+    """Read-only mapping name -> view into a flat array, which no entry can leave."""
+
+    entry = "is a view into a flat buffer"
 
     def __init__(self, flat, shapes):
         places = one_after_another(map(math.prod, shapes.values()))
-        self._views = {name: flat[place].reshape(shape) for (name, shape), place in zip(shapes.items(), places, strict=True)}
+        super().__init__({n: flat[place].reshape(shapes[n]) for n, place in zip(shapes, places, strict=True)})
 
-    def __getitem__(self, name):
-        return self._views[name]
 
-    def __setitem__(self, name, value):
-        if value is not self[name]:  # the same comes back from views[name] += x
-            raise TypeError(f"[{name!r}] is a view into a flat buffer and stays; write into it: [{name!r}][...] = x")
+def _shape_of(x):
+    return getattr(x, "shape", x)
 
-    def __delitem__(self, name):
-        raise TypeError(f"[{name!r}] is a view into a flat buffer and stays")
 
-    def __iter__(self):
-        return iter(self._views)
+def key_text(key):
+    """A key of a mapping as text, in which equal keys are alike whatever their types print: np.str_('w') is 'w' and
+    np.int64(1) is 1, as in a dict.  By this text a tensor is found again in a state_dict."""
+    if isinstance(key, str):
+        return str.__repr__(key)
+    if isinstance(key, bytes):
+        return bytes.__repr__(key)
+    if isinstance(key, tuple):
+        return f"({', '.join(map(key_text, key))}{',' * (len(key) == 1)})"
+    if isinstance(key, frozenset):
+        return f"frozenset({{{', '.join(sorted(map(key_text, key)))}}})"
+    return repr(_plain_number(key)) if isinstance(key, (Number, np.bool_)) else repr(key)
 
-    def __len__(self):
-        return len(self._views)
 
-    def __reduce__(self):
-        return dict, (self._views,)
-
-    def __repr__(self):
-        return f"Views({', '.join(f'{name!r}: {view.shape}' for name, view in self.items())})"
+def _plain_number(key):
+    """The int or float that equals a number of any type; the number itself where none does."""
+    for kind in (int, float):
+        try:
+            if kind(key) == key:
+                return kind(key)
+        except (TypeError, ValueError, OverflowError):  # not real, not finite, or too large for a float
+            pass
+    return key
 
 
 class FlatBuffer:
@@ -54,7 +115,7 @@ class FlatBuffer:
     """
 
     def __init__(self, shapes, dtype=np.float32):
-        shapes = {name: _shape(f"shapes[{name!r}]", shape) for name, shape in _named(shapes, "shapes").items()}
+        shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
         if np.dtype(dtype) not in host.DTYPES:
             raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64")
         size = sum(map(math.prod, shapes.values()))
@@ -68,13 +129,15 @@ class FlatBuffer:
     def like(cls, params):
         """A FlatBuffer with copies of these arrays, and gradients of 0.  params: a mapping name -> array, or a sequence;
         NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or all float64."""
-        given = {name: host.as_array(x, f"params[{name!r}]") for name, x in _named(params, "params").items()}
+        params = _named(params, "params")
+        text = {name: f"params[{key_text(name)}]" for name in params}
+        given = {name: host.as_array(x, text[name]) for name, x in params.items()}
         first, dtype = next((name, x.dtype) for name, x in given.items())
         for name, x in given.items():
             if x.dtype not in host.DTYPES:
-                raise TypeError(f"params[{name!r}] has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
+                raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
             if x.dtype != dtype:
-                raise TypeError(f"params[{name!r}] has dtype {x.dtype}, params[{first!r}] has {dtype}; a FlatBuffer has one")
+                raise TypeError(f"{text[name]} has dtype {x.dtype}, {text[first]} has {dtype}; a FlatBuffer has one")
         made = cls({name: x.shape for name, x in given.items()}, dtype)
         for name, x in given.items():
             made.params[name][...] = x

@@ -5,14 +5,15 @@ What cannot be seen from here: ndarray.resize(refcheck=False) and two mappings o
 
 import itertools
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import placement
+from . import placement, remedies
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
-_NOT_ARRAYS = (list, tuple, dict, set, int, float, complex, str, bytes, np.generic)
+_NOT_ARRAYS = (list, tuple, Mapping, set, str, bytes, *remedies.NUMBERS)
 
 
 class Buffer(NamedTuple):
@@ -42,20 +43,36 @@ def acquire(x, name, *, writable):
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
     array = as_array(x, name)
     start = address(array)
-    if not array.dtype.isnative:
-        raise TypeError(f"{name} has dtype {array.dtype.str}, which is not in native byte order")
-    if array.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {array.dtype}; fastrms updates float32 and float64, see astype()")
+    refuse_dtype(array.dtype, name, x)
     if start % array.itemsize:
         raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
-        raise ValueError(f"{name} is read-only; it is written in place and must be writable")
-    return Buffer(x, _flat(array, name), start, array.shape, _element_strides(array))
+        raise ValueError(f"{name} is read-only{remedies.of_read_only(x, name)}")
+    return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
+
+
+def refuse_dtype(dtype, name, x):
+    """TypeError unless the dtype of x is float32 or float64 in native byte order."""
+    if dtype in DTYPES:
+        return
+    fault = f"{dtype}; fastrms updates float32 and float64"
+    if not dtype.isnative:
+        fault = f"{dtype.str}, which is not in native byte order"
+    array = name if hasattr(x, "astype") else f"np.asarray({name})"
+    raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array)}")
 
 
 def address(array):
     """Where an ndarray begins."""
     return array.__array_interface__["data"][0]
+
+
+def same_memory(a, b):
+    """Whether two array-likes begin at the same address; also true where one is no array, which is for acquire to say."""
+    try:
+        return address(as_array(a, "")) == address(as_array(b, ""))
+    except (TypeError, ValueError):
+        return True
 
 
 def as_array(x, name):
@@ -71,23 +88,41 @@ def is_torch(x):
 
 def _from_torch(x, name):
     """A CPU tensor as an ndarray of the same memory; requires_grad does not matter."""
-    if x.device.type != "cpu":
-        raise TypeError(f"{name} is on device {x.device}; this backend updates host memory: pass {name}.cpu()")
-    if str(x.layout) != "torch.strided":
-        raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one")
-    if x.is_neg() or x.is_conj():
-        raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
-    dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float64"):
-        raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64")
+    _refuse_tensor(x, name, sys.modules["torch"])
     try:
         array, storage = x.detach().numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
-    if array.size and (address(array) != start or start + array.nbytes > storage.data_ptr() + storage.nbytes()):
+    if array.size and (address(array) != start or start + _extent(array) > storage.data_ptr() + storage.nbytes()):
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return array
+
+
+def _refuse_tensor(x, name, torch):
+    """TypeError, ValueError for a tensor whose numbers do not lie in host memory as float32 or float64."""
+    if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
+        raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
+                        f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
+    if (where := x.device.type) != "cpu":
+        raise TypeError(f"{name} is on device {x.device}{remedies.of_torch_device(where, name)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} is a torch tensor with layout {x.layout}; fastrms needs a dense (strided) one: "
+                        f"pass {name}.to_dense()")  # fmt: skip
+    if x.is_neg() or x.is_conj():
+        raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
+    if x.dtype not in (torch.float32, torch.float64):
+        dtype = str(x.dtype).removeprefix("torch.")
+        remedy = remedies.of_torch_dtype(dtype, name)
+        raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64: {remedy}")
+
+
+def _extent(array):
+    """Bytes from the first to behind the last element of an array with strides >= 0."""
+    if array.flags.c_contiguous:
+        return array.nbytes
+    last = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
+    return last + array.itemsize
 
 
 def _as_array(x, name):
@@ -95,8 +130,9 @@ def _as_array(x, name):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
-    if x is None or isinstance(x, _NOT_ARRAYS):
-        raise TypeError(f"{name} is a {type(x).__name__}{_hint(x)}; it must be an array of float32 or float64, as in params")
+    refuse_non_array(x, name)
+    if remedies.is_jax(x):
+        _refuse_without_numbers(x, name)
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
         raise TypeError(
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
@@ -104,10 +140,20 @@ def _as_array(x, name):
     return _view(x, name)
 
 
-def _hint(x):
-    if isinstance(x, dict):
-        return ', which as a group needs the key "params", and a group holds arrays'
-    return ", which has no buffer to use in place" if isinstance(x, (list, tuple)) else ""
+def _refuse_without_numbers(x, name):
+    """TypeError for a value that JAX traces, and for an array whose memory it has taken back."""
+    if "Tracer" in type(x).__name__:
+        raise TypeError(f"{name} is traced by JAX and has no numbers yet: call fastrms outside of jax.jit and jax.grad, "
+                        f"with the gradients that they return")  # fmt: skip
+    if getattr(x, "is_deleted", bool)():
+        raise TypeError(f"{name} is a JAX array that was deleted: a jitted function took it over (donate_argnums), so pass "
+                        f"what that function returned")  # fmt: skip
+
+
+def refuse_non_array(x, name):
+    """TypeError for None, numbers, text and containers."""
+    if x is None or isinstance(x, _NOT_ARRAYS):
+        raise TypeError(f"{name} is a {type(x).__name__}{remedies.of_non_array(x, name)}")
 
 
 def _dlpack_device(x, name):
@@ -131,10 +177,9 @@ def _view(x, name):
                 return np.from_dlpack(x)
             raise
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
-        dtype = f" of dtype {x.dtype}" if hasattr(x, "dtype") else ""
-        raise TypeError(
-            f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({error}); pass a NumPy array"
-        ) from None
+        dtype, reason = f" of dtype {x.dtype}" if hasattr(x, "dtype") else "", str(error).partition("\n")[0]
+        raise TypeError(f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({reason}): "
+                        f"{remedies.of_object(x, name)}") from None  # fmt: skip
 
 
 def _element_strides(array):
@@ -143,15 +188,17 @@ def _element_strides(array):
     )
 
 
-def _flat(array, name):
-    """The numbers of a dense array in memory order, without a copy."""
+def _flat(array, name, x):
+    """The numbers of a dense array, taken from x, in memory order, without a copy."""
     if array.flags.c_contiguous:
         return array.reshape(-1)
     order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
     packed = array.transpose(order)
     if not packed.flags.c_contiguous:
+        copy = f"{name}.contiguous()" if is_torch(x) else f"np.ascontiguousarray({name})"
         raise ValueError(
-            f"{name} has shape {array.shape} and strides {array.strides} bytes: it is not dense; pass a contiguous array"
+            f"{name} has shape {array.shape} and strides {array.strides} bytes: it is not dense (its numbers repeat or have "
+            f"gaps between them); pass {copy}, a contiguous copy"
         )
     return packed.reshape(-1)
 
@@ -165,20 +212,28 @@ def same_layout(buffer, name, reference, reference_name):
     if buffer.strides != reference.strides and buffer.size:
         raise ValueError(
             f"{name} has strides {buffer.strides} (elements), {reference_name} has {reference.strides}: elements would be "
-            f"paired wrongly; give both the same memory order (np.ascontiguousarray, np.asfortranarray)"
+            f"paired wrongly; give both the same memory order (np.ascontiguousarray, np.asfortranarray, tensor.contiguous())"
         )
+
+
+def overlap(buffers):
+    """The indices of two Buffers that share a byte, the one with the lower address first, or None."""
+    ranges = sorted((buffer.address, buffer.end, k) for k, buffer in enumerate(buffers) if buffer.size)
+    pairs = itertools.pairwise(ranges)
+    return next(((first, second) for (_, end, first), (start, _, second) in pairs if start < end), None)
 
 
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    ranges = sorted((buffer.address, buffer.end, name) for name, buffer in buffers if buffer.size)
-    for (_, end, first), (start, _, second) in itertools.pairwise(ranges):
-        if start < end:
-            raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
+    names, buffers = zip(*sorted(buffers, key=lambda named: named[0]), strict=True)  # two of one address come by name
+    pair = overlap(buffers)
+    if pair is not None:
+        first, second = (names[k] for k in pair)
+        raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
 
 
 def ours(array):
-    """Buffer of an array of ours, which needs no check."""
+    """The Buffer of an array that fastrms allocated itself, which needs no check."""
     return Buffer(array, array, address(array), array.shape, _element_strides(array))
 
 
@@ -201,16 +256,41 @@ def is_c_order(buffer):
 
 
 def again(buffer, name):
-    """The Buffer of a torch tensor that may have been given other memory since."""
+    """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
     return acquire(buffer.owner, name, writable=True)
 
 
+def wrote(buffers):
+    """Tell the owners of these Buffers that their memory was written.
+
+    A torch tensor counts the writes to it.  A backward pass that saved the tensor compares the count, and raises where it
+    would otherwise compute gradients from numbers that are no longer there.  Other owners count nothing.
+    None and plain arrays may stand among the buffers, as they do among gradients.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    owners = [getattr(buffer, "owner", None) for buffer in buffers]
+    written = [x for x in owners if isinstance(x, torch.Tensor) and not x.is_inference()]  # an inference tensor has no count
+    if written:
+        _raise_versions(torch, written)
+
+
+def _raise_versions(torch, tensors):
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except (AttributeError, TypeError):  # before torch 2.5: writing nothing in place counts as a write, too
+        for tensor in tensors:
+            tensor.detach().as_strided((0,), (1,)).zero_()
+
+
 def same_device(buffers, names):
-    """There is one host."""
+    """Refuse unless all Buffers are on one device.  The memory of the host is one device, so there is nothing to refuse."""
 
 
-def on_host(flat):
-    return flat
+def on_host(array):
+    """A flat array of ours as a NumPy array in host memory, which it is here."""
+    return array
 
 
 def place_beside(param, others):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .flat import FlatBuffer, Views, one_after_another
+from . import host, remedies
+from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, key_text, one_after_another
 
 STEADY = (np.ndarray, Views)  # the types of gradients that hold the same arrays for ever: nobody can exchange one
 
@@ -52,12 +53,17 @@ def _by_pattern(params, groups):
 
 def _owners(names, patterns):
     """name -> the number of the first pattern that matches it, from 1; 0 where none does."""
-    owner = {name: next((k for k, p in enumerate(patterns, 1) if fnmatchcase(str(name), p)), 0) for name in names}
+    owner = {name: next((k for k, p in enumerate(patterns, 1) if fnmatchcase(_plain(name), p)), 0) for name in names}
     for k, pattern in enumerate(patterns, 1):
         if k not in owner.values():
-            raise ValueError(f"groups[{pattern!r}] gets none of {', '.join(map(str, names))}: it matches no name, or an "
+            raise ValueError(f"groups[{pattern!r}] gets none of {', '.join(map(_plain, names))}: it matches no name, or an "
                              f"earlier pattern takes all that it matches")  # fmt: skip
     return owner
+
+
+def _plain(key):
+    """A key as the text that patterns are matched with: a name without quotation marks."""
+    return str.__str__(key) if isinstance(key, str) else key_text(key)
 
 
 def _is_group_list(params):
@@ -74,16 +80,45 @@ def of(params, owner=None):
         structure = FlatOf(params, owner or dict.fromkeys(params.params, 0))
         return structure, structure.cut(params.data)
     if isinstance(params, Mapping):
-        return MappingOf(list(params)), list(params.values())
+        keys = list(params)
+        leaves = [params[key] for key in keys]
+        _refuse_made_anew(leaves, map(params.__getitem__, keys), params)
+        return MappingOf(keys), _refuse_flat(leaves)
     if isinstance(params, (list, tuple)) or _is_plain_iterable(params):
         leaves = list(params)
-        return SequenceOf(len(leaves)), leaves
+        if iter(params) is not params:
+            _refuse_made_anew(leaves, params, params)
+        return SequenceOf(len(leaves)), _refuse_flat(_refuse_modules(leaves, params))
     return One(), [params]
+
+
+def _refuse_made_anew(leaves, again, params):
+    """TypeError where a second look into params finds other arrays, as in an NpzFile: an update would reach neither."""
+    for first, second in zip(leaves, again, strict=False):  # what can be looked through only once ends at once
+        if first is not second and not host.same_memory(first, second):
+            kind, plain = type(params).__name__, "dict" if isinstance(params, Mapping) else "list"
+            raise TypeError(f"params is a {kind}, which makes its arrays anew at each access, so that an update would be "
+                            f"lost: make arrays = {plain}(params) once, pass them and use them from then on")  # fmt: skip
+
+
+def _refuse_modules(leaves, params):
+    """The leaves of a sequence.  A torch Sequential is one, too, of modules; a ParameterList, of parameters, is taken."""
+    if remedies.is_module(params) and not all(map(host.is_torch, leaves)):
+        raise TypeError(f"params is a {type(params).__name__}, a module: pass its parameters, params.parameters()")
+    return leaves
+
+
+def _refuse_flat(leaves):
+    """The leaves, no FlatBuffer among them."""
+    if any(isinstance(leaf, FlatBuffer) for leaf in leaves):
+        raise TypeError("a FlatBuffer is no array among others: pass it alone, or as a group, "
+                        "[{'params': flat}, {'params': other_arrays}]")  # fmt: skip
+    return leaves
 
 
 def _is_plain_iterable(x):
     """A generator, dict view or the like: iterable, but not itself an array."""
-    arrayish = ("__array_interface__", "__array__", "__dlpack__", "__cuda_array_interface__")
+    arrayish = ("__array_interface__", "__array__", "__dlpack__", "__cuda_array_interface__", "dtype")
     if isinstance(x, (str, bytes, bytearray, memoryview, np.ndarray, Mapping)) or any(hasattr(x, name) for name in arrayish):
         return False
     try:
@@ -159,7 +194,7 @@ class SequenceOf(Structure):
         return value
 
     def build(self, leaves):
-        return list(leaves)
+        return ReadOnlyList(leaves)
 
 
 class MappingOf(Structure):
@@ -173,7 +208,7 @@ class MappingOf(Structure):
         return self.keys
 
     def names(self, what):
-        return [f"{what}[{key!r}]" for key in self.keys]
+        return [f"{what}[{key_text(key)}]" for key in self.keys]
 
     def leaves(self, value, what):
         if not isinstance(value, Mapping):
@@ -181,14 +216,15 @@ class MappingOf(Structure):
         try:
             leaves = [value[key] for key in self.keys]
         except KeyError as error:
-            raise ValueError(f"{what} has no {error.args[0]!r}, which params has; give None to skip it") from None
+            missing = key_text(error.args[0])
+            raise ValueError(f"{what} has no {missing}, which params has; give None to skip it") from None
         if len(value) != self.count:
             extra = next(key for key in value if key not in self.keys)
-            raise ValueError(f"{what} has {extra!r}, params has not")
+            raise ValueError(f"{what} has {key_text(extra)}, params has not")
         return leaves
 
     def build(self, leaves):
-        return dict(zip(self.keys, leaves, strict=True))
+        return ReadOnlyDict(zip(self.keys, leaves, strict=True))
 
 
 class FlatOf(Structure):
@@ -212,8 +248,8 @@ class FlatOf(Structure):
     def names(self, what):
         if self.count == 1:
             return [what]
-        ends = [(next(iter(run)), next(reversed(run))) for run in self.runs]
-        return [f"{what}[{first!r}]" if first == last else f"{what}[{first!r}:{last!r}]" for first, last in ends]
+        ends = [(key_text(next(iter(run))), key_text(next(reversed(run)))) for run in self.runs]
+        return [f"{what}[{first}]" if first == last else f"{what}[{first}:{last}]" for first, last in ends]
 
     def leaves(self, value, what):
         size = self.flat.grad.size
@@ -233,14 +269,14 @@ class FlatOf(Structure):
         return [whole[place] for place in self.places]
 
     def parts(self, what):
-        return [[(f"{what}[{name!r}]", part) for name, part in run.items()] for run in self.runs]
+        return [[(f"{what}[{key_text(name)}]", part) for name, part in run.items()] for run in self.runs]
 
     def twins(self):
         return self.cut(self.flat.grad)
 
     def build(self, leaves):
         runs = zip(self.runs, leaves, strict=True)
-        return {n: None if leaf is None else part.of(leaf) for run, leaf in runs for n, part in run.items()}
+        return ReadOnlyDict({n: leaf if leaf is None else part.of(leaf) for run, leaf in runs for n, part in run.items()})
 
 
 class GroupsOf(Structure):
@@ -272,4 +308,4 @@ class GroupsOf(Structure):
 
     def build(self, leaves):
         leaves = iter(leaves)
-        return [member.build([next(leaves) for _ in range(member.count)]) for member in self.members]
+        return ReadOnlyList(member.build([next(leaves) for _ in range(member.count)]) for member in self.members)

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "fastrms.h"
+#include "testing_decl.h"
 
 enum { MOST = 1 << 14, TINY = 64 };
 static double memory[2 + FASTRMS_MAX_STATES][MOST];       /* zeros, like all coefficients: no loop branches on its data */
@@ -26,11 +27,13 @@ static void run_steps(int rule, int steps)
 {
     fastrms_recipe recipe = {.rule = rule, .itemsize = 4, .coefficients = FASTRMS_MAX_COEFFICIENTS};
     const void *grad = memory[1];
-    double ready[FASTRMS_MAX_COEFFICIENTS];
-    int64_t starts[2];
+    static double scratch[MOST];
     fastrms_tensor tensor = {.size = TINY, .param = memory[0], .state = {memory[2]}};
-    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = &recipe, .grad = &grad, .ready = ready, .starts = starts,
-                         .grad_scale = 1, .clip_norm = -1, .recipes = 1, .states = 1, .held = 1};
+    fastrms_plan plan;
+    if (fastrms_scratch_bytes(1, &tensor) > (int64_t)sizeof scratch)
+        abort();
+    fastrms_plan_init(&plan, 1, &tensor, 1, &recipe, &grad, scratch);
+    plan.held = 1;
     for (int k = 0; k < steps; ++k)
         if (fastrms_step(&plan))
             abort();

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #include "fastrms.h"
+#include "testing_decl.h"
 
 enum { TENSORS = 5, STEPS = 60 };
 static const int64_t SIZES[TENSORS] = {70001, 1, 0, 3, 30007};
@@ -16,9 +17,7 @@ typedef struct {
     fastrms_tensor tensor[TENSORS];
     fastrms_recipe recipe;
     const void *grad[TENSORS];
-    double ready[TENSORS * FASTRMS_MAX_COEFFICIENTS];
-    int64_t starts[TENSORS + 1];
-    fastrms_squares segments[TENSORS];
+    void *scratch;
     float *memory[TENSORS][3];
 } problem;
 
@@ -36,8 +35,8 @@ static problem *make(void)
     problem *p = calloc(1, sizeof *p);
     p->recipe.rule = rule_index("adagrad");
     p->recipe.itemsize = 4;
-    p->recipe.coefficients = 10;
-    p->recipe.value[0] = p->recipe.value[5] = p->recipe.value[6] = 1;
+    p->recipe.coefficients = 11;
+    p->recipe.value[0] = p->recipe.value[1] = p->recipe.value[6] = p->recipe.value[7] = 1;
     for (int k = 0; k < TENSORS; ++k) {
         for (int b = 0; b < 3; ++b)
             p->memory[k][b] = calloc((size_t)SIZES[k] + 1, sizeof(float));
@@ -46,9 +45,10 @@ static problem *make(void)
         p->tensor[k] = (fastrms_tensor){.size = SIZES[k], .param = p->memory[k][0], .state = {p->memory[k][2]}};
         p->grad[k] = p->memory[k][1];
     }
-    p->plan = (fastrms_plan){.tensors = TENSORS, .tensor = p->tensor, .recipe = &p->recipe, .grad = p->grad, .ready = p->ready,
-                             .starts = p->starts, .segments = p->segments, .grad_scale = 1, .clip_norm = 1e30, .recipes = 1,
-                             .states = 1, .held = 1};
+    p->scratch = malloc((size_t)fastrms_scratch_bytes(TENSORS, p->tensor));
+    fastrms_plan_init(&p->plan, TENSORS, p->tensor, 1, &p->recipe, p->grad, p->scratch);
+    p->plan.clip_norm = 1e30;
+    p->plan.held = 1;
     return p;
 }
 
@@ -68,6 +68,7 @@ static void drop(problem *p)
     for (int k = 0; k < TENSORS; ++k)
         for (int b = 0; b < 3; ++b)
             free(p->memory[k][b]);
+    free(p->scratch);
     free(p);
 }
 

@@ -115,7 +115,7 @@ def test_many_tensors_are_one_driver_call(driver):
     reference.step([None, *grads[1:]])
     optimizer.step([OnDevice(g) for g in grads])
     reference.step(grads)
-    assert optimizer._plan.tensor_steps == reference._plan.tensor_steps == [3, 4, 4, 4, 4]
+    assert optimizer.tensor_steps == reference.tensor_steps == [3, 4, 4, 4, 4]
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -204,7 +204,7 @@ def test_functions_and_own_rules(driver):
     optimizer, reference = Momentum(OnDevice(ours)), Momentum(ours.copy(), backend="numpy")
     optimizer.step(OnDevice(grad), grad_scale=0.5)
     reference.step(grad, grad_scale=0.5)
-    assert same(ours, reference._params[0].owner)
+    assert same(ours, reference._tensors[0].param.owner)
 
 
 @pytest.mark.parametrize("many", [1, 3])

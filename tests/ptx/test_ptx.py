@@ -1,4 +1,4 @@
-"""The compiled PTX, executed on the CPU, has the bits of NumPy and C.  No GPU test: what it leaves open is in README.md."""
+"""The compiled PTX, executed on the CPU, has the bits of NumPy and C.  No GPU test: see docs/promises.md."""
 
 import inspect
 import mmap

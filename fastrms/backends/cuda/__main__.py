@@ -9,14 +9,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ... import rules
-from .. import trace
+from .. import find_spec, trace
 from .kernel import Kind, kernel_name, kernel_text
 from .toolchain import NO_PACKAGE, compiler
 

@@ -4,9 +4,10 @@ import ctypes
 import warnings
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 
 import numpy as np
+
+from .. import find_spec
 
 NO_PACKAGE = "numba-cuda is not installed: pip install 'fastrms[cu13]' or 'fastrms[cu12]'"
 

@@ -9,14 +9,13 @@ import os
 import sys
 import threading
 from functools import cache, cached_property, partial
-from importlib.util import find_spec
 from itertools import chain
 
 import numpy as np
 
 from ... import threads
 from ...memory import host
-from .. import plan
+from .. import find_spec, plan
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())

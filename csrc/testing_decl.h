@@ -1,0 +1,41 @@
+/* What tests, the benchmark and the Python package use beside fastrms_decl.h.  cffi reads this file, too; it is not
+ * installed, and what it declares may change. */
+
+/* ---- tiers: the instruction sets that the kernels are compiled for, best first ---- */
+
+int fastrms_isa_count(void);
+const char *fastrms_isa_name(int isa);
+int fastrms_isa_supported(int isa);
+int fastrms_isa_get(void);
+int fastrms_isa_set(int isa);             /* returns isa, or -1 where this CPU does not support it */
+
+/* the compiler that built the kernels, in words */
+const char *fastrms_compiler(void);
+
+/* ---- threads ---- */
+
+/* A step of at least least_elements elements is shared among threads, chunk elements at a time. */
+void fastrms_set_chunks(int64_t chunk, int64_t least_elements);
+int fastrms_workers(void);
+
+/* ---- coefficients ---- */
+
+/* weight * (1 + decay + ... + decay^(terms-1)) */
+double fastrms_series(double decay, double weight, int64_t terms);
+
+/* ---- the ceilings of the benchmark ---- */
+
+/* fastrms_streams makes one addition to every buffer that a rule with so many states writes: all streams together, or in
+ * turn within blocks of so many elements where block > 0.  fastrms_divider makes `size` divisions and square roots of the
+ * first elements of grad, in L1, and leaves param[i] = grad[i] / sqrt(grad[i]) of those.
+ * shared: by all threads of the pool, in chunks, however small it is. */
+typedef struct {
+    int64_t size, block, chunk;
+    int32_t itemsize, states, shared, reserved;
+    void *param;
+    const void *grad;
+    void *state[FASTRMS_MAX_STATES];
+} fastrms_ceiling;
+
+void fastrms_streams(fastrms_ceiling *job);
+void fastrms_divider(fastrms_ceiling *job);

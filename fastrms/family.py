@@ -1,0 +1,89 @@
+"""What the optimizers differ in: their hyper-parameters, and the recipes that these make.  Nothing here knows a tensor."""
+
+from inspect import Parameter, Signature
+from math import isfinite
+from types import SimpleNamespace
+
+from . import dialects, hyper, own_rules
+from .recipes import rounded
+
+OPTIONS = {  # of every optimizer, beside its hyper-parameters
+    "groups": None,
+    "dialect": None,
+    "nonfinite": "propagate",
+    "zero_grad": False,
+    "backend": "auto",
+    "stream": None,
+    "capturable": False,
+    "check": False,
+}
+
+
+class Family:
+    """The part of an optimizer's class that is declared or computed from hyper-parameters alone."""
+
+    __slots__ = ()
+
+    defaults: dict = {}
+    checks: dict = {}  # of hyper-parameters whose range is another than in hyper.CHECKS
+    fixed: tuple = ()  # hyper-parameters that are used once, when the state is made
+    state_names: tuple = ()
+    own_rule = None
+
+    def __init_subclass__(cls):
+        if "rule" in vars(cls):
+            if getattr(cls.recipe, "__func__", None) is not Family.recipe.__func__:
+                raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
+            cls.own_rule = own_rules.rule_of(cls)
+        cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
+        keywords = [Parameter(n, Parameter.KEYWORD_ONLY, default=v) for n, v in {**cls.defaults, **OPTIONS}.items()]
+        cls.__signature__ = Signature([Parameter("params", Parameter.POSITIONAL_OR_KEYWORD), *keywords])
+
+    @classmethod
+    def resolve(cls, dialect, options):
+        """All hyper-parameters, checked: the defaults, over them the dialect's, over them the explicit options."""
+        unknown = next((name for name in options if name not in cls.defaults), None)
+        if unknown is not None:
+            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{hyper.said_instead(unknown)}; it has "
+                            f"{', '.join(cls.defaults)}")  # fmt: skip
+        values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
+        return {name: cls.checked(dialect, name, value) for name, value in values.items()}
+
+    @classmethod
+    def checked(cls, dialect, name, value):
+        """The value of one hyper-parameter as it is kept; TypeError or ValueError where it may not have this one."""
+        value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
+        return dialects.meaning_of_true(dialect, name) if value is True else value
+
+    @staticmethod
+    def at_step(values, step=None):
+        """Hyper-parameters as attributes; a callable lr evaluated at the number of steps done, 0 where that is None."""
+        h = SimpleNamespace(**values)
+        if callable(values["lr"]):
+            h.lr = 0.0 if step is None else hyper.non_negative(f"lr({step})", values["lr"](step))
+        return h
+
+    @classmethod
+    def checked_recipe(cls, h, dtype):
+        """The recipe, with every number finite in dtype."""
+        for name, value in vars(h).items():
+            if isinstance(value, float) and not isfinite(rounded(value, dtype)):
+                raise ValueError(f"{name}={value!r} is not finite in {dtype}")
+        return cls.recipe(h, dtype)
+
+    @classmethod
+    def recipe(cls, h, dtype):
+        """The recipe of a subclass with its own rule; those of fastrms have their own recipes."""
+        if cls.own_rule is None:
+            raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
+        return own_rules.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)
+
+    @staticmethod
+    def initial(h, state_name):
+        """The value at which a state starts."""
+        return 0.0
+
+    @staticmethod
+    def needs_positive_state(h, dtype):
+        """Whether a zero in the state would give 0/0."""
+        return False

@@ -1,0 +1,102 @@
+"""What to do with an object that cannot be updated in place: the second halves of the sentences of host, device and tree.
+
+A library is recognised by the module of a type, so that none has to be imported.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+NUMBERS = (int, float, complex, np.generic)
+_COPIES = {  # how an object of a library gives its numbers as a NumPy array
+    "pandas": ".to_numpy(copy=True)",
+    "polars": ".to_numpy(writable=True)",
+    "xarray": ".values",
+    "scipy": ".toarray()",
+    "h5py": "[...]",
+    "zarr": "[...]",
+    "dask": ".compute()",
+}
+
+
+def library(x):
+    """The name of the library that the type of x comes from."""
+    return type(x).__module__.partition(".")[0]
+
+
+def is_jax(x):
+    """Whether x is an array of JAX."""
+    return library(x) in ("jax", "jaxlib")
+
+
+def is_module(x):
+    """Whether x is a torch module or the like, which has its parameters in parameters()."""
+    return callable(getattr(x, "parameters", None))
+
+
+def of_non_array(x, name):
+    """For a container or a number where an array should be."""
+    if isinstance(x, Mapping):
+        return (
+            "; nested mappings are not flattened: pass one mapping with a key for each array, such as 'layer.weight' (in a "
+            'list of groups, each of them has its arrays under the key "params")'
+        )
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
+        return ", a (name, array) pair: pass dict(params), for a torch module dict(model.named_parameters())"
+    if isinstance(x, (list, tuple)) and x and not isinstance(x[0], (list, tuple, *NUMBERS)):
+        return "; nested sequences are not flattened: pass one list of arrays, such as [*layer1, *layer2]"
+    if isinstance(x, (list, tuple, *NUMBERS)):
+        return f", which has no buffer to use in place: pass np.array({name}, np.float32), and keep that array"
+    return "; it must be an array of float32 or float64, as in params"
+
+
+def of_object(x, name):
+    """For an object whose memory cannot be reached."""
+    if is_module(x):
+        return f"it has parameters: pass {name}.parameters()"
+    if library(x) in _COPIES:
+        return f"pass {name}{_COPIES[library(x)]}, and keep that array"
+    if str(getattr(x, "dtype", "float32")) not in ("float32", "float64"):
+        return f"pass {name}.astype(np.float32), and keep that array"
+    return f"pass np.array({name}), and keep that array" if hasattr(x, "__array__") else "pass a NumPy array"
+
+
+def of_dtype(dtype, name):
+    """For a NumPy array of another dtype than float32 and float64."""
+    if not dtype.isnative:
+        return f"pass {name}.astype({dtype.newbyteorder('=').name!r}), a copy in native byte order"
+    if dtype.kind == "c":
+        return f"pass its real and imaginary parts as one array, {name}.view(np.{np.empty(0, dtype).real.dtype.name})"
+    if dtype.kind in "fiub" or "float" in dtype.name:
+        kind = "float64" if dtype.kind == "f" and dtype.itemsize > 8 else "float32"
+        return f"pass {name}.astype(np.{kind}), a copy"
+    return "pass an array of one of these"
+
+
+def of_torch_device(kind, name):
+    """For a torch tensor on a device that is not the CPU; kind: "cuda", "meta", ..."""
+    if kind == "meta":
+        return " and has no numbers: give its module memory first, model.to_empty(device='cpu')"
+    return f"; this backend updates host memory: pass {name}.cpu()"
+
+
+def of_torch_dtype(dtype, name):
+    """For a torch tensor of another dtype; dtype: its name."""
+    if dtype.startswith("complex"):
+        return f"pass torch.view_as_real({name})"
+    return f"pass {name}.float(), a float32 copy; a whole module is converted by model.float()"
+
+
+def of_read_only(x, name):
+    """For an array that cannot be written."""
+    if is_jax(x):
+        return f", as every JAX array: they are immutable; pass np.array({name}), a copy (as gradients JAX arrays are fine)"
+    if _is_memory_map(x):
+        return ": it is a memory map of a file; open it for writing: np.memmap(..., mode='r+'), np.load(..., mmap_mode='r+')"
+    return f"; it is written in place and must be writable: pass np.array({name}), a copy"
+
+
+def _is_memory_map(x):
+    while x is not None and not isinstance(x, np.memmap):
+        x = getattr(x, "base", None)
+    return x is not None

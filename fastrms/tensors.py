@@ -1,0 +1,136 @@
+"""What an optimizer knows of each of its tensors: its parameter, its state, its names."""
+
+from typing import Any, NamedTuple
+
+from . import rules
+from .memory import host
+
+
+class RecipeKey(NamedTuple):
+    """Tensors of one group of hyper-parameters and one compute dtype share a recipe."""
+
+    group: int
+    dtype: Any
+
+
+class Tensor:
+    """One parameter with its state.
+
+    ``name`` and ``grad_name`` are what error sentences call the parameter and its gradient, ``parts`` the named arrays
+    inside it: (name, Part) pairs.  ``param`` is its Buffer, ``recipe`` the index of its RecipeKey, and ``state`` maps the
+    name of a state to a flat array in the memory order of the parameter.
+    """
+
+    __slots__ = ("grad_name", "name", "param", "parts", "recipe", "state")
+
+    def __init__(self, name, grad_name, parts, param, recipe):
+        self.name, self.grad_name, self.parts, self.param, self.recipe = name, grad_name, parts, param, recipe
+        self.state = {}
+
+    def shaped(self, flat):
+        """A flat state array in the shape and memory order of the parameter."""
+        return host.shaped(flat, self.param)
+
+
+class Tensors:
+    """All tensors of an optimizer, in the order of its structure.
+
+    ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
+    """
+
+    def __init__(self, structure, leaves, groups, memory):
+        self.structure, self.memory = structure, memory
+        names = structure.names("params")
+        refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
+        params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
+        memory.same_device(params, names)
+        host.refuse_overlap(zip(names, params, strict=True))
+        keys = [RecipeKey(group, param.dtype) for group, param in zip(groups, params, strict=True)]
+        self.keys = sorted(set(keys), key=str)
+        columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
+        self.each = [Tensor(*row) for row in zip(*columns, strict=True)]
+        self.of_torch = [k for k, param in enumerate(params) if host.is_torch(param.owner)]
+
+    def __iter__(self):
+        return iter(self.each)
+
+    def __len__(self):
+        return len(self.each)
+
+    def __getitem__(self, k):
+        return self.each[k]
+
+    @property
+    def params(self):
+        return [tensor.param for tensor in self.each]
+
+    @property
+    def state(self):
+        return [tensor.state for tensor in self.each]
+
+    def holds_zero(self, flat):
+        """Whether a flat state array holds a zero."""
+        return bool((self.memory.on_host(flat) == 0).any())
+
+    def make_state(self, initial_of, rules_of_keys):
+        """Allocate the state of every tensor.  initial_of(key, name): the value at which a state of this name starts."""
+        for tensor, twin in zip(self.each, self.structure.twins(), strict=True):
+            rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
+            tensor.state = new_state(rule, lambda name, key=key: initial_of(key, name), tensor.param, self.memory, twin)
+
+    def acquire_grad(self, k, grad, writable):
+        """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""
+        if grad is None:
+            return None
+        tensor = self.each[k]
+        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
+        self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
+        return buffer
+
+    def moved(self, which):
+        """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        params, memory = self.params, self.memory
+        for k in which:
+            tensor = self.each[k]
+            params[k] = memory.again(tensor.param, tensor.name)
+            memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
+        moved = any(params[k].address != self.each[k].param.address for k in which)
+        return params if moved else None
+
+    def take(self, params):
+        """Note where the parameters lie now."""
+        for tensor, param in zip(self.each, params, strict=True):
+            tensor.param = param
+
+    def refuse_overlap(self, params, grads):
+        """ValueError that names two buffers of a step which overlap.  params: their Buffers, or None for those that are
+        known; grads: (k, array or Buffer) pairs."""
+        params = params or self.params
+        named = [(tensor.name, param) for tensor, param in zip(self.each, params, strict=True)]
+        for tensor in self.each:
+            named += [(f"{name} of {tensor.name}", self.memory.ours(flat)) for name, flat in tensor.state.items()]
+        for k, grad in grads:
+            if grad is not None:
+                buffer = self.acquire_grad(k, getattr(grad, "owner", grad), writable=False)
+                named.append((self.each[k].grad_name, buffer))
+        host.refuse_overlap(named)
+        raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
+
+
+def new_state(rule, initial, param, memory, twin=None):
+    """Flat state arrays for a parameter (Buffer), placed well beside it.  initial(name): where a state starts.  twin: the
+    flat gradient, where it is known, which runs beside them, too."""
+    state, known = {}, [] if twin is None else [twin]
+    for name in rules.state_names(rules.find(rule)):
+        state[name] = memory.place_beside(param, [*known, *state.values()])
+        state[name].fill(initial(name))
+    return state
+
+
+def refuse_equal(names):
+    """ValueError where two names read alike: state_dict() goes by name."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two keys of params read alike: {name}; their state could not be told apart")
+        seen.add(name)
