@@ -112,7 +112,7 @@ def link(ptx, cc):
 
 
 def cache_path(rule, general, dtype, kind, cc):
-    """Where a kernel is kept, without suffix, by a key of all that decides its code; None where our sources are missing."""
+    """Where a kernel is kept, without suffix, by a key of all that decides its code, or None without our sources."""
     texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
     try:
         parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ...memory import device
 from .. import OK, plan
+from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, stream_of, zero
 from .launch import Launch
 
@@ -38,7 +39,7 @@ def update(recipe, step, grad_scale, param, grad, states):
     if param.size:
         device.current(param.device)
         made = Launch(recipe, False, False, param.device)
-        made.aim(plan.Coefficients(recipe), 0, [(param, grad, states)])
+        made.aim(Coefficients(recipe), 0, [(param, grad, states)])
         made.ready(step, grad_scale)
         made.run(step, stream_of(device.stream_source(param)()))
 
