@@ -6,7 +6,7 @@ There a preset of `dialect` must know which arguments were given.  tests/test_ty
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, overload
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, overload
 
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import Buffer, Self
@@ -93,6 +93,7 @@ class FlatBuffer:
 class Optimizer:
     defaults: ClassVar[dict[str, Any]]
     state_names: ClassVar[tuple[str, ...]]
+    def __new__(cls, params: Any = None, *positional: NoReturn, **options: Any) -> Self: ...
     def __init__(
         self,
         params: _Params,

@@ -37,6 +37,8 @@ class Family:
             cls.own_rule = own_rules.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
         keywords = [Parameter(n, Parameter.KEYWORD_ONLY, default=v) for n, v in {**cls.defaults, **OPTIONS}.items()]
+        if not cls.defaults:  # of what a subclass will declare
+            keywords.append(Parameter("options", Parameter.VAR_KEYWORD))
         cls.__signature__ = Signature([Parameter("params", Parameter.POSITIONAL_OR_KEYWORD), *keywords])
 
     @classmethod

@@ -96,13 +96,16 @@ class Optimizer(Names, Family):
     # what step() reads: 20 ns faster than in the dict
     __slots__ = ("__dict__", "__weakref__", "_argument", "_call", "_call_held", "_no_grads", "_same_grads")
 
-    def __init__(self, params, *positional, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
-                 backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
-        if type(self) is Optimizer:
+    def __new__(cls, params=None, *positional, **options):
+        if cls is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
         if positional:
             raise TypeError(f"hyper-parameters are given by name, {positional[0]!r} was not: write "
-                            f"{type(self).__name__}(params, lr={positional[0]!r})")  # fmt: skip
+                            f"{cls.__name__}(params, lr={positional[0]!r})")  # fmt: skip
+        return super().__new__(cls)
+
+    def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
+                 backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
         graph_breaks.tell_torch()
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
