@@ -269,9 +269,9 @@ class Plan(backends.Plan):
     def _accept_streamed(self, k, param, grad):
         """Let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer."""
         if param is None or param.address == self.ours(self.params[k]).address:
-            return OVERLAP if self._is_occupied(self.ours(grad)) else OK
+            return OVERLAP if self._is_occupied(grad) else OK
         params = [*self.params[:k], param.flat, *self.params[k + 1 :]]
-        if self._would_overlap(params, [grad]):
+        if self._would_overlap(params, [grad.flat]):
             return OVERLAP
         self.params, self._occupied = params, None
         return OK
@@ -283,9 +283,9 @@ class Plan(backends.Plan):
         try:
             if not self.streaming:
                 return STREAMING
-            grad = self.flat_grad(grad)
             if self._accept_streamed(k, param, grad):
                 return OVERLAP
+            grad = self.flat_grad(grad)
             self._stale()  # the count of this tensor moves
             self._set_recipes(recipes)
             update = self._update([k], [grad])
