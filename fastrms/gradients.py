@@ -54,6 +54,9 @@ class Gradients:
             return self._accept_bound(anew)
         if self._is_held(grads) and not anew:
             return None, None
+        if callable(grads) and not hasattr(grads, "shape"):
+            raise TypeError("grads is a function: fastrms calls no closure; compute the loss and the gradients first, then "
+                            "call opt.step(grads)")  # fmt: skip
         accepted = [
             grad
             if type(grad) is np.ndarray and grad.dtype is dtype and grad.shape == shape and grad.flags.carray

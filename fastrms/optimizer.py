@@ -260,11 +260,8 @@ class Optimizer(Names, Family):
             grad_scale = hyper.scale("grad_scale", grad_scale)
         if clip_norm is not None:
             clip_norm = hyper.above_zero("clip_norm", clip_norm)
-        if callable(grads) and not hasattr(grads, "shape"):
-            raise TypeError("grads is a function: fastrms calls no closure; compute the loss and the gradients first, then "
-                            "call opt.step(grads)")  # fmt: skip
         tensors, gradients = self._tensors, self._gradients
-        recipes = self._groups.scheduled_recipes(self.steps)
+        recipes = self._scheduled_recipes()
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
         if accepted is not None:
@@ -281,7 +278,7 @@ class Optimizer(Names, Family):
         try:
             status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
         finally:
-            if run and status in (None, backends.OK, backends.NONFINITE):
+            if run and (self._tensors.of_torch or self._zero_grad) and status in (None, backends.OK, backends.NONFINITE):
                 self._tell_owners(params, grads)
         if status == backends.OVERLAP:
             self._tensors.refuse_overlap(params, enumerate(grads))
@@ -307,6 +304,10 @@ class Optimizer(Names, Family):
                 f"first of them in {self._tensors[found.tensor].grad_name}; nothing was updated"
             )
         return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
+
+    def _scheduled_recipes(self):
+        """The recipes of the next step by index, where lr is a schedule."""
+        return self._groups.scheduled_recipes(self.steps) if self._groups.scheduled else None
 
     def _refusal(self, status):
         if status == backends.STREAMING:
@@ -399,7 +400,7 @@ class Optimizer(Names, Family):
             raise TypeError(f"{tensor.grad_name} is None; a tensor without a gradient is left out of the block")
         buffer = self._tensors.acquire_grad(k, grad, self._zero_grad)
         params = self._tensors.moved([k]) if k in self._tensors.of_torch else None
-        recipes = self._groups.scheduled_recipes(self.steps) if first else None
+        recipes = self._scheduled_recipes() if first else None
         status = None
         try:
             status = self._plan.stream_step(k, params and params[k], buffer, recipes, grad_scale)
@@ -447,7 +448,7 @@ class Optimizer(Names, Family):
         the step and write its coefficients, an lr set since included, to the device."""
         if self._backend != "cuda" or self._gradients.held is None:
             raise RuntimeError("advance() needs backend='cuda', capturable=True and bound gradients: see bind()")
-        self._change_plan(recipes=self._groups.scheduled_recipes(self.steps), run=False)
+        self._change_plan(recipes=self._scheduled_recipes(), run=False)
         self._plan.advance()
 
     # state

@@ -368,16 +368,19 @@ def recipe(family, rule, h, dtype):
     if over >= 0:
         raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
                          f"the first step, is not finite in {dtype}")  # fmt: skip
-    made = make(rule, dtype, general, {**constants(dtype), **values._asdict()})
-    names = list(made.values)
-    placed = [c._replace(coefficient=names.index(values._fields[c.coefficient])) for c in corrections if c.operation]
-    return made._replace(corrections=tuple(placed))
+    sources, places = layout(rule, values._fields)
+    ordered = {name: constants(dtype)[name] if k is None else values[k] for name, k in sources}
+    placed = [c._replace(coefficient=places[c.coefficient]) for c in corrections if c.operation]
+    return Recipe(rule, dtype, bool(general), ordered, tuple(placed))
 
 
-def make(rule, dtype, general, values):
-    """A recipe without corrections, its coefficients in the order of the rule."""
-    ordered = {name: float(values[name]) for name in rules.coefficient_names(rules.RULES[rule])}
-    return Recipe(rule, dtype, bool(general), ordered, ())
+@cache
+def layout(rule, fields):
+    """Where the coefficients of a rule come from: (name, place in the values of the family, None for a constant) pairs, and
+    for each of these values its place in the rule, None where the rule lacks it."""
+    names = rules.coefficient_names(rules.RULES[rule])
+    sources = [(name, fields.index(name) if name in fields else None) for name in names]
+    return sources, [names.index(name) if name in names else None for name in fields]
 
 
 @cache

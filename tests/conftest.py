@@ -83,7 +83,8 @@ COEFFICIENTS = {
 
 def raw_recipe(rule, dtype, general):
     """A recipe with every coefficient different from its neutral value."""
-    return recipes.make(rule, dtype, general, {**recipes.constants(dtype), **COEFFICIENTS})
+    known, names = {**recipes.constants(dtype), **COEFFICIENTS}, rules.coefficient_names(rules.RULES[rule])
+    return recipes.Recipe(rule, dtype, general, {name: float(known[name]) for name in names}, ())
 
 
 def wild_values(size, dtype, seed):
