@@ -796,3 +796,30 @@ def test_gradients_of_former_steps_are_freed_at_once(size):
         assert not any(ref() is not None for ref in former)
     finally:
         gc.enable()
+
+
+def test_a_function_of_ones_own_may_be_kept(tmp_path):
+    """cache=True: the second process loads the function, and with it the kernels that it calls, without compiling."""
+    script = tmp_path / "kept.py"
+    script.write_text(
+        textwrap.dedent("""
+        import numba, numpy as np, fastrms.numba as fn
+
+        @numba.njit(cache=True)
+        def train(w, g, m, v):
+            fn.rmsprop(w, g, v, lr=0.1)
+            fn.adam(w, g, m, v, 1)
+            fn.adagrad_parallel(w, g, v, lr=0.1)
+            w[0], v[0] = fn.neutral_rules.adagrad(w[0], g[0], v[0], 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 1e-8, 0.0, 0.0, 0.0)
+
+        arrays = [np.full(70_000, x, np.float32) for x in (1, 2, 0, 0)]
+        train(*arrays)
+        print([x[0].tobytes().hex() for x in arrays], sum(train.stats.cache_hits.values()))
+    """)
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    said = [subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WATCHDOG, env=environment)
+            for _ in range(2)]  # fmt: skip
+    assert [run.returncode for run in said] == [0, 0], said[1].stderr[-2000:]
+    (first, hits), (second, more) = (run.stdout.strip().rsplit(" ", 1) for run in said)
+    assert first == second and (hits, more) == ("0", "1")

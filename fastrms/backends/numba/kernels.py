@@ -10,6 +10,7 @@ import inspect
 import platform
 import sys
 from functools import cache
+from importlib.util import spec_from_file_location
 from textwrap import indent
 from types import ModuleType
 
@@ -31,6 +32,7 @@ OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check kee
 compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
+CACHE = globals().get("CACHE", True)
 from numba import int64, njit, prange, types
 from numpy import empty, sqrt
 from {intrinsics} import (
@@ -234,6 +236,19 @@ def kept(text, name):
     if not path.exists():
         files.keep(path, text.encode())
     return str(path)
+
+
+class Kept:
+    """Finds a kept kernel by its name.  Numba imports a kernel when it loads a user's function that calls it and that was
+    kept by cache=True."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        place = files.cache_folder() / f"{name}.py"
+        return spec_from_file_location(name, place) if name.startswith("fastrms_") and place.exists() else None
+
+
+sys.meta_path.append(Kept)
 
 
 def executed(text, name, path="<fastrms kernel>", **names):
