@@ -35,7 +35,19 @@ __all__ = [
 
 
 _ON_DEMAND = ("cuda", "numba", "schedules")  # submodules that are imported when they are asked for
-_OUR_NAME = {"RMSprop": "RMSProp", "Adagrad": "AdaGrad", "Rprop": "RProp", "ADAM": "Adam", "RMSPROP": "RMSProp"}
+_INSTEAD = {  # what other frameworks have: what to write here
+    "RMSprop": "fastrms.RMSProp",
+    "Adagrad": "fastrms.AdaGrad",
+    "Rprop": "fastrms.RProp",
+    "Adamw": "fastrms.AdamW",
+    "NAdam": 'fastrms.Adam(..., nesterov="dozat" or "folded")',
+    "Nadam": 'fastrms.Adam(..., nesterov="dozat" or "folded")',
+    "AMSGrad": "fastrms.Adam(..., amsgrad=True)",
+    "Adamax": "a rule of your own: docs/own-rules.md has it",
+    "AdaMax": "a rule of your own: docs/own-rules.md has it",
+    "Lion": "a rule of your own: docs/own-rules.md has it",
+    "optim": "fastrms itself: fastrms.RMSProp",
+}
 
 
 def __getattr__(name):
@@ -45,8 +57,8 @@ def __getattr__(name):
         import fastrms.numba as module
     elif name == "schedules":
         import fastrms.schedules as module
-    elif name in _OUR_NAME:
-        raise AttributeError(f"module 'fastrms' has no attribute {name!r}: fastrms spells it {_OUR_NAME[name]}")
+    elif name in _INSTEAD:
+        raise AttributeError(f"module 'fastrms' has no attribute {name!r}; write {_INSTEAD[name]}")
     else:
         raise AttributeError(f"module 'fastrms' has no attribute {name!r}")
     return module

@@ -55,6 +55,8 @@ class Gradients:
         if self._is_held(grads) and not anew:
             return None, None
         if callable(grads) and not hasattr(grads, "shape"):
+            if hasattr(grads, "named_parameters"):
+                raise TypeError("grads is a module: pass its gradients, [p.grad for p in model.parameters()]")
             raise TypeError("grads is a function: fastrms calls no closure; compute the loss and the gradients first, then "
                             "call opt.step(grads)")  # fmt: skip
         accepted = [

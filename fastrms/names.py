@@ -24,7 +24,8 @@ class Names:
 
     param_groups = Instead("the groups are opt.groups, and opt.groups[0]['lr'] = 0.1 takes effect at the next step")
     add_param_group = Instead("parameters cannot be added; make a new optimizer, of all of them or of the new ones")
-    minimize = apply_gradients = Instead("compute the gradients, then call opt.step(grads)")
+    minimize = Instead("compute the gradients, then call opt.step(grads)")
+    apply_gradients = Instead("call opt.step(grads), with grads in the structure of params")
     iterations = Instead("the number of steps made is opt.steps")
     learning_rate = Instead("the learning rate is opt.lr")
 

@@ -99,9 +99,12 @@ class Optimizer(Names, Family):
     def __new__(cls, params=None, *positional, **options):
         if cls is Optimizer:
             raise TypeError("Optimizer is the base of the optimizers; make an RMSProp, AdaGrad, Adam, AdamW or RProp")
-        if positional:
+        if positional and (callable(positional[0]) or isinstance(positional[0], (int, float))):
             raise TypeError(f"hyper-parameters are given by name, {positional[0]!r} was not: write "
                             f"{cls.__name__}(params, lr={positional[0]!r})")  # fmt: skip
+        if positional:
+            raise TypeError(f"{cls.__name__} takes its arrays in one argument, hyper-parameters by name: write "
+                            f"{cls.__name__}([w, b], lr=0.01)")  # fmt: skip
         return super().__new__(cls)
 
     def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
@@ -168,7 +171,8 @@ class Optimizer(Names, Family):
 
     def __reduce__(self):
         raise TypeError(
-            f"a bound {type(self).__name__} cannot be copied or pickled; make a new one and load its state_dict()"
+            f"a {type(self).__name__} cannot be copied or pickled, as it updates memory of yours; make a new one and load its "
+            f"state_dict()"
         )
 
     def __repr__(self):
@@ -257,6 +261,8 @@ class Optimizer(Names, Family):
 
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
+            if isinstance(grad_scale, (list, tuple, dict)) or getattr(grad_scale, "shape", ()) != ():
+                raise TypeError("step() takes the gradients in one argument, in the structure of params: opt.step([gw, gb])")
             grad_scale = hyper.scale("grad_scale", grad_scale)
         if clip_norm is not None:
             clip_norm = hyper.above_zero("clip_norm", clip_norm)
@@ -336,10 +342,15 @@ class Optimizer(Names, Family):
             gradients.bound, gradients.bound_object = bound, grads
             self._hold(bound)
 
-    def zero_grad(self):
+    def zero_grad(self, set_to_none=False):
         """Write zeros over the gradients that are held: those of bind(), or the array that step() was given twice.
 
         ``zero_grad=True`` of the constructor does the same in each step, while the gradient is in cache.
+
+        Parameters
+        ----------
+        set_to_none : bool, default False
+            True, torch's default, is refused: the memory of gradients is yours.
 
         Raises
         ------
@@ -348,6 +359,10 @@ class Optimizer(Names, Family):
         RuntimeError
             When another thread uses this optimizer.
         """
+        if set_to_none:
+            raise ValueError(
+                "set_to_none=True is for the owner of the gradients: call model.zero_grad() of your torch module"
+            )
         with self._one_thread:
             if self._gradients.held is None:
                 raise ValueError("no gradients are held that could be zeroed: bind() them first, or pass zero_grad=True to "

@@ -51,6 +51,10 @@ class OwnRecipe(NamedTuple):
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
         given = self.coefficients(step, **self.hyper)
+        if not isinstance(given, dict):
+            raise TypeError(
+                f"coefficients of {self.rule} gives a {type(given).__name__}; it must give a dict: name -> number"
+            )
         if set(given) != set(self.rule.coefficients):
             raise ValueError(f"coefficients of {self.rule} gives {', '.join(given)}; "
                              f"its rule takes {', '.join(self.rule.coefficients)}")  # fmt: skip
@@ -80,6 +84,10 @@ def rule_of(cls):
     taken = next((name for name in ("grad_scale", "grad_rescale") if name in names), None)
     if taken:
         raise TypeError(f"rule of {cls.__name__} takes {taken}, which is multiplied into grad before it is called")
+    if not callable(getattr(cls, "coefficients", None)):
+        raise TypeError(f"{cls.__name__} has a rule, but no coefficients(step, **hyper) that returns the numbers it needs")
+    if "lr" not in cls.defaults:
+        raise TypeError(f"defaults={cls.defaults!r} of {cls.__name__} must have a learning rate, lr")
     return OwnRule(cls.__name__, function, tuple(states), names[len(first) :])
 
 

@@ -1,5 +1,6 @@
 """The state of an optimizer as people see it, and as state_dict() and load_state_dict() write and read it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
@@ -48,6 +49,10 @@ def checked(d, kind, tensors, values, patterns):
     """Loaded of a state_dict.  kind: the class of the optimizer; values, patterns: its present hyper-parameters of each
     group, and the patterns of its groups.  ValueError where d does not fit; what it lacks, and of what type, is any of
     MALFORMED."""
+    if isinstance(d.get("optimizer"), Mapping):
+        raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
+    if "param_groups" in d:
+        raise ValueError("this is a state_dict of torch.optim: pass it to load_torch_state_dict()")
     if d["optimizer"] != kind.__name__:
         raise ValueError(f"the state_dict is of {d['optimizer']}, this is {kind.__name__}")
     dialects.preset(d["dialect"], kind.family)

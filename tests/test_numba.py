@@ -809,7 +809,6 @@ def test_a_function_of_ones_own_may_be_kept(tmp_path):
         def train(w, g, m, v):
             fn.rmsprop(w, g, v, lr=0.1)
             fn.adam(w, g, m, v, 1)
-            fn.adagrad_parallel(w, g, v, lr=0.1)
             w[0], v[0] = fn.neutral_rules.adagrad(w[0], g[0], v[0], 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 1e-8, 0.0, 0.0, 0.0)
 
         arrays = [np.full(70_000, x, np.float32) for x in (1, 2, 0, 0)]

@@ -177,7 +177,8 @@ class FlatBuffer:
         if name not in vars(self):
             raise AttributeError(f"a FlatBuffer has no attribute {name!r}")
         if value is not getattr(self, name):  # the same comes back from flat.grad += x
-            raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}[...] = x")
+            place = "[name][...]" if isinstance(getattr(self, name), Mapping) else "[...]"
+            raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}{place} = x")
 
     def __reduce__(self):
         shapes = {name: view.shape for name, view in self.params.items()}
@@ -208,7 +209,8 @@ def _shape(name, shape):
     try:
         lengths = tuple(map(index, shape if isinstance(shape, (tuple, list)) else (shape,)))
     except TypeError:
-        raise TypeError(f"{name}={shape!r} is not a shape: it must be a tuple of int") from None
+        like = "; FlatBuffer.like({...}) takes arrays" if hasattr(shape, "__array__") else ""
+        raise TypeError(f"{name}={shape!r} is not a shape: it must be an int or a tuple of int{like}") from None
     if any(length < 0 for length in lengths):
         raise ValueError(f"{name}={shape!r} has a negative length")
     return lengths

@@ -206,7 +206,9 @@ def _flat(array, name, x):
 def same_layout(buffer, name, reference, reference_name):
     """Refuse unless buffer has the dtype, shape and strides of reference."""
     if buffer.dtype != reference.dtype:
-        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {reference.dtype}; give both the same")
+        dtype = reference.dtype
+        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {dtype}; give both the same: "
+                        f"{name}.astype(np.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
     if buffer.shape != reference.shape:
         raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
     if buffer.strides != reference.strides and buffer.size:

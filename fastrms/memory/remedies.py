@@ -47,7 +47,7 @@ def of_non_array(x, name):
         return "; nested sequences are not flattened: pass one list of arrays, such as [*layer1, *layer2]"
     if isinstance(x, (list, tuple, *NUMBERS)):
         return f", which has no buffer to use in place: pass np.array({name}, np.float32), and keep that array"
-    return "; it must be an array of float32 or float64, as in params"
+    return "; it must be an array of float32 or float64"
 
 
 def of_object(x, name):
@@ -69,7 +69,7 @@ def of_dtype(dtype, name):
         return f"pass its real and imaginary parts as one array, {name}.view(np.{np.empty(0, dtype).real.dtype.name})"
     if dtype.kind in "fiub" or "float" in dtype.name:
         kind = "float64" if dtype.kind == "f" and dtype.itemsize > 8 else "float32"
-        return f"pass {name}.astype(np.{kind}), a copy"
+        return f"pass {name}.astype(np.{kind}), a copy, and keep that array"
     return "pass an array of one of these"
 
 
@@ -84,7 +84,9 @@ def of_torch_dtype(dtype, name):
     """For a torch tensor of another dtype; dtype: its name."""
     if dtype.startswith("complex"):
         return f"pass torch.view_as_real({name})"
-    return f"pass {name}.float(), a float32 copy; a whole module is converted by model.float()"
+    if not dtype.startswith(("float", "bfloat")):
+        return f"{name}.float() is a copy, for gradients; as parameters pass what is trained, dict(model.named_parameters())"
+    return f"a module is converted in place by model.float(); {name}.float() is a copy, which is right for gradients only"
 
 
 def of_read_only(x, name):
@@ -93,7 +95,7 @@ def of_read_only(x, name):
         return f", as every JAX array: they are immutable; pass np.array({name}), a copy (as gradients JAX arrays are fine)"
     if _is_memory_map(x):
         return ": it is a memory map of a file; open it for writing: np.memmap(..., mode='r+'), np.load(..., mmap_mode='r+')"
-    return f"; it is written in place and must be writable: pass np.array({name}), a copy"
+    return f"; it is written in place and must be writable: pass np.array({name}), a copy, and keep that array"
 
 
 def _is_memory_map(x):
