@@ -8,8 +8,8 @@
 #define FASTRMS_MAX_CORRECTIONS 4
 
 /* The statuses that a call answers with.  FASTRMS_OK: it has done everything.  Any other: it has changed nothing, except
- * that FASTRMS_NONFINITE leaves out only the step; the gradients may have been zeroed, and fastrms_change has taken over what
- * it was given. */
+ * that FASTRMS_NONFINITE leaves out only the step; the gradients may have been zeroed, and fastrms_change has taken over
+ * what it was given. */
 #define FASTRMS_OK 0
 #define FASTRMS_BUSY 1           /* another thread is in a call with this plan */
 #define FASTRMS_OVERLAP 2        /* two buffers share a byte */
