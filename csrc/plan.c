@@ -257,8 +257,8 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     return overlap(range, count);
 }
 
-/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that
- * the last that starts before the end of the gradient is the only one to look at. */
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These ranges do not overlap,
+ * so only the last of them that starts before the end of the gradient can share one. */
 static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
