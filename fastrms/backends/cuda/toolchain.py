@@ -29,7 +29,7 @@ def available():
 
 
 def compiler():
-    """The module compile, where numba-cuda stands in for Numba's own CUDA target."""
+    """The module compile; RuntimeError unless numba-cuda stands in for Numba's own CUDA target."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba-cuda uses what NumPy deprecates
         from numba import cuda
