@@ -38,7 +38,7 @@ class Launch:
         self.sent = None
 
     def aim(self, coefficients, missed, tensors):
-        """Set the tensors of the next launches, a list of (param, grad, states): notes their addresses, and does not keep them."""
+        """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
         self.coefficients, self.missed, self.rows = coefficients, missed, None
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if len(found) == 1:
