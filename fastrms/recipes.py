@@ -1,7 +1,7 @@
 """From hyper-parameters to the coefficients of a rule, and to those of one step.  All in double; a backend rounds them once.
 
 csrc/recipes.c says the same in C, with the same names in the same order of operations; the tests compare what both make
-byte by byte.  The functions from rounded() down to evaluate() take plain numbers, and Numba compiles them as they
+byte by byte.  The functions from usable() down to evaluate() take plain numbers, and Numba compiles them as they
 stand (fastrms/jitted.py): they contain no strings, no dicts and no raise.  In `h`, the hyper-parameters, None and False are
 0, True is 1, and words are CORRECTED, FOLDED and DOZAT.
 """
