@@ -1,4 +1,4 @@
-"""From hyper-parameters to the coefficients of a rule, and to those of one step.  All in double; a backend rounds them once.
+"""From hyper-parameters to the coefficients of a rule, and to those of one step.  These are doubles; a backend rounds them.
 
 csrc/recipes.c says the same in C, with the same names in the same order of operations; the tests compare what both make
 byte by byte.  The functions from usable() down to evaluate() take plain numbers, and Numba compiles them as they

@@ -91,7 +91,7 @@ def _view(x, name):
     if interface.get("mask") is not None:
         raise TypeError(f"{name} is a masked array; a mask would be ignored")
     if interface.get("version", 3) == 2:
-        x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})  # the same without a stream
+        x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})  # version 2 is version 3 without a stream
     try:
         return StridedMemoryView.from_any_interface(x, stream_ptr=-1)
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
