@@ -27,11 +27,11 @@ from .results import Results
 QUICK_SIZES = [2**k for k in range(6, 25, 2)]
 FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
-QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing, for each rule and size
+QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing for each rule and size
 QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
-QUICK_LIMIT = 36.0  # seconds; a quick run begins nothing further after that,
-AGAIN_LIMIT = 42.0  # and measures nothing again after that
-MOST_AGAIN = 4  # times that what was faster than a ceiling is measured again, together with the ceiling
+QUICK_LIMIT = 36.0  # seconds after which a quick run begins nothing more,
+AGAIN_LIMIT = 42.0  # and after which it measures nothing again
+MOST_AGAIN = 4  # how often a contender that was faster than a ceiling is measured again, with the ceiling
 PIPE_WIDTH = 150  # columns where the output is not a terminal
 
 
@@ -69,7 +69,7 @@ def known_rules(text):
 
 
 class Run:
-    """What the options ask for: measured cell by cell, with a progress bar, one Results for each placement."""
+    """One run of the benchmark: it measures what the options ask for, cell by cell, into one Results for each placement."""
 
     def __init__(self, options, rivals, console):
         self.options, self.rivals, self.console = options, rivals, console
@@ -78,13 +78,14 @@ class Run:
         self.results = {where: Results(options.dtype, where) for where in (WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK)}
 
     def measure(self):
-        """Every size well placed; the largest, or QUICK_PLACEMENTS, also as it is allocated and back to back."""
+        """Measure every size well placed, and one large size also as it is allocated and back to back: the largest, or in a
+        quick run the largest up to QUICK_PLACEMENTS."""
         sizes, rules = self.options.sizes, self.options.rules
         most = QUICK_PLACEMENTS if self.options.quick else sizes[-1]
         large = max((size for size in sizes if size <= most), default=sizes[0])
         cells = [(WELL_PLACED, size, rule) for size in sizes for rule in rules]
         cells += [(where, large, rule) for where in (AS_ALLOCATED, BACK_TO_BACK) for rule in rules]
-        cells.sort(key=lambda cell: cell[1])  # the smaller first: a quick run may not come to the last
+        cells.sort(key=lambda cell: cell[1])  # small sizes first: a quick run may not reach the last
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task("", total=len(cells))
@@ -98,8 +99,8 @@ class Run:
         return self.results
 
     def measure_one(self, where, size, rule):
-        """All contenders; then those that were faster than a ceiling again, with the ceilings and in new buffers.  The
-        ceiling may have been disturbed in all of its rounds, or its pages may have lain worse."""
+        """Time all contenders, and time again, with the ceilings and in new buffers, those that were faster than a ceiling:
+        the ceiling may have been disturbed in all of its rounds, or its pages may have been slower."""
         self.time_one(where, size, rule)
         for _ in range(MOST_AGAIN):
             faster = {name for *cell, name in self.results[where].above_ceiling() if cell == [rule, size]}
@@ -165,7 +166,7 @@ def main(arguments=None):
 
 
 def gather_peers(options):
-    """(name -> function, name -> why it is not there) of the other libraries, which then run on as many threads."""
+    """(name -> function, name -> why it is missing) of the other libraries, which are set to the same number of threads."""
     if not options.peers:
         return {}, {}
     peers.use_threads(options.threads)
@@ -173,7 +174,7 @@ def gather_peers(options):
 
 
 def write(options, results, facts, clocks, command):
-    """The files that were asked for; their names."""
+    """Write the files that the options ask for; returns their names."""
     written = picture.draw(results[WELL_PLACED], facts)
     if options.json:
         report.write_json(options.json, results, facts, clocks, command)

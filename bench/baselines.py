@@ -1,13 +1,14 @@
 """What fastrms is compared with: each rule in NumPy, as people write it and with every temporary avoided.
 
-Flat arrays, default hyper-parameters, one function per rule in either class.  `steps` counts Adam's updates from 1.
+The functions take flat arrays and use the default hyper-parameters; each class has one for each rule.  `steps` counts
+Adam's updates from 1.
 """
 
 import numpy as np
 
 
 class Naive:
-    """The textbook line by line: short, and every operator makes a new array."""
+    """The formulas of the textbooks, line by line: short, but every operator makes a new array."""
 
     @staticmethod
     def rmsprop(param, grad, square_avg, *, lr=0.01, rho=0.99, eps=1e-8):
@@ -38,7 +39,7 @@ class Naive:
 
 
 class InPlace:
-    """The same without temporaries: `out=` everywhere, one scratch array, for RProp a mask as well."""
+    """The same formulas without temporaries: `out=` everywhere, and one scratch array, for RProp also a mask."""
 
     @staticmethod
     def rmsprop(param, grad, square_avg, scratch, *, lr=0.01, rho=0.99, eps=1e-8):

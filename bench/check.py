@@ -1,7 +1,7 @@
-"""Nothing is timed that is wrong: every contender against textbook formulas in float64, element by element.
+"""Nothing is timed that is wrong: every contender is compared with formulas in float64, element by element.
 
-The formulas are written from the papers, apart from fastrms and from the baselines.  Of large buffers a number of
-blocks is compared, spread from the first element to the last.
+The formulas are written from the papers, independently of fastrms and of the baselines.  In a large buffer only some blocks
+are compared, spread from the first element to the last.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from .contenders import DIVIDER, STREAMS
 from .problem import first_value
 
 STEPS = 2  # even: the signs flipped after every step are back where they were
-ULPS = {4: 16, 8: 2048}  # by itemsize, of the element's largest magnitude; in double 1 - 0.999**step loses 9 bits
+ULPS = {4: 16, 8: 2048}  # by itemsize; relative to the element's largest magnitude.  1 - 0.999**step loses 9 bits
 BLOCK, BLOCKS = 1 << 15, 16
 LR = {"rmsprop": 0.01, "adagrad": 0.01, "adam": 0.001, "rprop": 0.01}
 
@@ -44,12 +44,12 @@ def rprop(step, grad, param, previous, size):
 
 
 def streams(step, grad, param, first, *others):
-    """What the ceiling of the streams computes."""
+    """The formula of the streams' ceiling."""
     return param + (first + grad), first + grad, *(state + grad for state in others)
 
 
 def divider(step, grad, param, *states):
-    """What the ceiling of the divider leaves: of the first elements x / sqrt(x)."""
+    """The formula of the divider's ceiling, which leaves x / sqrt(x) for the first elements."""
     return np.sqrt(np.abs(grad)), *states
 
 
@@ -57,7 +57,7 @@ FORMULAS = {function.__name__: function for function in (rmsprop, adagrad, adam,
 
 
 def check(problem, contenders):
-    """Make a few steps with every contender and compare them; WrongContender names the first that is off."""
+    """Make STEPS steps with every contender and compare the results; WrongContender names the first that is off."""
     for _ in range(STEPS):
         for contender in contenders:
             contender.step()
@@ -76,7 +76,7 @@ def check(problem, contenders):
 
 
 def blocks(size):
-    """The parts that are compared: all of a small buffer, BLOCKS of a large one, among them its first and its last."""
+    """The parts that are compared: all of a small buffer, or BLOCKS of a large one, among them the first and the last."""
     starts = range(0, size, BLOCK)
     if len(starts) > BLOCKS:
         starts = np.linspace(0, size - BLOCK, BLOCKS, dtype=int)
@@ -89,7 +89,7 @@ def first_states(problem):
 
 
 def reference(problem, part, formula, states):
-    """The parameter and states of one block after all steps, and the largest magnitudes on the way."""
+    """The parameter and states of one block after all steps, and the largest magnitude that each element had meanwhile."""
     grad = problem.grad[part].astype(np.float64)
     buffers = [problem.start[part].astype(np.float64), *(np.full_like(grad, first) for first in states)]
     largest = [np.abs(buffer) for buffer in buffers]

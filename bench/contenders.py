@@ -1,4 +1,4 @@
-"""Who takes part: NumPy twice, fastrms on each backend, the two ceilings, and on demand the peers.
+"""The contenders: NumPy twice, fastrms on each backend, the two ceilings, and on demand the peers.
 
 A contender is one function of a Problem, which raises CannotDo with the reason where it has no such rule.
 """
@@ -21,16 +21,17 @@ CEILINGS = (STREAMS, DIVIDER)
 BACKENDS = ("numpy", "numba", "c")
 ON_LAYERS = tuple(f"numba ({layer})" for layer in ("omp", "tbb", "workqueue"))  # where a step may run on Numba's threads
 FASTRMS = {way: f"fastrms {way}" for way in ("numpy", "numba", *ON_LAYERS, "c")}
-IN_TURN, CHUNK = 1024, 16 * 1024  # elements: blocks of the loop stream by stream, parts for the threads
+IN_TURN, CHUNK = 1024, 16 * 1024  # elements: the blocks of streams in turn, the parts for threads
 IN_L1 = 1024  # elements that the divider goes over again and again
 
 
 class Contender(NamedTuple):
-    """One way to make the update.  `step()` makes one; `read()` gives [parameter, states] afterwards, or the first few.
+    """One way to make the update.  `step()` makes one update; `read()` gives [parameter, states] afterwards, or the
+    first few of these.
 
-    way: tells contenders of one name apart, of which the fastest counts.   formula: what it computes, for the check.
-    tolerance: where the arithmetic is not that of the dtype, how far it may be off, in multiples of lr.
-    compact: its states are smaller than the ceiling's.   changed: called after the gradients were changed in place.
+    way: tells contenders of one name apart; the fastest of them counts.   formula: name of the formula for the check.
+    tolerance: for arithmetic in another precision than the dtype's, how far a result may be off, in multiples of lr.
+    compact: whether its states are smaller than the ceiling's.   changed(): is called after gradients changed in place.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Contender(NamedTuple):
 
 
 def contenders(problem, threads, names=None, peers=()):
-    """(contenders, reasons): those of `names`, or all, and peers (name -> function); name -> why one does not take part."""
+    """(contenders of `names`, or all; name -> why it does not take part).  peers: name -> function of a Problem."""
     backends = [backend for backend in BACKENDS if backend in fastrms.available_backends()]
     makers = {NAIVE: naive, IN_PLACE: in_place, **{row(b, threads): partial(bound, b, threads) for b in backends}}
     makers.update(peers)
@@ -61,7 +62,7 @@ def contenders(problem, threads, names=None, peers=()):
 
 
 def row(backend, threads):
-    """The name of a backend's row: on several threads Numba's says on which threading layer."""
+    """The name of a backend's row; on several threads that of Numba names the threading layer."""
     if backend != "numba" or threads == 1:
         return FASTRMS[backend]
     layer, _ = fastrms.backends.load("numba").started()
@@ -96,7 +97,7 @@ def bound(backend, threads, problem):
 
 
 def ceilings(problem, threads):
-    """The loops in C that no update can beat: over the same streams, and over the same divisions."""
+    """The loops in C that no update can beat: one moves the same memory, one makes the same divisions."""
     for way, settings in streams_ways(problem.size, threads):
         yield streams(problem, way, settings)
     if divides(problem.rule):
@@ -116,7 +117,7 @@ def streams_ways(size, threads):
 
 
 def streams(problem, way, settings, buffers=None):
-    """The loop in C over [gradient, parameter, states]: its own, unless they are given."""
+    """The loop in C over buffers [gradient, parameter, states]; it makes its own unless they are given."""
     from fastrms._core import lib
 
     grad, param, *states = buffers or problem.new_buffers()

@@ -30,7 +30,7 @@ from .timing import clock
 
 
 class Figure(NamedTuple):
-    """One row: what was measured, the target and the measurement in words, and whether it is reached."""
+    """One row: what was measured, the target and the measurement in words, and whether the target is reached."""
 
     what: str
     target: str
@@ -65,7 +65,7 @@ def main():
 
 
 def measure(name, console):
-    """(facts of the machine, figures) of one set, printed as well."""
+    """Measure and print one set; returns (facts of the machine, figures)."""
     chosen = import_module(f".figures_{name}", __package__)
     facts = machine.describe() | chosen.prepare()
     start, first_clock, figures = time.perf_counter(), clock(), []

@@ -18,12 +18,12 @@ PASSES = 4  # over each set of buffers
 WORK = 2**24  # elements of one measurement
 PLACED = "each buffer where fastrms.placement puts it, its pages huge where the system gives them, unless it says 4 KiB"
 HUGE, SMALL = "as placed", "4 KiB"
-KEPT = 2**26  # bytes; what is freed below it, malloc may hand out again, touched already
+KEPT = 2**26  # bytes; malloc may hand out a smaller freed buffer again, with pages that were touched
 prepare = figures_numpy.prepare
 
 
 def one_tensor():
-    """Bound steps over the same numbers as names in a FlatBuffer, as one array, and as separate arrays."""
+    """Bound steps over the same numbers, as names in a FlatBuffer, as one array, and as separate arrays."""
     arrays = many_arrays(0)
     flat = fastrms.FlatBuffer.like(arrays)
     whole, separate = fastrms.FlatBuffer.like([flat.data]), [array.copy() for array in arrays]
@@ -53,7 +53,7 @@ def huge_pages():
 
 
 def measured(size):
-    """(seconds of allocating and filling, seconds of a step), for each kind of pages a list over fresh allocations."""
+    """(seconds of allocating and filling, seconds of a step): each a dict kind of pages -> list over fresh allocations."""
     touched, stepped = {HUGE: [], SMALL: []}, {HUGE: [], SMALL: []}
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(touched[HUGE]) < 3:
@@ -82,7 +82,7 @@ def three_buffers(size, kind):
 
 
 def in_small_pages(size, dtype, beside):
-    """placement.place, in memory for which huge pages are forbidden."""
+    """A buffer as placement.place makes it, in memory for which huge pages are forbidden."""
     nbytes = size * dtype.itemsize
     memory = mmap.mmap(-1, nbytes + placement.slack(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)

@@ -28,7 +28,7 @@ available = {}
 
 
 def prepare():
-    """All cores for everybody; the versions of the other libraries."""
+    """Let all libraries use all cores; returns the number of threads and the versions of the other libraries."""
     peers.use_threads(fastrms.get_num_threads())
     found, reasons = peers.available()
     available.update(found)
@@ -36,7 +36,7 @@ def prepare():
 
 
 def measured(rule, size, names, threads=None):
-    """Results of one cell, with the contenders of these names."""
+    """The Results of one rule at one size, with the contenders of these names."""
     problem = Problem(rule, size, "float32")
     rivals = {name: make for name, make in available.items() if name in names}
     made, reasons = contenders(problem, threads or fastrms.get_num_threads(), names, rivals)
@@ -48,8 +48,8 @@ def measured(rule, size, names, threads=None):
 
 
 def share_of_streams(rule, size):
-    """Percent of the fastest way of the ceiling, which runs over the very buffers of the update: in memory one set of
-    pages is up to 10 % faster than another.  The way is found in a first pass and timed against ours in a second."""
+    """The update's speed in percent of the ceiling's, in the ceiling's fastest way.  Both run over the same buffers, since
+    one set of pages is up to 10 % faster than another.  A first pass finds that way, a second times both."""
     problem = Problem(rule, size, "float32")
     (ours,), _ = contenders(problem, 1, [OURS])
     check(problem, [ours])
@@ -63,7 +63,7 @@ def share_of_streams(rule, size):
 
 
 def over(results, rule, size, rival, target):
-    """One row; a library that is not there is a row that is not reached."""
+    """One row; where the library is missing, it says that the target is not reached."""
     what = f"{rule}, {size_name(size)}: over {rival}"
     times = results.times(rule, size, rival, OURS)
     if times is None:
@@ -149,7 +149,7 @@ def many_arrays(count=100, size=1024):
 
 
 def two_threads():
-    """From one thread to all, at every size; both run on the same buffers."""
+    """The speed on all threads over that on one, at every size; both run on the same buffers."""
     for rule in DIVIDER_SHARE:
         slower = {}
         for size in (2**k for k in range(6, 26)):
@@ -166,7 +166,7 @@ def threads_compared(rule, size):
     (contender,), _ = contenders(problem, 1, [OURS])
     counts = {"one": 1, "all": fastrms.get_num_threads()}
     calls = dict.fromkeys(counts, contender.step)
-    for seconds in (0.25, 2.0, 8.0):  # longer where it seems to lose: the clock has two states
+    for seconds in (0.25, 2.0, 8.0):  # again, for longer, where it seems to lose: the clock has two states
         timings = interleaved(calls, seconds, least_rounds=5, before=lambda key: fastrms.set_num_threads(counts[key]))
         if timings["all"].minimum <= timings["one"].minimum:
             break

@@ -12,14 +12,14 @@ from .report import size_name
 from .timing import paired
 
 SECONDS = 3.0  # of timing for each rule at each size
-PAUSE = 0.02  # seconds before a measurement on several threads: OpenMP's go on spinning for a while, where C's are wanted
+PAUSE = 0.02  # seconds before a measurement on several threads, in which OpenMP's threads stop spinning on the cores
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**25)
-SLOWER = {"one thread": 1.05, "all threads": 1.10}  # than C, at most
+SLOWER = {"one thread": 1.05, "all threads": 1.10}  # the targets: at most so many times C's time
 PLACED = f"{IN_WORDS[WELL_PLACED]}; both backends update the same parameter and states from the same gradient"
 
 
 def prepare():
-    """All cores; what Numba shares its work out with."""
+    """Returns the number of threads, and the version and threading layer of Numba; exits where there is no Numba."""
     backend = fastrms.backends.load("numba")
     if backend.available() is not None:
         sys.exit(backend.available())
@@ -43,7 +43,7 @@ def over_c():
 
 
 def time_over_c(rule, size, pause):
-    """Bound steps of both over the same memory: one set of pages is up to 10 % faster than another."""
+    """Time bound steps of both backends over the same memory, since one set of pages is up to 10 % faster than another."""
     grad, param = Problem(rule, size, "float32").new_buffers(states=0)
     one, other = (OPTIMIZERS[rule](param, backend=backend) for backend in ("c", "numba"))
     for mine, theirs in zip(other._plan.states, (t.state for t in one._tensors), strict=True):

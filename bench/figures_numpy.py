@@ -37,13 +37,13 @@ print(time.perf_counter() - start, *sys.modules)
 
 
 def prepare():
-    """One thread; no facts beside those of the machine."""
+    """Let fastrms use one thread, and return this."""
     fastrms.set_num_threads(1)
     return {"threads": 1}
 
 
 def ratio(calls, slow, fast):
-    """How many times as fast `fast` is as `slow`, of the minima."""
+    """How many times as fast `fast` is as `slow`, by their minimum times."""
     timings = interleaved(calls, SECONDS)
     return timings[slow].minimum / timings[fast].minimum
 
@@ -93,7 +93,7 @@ def many_bound():
 
 
 def many_fresh():
-    """Gradient arrays that the optimizer has not seen lately, made beforehand: only the steps are timed."""
+    """Steps from gradient arrays that the optimizer has not seen lately.  They are made beforehand; only steps are timed."""
     sets = [many_arrays(seed) for seed in range(1, GRADIENT_SETS + 1)]
     naive, optimizer, check_equal = many_pair()
     for_naive, for_fastrms = cycle(sets), cycle(sets)
@@ -127,7 +127,7 @@ def large():
 
 
 def importing():
-    """With bytecode, as after an installation or a first import; and without, as at the very first."""
+    """The import with bytecode, as after an installation or a first import, and without, as at the very first."""
     with tempfile.TemporaryDirectory() as folder:
         written = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         first, modules = import_once(written | {"PYTHONPYCACHEPREFIX": folder})
@@ -139,7 +139,7 @@ def importing():
 
 
 def import_once(environment):
-    """(seconds, heavy modules that came with it) in a new process."""
+    """Import in a new process: (seconds, heavy modules that were imported with it)."""
     command = [sys.executable, "-c", IMPORT]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     seconds, *names = output.split()
@@ -168,7 +168,7 @@ def python_peak(call):
 
 
 def resident_peak(call):
-    """Bytes by which the process grew at most: the kernel's high-water mark, set back first."""
+    """By how many bytes the process grew at most, by the kernel's high-water mark, which is reset first."""
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
     call()

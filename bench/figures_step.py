@@ -1,6 +1,6 @@
-"""The figures of what a step does beside the update: clipping by norm, looking for what is not finite, zeroing, streaming.
+"""The figures of what a step does beside the update: clipping by norm, looking for nonfinite gradients, zeroing, streaming.
 
-Each may cost one more pass over the gradients: what NumPy takes for such a pass alone, on the same buffers.
+Each may add the time of one pass over the gradients: that which NumPy takes for such a pass alone, on the same buffers.
 """
 
 import numpy as np
@@ -15,13 +15,13 @@ from .timing import interleaved
 
 SECONDS = 6.0  # of timing for each cell
 SIZES, SMALL = (2**20, 2**25), 64
-TENSOR, BATCH, SLACK = 2**20, 8, 1.25  # of the streamed step; by how much a pass may exceed its ceiling
+TENSOR, BATCH, SLACK = 2**20, 8, 1.25  # SLACK: by how much a pass may exceed its ceiling; the others: the streamed step
 CLIP, SKIP, BOTH, ZERO = "clip_norm", 'nonfinite="skip"', "both of these", "zero_grad"
 PLACED = f"{IN_WORDS[WELL_PLACED]}; the tensors of the streamed step lie where NumPy allocates them"
 
 
 def prepare():
-    """All cores; no facts beside those of the machine."""
+    """Return the number of threads, which is left at all cores."""
     return {"threads": fastrms.get_num_threads()}
 
 
@@ -37,13 +37,13 @@ def passes():
 
 
 def extra(what, added, ceiling, kind):
-    """One row: nanoseconds per element added, and those of the pass that it may cost."""
+    """One row: the nanoseconds per element that were added, and those of the pass that they may cost."""
     measured = f"{added:+.2f} ns per element, {kind} alone {ceiling:.2f}"
     return Figure(what, f"<= {SLACK} x one {kind}", measured, added <= SLACK * ceiling)
 
 
 def calls_of(make, size):
-    """Steps with each option over the same parameters and gradients; a read and a write of the gradient alone."""
+    """Name -> function: steps with each option over the same buffers, and passes that only read or write the gradient."""
     param, grad = allocate(size, [np.dtype(np.float32)] * 2, WELL_PLACED)
     param.fill(1)
     grad.fill(1e-3)
@@ -69,7 +69,7 @@ def calls_of(make, size):
 
 
 def through_python():
-    """What a bound step of a small tensor takes where it needs Python: to look for what is not finite, or for a schedule."""
+    """The time of a bound step of a small tensor that needs Python, to look for nonfinite gradients or for a schedule."""
     param, grad = np.ones(SMALL, np.float32), np.full(SMALL, 1e-3, np.float32)
     kinds = {
         "plain": {},
@@ -89,7 +89,7 @@ def through_python():
 
 
 def streamed():
-    """Gradients as matrix products, one tensor after the other, and the step: whole, and streamed through one scratch."""
+    """Gradients by matrix products, tensor by tensor, with one step after them all or streamed through one scratch array."""
     for make in (fastrms.RMSProp, fastrms.Adam):
         layers = Layers(SIZES[-1] // TENSOR, int(TENSOR**0.5))
         wholes, parts = layers.params(), layers.params()
@@ -105,7 +105,7 @@ def streamed():
 
 
 class Layers:
-    """Square weight matrices, and what a backward pass makes their gradients from: activities and deltas of a batch."""
+    """Square weight matrices, and the activities and deltas of a batch, from which a backward pass makes their gradients."""
 
     def __init__(self, count, side):
         random = np.random.default_rng(0)

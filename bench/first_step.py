@@ -18,7 +18,7 @@ print(time.perf_counter() - start)
 
 
 def seconds():
-    """(without, with the cache); the import of fastrms and Numba is part of both."""
+    """(seconds without the cache, seconds with it); both include the import of fastrms and Numba."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
         run = [sys.executable, "-c", ONE_STEP]
@@ -26,7 +26,7 @@ def seconds():
 
 
 def sentence():
-    """For the report; None without Numba."""
+    """The sentence for the report; None without Numba."""
     if "numba" not in fastrms.available_backends():
         return None
     without, cached = seconds()

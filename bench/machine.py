@@ -38,7 +38,7 @@ def software(machine):
 
 
 def threads(machine):
-    """Of fastrms, the ceilings and the peers; NumPy's arithmetic has always one."""
+    """The threads of fastrms, the ceilings and the peers in words; NumPy's arithmetic always has one."""
     return "one thread" if machine["threads"] == 1 else f"up to {machine['threads']} threads (NumPy: one)"
 
 
@@ -65,7 +65,7 @@ def cpu_model():
 
 
 def caches():
-    """Bytes of each data cache that the first core sees: {"L1": ..., "L2": ...}, empty where the system hides them."""
+    """The bytes of each data cache of the first core, {"L1": ..., "L2": ...}; empty where the system hides them."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         size = text_of(index / "size").removesuffix("K")

@@ -1,4 +1,4 @@
-"""The rivals: PyTorch four times, optax, DeepSpeed, bitsandbytes and Thinc, each one function of a Problem.
+"""The peers: PyTorch four times, optax, DeepSpeed, bitsandbytes and Thinc, each one function of a Problem.
 
 Each runs at the best setting that its documentation shows.  Importing this module imports none of the libraries.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
-PAUSE = 0.005  # seconds before a measurement; OpenMP's threads go on spinning for some milliseconds after their last loop
+PAUSE = 0.005  # seconds before a measurement, since OpenMP's threads spin for some milliseconds after their last loop
 INSTALL = "pip install -e '.[peers]'"
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
@@ -43,8 +43,9 @@ OPTAX = {
     "adam": {"learning_rate": 0.001, "b1": 0.9, "b2": 0.999, "eps": 1e-8},
 }
 DEEPSPEED_STATES = {"adagrad": ["exp_avg_sq"], "adam": ["exp_avg", "exp_avg_sq"]}
-VECTOR = 16  # elements; DeepSpeed's loop for the rest of a buffer is another one
-# Tolerances in multiples of lr.  A state of one byte, beside a large one, is rounded up until the second step vanishes.
+VECTOR = 16  # elements; DeepSpeed updates the rest of a buffer in another loop
+# Tolerances in multiples of lr.  A state of one byte that shares a scale with a larger one is rounded up so far that its
+# second step vanishes.
 EIGHT_BIT = {"rmsprop": 7.1, "adagrad": 0.71, "adam": 1.0}
 ROUGH = 0.01
 NOTES = {
@@ -55,7 +56,7 @@ NOTES = {
 
 
 def load(library):
-    """Import a library, set up to run on the CPU without a word."""
+    """Import a library, set up to run on the CPU and to log nothing."""
     os.environ.update(JAX_PLATFORMS="cpu", DS_ACCELERATOR="cpu")
     with warnings.catch_warnings(), silence():
         warnings.simplefilter("ignore")
@@ -66,7 +67,7 @@ def load(library):
 
 @contextlib.contextmanager
 def silence():
-    """Libraries log at import that there is no GPU."""
+    """Keep libraries from logging at import that there is no GPU."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -75,7 +76,7 @@ def silence():
 
 
 def start_xla():
-    """XLA makes a thread for each processor that the process may use when it starts; there is no setting for it."""
+    """Start XLA with the wanted number of threads: it makes one for each processor that the process may use at that time."""
     processors = os.sched_getaffinity(0)
     threads = int(os.environ.get("OMP_NUM_THREADS", len(processors)))
     os.sched_setaffinity(0, sorted(processors)[:threads])
@@ -90,14 +91,14 @@ def start_xla():
 
 
 def use_threads(number):
-    """Let the peers run on so many threads; to be called before the first is loaded, for XLA and OpenMP look only once."""
+    """Let the peers run on so many threads; to be called before the first is loaded, since XLA and OpenMP read it once."""
     os.environ["OMP_NUM_THREADS"] = str(number)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(number)
 
 
 def available(names=None):
-    """(peers, reasons): those of `names`, or all, whose library can be imported; name -> why it cannot."""
+    """(name -> peer, name -> why it cannot take part): those of `names`, or all, by whether the library can be imported."""
     found, reasons = {}, {}
     for name, peer in PEERS.items():
         if names is None or name in names:
@@ -112,7 +113,7 @@ def available(names=None):
 
 
 def versions():
-    """Of the installed libraries, by the names of their distributions."""
+    """The versions of the installed libraries, by the names of their distributions."""
     found = {}
     for name in DISTRIBUTIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -136,7 +137,7 @@ def torch_foreach(problem):
 
 
 def torch_fused(problem):
-    """PyTorch has fused kernels for the CPU, but not for every rule."""
+    """PyTorch's fused kernels for the CPU, which it does not have for every rule."""
     require(problem, "torch fused", ("adagrad", "adam"), ("float32", "float64"))
     return of_torch("torch fused", problem, fused=True)
 
@@ -147,13 +148,13 @@ def torch_compile(problem):
     torch._logging.set_logs(dynamo=logging.ERROR)  # it warns that PyTorch's own profiling is left out
     torch.compiler.reset()  # beyond eight sizes the code would run uncompiled
     made = of_torch("torch.compile", problem, lr=torch.from_numpy(np.array(TORCH[problem.rule][1]["lr"], problem.dtype)))
-    # Compiled, 1 - 0.999**step is made in float32, and off by 1e-5; a counter in float64 would take twice the time.
+    # Compiled code makes 1 - 0.999**step in float32, off by 1e-5; with a counter in float64 it would take twice the time.
     tolerance = ROUGH if problem.rule == "adam" else None
     return made._replace(step=torch.compile(lambda: made.step(), dynamic=False), tolerance=tolerance)
 
 
 def of_torch(name, problem, **setting):
-    """A contender out of torch.optim."""
+    """A contender from torch.optim."""
     torch = load("torch")
     rule, settings = TORCH[problem.rule]
     make = partial(getattr(torch.optim, rule), **{**settings, **setting})
@@ -178,7 +179,7 @@ def torch_on_many(rule, params, grads):
 
 
 def optimizing(name, problem, make, step, state_names):
-    """A contender out of a torch.optim.Optimizer, whose states of these names lie where the problem wants them."""
+    """A contender made from a torch.optim.Optimizer; its states of these names are moved where the problem wants them."""
     torch = load("torch")
     grad, values, *states = tensors(problem, None if state_names else 0)
     param = torch.nn.Parameter(values)
@@ -191,14 +192,14 @@ def optimizing(name, problem, make, step, state_names):
 
 
 def tensors(problem, states):
-    """The problem's buffers as tensors; in memory of PyTorch's where every library allocates its own."""
+    """The problem's buffers as tensors, in memory of PyTorch's own where the problem has every library allocate its own."""
     torch = load("torch")
     shared = [torch.from_numpy(array) for array in problem.new_buffers(states)]
     return [tensor.clone() for tensor in shared] if problem.placement == AS_ALLOCATED else shared
 
 
 def optax(problem):
-    """On buffers of XLA's own, which are updated in place because they are donated."""
+    """optax on XLA's own buffers, which are updated in place because they are donated."""
     if problem.rule == "rprop":
         raise CannotDo("optax's RProp moves one step late (optax#1725)")
     rule = getattr(load("optax"), problem.rule)(**OPTAX[problem.rule])
@@ -217,7 +218,7 @@ def optax(problem):
 
 
 def jitted(rule):
-    """One function of update and apply_updates, to which parameter and states are donated."""
+    """update and apply_updates as one jitted function, to which parameter and states are donated."""
     import jax
     import optax
 
@@ -237,7 +238,7 @@ def arrays_in(tree):
 
 
 def deepspeed(problem):
-    """DeepSpeed compiles its kernels at first use, with g++ and ninja; it keeps them in ~/.cache/torch_extensions."""
+    """DeepSpeed, which compiles its kernels at first use with g++ and ninja, and keeps them in ~/.cache/torch_extensions."""
     require(problem, "DeepSpeed on a CPU", DEEPSPEED_STATES)
     load("deepspeed")
     beside = str(Path(sys.executable).parent)
@@ -257,7 +258,7 @@ def deepspeed(problem):
 
 
 def restoring(problem, made):
-    """DeepSpeed's AdaGrad overwrites the gradient where it does not use vectors."""
+    """Restore the gradient, which DeepSpeed's AdaGrad overwrites where it does not use vectors."""
     if platform.machine() == "x86_64" and problem.size % VECTOR == 0:
         return made
 
@@ -269,7 +270,7 @@ def restoring(problem, made):
 
 
 def bitsandbytes(problem):
-    """States of one byte at all sizes, though the library's own default is 32 bits below 4096 elements."""
+    """bitsandbytes with states of one byte at all sizes, though its default is 32 bits below 4096 elements."""
     require(problem, "bitsandbytes 8-bit", EIGHT_BIT)
     library = load("bitsandbytes")
     rule, settings = TORCH[problem.rule]
@@ -278,7 +279,7 @@ def bitsandbytes(problem):
 
 
 def thinc(problem):
-    """The kernel of Thinc's Adam, without its Optimizer; its betas are float32, its eps is added before the correction."""
+    """The kernel of Thinc's Adam, without its Optimizer.  Its betas are float32, and it adds eps before the correction."""
     require(problem, "Thinc", ("adam",))
     load("thinc")
     kernel = importlib.import_module("thinc.backends").NumpyOps().adam

@@ -8,7 +8,7 @@ from .machine import in_words, threads
 from .problem import held_per_element
 from .report import number, size_name, spread
 
-# Okabe and Ito's palette: told apart by colour-blind readers; the markers tell the lines apart without colour.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell the lines apart without colour.
 STYLES = {
     NAIVE: {"color": "#D55E00", "marker": "o"},
     IN_PLACE: {"color": "#E69F00", "marker": "s"},
@@ -20,11 +20,11 @@ STYLES = {
     DIVIDER: {"color": "#000000", "linestyle": ":", "linewidth": 1.2},
 }
 PEER_MARKERS = "xP*hpd<>1"
-BARS = 4  # sizes
+BARS = 4  # the most sizes in the picture of speed-ups
 
 
 def draw(results, machine):
-    """Write all pictures; their names."""
+    """Write all pictures; returns their names."""
     lines = {"time": (results.per_element, "nanoseconds per element"), "bandwidth": (results.bandwidth, "GB/s")}
     written = []
     for what, (quantity, label) in lines.items():
@@ -89,7 +89,7 @@ def draw_rule(panel, results, rule, quantity):
 
 
 def draw_caches(panel, results, rule, caches):
-    """A thin line at the size whose streams fill a cache."""
+    """Draw a thin line at each size whose buffers just fill a cache."""
     sizes = results.sizes()
     for name, capacity in caches.items():
         size = capacity / held_per_element(rule, results.dtype)

@@ -1,6 +1,6 @@
 """What is updated: one rule at one size and dtype, in buffers of a stated placement.
 
-Well placed: every buffer starts where fastrms.placement puts it, staggered modulo 4 KiB against its neighbours.
+Well placed: every buffer starts where fastrms.memory.placement puts it, staggered modulo 4 KiB against its neighbours.
 As allocated: where the library or NumPy puts it.  Back to back: one after the other in an arena that starts at a page,
 so that buffers of 2^k elements collide in every cache; fastrms still places its own states.
 """
@@ -35,7 +35,7 @@ class Problem:
         self.grads = [self.grad]
 
     def new_buffers(self, states=None, scratch=()):
-        """[gradient, parameter, states, scratch arrays of the given dtypes], filled as the problem starts."""
+        """[gradient, parameter, states, scratch arrays of these dtypes], with the values that the problem starts from."""
         count = len(self.state_names) if states is None else states
         buffers = allocate(self.size, [self.dtype] * (2 + count) + [np.dtype(dtype) for dtype in scratch], self.placement)
         for buffer, values in zip(buffers, (self.grad, self.start, *map(first_value, self.state_names)), strict=False):
@@ -50,7 +50,7 @@ class Problem:
 
 
 def first_value(state_name):
-    """What a state starts at: RProp's step sizes at lr, all others at 0."""
+    """The value that a state starts at: lr for RProp's step sizes, 0 for all others."""
     return 0.01 if state_name == "step_size" else 0.0
 
 
@@ -76,12 +76,12 @@ def arena(size, dtypes):
 
 
 def bytes_per_element(rule, dtype):
-    """What an update has to move: the gradient is read, the parameter and the states are read and written."""
+    """The bytes that an update has to move: the gradient is read, the parameter and the states are read and written."""
     return (3 + 2 * len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
 
 
 def held_per_element(rule, dtype):
-    """What must fit into a cache: parameter, gradient and states."""
+    """The bytes that must fit into a cache: parameter, gradient and states."""
     return (2 + len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
 
 

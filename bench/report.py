@@ -23,7 +23,7 @@ division on data in L1.  No update can be faster than the slower of the two; "% 
 
 
 def size_name(size):
-    """2^20 for a large power of two, the number itself otherwise."""
+    """A large power of two as 2^20, any other size as the number itself."""
     return f"2^{size.bit_length() - 1}" if size >= 4096 and size & (size - 1) == 0 else str(size)
 
 
@@ -92,7 +92,7 @@ def placement_table(results):
 
 
 def footnotes(results):
-    """What must be known of the peers that took part."""
+    """What readers must know of the peers that took part."""
     return [f"{name}: {note}." for name, note in peers.NOTES.items() if name in results.peers()]
 
 
@@ -111,7 +111,7 @@ def complaints(results):
 
 
 def write_json(path, results, machine, clocks, command):
-    """Everything that was measured, in nanoseconds per call."""
+    """Write everything that was measured, in nanoseconds per call."""
     content = {
         "command": command,
         "date": date.today().isoformat(),

@@ -3,7 +3,7 @@
 from .contenders import CEILINGS, FASTRMS, IN_PLACE, NAIVE
 from .problem import bytes_per_element
 
-ABOVE = 1.1  # times the ceiling's speed; up to that, one set of pages may just be faster than another
+ABOVE = 1.1  # times the ceiling's speed; up to this, the pages of one may just be faster than those of the other
 SMALL = 1 << 12  # elements; below it the call is most of the time, and the ceilings say little
 
 
@@ -15,7 +15,7 @@ class Results:
         self.timings, self.ways, self.reasons, self.compact = {}, {}, {}, set()
 
     def add(self, rule, size, contenders, timings, reasons):
-        """timings by (name, way); of several ways the fastest counts.  reasons: name -> why it does not take part."""
+        """Add timings, by (name, way); the fastest way of a name counts.  reasons: name -> why it does not take part."""
         for contender in contenders:
             cell, timing = (rule, size, contender.name), timings[contender.name, contender.way]
             if cell not in self.timings or timing.minimum < self.timings[cell].minimum:
@@ -31,7 +31,7 @@ class Results:
         return sorted({size for _, size, _ in self.timings})
 
     def contenders(self, rule=None):
-        """NumPy, peers in the order of their names, fastrms, ceilings."""
+        """The names of the contenders in the order of a table: NumPy, peers by name, fastrms, ceilings."""
         measured = {name for where, _, name in self.timings if rule in (None, where)}
         known = (NAIVE, IN_PLACE), tuple(FASTRMS.values()), CEILINGS
         peers = sorted(measured.difference(*known))
@@ -41,7 +41,7 @@ class Results:
         return [name for name in self.contenders(rule) if name not in (NAIVE, IN_PLACE, *FASTRMS.values(), *CEILINGS)]
 
     def nanoseconds(self, rule, size, contender):
-        """Of one call, the minimum over the rounds; None where it was not measured."""
+        """The time of one call, the minimum over the rounds; None where it was not measured."""
         timing = self.timings.get((rule, size, contender))
         return timing and timing.minimum
 
@@ -50,7 +50,7 @@ class Results:
         return taken and taken / size
 
     def bandwidth(self, rule, size, contender):
-        """Gigabytes per second of what the update has to move, whatever the contender moves beside it."""
+        """Gigabytes per second of the bytes that the update has to move; what else a contender moves does not count."""
         taken = self.per_element(rule, size, contender)
         return taken and bytes_per_element(rule, self.dtype) / taken
 
@@ -71,12 +71,12 @@ class Results:
         return max(measured, key=lambda name: self.nanoseconds(rule, size, name), default=None)
 
     def share_of_ceiling(self, rule, size, contender):
-        """Percent of the speed of the nearer ceiling."""
+        """The contender's speed in percent of that of the nearer ceiling."""
         times = self.times(rule, size, self.nearer_ceiling(rule, size), contender)
         return times and 100 * times
 
     def above_ceiling(self):
-        """The (rule, size, contender) that beat a ceiling, which can only be a disturbed measurement."""
+        """The (rule, size, contender) of each timing that beats a ceiling, which can only be a disturbed measurement."""
         return [
             cell
             for cell in self.timings

@@ -5,13 +5,13 @@ from statistics import median
 from timeit import Timer
 from typing import NamedTuple
 
-MEASUREMENT = 1e-3  # seconds that one measurement lasts at least
+MEASUREMENT = 1e-3  # seconds; one measurement lasts at least this long
 MOST_ROUNDS = 400
-WARM_UP = 2e-2  # seconds; a call that takes less is made once untimed, to find its data in the caches
+WARM_UP = 2e-2  # seconds; a shorter call is first made once untimed, to bring its data into the caches
 
 
 class Timing(NamedTuple):
-    """Nanoseconds of one call: the minimum and the median over the rounds; repetitions: calls per measurement."""
+    """The nanoseconds of one call, minimum and median over the rounds; repetitions: calls per measurement."""
 
     minimum: float
     median: float
@@ -22,22 +22,22 @@ class Timing(NamedTuple):
 def interleaved(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
     """Timings of `calls` (key -> function without arguments), in rounds until `seconds` are over.
 
-    pause: seconds to sleep before each measurement, so that another library's threads stop to spin.
-    before(key): what to set for that measurement, untimed.
+    pause: seconds to sleep before each measurement, so that another library's threads stop spinning.
+    before(key): is called before each measurement of key, untimed.
     """
     samples, repetitions = sampled(calls, seconds, least_rounds, pause, before)
     return {key: Timing(min(taken), median(taken), len(taken), repetitions[key]) for key, taken in samples.items()}
 
 
 def paired(calls, seconds, pause=0.0):
-    """Of two calls, the time of the second over that of the first: the median over the rounds, in each of which the machine
-    was in one state for both."""
+    """The time of the second of two calls over that of the first: the median of the ratios of each round, in which the
+    machine is in one state for both."""
     first, second = sampled(calls, seconds, pause=pause)[0].values()
     return median(b / a for a, b in zip(first, second, strict=True))
 
 
 def sampled(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
-    """(nanoseconds of a call in each round, how many calls made one measurement), for each key."""
+    """(key -> nanoseconds of a call in each round, key -> how many calls made one measurement)."""
     timers = {key: Timer(call) for key, call in calls.items()}
     end = time.perf_counter() + seconds
     calibrated = {key: calibrate(timer) for key, timer in timers.items()}
@@ -63,7 +63,7 @@ def calibrate(timer):
 
 
 def clock():
-    """Nanoseconds of an empty Python call; two that differ tell that the machine's speed changed in between."""
+    """Nanoseconds of an empty Python call; where two results differ, the machine's speed has changed in between."""
     return min(Timer(empty).repeat(20, 20_000)) / 20_000 * 1e9
 
 

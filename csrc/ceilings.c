@@ -1,12 +1,12 @@
-/* What no update can beat, for the benchmark: the streams of a rule with next to no arithmetic, in several orders, and
- * the division and square root of a rule with next to no memory. */
+/* Loops that no update can beat, for the benchmark: one moves the memory of a rule with next to no arithmetic, in several
+ * orders, and one makes the division and the square root of a rule with next to no memory. */
 #include <math.h>
 #include <string.h>
 #include "internal.h"
 
 enum { IN_L1 = 1024 };                                    /* elements */
 
-/* for every i, in tiles, with prefetching, as the kernels do */
+/* do `work` for every i, in tiles with prefetching as in kernels.inc */
 #define EACH(work, ...)                                                                                         \
     {                                                                                                           \
         enum { TILE = FASTRMS_TILE / sizeof(real) };                                                            \
@@ -112,7 +112,7 @@ static void divider_range(void *context, int64_t begin, int64_t end)
             loops->float_quotients(size, to.floats, from.floats);
         else
             loops->double_quotients(size, to.doubles, from.doubles);
-        __asm__ volatile("" : : "r"(&to) : "memory");      /* every round counts */
+        __asm__ volatile("" : : "r"(&to) : "memory");      /* keeps the compiler from dropping a round */
     }
     if (first)
         memcpy(job->param, &to, (size_t)(used * job->itemsize));

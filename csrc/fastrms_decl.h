@@ -7,19 +7,21 @@
 #define FASTRMS_MAX_COEFFICIENTS 24
 #define FASTRMS_MAX_CORRECTIONS 4
 
-/* What a call answers.  Everything but FASTRMS_OK has changed nothing (FASTRMS_NONFINITE may have zeroed the gradients). */
+/* The statuses that a call answers with.  FASTRMS_OK: it has done everything.  Any other: it has changed nothing, except
+ * that FASTRMS_NONFINITE leaves out only the step; the gradients may have been zeroed, and fastrms_change has taken over
+ * what it was given. */
 #define FASTRMS_OK 0
 #define FASTRMS_BUSY 1           /* another thread is in a call with this plan */
 #define FASTRMS_OVERLAP 2        /* two buffers share a byte */
 #define FASTRMS_MISALIGNED 3     /* a buffer does not start at a multiple of the size of its numbers */
 #define FASTRMS_MISSING 4        /* a buffer that the rule needs is NULL */
-#define FASTRMS_NOT_HELD 5       /* the plan holds no gradients, or others */
+#define FASTRMS_NOT_HELD 5       /* the plan holds no gradients, or other ones than the call names */
 #define FASTRMS_NONFINITE 6      /* a gradient is not finite, and on_nonfinite left the step out */
-#define FASTRMS_STREAMING 7      /* a streamed step is open; of fastrms_stream_step: none is */
+#define FASTRMS_STREAMING 7      /* a streamed step is open; from fastrms_stream_step: none is open */
 #define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
 
-/* on_nonfinite of a plan: do not look for nonfinite gradients; leave the step out; leave the step out and the gradients as
- * they are */
+/* The values of on_nonfinite in a plan.  FASTRMS_PROPAGATE does not look for nonfinite gradients; the other two leave a step
+ * with such gradients out, and FASTRMS_REFUSE never zeroes the gradients of a step that is left out. */
 #define FASTRMS_PROPAGATE 0
 #define FASTRMS_SKIP 1
 #define FASTRMS_REFUSE 2
@@ -27,15 +29,15 @@
 /* ---- recipes: a rule with its coefficients ---- */
 
 /* A coefficient that changes with the step t.  Its quantity q is 1 + (t-1)*decay when linear, else
- * weight * (1 + decay + ... + decay^(t-1+ahead)).  By operation 0 the coefficient stays value, by 1 it becomes
- * value / q, by 2 value * sqrt(q), by 3 value / sqrt(q). */
+ * weight * (1 + decay + ... + decay^(t-1+ahead)).  Operation 0 leaves the coefficient at value, 1 makes it value / q,
+ * 2 makes it value * sqrt(q), and 3 makes it value / sqrt(q). */
 typedef struct {
     int32_t coefficient, operation, linear, ahead;
     double decay, weight;
 } fastrms_correction;
 
-/* One rule with its hyper-parameters.  rule: index of fastrms_rule_name(); itemsize: of the compute dtype, 4 for float, 8
- * for double; general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
+/* One rule with its hyper-parameters.  rule: the number that fastrms_rule_name() takes; itemsize: bytes of a number in the
+ * compute dtype, 4 for float, 8 for double; general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
  * value[] holds the coefficients in double, in the order of fastrms_rule_arguments().  value[0] is grad_scale.  value[1] is
  * grad_rescale, a second factor of the gradient in the general form; it is 1, except during a step whose clipping makes the
  * factor smaller than the normal numbers of float. */
@@ -56,17 +58,17 @@ typedef struct {
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
 
-/* A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes; nonfinite: how many of the elements are
- * not finite. */
+/* A sum of squares, kept as sum * 2^(2*exponent) so that it neither overflows nor vanishes; nonfinite: how many of the
+ * elements are not finite. */
 typedef struct {
     double sum;
     int64_t exponent, nonfinite;
 } fastrms_squares;
 
 /* What a step found in the gradients before it wrote anything.  grad_norm: the norm of grad * grad_scale, where clip_norm
- * asked for it; infinite where it is too large for a double.  With on_nonfinite, nonfinite: how many elements of
- * grad * grad_scale are NaN or infinite or have a square that overflows their type; tensor: the first tensor with such an
- * element, -1 where there is none. */
+ * asked for it; it is infinite where it is too large for a double.  The other two are set where on_nonfinite asks for them.
+ * nonfinite: how many elements of grad * grad_scale are NaN or infinite or have a square that overflows their type; tensor:
+ * the index of the first tensor with such an element, -1 where there is none. */
 typedef struct {
     double grad_norm;
     int64_t nonfinite, tensor;
@@ -75,13 +77,12 @@ typedef struct {
 /* All tensors of an optimizer; all memory is the caller's.  fastrms_plan_init fills a plan, and leaves
  * these fields to the caller.
  * grad[k]: the gradient of tensor k; NULL leaves tensor k alone.
- * grad_scale, clip_norm: of fastrms_step; every gradient is multiplied by grad_scale (1), and clipped to the norm clip_norm
- *     unless that is negative (-1).
+ * grad_scale, clip_norm: what fastrms_step uses.  It multiplies every gradient by grad_scale (at first 1), and reduces their
+ *     common norm to clip_norm where it is larger, unless clip_norm is negative (at first -1).
  * on_nonfinite: FASTRMS_PROPAGATE, FASTRMS_SKIP or FASTRMS_REFUSE.
  * zero_grad: a step writes zeros over the gradients, also a step left out by FASTRMS_SKIP.
- * held: not 0 while grad[] points to memory that stays; fastrms_step refuses without it.
- * unchanging: set it to 0 after writing to a recipe; otherwise coefficients that were ready for the last step serve
- *     the next.
+ * held: not 0 while grad[] points to memory that stays valid; where it is 0, fastrms_step answers FASTRMS_NOT_HELD.
+ * unchanging: set it to 0 after writing to a recipe; otherwise the next step may use the coefficients of the last one.
  * steps counts the steps of the plan.  The other fields are the plan's own. */
 typedef struct {
     int64_t tensors, steps;
@@ -98,39 +99,40 @@ typedef struct {
     int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
 } fastrms_plan;
 
-/* Make *plan a plan of these tensors and recipes, which hold no gradients yet.  tensor[k].size must be set.  grad: place for
- * the address of one gradient per tensor.  scratch: fastrms_scratch_bytes() bytes, aligned like a double. */
+/* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size must be set.  grad: room for
+ * one address per tensor, that of its gradient.  scratch: fastrms_scratch_bytes() bytes, aligned like a double. */
 int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor);
 void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
                        const void **grad, void *scratch);
 
 /* ---- a step of a plan ---- */
 
-/* Make one step over all tensors, from the gradients that the plan holds.  fastrms_step_held makes it only while they are
- * the gradients that fastrms_change was told to hold under this number, and answers FASTRMS_NOT_HELD otherwise. */
+/* Make one step over all tensors, from the gradients that the plan holds.  fastrms_step_held makes it only while these are
+ * the gradients that fastrms_change was told to hold under the number held, and answers FASTRMS_NOT_HELD otherwise. */
 int fastrms_step(fastrms_plan *plan);
 int fastrms_step_held(fastrms_plan *plan, int held);
 
 /* Take over parameters, gradients and recipes, and make a step, in one call that no other thread and no interrupt can cut in
  * two: all of it is done, or nothing.
- * param, grad: new addresses for every tensor, or NULL; recipe: all recipes anew, or NULL; hold: a number other than 0 where
- * the gradients stay where they are; run: whether to make a step, with grad_scale, and with clip_norm unless that is
- * negative; *found receives what the step found, unless found is NULL.
- * FASTRMS_NONFINITE leaves out the step, but not what was taken over. */
+ * param, grad: new addresses for every tensor, or NULL; recipe: the new values of all recipes, or NULL; hold: a number other
+ * than 0 where the memory of the gradients stays valid, by which fastrms_step_held names them; run: whether to make a step,
+ * with grad_scale, and with clip_norm unless that is negative; *found receives what the step found, unless found is NULL.
+ * FASTRMS_NONFINITE leaves out the step; parameters, gradients and recipes are taken over all the same. */
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: all recipes anew, or NULL.  A gradient that shares a byte with
- * a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The gradients that the plan holds stay. */
+ * FASTRMS_STREAMING, but fastrms_step_held answers FASTRMS_NOT_HELD.  param: a new address, or NULL; recipe: the new values
+ * of all recipes, or NULL.  A gradient that shares a byte with a parameter or a state of any tensor is answered by
+ * FASTRMS_OVERLAP.  The plan goes on holding the gradients that it held before. */
 int fastrms_stream_open(fastrms_plan *plan);
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 
 /* Copy `count` buffers in or out of the plan, and with them the step counts (tensors + 1 of them, the plan's own first) and
- * the recipes; all of it in one call, as fastrms_change.  recipe, new_steps, old_steps: or NULL. */
+ * the recipes; like fastrms_change it does all of this or nothing.  recipe, new_steps and old_steps may be NULL. */
 int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void *const *from, const int64_t *bytes,
                  const fastrms_recipe *recipe, const int64_t *new_steps, int64_t *old_steps);
 
@@ -140,13 +142,14 @@ int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void 
 int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
-/* fastrms_update for a rule with one state, with step 1 and grad_scale 1: a caller has four arguments less to convert. */
+/* fastrms_update for a rule with one state, with step 1 and grad_scale 1, which saves a caller four arguments. */
 int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state);
 
 /* ---- hyper-parameters ---- */
 
-/* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults; what
- * a family does not know it ignores.  clip_value: 0 for none.  bias_correction: 0, FASTRMS_CORRECTED or FASTRMS_FOLDED.
+/* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults.  A
+ * family ignores the fields that it does not use.  clip_value: 0 for no clipping.  bias_correction: 0, FASTRMS_CORRECTED or
+ * FASTRMS_FOLDED.
  * nesterov: 0 or 1 for RMSProp, 0, FASTRMS_DOZAT or FASTRMS_FOLDED for Adam.  amsgrad: 0, 1 or FASTRMS_CORRECTED. */
 #define FASTRMS_CORRECTED 2
 #define FASTRMS_FOLDED 3
@@ -164,9 +167,9 @@ extern const fastrms_hyper fastrms_adamw_defaults;
 extern const fastrms_hyper fastrms_rprop_defaults;
 
 /* The recipe of these hyper-parameters for float (itemsize 4) or double (8), with the bits that Python computes.  The answer
- * is NULL, or the name of the hyper-parameter that is refused, and *recipe is as it was.  Not checked is what only the state
- * shows: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  RProp's state step_size starts as lr, by the
- * caller. */
+ * is NULL, or the name of the hyper-parameter that is refused; then *recipe is as it was.  What depends on the state is not
+ * checked: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  The caller fills RProp's state step_size with lr
+ * before the first step. */
 const char *fastrms_rmsprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 const char *fastrms_adagrad_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
 const char *fastrms_adam_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
@@ -174,8 +177,8 @@ const char *fastrms_rprop_recipe(fastrms_recipe *recipe, int itemsize, const fas
 
 /* ---- rules ---- */
 
-/* The rules of this library by number: their names, their arguments with blanks between them, and how many states they
- * have. */
+/* The rules of this library, numbered from 0: their names, their arguments as one text with blanks in between, and the
+ * number of their states. */
 int fastrms_rule_count(void);
 const char *fastrms_rule_name(int rule);
 const char *fastrms_rule_arguments(int rule);

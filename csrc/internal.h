@@ -13,7 +13,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TIERS(X, with)                                                                                          \
     X(avx2, __attribute__((target("avx2"))), (__builtin_cpu_init(), __builtin_cpu_supports("avx2") != 0), with) \
-    X(baseline, , 1, with)                                /* avx2 without fma: nothing may contract */
+    X(baseline, , 1, with)                                /* the avx2 tier leaves out fma: nothing can contract */
 #else
 #define TIERS(X, with) X(baseline, , 1, with)
 #endif
@@ -31,11 +31,11 @@ enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_AHEAD = 24 * 
 
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 
-/* norm.c: what a scan of a gradient looks for, and the sum of squares and the count of nonfinite elements of one block,
- * whose numbers are stored in so many bytes */
+/* norm.c: what a scan of a gradient looks for, and the function that finds the sum of squares and the number of nonfinite
+ * elements of one block, each element of which is stored in `stored` bytes */
 typedef struct {
     int squares, nonfinite;
-    double grad_scale;                                    /* for the count only */
+    double grad_scale;                                    /* used by the count only */
 } fastrms_scan_options;
 typedef fastrms_squares fastrms_scan_function(int64_t size, int stored, const void *grad, fastrms_scan_options options);
 
@@ -59,25 +59,26 @@ const fastrms_tier *fastrms_current_tier(void);           /* dispatch.c */
 /* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */
 void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready);
 
-/* pool.c: task over [0, count) in chunks, by all threads where the step has enough elements and the pool is free */
+/* pool.c: run task over [0, count), in chunks by all threads where the step has enough elements and the pool is free, else
+ * in one piece by the caller */
 typedef void fastrms_task(void *context, int64_t begin, int64_t end);
 void fastrms_parallel(int64_t elements, fastrms_task *task, void *context, int64_t count, int64_t chunk);
 int64_t fastrms_chunk_size(void);
 void fastrms_enter_step(void);
 void fastrms_leave_step(void);
 int32_t fastrms_generation(void);
-#define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds these two by name */
+#define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds such functions by name */
 
 /* Bytes of an element as the buffers of a tensor store it.  Today every buffer is stored in the compute dtype of its recipe,
  * whose bytes are recipe->itemsize; with storage formats this will be said of each buffer. */
 static inline int fastrms_stored_itemsize(const fastrms_recipe *recipe) { return recipe->itemsize; }
 
-/* norm.c.  What a step multiplies every gradient by, grad_scale * grad_rescale: the second is a power of two, and 1 except
- * where their product is below the normal numbers of float; such a step runs the general form of its rules. */
+/* norm.c.  A step multiplies every gradient by grad_scale * grad_rescale.  grad_rescale is a power of two, and 1 except
+ * where the product is below the normal numbers of float; such a step runs the general form of its rules. */
 typedef struct {
     double grad_scale, grad_rescale;
 } fastrms_factor;
-int64_t fastrms_segments(int64_t size);                   /* how many a scan of so many elements has */
+int64_t fastrms_segments(int64_t size);                   /* how many segments a scan of `size` elements has */
 fastrms_squares fastrms_scan(fastrms_plan *plan);
 fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares);
 

@@ -1,5 +1,5 @@
 /* Every rule as a loop: float and double, neutral and general form, for each tier in one binary.
- * The loops are plain C that the compiler vectorises; the file flags has those that make it do so. */
+ * The loops are plain C; the compiler vectorises them under the options in the file csrc/flags. */
 #include <math.h>
 #include "internal.h"
 

@@ -1,7 +1,8 @@
 /* The norm of all gradients and the clipping by it.  The sum of squares is made in double and in one order of additions:
  * eight lanes within a block of 4096, blocks in sequence within a segment of 2^18, segments in sequence, whichever thread
- * computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows; squares of
- * floats cannot.  Elements that are not finite are counted in the same scan, so that memory is read once for both.
+ * computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows; the square of
+ * a float cannot overflow a double.  Elements that are not finite are counted in the same scan, so that memory is read once
+ * for both.
  * fastrms/backends/norm.py computes the same bits by functions of the same names. */
 #include <float.h>
 #include <math.h>
@@ -13,7 +14,7 @@ enum { SEGMENT = 1 << 18, BLOCK = 4096, LANES = 8 };      /* elements */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* four numbers as doubles; written as vectors, since no compiler makes them of the lanes by itself */
+/* vectors of four; they are written out, since no compiler makes vectors of the eight lanes by itself */
 typedef float four_floats __attribute__((vector_size(16)));
 typedef double four __attribute__((vector_size(32)));
 
@@ -50,7 +51,8 @@ INLINE double block_sum(int64_t size, const float *f32, const double *f64, doubl
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
-/* the power of two just above the largest finite magnitude; 0 for zeros, infinities and floats */
+/* the exponent of the power of two just above the largest magnitude, at least -1000; 0 where that magnitude is 0 or
+ * infinite.  NaNs are passed over. */
 INLINE int block_exponent(int64_t size, const double *f64)
 {
     double lane[LANES] = {0}, most = 0;
@@ -78,7 +80,8 @@ INLINE fastrms_squares block_squares(int64_t size, int stored, const void *grad)
     return (fastrms_squares){block_sum(size, NULL, grad, ldexp(1, -exponent)), exponent, 0};
 }
 
-/* the squares are made in the compute dtype, as the rule makes them of what it has scaled */
+/* how many elements are NaN or infinite or have a square that overflows, in the compute dtype, in which the rule scales and
+ * squares, too */
 INLINE int64_t block_nonfinite(int64_t size, int stored, const void *grad, double grad_scale)
 {
     const float *f32 = grad, scale = (float)grad_scale;
@@ -112,7 +115,7 @@ TIERS(OF_TIER, )
 static void add(fastrms_squares *total, fastrms_squares part)
 {
     total->nonfinite += part.nonfinite;
-    if (part.sum == 0)                                    /* its exponent says nothing */
+    if (part.sum == 0)                                    /* then its exponent means nothing */
         return;
     int64_t most = part.exponent > total->exponent ? part.exponent : total->exponent;
     total->sum = ldexp(total->sum, (int)(2 * (total->exponent - most))) + ldexp(part.sum, (int)(2 * (part.exponent - most)));
@@ -132,7 +135,7 @@ static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, 
 
 int64_t fastrms_segments(int64_t size) { return (size + SEGMENT - 1) / SEGMENT; }
 
-/* scan segments [begin, end) of the gradients, each to its place in plan->segments */
+/* scan segments [begin, end), counted through all gradients, and write what each holds to plan->segments */
 static void scan_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
@@ -153,7 +156,7 @@ static void scan_range(void *context, int64_t begin, int64_t end)
     fastrms_restore_float_mode(mode);
 }
 
-/* add up what scan_range left of each tensor's segments, and tell it in plan->found */
+/* add up what scan_range wrote for the segments, and fill plan->found */
 static fastrms_squares sum_of_segments(fastrms_plan *plan)
 {
     fastrms_squares total = {0, -1000, 0};
@@ -171,7 +174,7 @@ static fastrms_squares sum_of_segments(fastrms_plan *plan)
     return total;
 }
 
-/* in one reading of the gradients, everything that must be known of them before the first write */
+/* find out, in one pass over the gradients, everything that must be known of them before the first write */
 fastrms_squares fastrms_scan(fastrms_plan *plan)
 {
     int64_t segments = 0, elements = 0;
@@ -184,11 +187,12 @@ fastrms_squares fastrms_scan(fastrms_plan *plan)
     return sum_of_segments(plan);
 }
 
-/* value * 2^exponent as a factor.  A small power of two is halved between its parts, so that float can hold both. */
+/* value * 2^exponent as a factor.  Where that is too small for a float, half of the exponent goes to
+ * each part, so that a float can hold both. */
 static fastrms_factor factor(double value, int exponent)
 {
     double whole = ldexp(value, exponent);
-    if (value == 0 || !(fabs(whole) < FLT_MIN))           /* NaN passes */
+    if (value == 0 || !(fabs(whole) < FLT_MIN))           /* or it is NaN */
         return (fastrms_factor){whole, 1};
     int more;
     value = frexp(value, &more);

@@ -1,14 +1,16 @@
-/* One optimizer step: coefficients of this step, then every tensor through its kernel, in one call. */
+/* The plan of an optimizer.  A step computes its coefficients and puts every tensor through its kernel, in one call; a plan
+ * also takes over other buffers and recipes, makes steps in parts, and copies its buffers in and out.
+ * fastrms/backends/plan.py does the same in Python. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include "internal.h"
 
-#define APART __attribute__((noinline))                   /* leaves the registers to the plain step */
+#define APART __attribute__((noinline))                   /* not inlined: the plain step keeps its registers */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 enum {
-    CACHE_CHUNK = 4096,                                   /* elements: all buffers of so many stay in cache */
-    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* buffers of a tensor */
+    CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
+    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* of one tensor: its parameter, its gradient and its states */
 };
 
 /* the coefficients of step number `step`, with both parts of the factor of the gradient */
@@ -68,8 +70,8 @@ static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64
     memset((char *)plan->grad[k] + offset * stored, 0, (size_t)(size * stored));
 }
 
-/* Chunk by chunk, what is done to a chunk while it is in cache.  Today that is the update and the zeroing of the gradient; a
- * storage format will decode before the update and encode after it here, and nowhere else. */
+/* Update a part in chunks, and do to each chunk what belongs to it while it is in cache.  Today that is the zeroing of the
+ * gradient; a storage format will decode before the update and encode after it here, and nowhere else. */
 static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     for (; size > 0; offset += CACHE_CHUNK, size -= CACHE_CHUNK) {
@@ -79,7 +81,7 @@ static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t o
     }
 }
 
-/* update elements [begin, end) of all elements of the step, which may be parts of several tensors */
+/* update elements [begin, end), counted through all tensors of the step; they may belong to several tensors */
 static void update_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
@@ -114,7 +116,7 @@ static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
     ++plan->steps;
 }
 
-/* of a step that is left out: what has been accumulated in them is of no use */
+/* zero the gradients of a step that is left out, since what was accumulated in them is of no use */
 static void zero_gradients(const fastrms_plan *plan)
 {
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -148,7 +150,7 @@ static int run(fastrms_plan *plan)
     return status;
 }
 
-/* scratch for coefficients, the sums of segments, the ranges of buffers in memory, and where tensors start */
+/* the bytes for coefficients, the sums of segments, the ranges of buffers in memory, and the starts of tensors */
 int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor)
 {
     int64_t segments = 0;
@@ -237,7 +239,8 @@ static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start
     return count + 1;
 }
 
-/* would any two buffers of a step overlap, with these parameters and gradients?  NULL: those of the plan; no gradients. */
+/* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
+ * plan, grad for no gradients.  plan->ranges is left sorted. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
@@ -254,8 +257,8 @@ static int would_overlap(fastrms_plan *plan, void *const *param, const void *con
     return overlap(range, count);
 }
 
-/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These do not overlap, so that
- * the last that starts before the end of the gradient is the only one to look at. */
+/* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These ranges do not overlap,
+ * so only the last of them that starts before the end of the gradient can share one. */
 static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
 {
     uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
@@ -331,7 +334,7 @@ int fastrms_stream_open(fastrms_plan *plan)
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
 
-/* let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer */
+/* note where the parameter of a streamed tensor has moved, unless it or the gradient overlaps another buffer */
 static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *param, const void *grad)
 {
     int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
@@ -365,7 +368,7 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
     run(&one);
     plan->steps += !plan->streamed;
     plan->streamed = 1;
-    plan->unchanging = 0;                                 /* the count of this tensor has moved */
+    plan->unchanging = 0;                                 /* the step count of this tensor has changed */
     return release(plan, FASTRMS_OK);
 }
 

@@ -1,5 +1,6 @@
-/* From hyper-parameters to the coefficients of a rule, and to those of one step: fastrms/recipes.py in C, with the same names
- * in the same order of operations.  The tests compare the whole fastrms_recipe, byte by byte, with the one that Python fills. */
+/* From hyper-parameters to the coefficients of a rule, and to those of one step: fastrms/recipes.py in C, with the same
+ * names in the same order of operations.  The tests compare the whole fastrms_recipe, byte by byte, with the one that Python
+ * fills. */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
@@ -20,11 +21,12 @@ const fastrms_hyper fastrms_rprop_defaults = {
 
 static double rounded(double value, int itemsize)
 {
-    volatile float single = (float)value;                 /* gcc 12 vectorises two (double)(float) side by side into none */
+    volatile float single = (float)value;                 /* gcc 12 loses the rounding where it vectorises two of them */
     return itemsize == 4 ? single : value;
 }
 
-/* what hyper-parameters may be: finite and at least 0; in [0, 1); 0 or not rounded to it; 0 or one of two words */
+/* What values hyper-parameters may have.  usable: at least 0, and finite in the dtype; decaying: in [0, 1) in the dtype;
+ * clipping: usable, and not rounded to 0 unless it is 0; word: 0 or one of two words. */
 static int usable(double x, int itemsize) { return x >= 0 && rounded(x, itemsize) < INFINITY; }
 static int decaying(double x, int itemsize) { return x >= 0 && rounded(x, itemsize) < 1; }
 static int clipping(double x, int itemsize) { return usable(x, itemsize) && (x == 0 || rounded(x, itemsize) > 0); }
@@ -65,7 +67,7 @@ typedef struct {
     double value;
 } coefficient;
 
-/* the rule, its form, its coefficients and the constants; a rule that lacks one of them ignores it */
+/* write the rule, its form, its coefficients and the constants; those that the rule does not have are ignored */
 static void fill(fastrms_recipe *recipe, const char *rule, int general, const coefficient *values)
 {
     const coefficient constants[] = {{"grad_rescale", 1}, {"one", 1}, {"tiny", recipe->itemsize == 4 ? FLT_MIN : DBL_MIN},
@@ -98,7 +100,7 @@ static double added_decay(const fastrms_hyper *h) { return h->decoupled ? 0 : h-
 static double decoupled_decay(const fastrms_hyper *h) { return h->decoupled ? h->lr * h->weight_decay : 0; }
 static int needs_general(const fastrms_hyper *h) { return h->clip_value > 0 || added_decay(h) > 0 || h->eps_root > 0; }
 
-/* the correction for the start at 0 of an average that decays by `rate` */
+/* correct a coefficient for the start at 0 of an average that decays by `rate` */
 static void of_average(fastrms_recipe *recipe, const char *name, int operation, double rate, int ahead)
 {
     correct(recipe, name, (fastrms_correction){.operation = operation, .ahead = ahead,
@@ -110,7 +112,8 @@ static void linear(fastrms_recipe *recipe, const char *name, int operation, doub
     correct(recipe, name, (fastrms_correction){.operation = operation, .linear = 1, .decay = decay, .weight = 1});
 }
 
-/* The families.  The first function of each answers the name of the first hyper-parameter that is wrong, or NULL. */
+/* The families.  The first function of each answers the name of the first hyper-parameter that is wrong, or NULL; the second
+ * fills the recipe. */
 static const char *rmsprop_wrong(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
@@ -172,7 +175,7 @@ static const char *adam_wrong(const fastrms_hyper *h, int itemsize)
         {"amsgrad", word(h->amsgrad, 1, corrected)}, {NULL, 0}});
 }
 
-/* Adam's correction of exp_avg_sq, which stands where its form of bias correction wants it */
+/* Adam's correction of exp_avg_sq; which coefficient takes it depends on the form of bias correction */
 static void of_second_average(fastrms_recipe *recipe, const fastrms_hyper *h)
 {
     int divide = h->bias_correction ? DIVIDE : NONE, over_root = h->bias_correction ? OVER_ROOT : NONE;
@@ -218,7 +221,8 @@ static void rprop(fastrms_recipe *recipe, const fastrms_hyper *h)
         {"flip_below", h->zero_on_flip ? 0 : -INFINITY}, {NULL, 0}});
 }
 
-/* does a coefficient overflow the dtype, at any step or at the first?  All that can hold lr. */
+/* does a coefficient overflow the dtype, by itself or after the division at the first step?  Only coefficients that hold lr
+ * can. */
 static int overflowing(const fastrms_recipe *recipe)
 {
     int over = 0;

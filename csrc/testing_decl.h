@@ -7,9 +7,9 @@ int fastrms_isa_count(void);
 const char *fastrms_isa_name(int isa);
 int fastrms_isa_supported(int isa);
 int fastrms_isa_get(void);
-int fastrms_isa_set(int isa);             /* returns isa, or -1 where this CPU does not support it */
+int fastrms_isa_set(int isa);             /* returns isa, or -1 where there is no such tier or this CPU lacks it */
 
-/* the compiler that built the kernels, in words */
+/* the name and version of the compiler that built the kernels */
 const char *fastrms_compiler(void);
 
 /* ---- threads ---- */
@@ -25,10 +25,11 @@ double fastrms_series(double decay, double weight, int64_t terms);
 
 /* ---- the ceilings of the benchmark ---- */
 
-/* fastrms_streams makes one addition to every buffer that a rule with so many states writes: all streams together, or in
- * turn within blocks of so many elements where block > 0.  fastrms_divider makes `size` divisions and square roots of the
- * first elements of grad, in L1, and leaves param[i] = grad[i] / sqrt(grad[i]) of those.
- * shared: by all threads of the pool, in chunks, however small it is. */
+/* fastrms_streams makes one addition to each buffer that a rule with `states` states writes: to all of them in one loop, or,
+ * where block > 0, to one after the other within blocks of `block` elements.  fastrms_divider makes `size` divisions and
+ * square roots, over and over from the first elements of grad, which stay in L1, and leaves
+ * param[i] = grad[i] / sqrt(grad[i]) for these.
+ * shared: whether all threads of the pool share the work, in chunks, however small it is. */
 typedef struct {
     int64_t size, block, chunk;
     int32_t itemsize, states, shared, reserved;

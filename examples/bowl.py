@@ -83,7 +83,7 @@ def circulating_path(start, steps):
 
 
 def draw(paths, circulating, picture):
-    """Per optimizer the path on the surface, and below it on the contours."""
+    """Draw each optimizer's path, on the surface and below that on the contours."""
     figure = Figure(figsize=(2.4 * len(paths), 4.8), layout="constrained")
     half = 1.1 * np.abs([*paths.values(), circulating]).max()
     x, y = np.meshgrid(*[np.linspace(-half, half, 41)] * 2)
@@ -117,7 +117,7 @@ def show(paths, circulating):
 
 
 def main(arguments=None):
-    """Descend with every optimizer; returns the paths by optimizer, and that of the circulating code."""
+    """Descend with every optimizer; returns the paths by optimizer, and the path of the circulating code."""
     parser = argparse.ArgumentParser(description="Descends x^2 + y^2 with every optimizer and draws the paths.")
     parser.add_argument("--seed", type=int, default=1, help="of the start (default: 1)")
     parser.add_argument("--steps", type=int, default=50, help="default: 50")

@@ -59,7 +59,7 @@ class Network:
         return hidden, scores / scores.sum(axis=1, keepdims=True)
 
     def backward(self, images, digits):
-        """Fill `gradients` for the mean cross-entropy of these images; the loss."""
+        """Fill `gradients` for the mean cross-entropy of these images; returns the loss."""
         hidden, probabilities = self.forward(images)
         rows = np.arange(len(digits))
         loss = -np.log(probabilities[rows, digits] + 1e-12).mean()
@@ -90,7 +90,7 @@ def digits_for(seed):
 
 
 def train(make, full_batch, seed, epochs):
-    """The mean loss of each epoch, and the accuracy on the test images."""
+    """Train; returns the mean loss of each epoch, and the accuracy on the test images."""
     train_images, test_images, train_digits, test_digits = digits_for(seed)
     random = np.random.default_rng(seed)
     network = Network(random)
@@ -109,7 +109,7 @@ def train(make, full_batch, seed, epochs):
 
 
 def draw(losses):
-    """The loss of each epoch, the mean over the seeds."""
+    """Draw the loss of each epoch, averaged over the seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")

@@ -3,7 +3,7 @@
 The estimator below is all it takes: fit trains a small network with fastrms, and scikit-learn can clone it, cross-validate
 it and search over its parameters.
 
-Run with `python examples/hyper_search.py`; prints the best and draws fastrms-search.png, a map of the scores.
+Run with `python examples/hyper_search.py`; prints the best pair and draws fastrms-search.png, a map of the scores.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
 
 def search(images, digits, grid, folds, **fixed):
-    """The finished GridSearchCV; the folds are shuffled by the seed."""
+    """Search; returns the finished GridSearchCV.  The folds are shuffled by the seed."""
     parts = StratifiedKFold(folds, shuffle=True, random_state=fixed["seed"])
     return GridSearchCV(Classifier(**fixed), grid, cv=parts).fit(images, digits)
 
@@ -82,7 +82,7 @@ def as_map(found):
 
 
 def draw(scores, best, picture):
-    """The mean accuracy of each pair, a row per rho; the best one framed."""
+    """Draw the mean accuracy of each pair, in a row per rho, and frame the best one."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     panel = figure.subplots()
     image = panel.imshow(scores, cmap="viridis", aspect="auto")

@@ -40,7 +40,7 @@ def fill_gradient(line, gradient, x, y):
 
 
 def fit(x, y, steps):
-    """(w, b) after these steps from (0, 0), and the loss before each."""
+    """Make these steps from (0, 0); returns (w, b) and the loss before each step."""
     line, gradient = np.zeros(2), np.empty(2)
     optimizer = fastrms.RMSProp(line, lr=lambda step: 0.1 * 0.99**step, rho=0.9)
     optimizer.bind(gradient)

@@ -29,7 +29,7 @@ import fastrms
 
 SIZES = (784, 512, 256, 10)
 BATCH = 64
-OPTIMIZERS = {  # how each is made, the images in a batch (None: all) and the usual number of epochs
+OPTIMIZERS = {  # how each is made, the images in a batch (None: all) and the default number of epochs
     "rmsprop": (lambda weights: fastrms.RMSProp(weights, lr=1e-3), BATCH, 10),
     "adagrad": (lambda weights: fastrms.AdaGrad(weights, lr=1e-2), BATCH, 10),
     "adam": (lambda weights: fastrms.Adam(weights, lr=1e-3), BATCH, 10),
@@ -46,7 +46,8 @@ def digits_for(seed, count):
 
 
 def train(network, optimizer, parts, size, epochs, random, say):
-    """The running loss after each batch (0.05 of it the batch's, all of it for RProp); the accuracy after each epoch."""
+    """Train; returns the running loss after each batch and the accuracy after each epoch.  A batch makes up 0.05 of the
+    running loss, for RProp all of it."""
     images, held_out, digits, held_out_digits = parts
     running, accuracies, share = [], [], 0.05 if size else 1
     for epoch in range(1, epochs + 1):
@@ -60,7 +61,7 @@ def train(network, optimizer, parts, size, epochs, random, say):
 
 
 def draw_curves(figure, running, accuracies):
-    """The running loss on the left scale, the accuracy on the right one, over the epochs; the panel of the first."""
+    """Draw the running loss on the left scale and the accuracy on the right one, over the epochs; returns the left panel."""
     panel = figure.subplots()
     epochs = len(accuracies)
     loss = panel.plot(np.arange(1, len(running) + 1) * epochs / len(running), running, color="#0072B2", label="running loss")
@@ -74,7 +75,7 @@ def draw_curves(figure, running, accuracies):
 
 
 def draw(network, name, running, accuracies, parts, picture):
-    """The curves, and the first ten held-out digits that the network takes for others."""
+    """Draw the curves, and the first ten held-out digits that the network takes for others."""
     _, images, _, digits = parts
     found = network.probabilities(images).argmax(axis=1)
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -34,7 +34,7 @@ class Network:
         return outputs
 
     def backward(self, inputs, classes):
-        """Fill `gradients` for the mean cross-entropy of these examples, and return it."""
+        """Fill `gradients` for the mean cross-entropy of these examples, and return this loss."""
         *outputs, delta = self.activities(inputs)
         loss = cross_entropy(delta, classes)
         delta[np.arange(len(classes)), classes] -= 1
@@ -57,7 +57,7 @@ class Network:
 
 
 def cross_entropy(probabilities, classes):
-    """The mean of -log of the probability of the right class; at most 27.6, where that is 0."""
+    """The mean of -log(probability of the right class); at most 27.6, which stands for a probability of 0."""
     return float(-np.log(probabilities[np.arange(len(classes)), classes] + 1e-12).mean())
 
 

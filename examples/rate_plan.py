@@ -57,7 +57,7 @@ class Trainer:
         self.history = []
 
     def epoch(self, stage, rate):
-        """Train on every image once; the validation loss."""
+        """Train on every image once; returns the validation loss."""
         losses = []
         for batch in batches(32, len(self.images), self.random):
             losses.append(self.network.backward(self.images[batch], self.classes[batch]))
@@ -67,7 +67,7 @@ class Trainer:
 
 
 def three_stages(trainer, first, most):
-    """`first` epochs of stage 1, then the others, at most `most` epochs each; leaves the best weights."""
+    """Make `first` epochs of stage 1, then the other stages of at most `most` epochs each; leaves the best weights."""
     optimizer = trainer.optimizer
     stopping = EarlyStopping(trainer.network.weights, patience=PATIENCE, optimizer=optimizer)
     for _ in range(first):
@@ -78,7 +78,7 @@ def three_stages(trainer, first, most):
         stopping.update(loss)
         if plateau.update(loss) and plateau.rate == MIDDLE:
             break
-    stopping.restore()  # with the optimizer's averages of that epoch
+    stopping.restore()  # also the optimizer's averages of that epoch
     optimizer.lr = SMALL
     for _ in range(most):
         if stopping.update(trainer.epoch(3, SMALL)):
@@ -87,7 +87,7 @@ def three_stages(trainer, first, most):
 
 
 def draw(history, picture):
-    """Rate above, losses below, over the epochs; a vertical line between stages, a dot at the epoch that was restored."""
+    """Draw the rate above and the losses below, with a line between stages and a dot at the epoch that was restored."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     epochs, (stages, rates, training, validation) = range(1, len(history) + 1), zip(*history, strict=True)

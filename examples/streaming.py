@@ -4,7 +4,7 @@ The gradient of each layer is computed into one scratch array, the same for all 
 layer at once, while the gradient is in cache: no array holds all gradients.  The weights are those of whole steps, to
 the last bit.
 
-Run with `python examples/streaming.py`; prints the time of a batch and the test accuracy either way.
+Run with `python examples/streaming.py`; prints the time of a batch and the test accuracy for either kind of step.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def forward(weights, images):
 
 
 def backward(weights, activities, digits, scratch):
-    """(name, gradient of the mean cross-entropy) of each layer, the last layer first.  scratch(name) is where to put it;
-    the caller may change the weights of a layer as soon as it has its gradient."""
+    """Yield (name, gradient of the mean cross-entropy) of each layer, the last layer first.  scratch(name) is the array for
+    the gradient; the caller may change the weights of a layer as soon as it has its gradient."""
     delta = np.exp(activities[-1] - activities[-1].max(axis=1, keepdims=True))
     delta /= delta.sum(axis=1, keepdims=True)
     delta[np.arange(len(digits)), digits] -= 1
@@ -62,7 +62,7 @@ def backward(weights, activities, digits, scratch):
 
 
 def train_whole(weights, batches):
-    """All gradients first, then one step."""
+    """Train with whole steps: all gradients first, then one step."""
     optimizer = fastrms.RMSProp(weights, lr=LEARNING_RATE)
     gradients = {name: np.empty_like(matrix) for name, matrix in weights.items()}
     optimizer.bind(gradients)
@@ -73,7 +73,7 @@ def train_whole(weights, batches):
 
 
 def train_streamed(weights, batches):
-    """Each layer is updated as soon as its gradient is there."""
+    """Train with streamed steps: each layer is updated as soon as its gradient is there."""
     optimizer = fastrms.RMSProp(weights, lr=LEARNING_RATE)
     memory = np.empty(max(matrix.size for matrix in weights.values()), np.float32)
 

@@ -96,7 +96,7 @@ def by_python(weights, gradient, data):
 
 
 def trained(make, data, rounds):
-    """Weights after all batches, and the seconds of the fastest of some rounds, each from the same start."""
+    """Train some rounds from the same start; returns the weights, and the seconds of the fastest round."""
     start = np.random.default_rng(0).standard_normal(FIRST + SECOND).astype(np.float32) * np.float32(0.1)
     weights, gradient = start.copy(), np.empty_like(start)
     make(weights, gradient, (data[0], data[1], data[2][:1]))()  # compiles
@@ -121,7 +121,7 @@ def digits_in_batches(epochs):
 
 
 def ways():
-    """Only what this installation has: without C, the update from Python is NumPy's or Numba's."""
+    """The ways that this installation has; without C, the update from Python is that of Numba or NumPy."""
     found = {"one @njit function, fastrms.numba.rmsprop": by_numba}
     if "c" in fastrms.available_backends():
         found["one @njit function, opt.c_step"] = by_c_step

@@ -1,4 +1,4 @@
-"""An optimizer in a safetensors file: written whole or not at all, and checked before anything is taken over.
+"""An optimizer in a safetensors file, which is written whole or not at all, and checked before anything of it is used.
 
 The tensors are the state arrays, named "<tensor>/<state>".  The metadata has one entry, "fastrms": the rest of
 state_dict() as JSON, whose numbers are those of repr() and so exact.
@@ -51,7 +51,7 @@ def load(optimizer, path):
 
 def _read(library, path):
     """The state_dict in a file; OSError as the filesystem has it, ValueError where the file is not one of ours."""
-    with open(path, "rb"):  # safetensors words what the filesystem refuses less clearly
+    with open(path, "rb"):  # open() words what the filesystem refuses more clearly than safetensors
         pass
     try:
         with library.safe_open(path, "np") as file:

@@ -1,4 +1,4 @@
-"""What this installation is and runs: for bug reports and for tests that must know what they test."""
+"""What this installation consists of and uses, for bug reports and for tests that must know what they test."""
 
 import platform
 import sys

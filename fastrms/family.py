@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from . import dialects, hyper, own_rules
 from .recipes import rounded
 
-OPTIONS = {  # of every optimizer, beside its hyper-parameters
+OPTIONS = {  # the arguments of every optimizer beside its hyper-parameters
     "groups": None,
     "dialect": None,
     "nonfinite": "propagate",
@@ -25,7 +25,7 @@ class Family:
     __slots__ = ()
 
     defaults: dict = {}
-    checks: dict = {}  # of hyper-parameters whose range is another than in hyper.CHECKS
+    checks: dict = {}  # for hyper-parameters whose range differs from that in hyper.CHECKS
     fixed: tuple = ()  # hyper-parameters that are used once, when the state is made
     state_names: tuple = ()
     own_rule = None
@@ -37,13 +37,13 @@ class Family:
             cls.own_rule = own_rules.rule_of(cls)
         cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
         keywords = [Parameter(n, Parameter.KEYWORD_ONLY, default=v) for n, v in {**cls.defaults, **OPTIONS}.items()]
-        if not cls.defaults:  # of what a subclass will declare
+        if not cls.defaults:  # stands for what a subclass will declare
             keywords.append(Parameter("options", Parameter.VAR_KEYWORD))
         cls.__signature__ = Signature([Parameter("params", Parameter.POSITIONAL_OR_KEYWORD), *keywords])
 
     @classmethod
     def resolve(cls, dialect, options):
-        """All hyper-parameters, checked: the defaults, over them the dialect's, over them the explicit options."""
+        """All hyper-parameters, checked.  The dialect overrides the defaults, and explicit options override both."""
         unknown = next((name for name in options if name not in cls.defaults), None)
         if unknown is not None:
             raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{hyper.said_instead(unknown)}; it has "
@@ -53,13 +53,13 @@ class Family:
 
     @classmethod
     def checked(cls, dialect, name, value):
-        """The value of one hyper-parameter as it is kept; TypeError or ValueError where it may not have this one."""
+        """One hyper-parameter's value in the form in which it is kept; TypeError or ValueError where it may not have it."""
         value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
 
     @staticmethod
     def at_step(values, step=None):
-        """Hyper-parameters as attributes; a callable lr evaluated at the number of steps done, 0 where that is None."""
+        """Hyper-parameters as attributes.  A callable lr is evaluated at the number of steps done; it is 0 for None."""
         h = SimpleNamespace(**values)
         if callable(values["lr"]):
             h.lr = 0.0 if step is None else hyper.non_negative(f"lr({step})", values["lr"](step))
@@ -67,7 +67,7 @@ class Family:
 
     @classmethod
     def checked_recipe(cls, h, dtype):
-        """The recipe, with every number finite in dtype."""
+        """The recipe of h; ValueError where a number of h is not finite in dtype."""
         for name, value in vars(h).items():
             if isinstance(value, float) and not isfinite(rounded(value, dtype)):
                 raise ValueError(f"{name}={value!r} is not finite in {dtype}")
@@ -75,7 +75,7 @@ class Family:
 
     @classmethod
     def recipe(cls, h, dtype):
-        """The recipe of a subclass with its own rule; those of fastrms have their own recipes."""
+        """The recipe of a subclass with its own rule; the optimizers of fastrms override this."""
         if cls.own_rule is None:
             raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
         return own_rules.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the folder of what one process compiles for the next."""
+"""Files that are written whole or not at all, and the cache folder for what is compiled."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def whole(path, mode=0o666):
 
 
 def save(path, data):
-    """Put data in the place of a file of somebody's, on the disk before the name changes hands.
+    """Replace a file of the user's by data, which are on the disk before they get its name.
 
     An existing file keeps its owner, group and permissions as far as this user may give them.  What is no regular file,
     such as a FIFO or a device, is not replaced but written to, as open() does.
@@ -45,7 +45,7 @@ def save(path, data):
     Raises
     ------
     OSError
-        As open(path, "wb") raises it; the old file is whole then.
+        Where open(path, "wb") or a write fails; the old file is whole then.
     """
     there, found = os.path.realpath(path), _status(path)
     if path == "" or (found is not None and not _replaceable(path, there, found)):
@@ -73,7 +73,7 @@ def _replaceable(path, there, found):
     """Whether a new file may take the place of this one: a regular file that has a name and that this user may write."""
     if not stat.S_ISREG(found.st_mode):
         return False
-    os.close(os.open(path, os.O_WRONLY))  # a file that is protected against writing is refused as open() refuses it
+    os.close(os.open(path, os.O_WRONLY))  # a write-protected file is refused as open() refuses it
     named = _status(there)
     return named is not None and os.path.samestat(named, found)
 

@@ -25,16 +25,16 @@ _CACHE_SIZE = 256
 
 
 class Prepared(NamedTuple):
-    """What a call needs, made once per set of hyper-parameters."""
+    """What a call needs; it is made once per set of hyper-parameters."""
 
     recipe: Recipe
-    update: Any  # of the backend, for flat arrays
-    c_recipe: Any  # fastrms_recipe for the short way through C; None elsewhere, or where the state must be looked at
+    update: Any  # the backend's update(), which takes flat arrays
+    c_recipe: Any  # a fastrms_recipe for C's short way; None on other backends, and where the state is checked for zeros
     positive_state: bool
 
 
 class Call:
-    """The call of one rule on raw arrays.  given: hyper-parameters that its state arrays decide."""
+    """The call of one rule on raw arrays.  given: the hyper-parameters that follow from which state arrays are passed."""
 
     __slots__ = ("cache", "given", "last", "names", "optimizer", "rule")
 
@@ -45,8 +45,9 @@ class Call:
         self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
 
     def make(self, options, step, grad_scale, param, grad, first, second=None, third=None):
-        """The short way, for exact ndarrays and the hyper-parameters of the last call: the checks of the other way with less
-        Python.  from_buffer refuses what is strided or read-only, C what overlaps, is misaligned or is missing."""
+        """Make the update.  For exact ndarrays and the hyper-parameters of the last call there is a short way, with the same
+        checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is misaligned or is
+        missing.  Everything else goes through checked()."""
         try:
             last, dtype, recipe = self.last
             if (
@@ -58,7 +59,7 @@ class Call:
                 and param.shape == grad.shape == first.shape
             ):
                 for name in options:
-                    if type(options[name]) is not type(last[name]):  # True == 1.0
+                    if type(options[name]) is not type(last[name]):  # equal values may differ in kind: True == 1.0
                         break
                 else:
                     second_at = _NULL if second is None else _pointer(second, param)
@@ -76,12 +77,12 @@ class Call:
                     ):
                         return
         except _WRONG:
-            pass  # the checked way says what is wrong
+            pass  # checked() says what is wrong
         buffers = param, grad, first, second, third
         self.checked(options, step, grad_scale, buffers[: len(self.names)])
 
     def checked(self, options, step, grad_scale, buffers):
-        """The same for any array-likes, with the sentences."""
+        """Make the update for any array-likes, or say in an error what is wrong with them."""
         graph_breaks.tell_torch()
         names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
@@ -103,7 +104,8 @@ class Call:
             memory.wrote([param, *acquired[2:]])
 
     def prepared(self, dtype, options):
-        """What prepare() makes, through the cache.  Equal keys may differ in kind (True == 1): those keep their kinds."""
+        """The Prepared of these options, from the cache or from prepare().  The key holds the kinds of the values, too,
+        since values of different kinds may be equal (True == 1)."""
         kinds = [*map(type, options.values())]
         plain = _PLAIN_KINDS.issuperset(kinds)
         key = (dtype, *options, *options.values(), *kinds) if plain else None
@@ -119,7 +121,7 @@ class Call:
         return prepared
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
-        """Prepared for hyper-parameters as the caller gave them, everything about them checked."""
+        """Check the hyper-parameters that the caller gave, and make their Prepared."""
         for name, value in self.given.items():
             if options.setdefault(name, value) != value:
                 raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
@@ -144,7 +146,7 @@ class Call:
 
 
 def _pointer(state, param):
-    """Where a further state begins, if it is like param; cffi raises where there is none."""
+    """The address of a second or third state; cffi raises where it is not an ndarray like param."""
     like = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
     return _from_buffer(_BYTES, state if like else None, True)
 
@@ -156,7 +158,7 @@ _rmsprop_centered_momentum = Call(RMSProp, "rmsprop_centered_momentum", centered
 _adagrad = Call(AdaGrad, "adagrad")
 _adam = Call(Adam, "adam")
 _adam_amsgrad = Call(Adam, "adam_amsgrad", amsgrad=True)
-_adam_amsgrad_of_options = Call(Adam, "adam_amsgrad")  # where amsgrad is given: it may be "corrected"
+_adam_amsgrad_of_options = Call(Adam, "adam_amsgrad")  # where the caller gives amsgrad, which may be "corrected"
 _rprop = Call(RProp, "rprop")
 
 
@@ -180,11 +182,11 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     square_avg : array
         The running mean of squares; is updated, and holds no negative number.
     grad_avg : array, optional
-        The running mean of gradients, of the centered form, which is used where this is given.
+        The running mean of gradients; where it is given, the centered form is used.
     momentum_buffer : array, optional
-        The averaged step, of momentum > 0.
+        The averaged step, which momentum > 0 needs.
     step : int, optional
-        The number of this update, from 1; needed with bias_correction only.
+        The number of this update, from 1; only bias_correction needs it.
     grad_scale : float, default 1.0
         Multiplies grad; from 1e-30 to 1e30.
     **options
@@ -272,7 +274,7 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     step : int
         The number of this update, from 1 (not from 0).
     max_exp_avg_sq : array, optional
-        The largest mean of squares, of amsgrad, which is used where this is given.
+        The largest mean of squares so far; where it is given, amsgrad is used.
     grad_scale : float, default 1.0
         Multiplies grad; from 1e-30 to 1e30.
     **options
@@ -310,7 +312,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     grad : array
         Is only read.
     prev : array
-        The gradient of the update before, 0 at first; is updated.
+        The gradient of the previous update, 0 at first; is updated.
     step_size : array
         The step of each weight, lr everywhere at first; is updated.  init_state() makes both.
     grad_scale : float, default 1.0
@@ -329,7 +331,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
-    """Fresh state for the calls above.
+    """Make the state arrays for a first call of rmsprop(), adagrad(), adam() or rprop().
 
     ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
 
@@ -337,12 +339,12 @@ def init_state(optimizer, param, *, dialect=None, **options):
     ----------
     optimizer : {"rmsprop", "adagrad", "adam", "rprop"}
     param : array
-        What the state belongs to.
+        The parameter that the state belongs to.
     dialect : str, optional
         As in the optimizer's class.
     **options
-        The hyper-parameters of that class; they decide which arrays there are and how they start (initial_value; lr for
-        RProp's step_size).
+        The hyper-parameters of that class.  They decide which arrays there are and at what values these start: RMSProp's
+        square_avg and AdaGrad's sum at initial_value, RProp's step_size at lr, all others at 0.
 
     Returns
     -------

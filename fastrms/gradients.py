@@ -1,4 +1,4 @@
-"""Which gradients an optimizer knows: those of a step, those that are bound, and those that came twice."""
+"""Which gradients an optimizer knows: those of a step, those that are bound, and those given to two steps in a row."""
 
 import weakref
 
@@ -24,7 +24,7 @@ class Gradients:
         self.held = self.held_shape = None
         self.number = 0
         self._last = None  # a weak reference to the array of the last step
-        plain = tensors.memory is host  # no ndarray is taken as it is elsewhere
+        plain = tensors.memory is host  # only on the host may an ndarray pass without acquire()
         self._quick = [
             (k, t.param.dtype, t.param.shape if plain and host.is_c_order(t.param) else None) for k, t in enumerate(tensors)
         ]
@@ -35,7 +35,7 @@ class Gradients:
         return self.bound_object if self.held is not None and self.held is self.bound else self.held
 
     def hold(self, held):
-        """Note what the plan holds now, or None."""
+        """Note what the plan holds from now on, which may be None."""
         self.held, self.held_shape = held, held.shape if type(held) is np.ndarray else None
 
     def next_number(self):
@@ -48,8 +48,9 @@ class Gradients:
         return [self._tensors.acquire_grad(k, grad, self._writable) for k, grad in enumerate(leaves)]
 
     def accept(self, grads, anew):
-        """(accepted, hold): the checked gradients of this step, or None where the plan holds them already; and what it
-        holds from then on, or None.  anew: the parameters have moved, so everything must be handed over."""
+        """(accepted, hold): the checked gradients of this step, or None where the plan holds them already; and the object
+        whose memory it is to hold from this step on, or None.  anew: whether the parameters have moved, so that the plan
+        must be given all addresses again."""
         if grads is None:
             return self._accept_bound(anew)
         if self._is_held(grads) and not anew:
@@ -72,8 +73,8 @@ class Gradients:
         return accepted, grads if came_twice else None
 
     def _is_held(self, grads):
-        """Whether the plan holds this array as it is.  One that is to be zeroed is asked each time whether it may be
-        written, and one that was reshaped in place is checked again."""
+        """Whether the plan holds this array as it is.  An array that the step will zero is always checked again, since it
+        may have become read-only, and so is an array that was reshaped in place."""
         if grads is not self.held or type(grads) not in STEADY or self._writable:
             return False
         return self.held_shape is None or grads.shape == self.held_shape
@@ -88,7 +89,7 @@ class Gradients:
         return self.bound, self.bound
 
     def may_move(self):
-        """Whether bound gradients are held that torch may give other memory."""
+        """Whether the plan holds bound gradients and one is a torch tensor, which may have been given other memory."""
         return self.held is self.bound and any(b is not None and host.is_torch(b.owner) for b in self.bound or ())
 
     def held_buffers(self):

@@ -56,7 +56,7 @@ class Groups:
         self.scheduled = [k for k, key in enumerate(self._tensors.keys) if callable(values[key.group]["lr"])]
 
     def recipes(self, values=None):
-        """The recipe of each RecipeKey; a schedule is asked at the next step only."""
+        """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; the next step evaluates it."""
         values = self.values if values is None else values
         keys = self._tensors.keys
         return [self._family.checked_recipe(self._family.at_step(values[key.group]), key.dtype) for key in keys]
@@ -66,7 +66,7 @@ class Groups:
         return self._family.initial(SimpleNamespace(**self.values[key.group]), name)
 
     def changed(self, dialect, changes):
-        """The hyper-parameters of all groups after changes, (group, name, value) each."""
+        """The hyper-parameters of all groups after changes, a list of (group index, name, value)."""
         values = list(self.values)
         for index, name, value in changes:
             if name in self._family.fixed or name == "initial_value":
@@ -75,8 +75,8 @@ class Groups:
         return values
 
     def recipes_for(self, values, state, source):
-        """The recipes by index for new hyper-parameters of all groups, which fit the state; source says where they come
-        from."""
+        """Index -> recipe for new hyper-parameters of all groups; ValueError where they do not fit the state.  source: what
+        the error says they come from."""
         recipes = self.recipes(values)
         for recipe, rule in zip(recipes, self.rules, strict=True):
             if recipe.rule != rule:
@@ -95,7 +95,7 @@ class Groups:
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
 
     def scheduled_recipes(self, steps):
-        """The recipes of the next step by index, where lr is a schedule; made anew only where the rate has changed."""
+        """Index -> recipe of the next step, where lr is a schedule; it is made anew only where the rate has changed."""
         for k in self.scheduled:
             key = self._tensors.keys[k]
             h = self._family.at_step(self.values[key.group], steps)

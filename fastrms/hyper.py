@@ -1,4 +1,4 @@
-"""Hyper-parameters: what values each may have, and the sentence when one has another."""
+"""Hyper-parameters: what values each may have, and the sentence for a value that it may not have."""
 
 import math
 import numbers
@@ -28,7 +28,7 @@ def number(name, value):
 
 
 def within(words, holds):
-    """A check of numbers; `words` say for which ones `holds` is true."""
+    """A check that a value is a number for which holds() is true; `words` describe these numbers."""
 
     def check(name, value):
         value = number(name, value)
@@ -44,7 +44,7 @@ non_negative = within("finite and at least 0", lambda value: 0 <= value < math.i
 positive = within("finite and above 0", lambda value: 0 < value < math.inf)
 above_zero = within("above 0", lambda value: value > 0)
 decay_rate = within("in [0, 1)", lambda value: 0 <= value < 1)
-scale = within("from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30)  # no gradient vanishes or overflows in float32
+scale = within("from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30)  # each of these is a normal float32
 
 
 def finite(name, value):
@@ -120,7 +120,7 @@ CHECKS = {
 }
 
 
-# what hyper-parameters may not be together, or when they are rounded to a dtype; each name stands for itself and its value
+# what is refused although each value is in its range: combinations, and values once rounded; {name} becomes name=value
 FORBIDDEN = {
     "eps": "{eps} and {eps_root} are both 0 in {dtype}: a zero average would give 0/0",
     "nesterov": "nesterov=True needs momentum > 0",
@@ -133,26 +133,26 @@ FORBIDDEN = {
 
 
 def words_of(name):
-    """What the numbers that a hyper-parameter may be are, in words; None where it is not a number."""
+    """The range of a hyper-parameter in words, such as "finite and at least 0"; None where it is not a number."""
     return getattr({"lr": non_negative, "clip_value": positive}.get(name, CHECKS[name]), "words", None)
 
 
 def forbidden(name, h, dtype):
-    """The sentence for a hyper-parameter that is in its range, but not with the others or not in dtype."""
+    """The sentence for a hyper-parameter whose value is in its range, but does not go with the others or with dtype."""
     known = {key: f"{key}={value!r}" for key, value in vars(h).items()}
     sentence = FORBIDDEN.get(name, f"{{{name}}} rounds in {{dtype}} to a number that is not {words_of(name)}")
     return sentence.format(**known, dtype=dtype)
 
 
 def refusal(name):
-    """The sentence for a hyper-parameter that is wrong, where its value cannot be said: in jitted code."""
+    """The sentence for a wrong hyper-parameter in jitted code, which cannot put the value into it."""
     dtype, names = "the dtype of param", {key: key for key in CHECKS}
     in_range = words_of(name) and f"{name} must be {words_of(name)} in {dtype}"
     together = name in FORBIDDEN and FORBIDDEN[name].format(**names, dtype=dtype)
     return "fastrms: " + "; it is refused, too, where ".join(filter(None, (in_range, together)))
 
 
-# what users of other frameworks type first, and what to write here
+# the names of other frameworks, and what to write here in their place
 OUR_WORD = {
     "alpha": "rho",
     "learning_rate": "lr",
@@ -196,14 +196,14 @@ NOT_NEEDED = {
 
 
 def said_instead(name):
-    """What to write for a name of another framework, as the end of a sentence; "" where that is not known."""
+    """The end of a sentence that says what to write for a name of another framework; "" for an unknown name."""
     if name in NOT_NEEDED:
         return f"; leave {name} out: {NOT_NEEDED[name]}"
     return f"; for {name} write {OUR_WORD[name]}" if name in OUR_WORD else ""
 
 
 def cuda_options(backend, stream, capturable, check):
-    """What only the CUDA backend takes, as the last argument of its Plan; no argument for the others."""
+    """A list with the last argument of the CUDA backend's Plan; an empty list for the others, whose Plans have none."""
     if backend == "cuda":
         from .backends.cuda import Options
 

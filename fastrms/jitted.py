@@ -1,4 +1,4 @@
-"""What fastrms.numba needs in jitted code: arguments are checked, recipes.py compiled as it stands, and kernels called."""
+"""What fastrms.numba needs in jitted code: checks of arguments, recipes.py compiled as it stands, calls of kernels."""
 
 from collections import namedtuple
 from types import FunctionType
@@ -16,7 +16,7 @@ REAL = {types.float32: np.dtype(np.float32), types.float64: np.dtype(np.float64)
 DEFAULT = {"jit_options": OPTIONS}
 
 
-# recipes.py in jitted code: its functions of plain numbers as they stand, with the itemsize in place of a dtype
+# the functions of recipes.py are jitted as they stand; where they take a dtype, jitted code passes its itemsize
 
 register_jitable(**OPTIONS)(rules.select)
 for _text in vars(recipes).values():
@@ -29,7 +29,7 @@ def _rounded(value, dtype):
     return lambda value, dtype: np.float64(np.float32(value)) if dtype == 4 else value
 
 
-# the arguments of an update as recipes.py wants them, or an error
+# the arguments of an update, checked and converted to the numbers that recipes.py takes
 
 
 def _refused(sentence):
@@ -59,7 +59,7 @@ def _flag_by_type(value):
 
 
 def word(value, one, other, true):
-    """The number of a word, which must be `one` or `other`; 0 for False, `true` for True; ValueError for another."""
+    """The number of a word, which must be `one` or `other`; 0 for False, `true` for True.  ValueError for another word."""
 
 
 @overload(word, prefer_literal=True, **DEFAULT)
@@ -89,7 +89,7 @@ def _number_of_word(word):
 
 
 def positive(value):
-    """clip_value as a double; 0, which recipes.py takes for None, is no clip_value."""
+    """clip_value as a double; ValueError for 0, which recipes.py takes for None."""
 
 
 @overload(positive, **DEFAULT)
@@ -104,7 +104,7 @@ def _positive_by_type(value):
 
 
 def count(step):
-    """The number of an update."""
+    """The number of an update as an int64; ValueError where it is out of range."""
 
 
 @overload(count, **DEFAULT)
@@ -138,7 +138,7 @@ def refuse_zeros(eps, eps_root, sum):
 
 
 def _hyper(optimizer):
-    """The hyper-parameters that a step needs, as a named tuple."""
+    """A named tuple for the hyper-parameters of an optimizer that a step needs."""
     return namedtuple(f"_{optimizer.__name__}", [name for name in optimizer.defaults if name != "initial_value"])
 
 
@@ -146,8 +146,9 @@ RMSProp, AdaGrad, Adam, RProp = map(_hyper, (optimizers.RMSProp, optimizers.AdaG
 
 
 def _refusal(sentences):
-    """refuse(number) of jitted code raises the sentence of that number, of nine at most.  Numba raises constants only, so
-    each has a variable; one function of nine branches compiles in a fifth of the time of nine functions."""
+    """refuse(number) for jitted code, which raises the sentence of that number; there are nine at most.  Numba raises only
+    constants, so each sentence has a variable; one function of nine branches compiles in a fifth of the time of nine
+    functions."""
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = [*sentences, *[""] * 9][:9]
 
     @compiler
@@ -174,7 +175,7 @@ def _refusal(sentences):
 
 
 def _coefficients_of(family):
-    """coefficients(h, step, grad_scale, itemsize) of jitted code -> whether the form is general, coefficients in double."""
+    """coefficients(h, step, grad_scale, itemsize) for jitted code: (whether general, coefficients in double)."""
     checks_of, recipe_of, right, _ = recipes.FAMILIES[family]
     refuse = _refusal([hyper.refusal(name) for name in right._fields])
 
@@ -203,7 +204,7 @@ of_rmsprop, of_adagrad, of_adam, of_rprop = map(_coefficients_of, ("rmsprop", "a
 
 
 def _refuse_types(arrays):
-    """What a kernel of flat arrays cannot take, as an error of compilation."""
+    """Raise an error at compilation for types of arrays that a kernel cannot take."""
     param = arrays[0]
     for array in arrays:
         if not isinstance(array, types.Array) or array.dtype not in REAL or array.layout == "A":
@@ -215,7 +216,7 @@ def _refuse_types(arrays):
 
 
 def _addresses(arrays, shape):
-    """Where contiguous arrays begin; ValueError where one has another shape."""
+    """The addresses of contiguous arrays; ValueError where one has another shape."""
 
 
 @overload(_addresses, **DEFAULT)
@@ -233,7 +234,7 @@ def _addresses_by_type(arrays, shape):
 
 @compiler
 def _refuse_places(table, size, itemsize):
-    """Buffers of `size` elements, whose addresses are in the table from place 5, share no byte and are aligned."""
+    """ValueError unless buffers at the addresses from place 5 of the table, of `size` elements, are apart and aligned."""
     for k in range(5, len(table)):
         if table[k] % itemsize != 0:
             raise ValueError("fastrms: one of param, grad and the states is not aligned to its dtype; pass a copy")
@@ -243,13 +244,13 @@ def _refuse_places(table, size, itemsize):
 
 
 def runner(rule, family, parallel):
-    """run(general, values, param, grad, *states) for jitted code; values: what coefficients() of the family gave."""
+    """run(general, values, param, grad, *states) for jitted code; general, values: what the family's coefficients() gave."""
     wanted = rules.coefficient_names(rules.RULES[rule])
     known = recipes.FAMILIES[family].values._fields
     place = tuple(known.index(name) if name in known else -1 for name in wanted)
 
     def run(general, values, *arrays):
-        """Only its overload is ever called."""
+        """This is never called itself, only its overload."""
 
     @overload(run, **DEFAULT)
     def run_by_type(general, values, *arrays):
@@ -275,8 +276,8 @@ def _implementation(neutral, full, threads, real, place, fixed):
         chosen(general, coefficients, table, arrays)
 
     @compiler
-    def chosen(general, coefficients, table, arrays):  # the caller keeps what lies at the addresses
-        table[0], table[1], table[2], table[3] = 1, coefficients.ctypes.data, 0, 0  # of one tensor, in one row
+    def chosen(general, coefficients, table, arrays):  # the caller keeps the memory behind the addresses alive
+        table[0], table[1], table[2], table[3] = 1, coefficients.ctypes.data, 0, 0  # one tensor; one row of coefficients
         table[4] = arrays[0].size
         places = _addresses(arrays, arrays[0].shape)
         for k in range(len(places)):

@@ -1,4 +1,4 @@
-"""The attributes of an optimizer: which can be set, which are shown, and what to write for those that it does not have."""
+"""The attributes of an optimizer: which can be set, which dir() shows, and what to write for those that it lacks."""
 
 from . import hyper
 from .family import Family
@@ -41,7 +41,7 @@ class Names:
 
     @classmethod
     def _declares(cls, name):
-        """Whether a subclass of somebody's declares this attribute in its class body."""
+        """Whether a user's subclass declares this attribute in its class body."""
         foreign = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith("fastrms.") and c is not object]
         return any(name in vars(c) or name in vars(c).get("__annotations__", ()) for c in foreign)
 

@@ -171,7 +171,7 @@ class Optimizer(Names, Family):
 
     def __reduce__(self):
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled, as it updates memory of yours; make a new one and load its "
+            f"a {type(self).__name__} cannot be copied or pickled, as it updates your memory; make a new one and load its "
             f"state_dict()"
         )
 

@@ -1,4 +1,4 @@
-"""People's own rules: a subclass of Optimizer with state_names, coefficients and rule, on the backends that run Python.
+"""Own rules: a user's subclass of Optimizer with state_names, coefficients and rule, for NumPy, Numba and CUDA.
 
 A rule is elementwise: each element of its results depends on the same element of its arguments and on coefficients, so that
 one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``select``, ``larger`` and ``clip`` of
@@ -18,24 +18,24 @@ PROBE = 7  # elements on which a rule is tried
 
 
 class OwnRule(NamedTuple):
-    """A rule that a subclass of Optimizer brings, in the form of those in rules.py, where grad_scale and grad_rescale
-    are coefficients, too."""
+    """A rule that a subclass of Optimizer brings.  As a rule of rules.py it has, beside its own coefficients, grad_scale and
+    grad_rescale, which are multiplied into grad before ``function`` is called."""
 
     name: str
     function: Any
     states: tuple
-    coefficients: tuple  # without these two
+    coefficients: tuple  # without grad_scale and grad_rescale
 
     def __str__(self):
         return self.name
 
 
 class OwnRecipe(NamedTuple):
-    """An own rule with its hyper-parameters; the subclass says what coefficients they make at a step."""
+    """An own rule with its hyper-parameters; coefficients() of the subclass makes the coefficients of a step from them."""
 
     rule: OwnRule
     dtype: Any
-    coefficients: Any  # of the subclass
+    coefficients: Any  # the function of the subclass
     hyper: dict
     grad_rescale: float = 1.0
 
@@ -65,7 +65,7 @@ class OwnRecipe(NamedTuple):
 
 
 def plain(rule):
-    """A rule whose states and coefficients have names that mean nothing else in the text of a kernel."""
+    """The rule with its states and coefficients renamed, so that no name has another meaning in the text of a kernel."""
     if not isinstance(rule, OwnRule):
         return rule
     states = tuple(f"own_state_{k}" for k in range(len(rule.states)))
@@ -92,14 +92,14 @@ def rule_of(cls):
 
 
 def recipe(rule, coefficients, hyper, dtype):
-    """An OwnRecipe whose first coefficients could be made."""
+    """An OwnRecipe; an error where the coefficients of the first step cannot be made."""
     made = OwnRecipe(rule, dtype, coefficients, hyper)
     made.at(1, 1.0)
     return made
 
 
 def checked(rule, results):
-    """What an own rule returned, if it is what it should be."""
+    """The results of an own rule; TypeError unless they are a tuple of the new param and states."""
     if not isinstance(results, tuple) or len(results) != 1 + len(rule.states):
         raise TypeError(
             f"the rule of {rule} must return a tuple ({', '.join(('param', *rule.states))}{',' * (not rule.states)})"
@@ -128,7 +128,7 @@ def refuse_unless_elementwise(rule, function, coefficients):
         depends on other elements, as with a sum or a norm, which would be those of a chunk.
     """
     numbers = np.sin(np.arange(1.0, 1 + PROBE * (2 + len(rule.states)))).reshape(-1, PROBE)
-    numbers[2:] = abs(numbers[2:])  # a state may be one that is never negative
+    numbers[2:] = abs(numbers[2:])  # some states are never negative
     coefficients = [float(x) for x in coefficients]
     with np.errstate(all="ignore"):
         for of_param, of_others in ((1.0, 1.0), (1e-3, 1e3), (1e3, 1e-3)):

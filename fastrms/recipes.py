@@ -1,9 +1,9 @@
-"""From hyper-parameters to the coefficients of a rule, and to those of one step.  All in double; a backend rounds them once.
+"""From hyper-parameters to the coefficients of a rule, and to those of one step.  These are doubles; a backend rounds them.
 
 csrc/recipes.c says the same in C, with the same names in the same order of operations; the tests compare what both make
-byte by byte.  Down to evaluate() everything is a function of plain numbers, which Numba compiles as it stands
-(fastrms/numba.py): there are no strings, no dicts and no raise in it.  In `h`, the hyper-parameters, None and False are 0,
-True is 1, and words are CORRECTED, FOLDED and DOZAT.
+byte by byte.  The functions from usable() down to evaluate() take plain numbers, and Numba compiles them as they
+stand (fastrms/jitted.py): they contain no strings, no dicts and no raise.  In `h`, the hyper-parameters, None and False are
+0, True is 1, and words are CORRECTED, FOLDED and DOZAT.
 """
 
 from collections import namedtuple
@@ -26,8 +26,9 @@ CONSTANTS = ("grad_rescale", "zero", "one", "tiny", "floor")  # coefficients tha
 
 
 class Correction(NamedTuple):
-    """How one coefficient, given by its place, changes with the step t: by q = weight*(1 + decay + ... + decay^(t-1+ahead)),
-    which is 1 - decay^(t+ahead) when weight = 1 - decay, or, linear, by q = 1 + (t-1)*decay."""
+    """How one coefficient, given by its place, changes with the step t: the operation combines it with a quantity q.  q is
+    weight*(1 + decay + ... + decay^(t-1+ahead)), which is 1 - decay^(t+ahead) when weight = 1 - decay; where linear is set,
+    q is 1 + (t-1)*decay."""
 
     coefficient: int
     operation: int
@@ -38,7 +39,7 @@ class Correction(NamedTuple):
 
 
 def values_of(rule):
-    """(a named tuple of the coefficients of a rule, without CONSTANTS; the same of their places)"""
+    """(a class of named tuples for the coefficients of a rule without CONSTANTS, one of these with their places)"""
     names = [name for name in rules.coefficient_names(rules.RULES[rule]) if name not in CONSTANTS]
     made = namedtuple(f"{rule}_values", names)
     return made, made(*range(len(names)))
@@ -57,7 +58,8 @@ def rounded(value, dtype):
     return value if dtype.itemsize == 8 else c_float(value).value  # np.float32() would warn, and take 20 times as long
 
 
-# what hyper-parameters may be: finite and at least 0; in [0, 1); 0 or not rounded to it
+# what values hyper-parameters may have.  usable: at least 0, and finite in the dtype; decaying: in [0, 1) in the dtype;
+# clipping: usable, and not rounded to 0 unless it is 0
 
 
 def usable(x, dtype):
@@ -100,7 +102,7 @@ def needs_general(h):
 
 
 def of_average(coefficient, operation, rate, ahead, dtype):
-    """The correction for the start at 0 of an average that decays by `rate`."""
+    """The correction of a coefficient for the start at 0 of an average that decays by `rate`."""
     return Correction(coefficient, operation, rounded(rate, dtype), rounded(1 - rate, dtype), ahead, False)
 
 
@@ -175,7 +177,7 @@ def adam_checks(h, dtype):
 
 
 def of_second_average(h, dtype):
-    """Adam's correction of exp_avg_sq, which stands where its form of bias correction wants it."""
+    """Adam's correction of exp_avg_sq; which coefficient takes it depends on the form of bias correction."""
     divide, over_root = select(h.bias_correction, DIVIDE, NONE), select(h.bias_correction, OVER_ROOT, NONE)
     if h.bias_correction == FOLDED:
         return of_average(ADAM.step_size, TIMES_ROOT, h.beta2, 0, dtype)
@@ -224,7 +226,7 @@ def rprop(h, dtype):
 
 
 def overflowing(values, corrections, dtype):
-    """The place of a coefficient that overflows the dtype, at any step or at the first; -1 where there is none."""
+    """The place of a coefficient that overflows the dtype, by itself or after division at the first step; -1 for none."""
     for k in range(len(values)):
         if abs(rounded(values[k], dtype)) == inf and abs(values[k]) < inf:
             return k
@@ -289,8 +291,8 @@ def evaluate(values, corrections, step, grad_scale):
 
 
 class Recipe(NamedTuple):
-    """A rule, its form, its coefficients before correction, and the corrections that are not neutral; both have the places
-    of the coefficients in the rule."""
+    """A rule, its form, its coefficients before correction, and the corrections that are not neutral.  The coefficients are
+    in the order of the rule's arguments, and corrections name them by their place in it."""
 
     rule: str
     dtype: np.dtype
@@ -304,7 +306,7 @@ class Recipe(NamedTuple):
         return not self.corrections
 
     def rescaled(self, grad_rescale):
-        """This recipe with a second factor of the gradient, for a step whose factor is too small to be a float32."""
+        """This recipe with a second factor of the gradient, for a step whose one factor would be too small for a float32."""
         return self._replace(general=True, values={**self.values, "grad_rescale": grad_rescale})
 
     def at(self, step, grad_scale):
@@ -341,12 +343,12 @@ def many(decay, weight, terms):
 
 
 class Family(NamedTuple):
-    """What recipes.py has for one family: the functions of numbers and the named tuples that they give."""
+    """What recipes.py has for one family: its functions and the classes of named tuples that they give."""
 
     checks: FunctionType
     recipe: FunctionType
-    right: type  # of what checks() gives
-    values: type
+    right: type  # the class of what checks() gives
+    values: type  # the class of its coefficients
 
 
 FAMILIES = {
@@ -358,7 +360,7 @@ FAMILIES = {
 
 
 def recipe(family, rule, h, dtype):
-    """The Recipe of hyper-parameters that are each in their range; ValueError where dtype or the others forbid one."""
+    """The Recipe of hyper-parameters, each in its range; ValueError where one does not go with dtype or the others."""
     numbers = SimpleNamespace(**{name: WORDS.get(value, value) for name, value in vars(h).items()})
     right = FAMILIES[family].checks(numbers, dtype)
     if not all(right):

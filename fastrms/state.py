@@ -23,7 +23,7 @@ def mapping(tensors):
 
 
 def saved(tensors, copies, counts):
-    """The "tensors" of a state_dict, from copies of the flat state and the step counts of each tensor."""
+    """The entry "tensors" of a state_dict, from copies of the flat state and from the step count of each tensor."""
     return [
         {
             "name": name,
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
     """What a state_dict holds, checked against an optimizer."""
 
     values: list  # the hyper-parameters of each group
-    flats: list  # of each tensor: state name -> flat array
+    flats: list  # for each tensor: state name -> flat array
     steps: list  # the count of the optimizer, then that of each tensor
     dialect: str | None
     plateaus: list  # (Plateau of this optimizer, saved Plateau) pairs
@@ -76,7 +76,7 @@ def checked(d, kind, tensors, values, patterns):
 
 
 def _group(kind, k, mine, group, dialect):
-    """All hyper-parameters of group k; its own lr where the saved group has none."""
+    """All hyper-parameters of group k; lr is the present one where the saved group has none."""
     if group.keys() | {"lr"} != mine.keys():
         name = next(iter((group.keys() | {"lr"}) ^ mine.keys()))
         raise ValueError(f"groups[{k}] of the state_dict and {kind.__name__} do not both have {name!r}")
@@ -138,10 +138,11 @@ def _is_ours(rate):
 
 
 def revived(plain, rates):
-    """(groups, plateaus) of what described() gave, for an optimizer whose groups have these rates now.
+    """(groups, plateaus) from what described() gave, for an optimizer whose groups have these rates now.
 
     groups: the plain values with a schedule in place of its description, and without lr where the present one stays.
-    plateaus: (present, saved) Plateaus, of which the first shall take over the second.  ValueError, TypeError, KeyError.
+    plateaus: (present, saved) pairs of Plateaus; the present one is to take over the fields of the saved one.
+    ValueError, TypeError or KeyError where the plain values are damaged or do not fit.
     """
     from .schedules import Plateau
 
@@ -169,7 +170,7 @@ def _with_schedules(plain):
                 made[told["object"]] = _revive(told)
             values["lr"] = made[told["object"]]
         elif "lr" in values:
-            hyper.non_negative("lr", told)  # it may not be needed, but tells a damaged dict
+            hyper.non_negative("lr", told)  # it may not be used, but a wrong one shows that the dict is damaged
         groups.append(values)
     return groups
 
@@ -188,7 +189,7 @@ def _revive(told):
 
 
 def _refuse_lost(pairs):
-    """A Plateau that somebody feeds must neither be replaced nor come to stand for other groups than it did."""
+    """ValueError where loading would replace a Plateau that the caller feeds, or give it to other groups than it had."""
     from .schedules import Plateau
 
     for _, saved in pairs.values():

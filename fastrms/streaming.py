@@ -17,7 +17,7 @@ class Streaming:
     def __init__(self, optimizer, grad_scale):
         self._optimizer, self._grad_scale = optimizer, grad_scale
         self._labels = optimizer._tensors.structure.labels()
-        self._left = None  # name -> index of the tensors to come, None outside the block
+        self._left = None  # name -> index of the tensors not yet updated, None outside the block
         self.updated = []
 
     def __enter__(self):
@@ -38,9 +38,9 @@ class Streaming:
         Parameters
         ----------
         name : hashable
-            The key, index or (group index, key or index) of a tensor; each once in a block.
+            The key, index or (group index, key or index) of a tensor; each may come once in a block.
         grad : array
-            Of the dtype, shape and memory order of that parameter.
+            Its gradient, with the dtype, shape and memory order of that parameter.
 
         Raises
         ------

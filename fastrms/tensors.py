@@ -1,4 +1,4 @@
-"""What an optimizer knows of each of its tensors: its parameter, its state, its names."""
+"""What an optimizer knows of each of its tensors: the parameter, the state and the names."""
 
 from typing import Any, NamedTuple
 
@@ -103,8 +103,8 @@ class Tensors:
             tensor.param = param
 
     def refuse_overlap(self, params, grads):
-        """ValueError that names two buffers of a step which overlap.  params: their Buffers, or None for those that are
-        known; grads: (k, array or Buffer) pairs."""
+        """ValueError that names two buffers of a step which overlap.  params: the Buffers of the parameters, or None
+        for the present ones; grads: (k, array or Buffer) pairs."""
         params = params or self.params
         named = [(tensor.name, param) for tensor, param in zip(self.each, params, strict=True)]
         for tensor in self.each:
@@ -118,8 +118,8 @@ class Tensors:
 
 
 def new_state(rule, initial, param, memory, twin=None):
-    """Flat state arrays for a parameter (Buffer), placed well beside it.  initial(name): where a state starts.  twin: the
-    flat gradient, where it is known, which runs beside them, too."""
+    """Name -> flat state array, for a parameter (Buffer), placed so that none evicts another from cache.  initial(name): the
+    value at which a state starts.  twin: the flat gradient where it is known, which the placement then regards, too."""
     state, known = {}, [] if twin is None else [twin]
     for name in rules.state_names(rules.find(rule)):
         state[name] = memory.place_beside(param, [*known, *state.values()])
@@ -128,7 +128,7 @@ def new_state(rule, initial, param, memory, twin=None):
 
 
 def refuse_equal(names):
-    """ValueError where two names read alike: state_dict() goes by name."""
+    """ValueError where two names read alike, since state_dict() tells tensors apart by name."""
     seen = set()
     for name in names:
         if name in seen:

@@ -23,7 +23,7 @@ def set_num_threads(n):
     Raises
     ------
     TypeError, ValueError
-        For a value of another kind or range.
+        For an n that is not an int, or is out of this range.
     """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
@@ -42,7 +42,7 @@ def get_num_threads():
     return count()
 
 
-count = _c.lib.fastrms_get_num_threads if _c.lib else lambda: _without_c  # without a frame of Python around it
+count = _c.lib.fastrms_get_num_threads if _c.lib else lambda: _without_c  # C itself, without a Python function around it
 
 
 def _set(n):
@@ -54,7 +54,7 @@ def _set(n):
 
 
 def default_num_threads(environment=os.environ):
-    """What the environment and the machine give this process."""
+    """The number of threads that the environment variables ask for, or that the machine allows this process."""
     said = environment.get("FASTRMS_NUM_THREADS", "")
     if said:
         if not 1 <= _whole(said) <= MOST:
@@ -73,7 +73,7 @@ def _whole(text):
 
 
 def usable_cpus(root="/"):
-    """CPUs of the affinity mask, or of the cgroup quota rounded up where that is less."""
+    """The CPUs of the affinity mask, or the cgroup quota, rounded up, where that is less; at least 1."""
     return max(1, math.ceil(min(_allowed_cpus(), cgroup_quota(root))))
 
 
@@ -85,7 +85,7 @@ def _allowed_cpus():
 
 
 def cgroup_quota(root="/"):
-    """CPUs that the cgroups of this process (v1 and v2, every level) allow; inf without a limit."""
+    """The number of CPUs that the cgroups of this process (v1 and v2, every level) allow; inf without a limit."""
     rows = _lines(os.path.join(root, "proc/self/cgroup"))
     quotas = [math.inf]
     for row in rows:
@@ -117,7 +117,7 @@ def _v1(folder):
 
 
 def _quota(quota, period):
-    """CPUs, from two texts in microseconds; inf where one of them is no number above 0, as "max" and "-1" are."""
+    """The CPUs that a quota in a period allows, both texts in microseconds; inf where one is no number above 0, as "max"."""
     quota, period = _whole(quota), _whole(period)
     try:
         return quota / period if quota and period else math.inf
@@ -140,7 +140,7 @@ def join_threadpoolctl():
         import threadpoolctl
 
         threadpoolctl.register(_controller(threadpoolctl.LibController))
-    except Exception:  # it is absent, too old or broken: our threads are then counted by ourselves only
+    except Exception:  # it is absent, too old or broken: then it does not see our threads
         pass
 
 

@@ -1,4 +1,4 @@
-"""The state_dict of a torch.optim optimizer to and from ours, for the rules that torch has.
+"""Conversion between the state_dict of torch.optim and ours, for the rules that torch has.
 
 torch numbers its parameters through all groups, counts the steps of each, and keeps a state from the first step on.
 """
@@ -107,9 +107,9 @@ def _torch_group(optimizer, k, numbers):
 
 
 def _refuse_what_torch_lacks(optimizer, h, names):
-    """Our defaults are torch's, so what has no name there must have its default, unless it makes no difference."""
+    """ValueError for a hyper-parameter that torch lacks, unless it has our default, which is torch's, or has no effect."""
     known = {name for ours in names.values() for name in (ours if isinstance(ours, tuple) else (ours,))}
-    idle = {"initial_value"}  # the state has it
+    idle = {"initial_value"}  # its effect is in the state
     if h.get("weight_decay") == 0:
         idle.add("decoupled")
     if h.get("momentum") == 0:
@@ -137,7 +137,7 @@ def imported(optimizer, d):
 
 
 def _plain(optimizer, names, d):
-    """A state_dict of torch in the form of ours."""
+    """Our form of a state_dict of torch."""
     groups, members = d["param_groups"], _members(optimizer)
     if [len(group["params"]) for group in groups] != [len(group) for group in members]:
         raise ValueError(
@@ -176,7 +176,7 @@ def _our_group(optimizer, names, group):
 
 
 def _our_tensor(optimizer, named, saved, h):
-    """The state of one array; torch has none before its first gradient."""
+    """One entry of "tensors" in our state_dict; torch has no state before the first gradient, so it is then made here."""
     name = named.name
     if saved is not None and not isinstance(saved, Mapping):
         raise ValueError(f"the state of {name} is a {type(saved).__name__}; it must be a mapping")

@@ -5,7 +5,7 @@ The module of a backend has
 available()     None, or the reason why it cannot be used here
 update(recipe, step, grad_scale, param, grad, states)    one step on flat arrays, in place
 Plan            a subclass of the Plan below
-memory          the module for its arrays, where that is not fastrms.memory.host
+memory          the module of fastrms.memory for its arrays, where that is not host
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ FOR_OWN_RULES = ("numba", "numpy", "cuda")
 
 
 class Found(NamedTuple):
-    """What a step found in the gradients before it wrote anything; None for what was not looked for.
-    tensor: the first with a nonfinite element, -1 where there is none."""
+    """What a step found in the gradients before it wrote anything; None stands for what it did not look for.
+    tensor: the index of the first tensor with a nonfinite element, -1 where there is none."""
 
     grad_norm: float | None
     nonfinite: int | None
@@ -31,12 +31,13 @@ class Found(NamedTuple):
 
 
 class Plan:
-    """All tensors of one optimizer, as a backend has bound them: what every backend's Plan offers, and what it means.
+    """All tensors of one optimizer, bound to a backend: this class declares what every backend's Plan offers.
 
-    Whoever calls has checked everything: a Plan trusts its arguments, except that it finds buffers which overlap.  A method
-    that answers with a status has done all it was asked for where that is OK, and nothing where it is another: BUSY while
-    another thread is in a method, STREAMING while a streamed step is open (and from stream_step while none is), OVERLAP
-    where two buffers would share a byte, NOT_HELD where there are no gradients, and NONFINITE where a step was left out.
+    The caller has checked all arguments, so a Plan trusts them; only overlapping buffers are found by the Plan itself.  A
+    method that answers with a status has done all that it was asked for where this is OK.  Otherwise it has changed nothing:
+    BUSY means that another thread is in a method, STREAMING that a streamed step is open (from stream_step, that none is),
+    OVERLAP that two buffers would share a byte, and NOT_HELD that there are no gradients.  NONFINITE is the exception: the
+    step was left out, but change() has taken over what it was given.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ class Plan:
         The index in recipes for each param.
     recipes : list of Recipe or OwnRecipe
     nonfinite : {"propagate", "skip", "raise"}
-        What a step does about gradients that are not finite; the last two answer NONFINITE and update nothing.
+        What a step does about gradients that are not finite; with the last two it answers NONFINITE and updates nothing.
     zero_grad : bool
         Whether a step writes zeros over the gradients, also a step that "skip" leaves out.
     """
@@ -56,8 +57,9 @@ class Plan:
     tensor_steps: list  #: how many updates each tensor has had
 
     def bound_step(self):
-        """Two functions and their argument, for one step of the held gradients; they return a status.  The second function
-        also takes the number under which change() was told to hold these gradients, and makes no step of others."""
+        """(step, step_held, argument) for one step from the held gradients: step(argument) and step_held(argument, number)
+        return a status.  step_held makes the step only while the plan holds the gradients that change() was told to hold
+        under this number."""
         raise NotImplementedError
 
     def addresses(self):
@@ -65,30 +67,30 @@ class Plan:
         raise NotImplementedError
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        """Take over parameters, gradients and recipes, and make a step: all of it, or nothing.
+        """Take over parameters, gradients and recipes, and make a step: all of it, or nothing (but see NONFINITE above).
 
         Parameters
         ----------
         params : list of Buffer, optional
             Where all parameters lie now.
         grads : list of Buffer, ndarray or None, optional
-            The gradients of this step; None leaves a tensor and its step count alone.
+            The gradients of this step, one per tensor; where it is None, the tensor and its step count stay as they are.
         recipes : dict, optional
             Index -> Recipe, for the recipes that change.
         hold : int
-            A number other than 0, where grads may be read in later steps, too.
+            A number other than 0 where later steps may read grads, too; 0 where they may not.
         run : bool
             Whether to make a step.
         grad_scale : float
             Every gradient is multiplied by it.
         clip_norm : float, optional
-            The norm of all grads * grad_scale is measured, and reduced to this where it is larger.
+            The norm of all grads * grad_scale is computed, and where it is larger than this, reduced to it.
 
         Returns
         -------
         status : int
         found : Found or None
-            None where nothing was looked for.
+            None where the step did not look at the gradients first.
         """
         raise NotImplementedError
 
@@ -97,8 +99,8 @@ class Plan:
         raise NotImplementedError
 
     def stream_step(self, k, param, grad, recipes, grad_scale):
-        """Update tensor k from the Buffer grad; returns a status.  The first update counts the step.  param: a Buffer where
-        the parameter has moved to, or None; recipes: as in change()."""
+        """Update tensor k from the Buffer grad; returns a status.  The first update counts the step.  param: the Buffer
+        of the parameter where it has moved, else None; recipes: as in change()."""
         raise NotImplementedError
 
     def stream_close(self):
@@ -130,7 +132,7 @@ class Plan:
 
 
 def load(name):
-    """The module of a backend.  Tools that freeze a program look for such import statements, and find each backend."""
+    """The module of a backend.  Tools that freeze a program find each backend by these import statements."""
     if name == "c":
         from . import c as module
     elif name == "numba":
@@ -157,7 +159,7 @@ def available_backends():
     Returns
     -------
     tuple of str
-        Their names, the one that "auto" takes first.
+        Their names, in the order in which "auto" prefers them; "cuda", which "auto" takes for device arrays, is last.
     """
     return tuple(name for name in NAMES if load(name).available() is None)
 
@@ -190,5 +192,5 @@ def name_of(module):
 
 
 def memory(module):
-    """The module for the arrays of a backend: arrays (host memory) or device."""
+    """The module for the arrays of a backend: memory.host or memory.device."""
     return getattr(module, "memory", host)

@@ -1,4 +1,4 @@
-"""The C kernels through cffi: bound buffers in C structs, one call per step for all tensors and groups."""
+"""The C kernels through cffi: buffers are bound in C structs, and a step is one call for all tensors and groups."""
 
 import os
 
@@ -25,22 +25,22 @@ def available():
 
 
 def isas():
-    """Instruction sets in this binary that this CPU runs, best first."""
+    """The instruction sets in this binary that this CPU supports, best first."""
     return [_isa_name(k) for k in range(lib.fastrms_isa_count()) if lib.fastrms_isa_supported(k)] if lib else []
 
 
 def isa():
-    """The instruction set that runs, or None without the C extension."""
+    """The instruction set that the kernels use, or None without the C extension."""
     return _isa_name(lib.fastrms_isa_get()) if lib else None
 
 
 def compiler():
-    """What built the kernels, with its version, or None without the C extension."""
+    """The compiler that built the kernels, with its version, or None without the C extension."""
     return ffi.string(lib.fastrms_compiler()).decode() if lib else None
 
 
 def use_isa(name):
-    """Force an instruction set for the whole process; ValueError if this CPU or binary has it not."""
+    """Force an instruction set for the whole process; ValueError if this CPU or binary lacks it."""
     names = [_isa_name(k) for k in range(lib.fastrms_isa_count())]
     if name not in names:
         raise ValueError(f"FASTRMS_ISA={name!r} is not in this build, which has {', '.join(map(repr, names))}")
@@ -53,7 +53,7 @@ def _isa_name(index):
 
 
 def _compare_texts():
-    """Both texts of the mathematics must name the same rules and arguments: a stale build is refused."""
+    """ImportError unless rules.h and rules.py name the same rules and arguments, as they do not in a stale build."""
     count = lib.fastrms_rule_count()
     in_c = {
         ffi.string(lib.fastrms_rule_name(k)).decode(): ffi.string(lib.fastrms_rule_arguments(k)).decode().split()
@@ -107,7 +107,7 @@ def update(recipe, step, grad_scale, param, grad, states):
 
 
 class Plan(backends.Plan):
-    """The plan of backends.Plan, as a fastrms_plan and the tables that it points to."""
+    """A backends.Plan that consists of a fastrms_plan and the tables that it points to."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         self._pointers = ffi.typeof("void *[]")

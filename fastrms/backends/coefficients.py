@@ -1,4 +1,4 @@
-"""Rows of coefficients, made ahead for several steps: one at a time costs Python 5 us, 4096 at once 0.1 us each."""
+"""Rows of coefficients, made for several steps ahead: a single row costs Python 5 us, each of 4096 at once 0.1 us."""
 
 import math
 
@@ -17,13 +17,13 @@ class Coefficients:
         self.first = self.end = 0
 
     def have(self, step, grad_scale, ahead):
-        """Make the row of update number `step`, unless it is there; and with it at most `ahead` rows, where the recipe knows
-        the coefficients of later updates."""
+        """Make the row of update number `step`, unless it is there.  Where the recipe knows the coefficients of later
+        updates, their rows are made with it, at most `ahead` rows in all."""
         known = grad_scale == self._scale
         if known and self.first <= step < self.end:
             return
         recipe = self.recipe
-        several = recipe.ahead and not recipe.fixed and known  # not for a scale that comes but once
+        several = recipe.ahead and not recipe.fixed and known  # a grad_scale that has just changed may not come again
         count = min(8 * len(self.rows), ahead) if several else 1
         now = recipe.at(step, grad_scale)
         with np.errstate(over="ignore", under="ignore"):
@@ -32,9 +32,9 @@ class Coefficients:
             for place, column in recipe.ahead(step, count) if count > 1 else ():
                 rows[:, place] = column
         of = (0, math.inf) if recipe.fixed else (step, step + count)
-        self.rows, self._scale, (self.first, self.end) = rows, grad_scale, of  # no call between: Ctrl-C comes in calls
+        self.rows, self._scale, (self.first, self.end) = rows, grad_scale, of  # without a call: Ctrl-C comes in calls
 
 
 def rows_each(count):
-    """How many rows each of so many holders of coefficients may make at once; all of them take up to half a megabyte."""
+    """How many rows each of `count` Coefficients may make at once: 4096 shared among them, but at least 16 for each."""
     return max(16, 4096 // max(1, count))

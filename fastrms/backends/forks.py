@@ -1,10 +1,10 @@
-"""A gate for forks: a plan that is held in Python is never in the middle of a step when the process forks."""
+"""A gate for forks: no Python plan is in the middle of a step when the process forks."""
 
 import os
 import threading
 import weakref
 
-PAUSE = 1e-4  # seconds between two looks at who is stepping or forking
+PAUSE = 1e-4  # seconds to wait before another look at whether a step or a fork is under way
 
 
 class Forks:

@@ -1,8 +1,9 @@
-"""The norm of all gradients and the clipping by it: csrc/norm.c in Python, by functions of the same names in the same order.
+"""The norm of all gradients and the clipping by it.  This is csrc/norm.c in Python: functions of the same names compute the
+same bits.
 
 The sum of squares is made in double and in one order of additions: eight lanes within a block of 4096, blocks in sequence
 within a segment of 2^18, segments in sequence.  Each block of doubles is scaled by a power of two of its own, so that no
-square overflows; squares of floats cannot.
+square overflows; the square of a float cannot overflow a double.
 """
 
 import math
@@ -17,7 +18,7 @@ FLT_MIN = float(np.finfo(np.float32).tiny)
 
 
 class Squares(NamedTuple):
-    """A sum of squares as sum * 2^(2*exponent), which neither overflows nor vanishes."""
+    """A sum of squares, kept as sum * 2^(2*exponent) so that it neither overflows nor vanishes."""
 
     sum: float
     exponent: int
@@ -35,7 +36,8 @@ def block_sum(block, scale):
 
 
 def block_exponent(block):
-    """The power of two just above the largest finite magnitude; 0 for zeros and infinities."""
+    """The exponent of the power of two just above the largest magnitude, at least -1000; 0 where that magnitude is 0 or
+    infinite.  NaNs are passed over."""
     most = np.fmax.reduce(np.abs(block), initial=0.0)
     return max(math.frexp(most)[1], -1000) if 0 < most < np.inf else 0
 
@@ -46,14 +48,14 @@ def block_squares(block):
 
 
 def block_nonfinite(block, grad_scale):
-    """How many elements are NaN or infinite or have a square that overflows, in the compute dtype, in which the rule squares
-    what it has scaled."""
+    """How many elements are NaN or infinite or have a square that overflows, in the compute dtype, in which the rule scales
+    and squares, too."""
     scaled = block * block.dtype.type(grad_scale)
     return scaled.size - int(np.count_nonzero(np.isfinite(scaled * scaled)))
 
 
 def add(total, part):
-    if part.sum == 0:  # its exponent says nothing
+    if part.sum == 0:  # then its exponent means nothing
         return total
     most = max(total.exponent, part.exponent)
     both = np.ldexp(total.sum, 2 * (total.exponent - most)) + np.ldexp(part.sum, 2 * (part.exponent - most))
@@ -68,7 +70,7 @@ def segment_scan(segment):
 
 
 def segments(grad):
-    """The parts of a gradient, or of None, that are scanned one by one."""
+    """The parts of a gradient that are scanned one by one; none for None."""
     return [grad[start : start + SEGMENT] for start in range(0, 0 if grad is None else grad.size, SEGMENT)]
 
 
@@ -81,8 +83,8 @@ def sum_of_segments(grads):
 
 
 def scan(grads, grad_scale, clip_norm, nonfinite):
-    """Everything that must be known of the gradients before the first write: (Found, Squares).  clip_norm: None where no
-    norm is wanted, which leaves out the Squares, too; nonfinite: whether to count."""
+    """(Found, Squares): everything that must be known of the gradients before the first write.  clip_norm: None where no
+    norm is wanted; then Squares is None, too.  nonfinite: whether to count the elements that are not finite."""
     squares = norm = counts = None
     with np.errstate(all="ignore"):
         if clip_norm is not None:
@@ -96,10 +98,10 @@ def scan(grads, grad_scale, clip_norm, nonfinite):
 
 
 def factor(value, exponent):
-    """value * 2^exponent as (grad_scale, grad_rescale).  A small power of two is halved between the two, so that float32 can
-    hold both."""
+    """value * 2^exponent as (grad_scale, grad_rescale).  Where that is too small for a float32, half of the exponent
+    goes to each, so that a float32 can hold both."""
     whole = float(np.ldexp(value, exponent))
-    if value == 0 or not abs(whole) < FLT_MIN:  # NaN passes
+    if value == 0 or not abs(whole) < FLT_MIN:  # or it is NaN
         return whole, 1.0
     value, more = math.frexp(value)
     exponent += more

@@ -1,4 +1,4 @@
-"""The rules on whole arrays in NumPy: the fallback where C is missing, and the slow reference."""
+"""The rules on chunks of arrays in NumPy: the fallback where C is missing, and the slow reference."""
 
 from functools import cache, partial
 
@@ -7,7 +7,7 @@ import numpy as np
 from .. import own_rules, rules
 from . import plan
 
-CHUNK = 1 << 14  # elements per pass: the temporaries of a rule stay in cache
+CHUNK = 1 << 14  # elements: the temporaries of a rule for such a chunk stay in cache
 
 
 def available():
@@ -23,8 +23,8 @@ def compiled(rule, general):
 
 
 def own_function(rule):
-    """An own rule as a function of arrays.  It sees views that it cannot write, and a result that shares memory with one of
-    them is copied: every result is a value from before the step, in whatever order they are written back."""
+    """An own rule as a function of arrays.  It gets read-only views, and a result that shares memory with one of them is
+    copied, so that writing back one result changes no other."""
     function, states = own_rules.function_of(rule, np.where), len(rule.states)
 
     def scaled(param, grad, *rest):
@@ -57,7 +57,7 @@ def in_chunks(rule, param, grad, states, coefficients):
 
 
 class Update(plan.Update):
-    """By NumPy, tensor by tensor."""
+    """An update by NumPy, one tensor after the other."""
 
     def take(self):
         recipe = self.coefficients.recipe
@@ -74,6 +74,6 @@ update = partial(plan.update, Update)
 
 
 class Plan(plan.Plan):
-    """Bound buffers, updated by NumPy."""
+    """A plan whose updates are made by NumPy."""
 
     kind = Update

@@ -1,4 +1,4 @@
-"""A plan held in Python, for the NumPy, the Numba and the CUDA backend: csrc/plan.c, by methods of the same names."""
+"""The plan in Python, for the NumPy, the Numba and the CUDA backend: csrc/plan.c as methods, mostly of the same names."""
 
 import math
 import threading
@@ -15,26 +15,27 @@ from .forks import PAUSE, forks
 
 
 class Update:
-    """What updates the tensors that share their coefficients and have missed equally many steps of the plan.
+    """Updates the tensors that share their coefficients and have missed the same number of steps of the plan.
 
-    coefficients: a Coefficients; missed: a number of steps; tensors: (param, grad, states) of each.  A subclass has take(),
+    coefficients: a Coefficients; missed: that number; tensors: a list of (param, grad, states).  A subclass has take(),
     which is called when there are new rows of coefficients, and run(number), which makes step number `number` of the plan
     with the coefficients of row (number - first) * stride.
     """
 
     def __init__(self, coefficients, missed, tensors):
         self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
-        self.taken = None  # rows
+        self.taken = None  # the rows that take() has seen
 
     def ready(self, number, grad_scale, ahead=1):
-        """Have the coefficients of step `number` of the plan, and of at most `ahead` steps.  This comes before anything is
-        written, since an own rule may fail.  Returns the first step for which it must be called again."""
+        """Make the coefficients of step `number` of the plan, and those of later steps, for at most `ahead` steps in all.
+        This comes before anything is written, since an own rule may fail.  Returns the first step for which it must be
+        called again."""
         coefficients = self.coefficients
         coefficients.have(number - self.missed, grad_scale, ahead)
         if self.taken is not coefficients.rows:
             self.first, self.stride = coefficients.first + self.missed, 0 if coefficients.recipe.fixed else 1
             self.take()
-            self.taken = coefficients.rows  # not sooner: Ctrl-C may come before
+            self.taken = coefficients.rows  # last: Ctrl-C may come before
         return coefficients.end + self.missed
 
 
@@ -46,14 +47,14 @@ def update(kind, recipe, step, grad_scale, param, grad, states):
 
 
 def constant(array):
-    """A view that cannot be written: one type for Numba, whatever it came from."""
+    """A read-only view of an array that an update must not write."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 class Plan(backends.Plan):
-    """The plan of backends.Plan in Python.  A subclass has `kind`, the class of its Updates."""
+    """A backends.Plan in Python.  A subclass has `kind`, the class of its Updates."""
 
     def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
         self.nonfinite, self.zero_grad = nonfinite, zero_grad
@@ -64,20 +65,20 @@ class Plan(backends.Plan):
         self.grads = [None] * len(params)
         self.held = False
         self.steps = 0
-        self.missed = [0] * len(params)  # steps that a tensor had no gradient for: mostly none, so a step counts but once
-        self._kept = {}  # tensor -> Coefficients
+        self.missed = [0] * len(params)  # steps without a gradient, by tensor: mostly 0, and then a step raises one count
+        self._kept = {}  # index of a tensor -> Coefficients, see _coefficients()
         self._occupied = None  # sorted starts and ends of parameters and states
         self._stale()
         self.streaming = self._streamed = False
-        self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it is not locked out
+        self.lock = threading.RLock()  # reentrant: a thread that an interrupt kept from releasing it can go on
         forks.add(self)
 
-    # what differs in device memory
+    # a subclass for device memory replaces these
 
     ours = staticmethod(host.ours)
 
     def flat_grad(self, grad):
-        """A gradient as it is held: only read, unless it is to be zeroed."""
+        """The flat gradient that the plan holds; it is read-only, unless a step is to zero it."""
         flat = grad.reshape(-1) if isinstance(grad, np.ndarray) else grad.flat
         return flat if self.zero_grad else constant(flat)
 
@@ -88,13 +89,13 @@ class Plan(backends.Plan):
     # a step
 
     def _stale(self):
-        """The next step has other updates than the last."""
+        """Note that the next step needs other updates than the last."""
         self._updates = None
         self._until = 0  # the first step for which coefficients must be made
-        self._plain_until = 0  # the first step for which anything but the updates must be done
+        self._plain_until = 0  # the first step that is not plain: it needs more than to run the updates
 
     def _prepare(self, number, grad_scale):
-        """Have the updates of step `number`, and coefficients for it and for as many steps after it as are known."""
+        """Make the updates of step `number`, and the coefficients for it and for steps after it where they are known."""
         self._until = self._plain_until = 0
         if self._updates is None:
             self._absent = [k for k, grad in enumerate(self.grads) if grad is None]
@@ -108,7 +109,8 @@ class Plan(backends.Plan):
             self._plain_until = until
 
     def _groups(self):
-        """The tensors with a gradient that share their coefficients: equal counts stay equal."""
+        """The indices of the tensors with a gradient, in lists that share an Update.  Where coefficients change from step to
+        step, these have the same count of missed steps, which grows for all of them or for none."""
         groups = {}
         for k, grad in enumerate(self.grads):
             if grad is not None and grad.size:
@@ -122,14 +124,14 @@ class Plan(backends.Plan):
         return self.kind(self._coefficients(self.sets[first], first), self.missed[first], tensors)
 
     def _coefficients(self, index, tensor):
-        """Those that this tensor had when it was the first with its step count, else new ones."""
+        """The Coefficients that are kept for a group of tensors under the index of its first one, or new ones."""
         kept = self._kept.get(tensor)
         if kept is None or kept.recipe is not self.recipes[index]:
             kept = self._kept[tensor] = Coefficients(self.recipes[index])
         return kept
 
     def _rescaled(self, number, grad_scale, grad_rescale):
-        """The runs of a step whose gradients have a second factor, by recipes and updates that serve this step alone."""
+        """The functions that run a step whose gradients have a second factor; its recipes and updates serve it alone."""
         updates = []
         for members in self._groups():
             recipe = self.recipes[self.sets[members[0]]].rescaled(grad_rescale)
@@ -148,10 +150,10 @@ class Plan(backends.Plan):
         missed = self.missed.copy() if self._absent else self.missed
         for k in self._absent:
             missed[k] += 1
-        self.missed, self.steps = missed, number  # at once: Ctrl-C comes in loops and calls
+        self.missed, self.steps = missed, number  # in one statement: Ctrl-C comes in loops and calls
 
     def _run(self, grad_scale, clip_norm):
-        """(status, Found or None)"""
+        """Make a step from the gradients that are there; returns (status, Found or None)."""
         found, grad_rescale = None, 1.0
         if clip_norm is not None or self.nonfinite != "propagate":
             found, squares = norm.scan(self.grads, grad_scale, clip_norm, self.nonfinite != "propagate")
@@ -171,7 +173,7 @@ class Plan(backends.Plan):
         return OK, found
 
     def _acquire_part(self):
-        """Take the lock, unless another thread is in a step; a fork is waited for.  Returns a status."""
+        """Take the lock, and wait for a fork that has it; BUSY where another thread is in a step.  Returns a status."""
         number = forks.number
         while not self.lock.acquire(False):
             if number % 2 == 0 and number == forks.number:
@@ -181,7 +183,7 @@ class Plan(backends.Plan):
         return OK
 
     def _acquire(self):
-        """_acquire_part(), unless a streamed step is open."""
+        """Take the lock as _acquire_part() does; STREAMING where a streamed step is open.  Returns a status."""
         status = self._acquire_part()
         if status or not self.streaming:
             return status
@@ -196,7 +198,7 @@ class Plan(backends.Plan):
             return BUSY
         try:
             number = self.steps + 1
-            if number < self._plain_until and (held is None or held == self.held):  # as below, in half the time
+            if number < self._plain_until and (held is None or held == self.held):  # the usual case, in half the time
                 for run in self._runs:
                     run(number)
                 self.steps = number
@@ -256,8 +258,8 @@ class Plan(backends.Plan):
         self.streaming = False
 
     def _is_occupied(self, grad):
-        """Whether a gradient shares a byte with a parameter or a state.  These do not overlap, so that the last that starts
-        before the end of the gradient is the only one to look at."""
+        """Whether a gradient shares a byte with a parameter or a state.  Parameters and states do not overlap, so only the
+        last of them that starts before the end of the gradient can share one."""
         if self._occupied is None:
             flats = [*self.params, *(state for states in self.states for state in states)]
             ranges = sorted((buffer.address, buffer.end) for buffer in map(self.ours, flats) if buffer.size)
@@ -267,7 +269,7 @@ class Plan(backends.Plan):
         return grad.size and last >= 0 and ends[last] > grad.address
 
     def _accept_streamed(self, k, param, grad):
-        """Let a tensor of a streamed step have this parameter, unless that or the gradient overlaps another buffer."""
+        """Note where the parameter of a streamed tensor has moved, unless it or the gradient overlaps another buffer."""
         if param is None or param.address == self.ours(self.params[k]).address:
             return OVERLAP if self._is_occupied(grad) else OK
         params = [*self.params[:k], param.flat, *self.params[k + 1 :]]
@@ -286,7 +288,7 @@ class Plan(backends.Plan):
             if self._accept_streamed(k, param, grad):
                 return OVERLAP
             grad = self.flat_grad(grad)
-            self._stale()  # the count of this tensor moves
+            self._stale()  # the step count of this tensor changes
             self._set_recipes(recipes)
             update = self._update([k], [grad])
             update.ready(self.steps + 1, grad_scale, rows_each(len(self.params)))
@@ -295,13 +297,13 @@ class Plan(backends.Plan):
                 grad.fill(0)
             if not self._streamed:
                 later = [missed + 1 for missed in self.missed]
-                self.steps, self.missed, self._streamed = self.steps + 1, later, True  # at once
+                self.steps, self.missed, self._streamed = self.steps + 1, later, True  # in one statement
             self.missed[k] -= 1
             return OK
         finally:
             self.lock.release()
 
-    # what is taken out and in
+    # reading and replacing the state
 
     def copy(self, pairs, recipes=None, steps=None):
         status = self._acquire()
@@ -315,7 +317,7 @@ class Plan(backends.Plan):
             if steps is not None:
                 self._stale()
                 missed = [steps[0] - count for count in steps[1:]]
-                self.steps, self.missed = steps[0], missed  # at once
+                self.steps, self.missed = steps[0], missed  # in one statement
             return OK, before
         finally:
             self.lock.release()

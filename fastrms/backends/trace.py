@@ -1,8 +1,8 @@
-"""A rule, written down operation by operation: what Numba and CUDA compile in place of the rule's own text.
+"""A rule as a list of its single operations, which Numba and CUDA compile in place of the rule's own text.
 
-The rule is called once with numbers that record what is done to them.  The record has the order of the rule, so it has
-its bits; it has no calls, no branches and no literals; and it changes whenever the rule or a function that the rule
-calls changes, so kernels that are kept on disk are found by it.
+The rule is called once with numbers that record what is done to them.  The record keeps the order of the operations, so it
+gives the same bits.  It has no branches, no literals, and no calls but sqrt and abs.  It changes whenever the rule or a
+function that the rule calls changes, and is part of the key by which kernels are found on disk.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import own_rules, rules
 
-EXPRESSIONS = {  # of every operation that a rule may hold, as Python
+EXPRESSIONS = {  # the operations that a rule may hold, as Python
     "add": "{} + {}",
     "sub": "{} - {}",
     "mul": "{} * {}",
@@ -36,7 +36,7 @@ class Operation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A rule: its name, the names of its arguments, its operations in order, the names of the new param and states."""
+    """A recorded rule: its name, the names of its arguments, its operations, the names of the new param and states."""
 
     name: str
     arguments: tuple
@@ -45,7 +45,7 @@ class Trace(NamedTuple):
 
 
 class Traced:
-    """A number of a rule that is being written down: every operation on it is recorded."""
+    """A number that stands for an argument or a result of a rule, and records every operation on it."""
 
     def __init__(self, name, operations):
         self.name, self.operations = name, operations
@@ -59,7 +59,7 @@ class Traced:
         return Traced(result, self.operations)
 
     def sqrt(self):
-        """np.sqrt of an object comes here."""
+        """NumPy calls this for np.sqrt of an object."""
         return self.apply("sqrt", self)
 
     def __bool__(self):
@@ -96,7 +96,7 @@ def trace(rule, general):
     Raises
     ------
     TypeError
-        The rule does what cannot be written down: it branches, holds a literal or returns something else.
+        The rule cannot be recorded: it branches, holds a literal or returns something other than param and states.
     """
     operations, arguments = [], rules.arguments(own_rules.plain(rule))  # a user may have named a number t0
     results = _traceable(rule, general)(*[Traced(name, operations) for name in arguments])

@@ -1,7 +1,7 @@
-"""The way in for device memory: a CuPy, torch, Numba or other CUDA array -> where its numbers lie; and state arrays of ours.
+"""From a CuPy, torch, Numba or other CUDA array to the Buffer that says where its numbers lie; and our own state arrays.
 
-The counterpart of host.py, with the same names.  Refuses with a sentence, never copies, never synchronises.
-CUDA is imported at the first array.
+This is the counterpart of host.py, with the same names.  acquire() refuses with a sentence, and neither copies nor
+synchronises.  CUDA is imported at the first array.
 """
 
 import functools
@@ -65,7 +65,7 @@ def is_device_array(x):
 
 
 def acquire(x, name, *, writable):
-    """DeviceBuffer of x, or TypeError / ValueError that names it."""
+    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`."""
     if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip
@@ -91,7 +91,7 @@ def _view(x, name):
     if interface.get("mask") is not None:
         raise TypeError(f"{name} is a masked array; a mask would be ignored")
     if interface.get("version", 3) == 2:
-        x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})  # the same without a stream
+        x = SimpleNamespace(__cuda_array_interface__={**interface, "version": 3})  # version 2 is version 3 without a stream
     try:
         return StridedMemoryView.from_any_interface(x, stream_ptr=-1)
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
@@ -112,7 +112,7 @@ def _dense_strides(view, name):
 
 
 def _stream_of(x, name):
-    """The stream that x names in its __cuda_array_interface__: it is ready there."""
+    """The stream that x names in its __cuda_array_interface__ and on which it is ready, or None."""
     stream = getattr(x, "__cuda_array_interface__", {}).get("stream") if not host.is_torch(x) else None
     if stream == 0:
         raise ValueError(f"{name} names the stream 0, which __cuda_array_interface__ forbids as ambiguous")
@@ -198,7 +198,7 @@ def copy(to, source):
 
 
 def wait(index):
-    """Until a device has done everything."""
+    """Wait until a device has done everything."""
     from cuda.bindings import driver
 
     current(index)
@@ -206,7 +206,7 @@ def wait(index):
 
 
 def checked(answer, what):
-    """The driver's answer, or RuntimeError."""
+    """The results in a driver's answer, without its status; RuntimeError where this is not success."""
     if answer[0]:
         raise RuntimeError(f"{what} failed on the GPU: {answer[0].name}")
     return answer[1:]

@@ -13,7 +13,7 @@ from . import host, placement
 
 class ReadOnly:
     """A collection of arrays in use.  Write into the arrays: an entry cannot be exchanged, as nothing would use the new one.
-    Copies and pickles as the plain dict or list that it shows."""
+    It is copied and pickled as the plain dict or list that it shows."""
 
     entry = "is in use by the optimizer"
     plain: type
@@ -64,7 +64,7 @@ class ReadOnlyList(ReadOnly, Sequence):
 
 
 class Views(ReadOnlyDict):
-    """Read-only mapping name -> view into a flat array, which no entry can leave."""
+    """Read-only mapping name -> view into a flat array; each entry stays a view of this array."""
 
     entry = "is a view into a flat buffer"
 
@@ -124,9 +124,9 @@ class FlatBuffer:
     Raises
     ------
     TypeError
-        For another dtype, or a shape that is none.
+        For another dtype, or something that is not a shape.
     ValueError
-        For a negative length, or no names at all.
+        For a negative length, or where there are no names.
     """
 
     def __init__(self, shapes, dtype=np.float32):
@@ -157,7 +157,7 @@ class FlatBuffer:
         Raises
         ------
         TypeError, ValueError
-            For what is no such array.
+            For params that are not such arrays.
         """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}

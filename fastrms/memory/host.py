@@ -1,6 +1,8 @@
-"""The way in: any CPU array-like -> where its numbers lie.  Refuses with a sentence, never copies.
+"""From any CPU array-like to the Buffer that says where its numbers lie.  Nothing is copied; what cannot be used is refused
+with a sentence.
 
-What cannot be seen from here: ndarray.resize(refcheck=False) and two mappings of the same file pages.
+Two things cannot be seen from here: an array that ndarray.resize(refcheck=False) moves later, and two mappings of the same
+file pages, which share memory at different addresses.
 """
 
 import itertools
@@ -39,7 +41,7 @@ class Buffer(NamedTuple):
 
 
 def acquire(x, name, *, writable):
-    """Buffer of x, or TypeError / ValueError that names it.  x: NumPy array, torch CPU tensor, or an object with
+    """The Buffer of x; TypeError or ValueError that calls x `name`.  x: a NumPy array, torch CPU tensor, or an object with
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
     array = as_array(x, name)
     start = address(array)
@@ -68,7 +70,7 @@ def address(array):
 
 
 def same_memory(a, b):
-    """Whether two array-likes begin at the same address; also true where one is no array, which is for acquire to say."""
+    """Whether two array-likes begin at the same address; also true where one is no array, which acquire() refuses later."""
     try:
         return address(as_array(a, "")) == address(as_array(b, ""))
     except (TypeError, ValueError):
@@ -76,7 +78,7 @@ def same_memory(a, b):
 
 
 def as_array(x, name):
-    """x as an ndarray of the same memory, or TypeError / ValueError that names it."""
+    """x as an ndarray of the same memory; TypeError or ValueError that calls x `name`."""
     return _from_torch(x, name) if is_torch(x) else _as_array(x, name)
 
 
@@ -100,7 +102,7 @@ def _from_torch(x, name):
 
 
 def _refuse_tensor(x, name, torch):
-    """TypeError, ValueError for a tensor whose numbers do not lie in host memory as float32 or float64."""
+    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
@@ -118,7 +120,7 @@ def _refuse_tensor(x, name, torch):
 
 
 def _extent(array):
-    """Bytes from the first to behind the last element of an array with strides >= 0."""
+    """The bytes from the start of the first to the end of the last element of an array with strides >= 0."""
     if array.flags.c_contiguous:
         return array.nbytes
     last = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
@@ -227,7 +229,7 @@ def overlap(buffers):
 
 def refuse_overlap(buffers):
     """buffers: (name, Buffer) pairs.  ValueError if any two share a byte."""
-    names, buffers = zip(*sorted(buffers, key=lambda named: named[0]), strict=True)  # two of one address come by name
+    names, buffers = zip(*sorted(buffers, key=lambda named: named[0]), strict=True)  # this orders two at one address
     pair = overlap(buffers)
     if pair is not None:
         first, second = (names[k] for k in pair)
@@ -281,7 +283,7 @@ def wrote(buffers):
 def _raise_versions(torch, tensors):
     try:
         torch.autograd.graph.increment_version(tensors)
-    except (AttributeError, TypeError):  # before torch 2.5: writing nothing in place counts as a write, too
+    except (AttributeError, TypeError):  # before torch 2.5; an in-place write of no elements counts, too
         for tensor in tensors:
             tensor.detach().as_strided((0,), (1,)).zero_()
 

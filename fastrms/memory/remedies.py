@@ -35,7 +35,7 @@ def is_module(x):
 
 
 def of_non_array(x, name):
-    """For a container or a number where an array should be."""
+    """The remedy for a container or a number where an array should be."""
     if isinstance(x, Mapping):
         return (
             "; nested mappings are not flattened: pass one mapping with a key for each array, such as 'layer.weight' (in a "
@@ -51,7 +51,7 @@ def of_non_array(x, name):
 
 
 def of_object(x, name):
-    """For an object whose memory cannot be reached."""
+    """The remedy for an object whose memory cannot be reached."""
     if is_module(x):
         return f"it has parameters: pass {name}.parameters()"
     if library(x) in _COPIES:
@@ -62,7 +62,7 @@ def of_object(x, name):
 
 
 def of_dtype(dtype, name):
-    """For a NumPy array of another dtype than float32 and float64."""
+    """The remedy for a NumPy array of another dtype than float32 and float64."""
     if not dtype.isnative:
         return f"pass {name}.astype({dtype.newbyteorder('=').name!r}), a copy in native byte order"
     if dtype.kind == "c":
@@ -74,14 +74,14 @@ def of_dtype(dtype, name):
 
 
 def of_torch_device(kind, name):
-    """For a torch tensor on a device that is not the CPU; kind: "cuda", "meta", ..."""
+    """The remedy for a torch tensor on a device that is not the CPU; kind: "cuda", "meta", ..."""
     if kind == "meta":
         return " and has no numbers: give its module memory first, model.to_empty(device='cpu')"
     return f"; this backend updates host memory: pass {name}.cpu()"
 
 
 def of_torch_dtype(dtype, name):
-    """For a torch tensor of another dtype; dtype: its name."""
+    """The remedy for a torch tensor of another dtype; dtype: its name."""
     if dtype.startswith("complex"):
         return f"pass torch.view_as_real({name})"
     if not dtype.startswith(("float", "bfloat")):
@@ -90,7 +90,7 @@ def of_torch_dtype(dtype, name):
 
 
 def of_read_only(x, name):
-    """For an array that cannot be written."""
+    """The remedy for an array that cannot be written."""
     if is_jax(x):
         return f", as every JAX array: they are immutable; pass np.array({name}), a copy (as gradients JAX arrays are fine)"
     if _is_memory_map(x):

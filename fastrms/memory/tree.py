@@ -10,7 +10,7 @@ import numpy as np
 from . import host, remedies
 from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, key_text, one_after_another
 
-STEADY = (np.ndarray, Views)  # the types of gradients that hold the same arrays for ever: nobody can exchange one
+STEADY = (np.ndarray, Views)  # types of gradients that always hold the same arrays: none can be exchanged
 
 
 class Arrangement(NamedTuple):
@@ -94,7 +94,7 @@ def of(params, owner=None):
 
 def _refuse_made_anew(leaves, again, params):
     """TypeError where a second look into params finds other arrays, as in an NpzFile: an update would reach neither."""
-    for first, second in zip(leaves, again, strict=False):  # what can be looked through only once ends at once
+    for first, second in zip(leaves, again, strict=False):  # nothing is compared where params can be iterated only once
         if first is not second and not host.same_memory(first, second):
             kind, plain = type(params).__name__, "dict" if isinstance(params, Mapping) else "list"
             raise TypeError(f"params is a {kind}, which makes its arrays anew at each access, so that an update would be "
@@ -102,14 +102,14 @@ def _refuse_made_anew(leaves, again, params):
 
 
 def _refuse_modules(leaves, params):
-    """The leaves of a sequence.  A torch Sequential is one, too, of modules; a ParameterList, of parameters, is taken."""
+    """The leaves of a sequence.  A torch Sequential, a sequence of modules, is refused; a ParameterList is accepted."""
     if remedies.is_module(params) and not all(map(host.is_torch, leaves)):
         raise TypeError(f"params is a {type(params).__name__}, a module: pass its parameters, params.parameters()")
     return leaves
 
 
 def _refuse_flat(leaves):
-    """The leaves, no FlatBuffer among them."""
+    """The leaves; TypeError where one of them is a FlatBuffer."""
     if any(isinstance(leaf, FlatBuffer) for leaf in leaves):
         raise TypeError("a FlatBuffer is no array among others: pass it alone, or as a group, "
                         "[{'params': flat}, {'params': other_arrays}]")  # fmt: skip
@@ -135,12 +135,16 @@ class Part(NamedTuple):
     shape: tuple = ()
 
     def of(self, tensor):
-        """A view of the part, of an array in the shape of the tensor."""
+        """The view of this part of an array, which has the shape of the tensor."""
         return tensor if self.place is None else tensor[self.place].reshape(self.shape)
 
 
 class Structure:
-    """A shape that params may have, of `count` tensors."""
+    """A shape that params may have, with `count` tensors, its leaves.
+
+    labels() are what names each leaf in a streamed step, and names(what) what error sentences call it.  leaves(value, what)
+    lists the leaves of a value that must have this structure, and build(leaves) is the reverse, for showing the state.
+    """
 
     count: int
 
@@ -149,7 +153,7 @@ class Structure:
         return [[(name, Part())] for name in self.names(what)]
 
     def twins(self):
-        """For each tensor the gradient array that is known beforehand to run beside it, or None."""
+        """For each tensor its gradient array where this is known before the first step, else None."""
         return [None] * self.count
 
 
@@ -159,7 +163,7 @@ class One(Structure):
     count = 1
 
     def labels(self):
-        """Of each leaf, what names it in a streamed step."""
+        """What names each leaf in a streamed step: an index, a key, or a pair (group index, one of these)."""
         return [0]
 
     def names(self, what):
@@ -228,7 +232,7 @@ class MappingOf(Structure):
 
 
 class FlatOf(Structure):
-    """A FlatBuffer: one tensor for each run of consecutive names that have the same owner."""
+    """A FlatBuffer: one tensor for each run of consecutive names that are in the same group."""
 
     def __init__(self, flat, owner):
         self.flat = flat
@@ -265,7 +269,7 @@ class FlatOf(Structure):
         return self.cut(value)
 
     def cut(self, whole):
-        """The runs of a 1-D array."""
+        """The parts of a 1-D array that belong to the runs of names."""
         return [whole[place] for place in self.places]
 
     def parts(self, what):

@@ -2,7 +2,7 @@
 
     trace.py (above), lower.py, kernel.py, intrinsics.py, compile.py    a rule becomes machine code
     table.py, launch.py, plan.py, driver.py                             a step becomes a driver call
-    toolchain.py, __main__.py                                           what is missing here; what a kernel is made of
+    toolchain.py, __main__.py                                           what must be installed; how to see a kernel
 
 Nothing is synchronised, allocated or copied in a step of bound gradients.  Errors of a kernel come up at the next
 synchronisation, somewhere else; check=True looks for them after each step.  No GPU is needed to see what would run:

@@ -39,7 +39,7 @@ def tool(name):
 
 
 def assemble(ptx, cc):
-    """What NVIDIA's assembler makes of a PTX text."""
+    """The Assembled of a PTX text, by NVIDIA's assembler."""
     with tempfile.TemporaryDirectory(prefix="fastrms-") as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)

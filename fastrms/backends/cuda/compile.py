@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
 
 @cache
 def compiled(rule, general, dtype, kind, cc):
-    """The kernel of a rule, from this process, from disk or new.
+    """The kernel of a rule: the one that this process has, the one on disk, or a new one.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def compile_ptx(rule, general, dtype, kind, cc):
 
 @cache
 def operations_of(rule, general):
-    """The Trace of a rule, with the rule's name in the error where it has none."""
+    """The Trace of a rule; where it cannot be made, the error names the rule."""
     try:
         return trace(rules.find(rule), general)
     except TypeError as error:
@@ -112,7 +112,8 @@ def link(ptx, cc):
 
 
 def cache_path(rule, general, dtype, kind, cc):
-    """Where a kernel is kept, without suffix, by a key of all that decides its code, or None without our sources."""
+    """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  None where our
+    sources cannot be read."""
     texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
     try:
         parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]

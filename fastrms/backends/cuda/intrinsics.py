@@ -1,4 +1,4 @@
-"""What the text of a CUDA kernel calls that Numba has no word for: vectors of 128 bits, pointers into global memory."""
+"""The functions that Numba lacks and CUDA kernels call: vectors of 128 bits, pointers into global memory."""
 
 from llvmlite import ir
 from numba.cuda import types
@@ -8,7 +8,7 @@ from .table import VECTOR
 
 
 def _count(pointer):
-    """Elements per vector."""
+    """How many elements a vector has."""
     return VECTOR // (pointer.dtype.bitwidth // 8)
 
 
@@ -46,7 +46,7 @@ def _vector_pointer(builder, values, count):
 
 
 def pointer_to(real):
-    """pointer(address): an address as a pointer to numbers in global memory (addrspace 1: plain LDG, not a generic load)."""
+    """pointer(address), which makes a pointer to numbers in global memory (addrspace 1: plain LDG, not a generic load)."""
 
     @intrinsic
     def pointer(typing, address):

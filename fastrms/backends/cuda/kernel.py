@@ -77,7 +77,7 @@ def kernel_text(rule, dtype, kind):
 
 
 def _row(buffers, kind):
-    """The lines that find the tensor of a block of a launch over many."""
+    """The lines by which a block of a launch over many tensors finds its tensor."""
     if not kind.many:
         return []
     row = [*(f"{name} = pointer(table[row + uint64({k})])" for k, name in enumerate(buffers)),

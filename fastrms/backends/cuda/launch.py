@@ -14,7 +14,7 @@ from .table import THREADS, blocks, table, vectors
 
 @cache
 def loaded(rule, general, dtype, kind, index):
-    """A kernel, ready to launch on a device."""
+    """A kernel, loaded and ready to launch on a device."""
     from cuda.core import ObjectCode
 
     made = toolchain.compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
@@ -22,7 +22,7 @@ def loaded(rule, general, dtype, kind, index):
 
 
 class Launch:
-    """A kernel over one or many tensors that share their coefficients and have missed equally many steps of the plan."""
+    """A kernel over one or many tensors that share their coefficients and have missed the same number of steps."""
 
     def __init__(self, recipe, many, capturable, index):
         from cuda.core import LaunchConfig, launch
@@ -38,7 +38,7 @@ class Launch:
         self.sent = None
 
     def aim(self, coefficients, missed, tensors):
-        """Take other tensors, or the same ones elsewhere: (param, grad, states) of DeviceBuffers, which are not kept."""
+        """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
         self.coefficients, self.missed, self.rows = coefficients, missed, None
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if len(found) == 1:
@@ -50,7 +50,8 @@ class Launch:
         self.config = self.make_config(grid=grid, block=THREADS)
 
     def _aim_many(self, rows, tensor_of):
-        """The table goes to the device before the next launch; the memory stays while the sizes do."""
+        """Note the table, which send() writes to the device; its memory there serves for every table of this size.  Returns
+        the first arguments of the kernel and the number of blocks."""
         host = np.concatenate([rows.view(np.uint32), tensor_of])
         if self.table is None or self.table.size != host.size:
             self.table = device.place(host.size, host.dtype, self.index)
@@ -59,7 +60,7 @@ class Launch:
         return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
 
     def ready(self, number, grad_scale, ahead=1):
-        """Make the coefficients of step `number` of the plan; the first step for which this must be asked again.
+        """Make the coefficients of step `number` of the plan.  Returns the first step for which it must be called again.
 
         A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
         would widen a Python float, and a NumPy number costs it 0.5 us more.

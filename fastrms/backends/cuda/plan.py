@@ -1,4 +1,4 @@
-"""Bound buffers in device memory, and a step over them: one driver call per rule and step count."""
+"""The plan in device memory: a step is one driver call for all tensors that share hyper-parameters and step count."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not
 
 
 class Options(NamedTuple):
-    """What only this backend knows.
+    """The arguments that only this backend takes.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ def update(recipe, step, grad_scale, param, grad, states):
 
 
 class Plan(plan.Plan):
-    """Bound buffers in device memory.  Tensors that share hyper-parameters and step count share a launch.
+    """A plan in device memory.  Tensors that share hyper-parameters and step count share a launch.
 
-    Of the plan on the host it replaces how a step is run, what an update is, and what that one does with NumPy arrays.
+    It overrides plan.Plan where that uses NumPy arrays, makes an update, or runs a step.
     """
 
     def __init__(self, params, states, sets, recipes, nonfinite, zero_grad, options):
@@ -57,9 +57,9 @@ class Plan(plan.Plan):
         self._options, self._device, self._process = options, params[0].device, os.getpid()
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
-        self._launches = {}  # by recipe and tensors: a captured graph may need them later
+        self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
         self._entered, self._several = threading.local(), device.count() > 1
-        self._entered.once = True  # by what made the state
+        self._entered.once = True  # making the state has entered the device
 
     flat_grad = ours = staticmethod(lambda buffer: buffer)
     assign = staticmethod(device.copy)
@@ -111,10 +111,10 @@ class Plan(plan.Plan):
         if self._unsent:
             for launch in self._updates:
                 launch.send(stream, number)
-            self._unsent = self._options.capturable  # its coefficients are others at each step
+            self._unsent = self._options.capturable  # its coefficients may change at each step
 
     def _ready_to_launch(self, grad_scale):
-        """The step and the stream; the device is current, and launches and coefficients fit what is held."""
+        """(number of the step, stream).  Makes the device current, and the launches and coefficients of this step."""
         if self._several or os.getpid() != self._process or not hasattr(self._entered, "once"):
             self._enter_device()
         number = self.steps + 1
@@ -126,14 +126,15 @@ class Plan(plan.Plan):
         return number, self._explicit or stream_of(self._source())
 
     def _enter_device(self):
-        """The device is made current once per thread (idents are given again), and at each step where there are several."""
+        """Make the device current: once per thread, or at each step where there are several devices.  A threading.local
+        notes the threads, since their idents are given again."""
         if os.getpid() != self._process:
             raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
         device.current(self._device)
         self._entered.once = True
 
     def _foreign_streams(self):
-        """The streams that arrays name: a launch waits for them on the device, not here."""
+        """The streams that arrays name; the stream of a launch waits for them, the host does not."""
         pairs = zip(self.params, self.grads, strict=True)
         buffers = [buffer for param, grad in pairs if grad is not None for buffer in (param, grad)]
         return {handle for handle in map(device.named_stream, buffers) if handle is not None}

@@ -6,16 +6,16 @@ A thread updates one 128-bit vector, or one element of what the vectors leave.
 import numpy as np
 
 VECTOR, THREADS = 16, 256  # bytes per thread, threads per block
-BEHIND = ("size", "vectors", "first_block")  # of a tensor, in a row of the table behind the addresses of its buffers
+BEHIND = ("size", "vectors", "first_block")  # in a row of the table, after the addresses of the buffers
 
 
 def width(dtype):
-    """Elements per vector."""
+    """How many elements a vector has."""
     return VECTOR // dtype.itemsize
 
 
 def vectors(addresses, size, itemsize):
-    """How many vectors a tensor has: none where a buffer is not aligned to them."""
+    """How many whole vectors a tensor has; 0 where a buffer is not aligned to them."""
     return 0 if any(address % VECTOR for address in addresses) else size * itemsize // VECTOR
 
 
@@ -25,7 +25,7 @@ def blocks(size, vectors, itemsize):
 
 
 def table(tensors, itemsize):
-    """(rows, tensor_of): a row per tensor, the addresses of its buffers and BEHIND; and for each block its tensor.
+    """(rows, tensor_of).  rows: of each tensor the addresses of its buffers, then BEHIND; tensor_of: each block's tensor.
 
     Parameters
     ----------

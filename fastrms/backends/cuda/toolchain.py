@@ -29,7 +29,7 @@ def available():
 
 
 def compiler():
-    """The module compile, where numba-cuda stands in for Numba's own CUDA target."""
+    """The module compile; RuntimeError unless numba-cuda stands in for Numba's own CUDA target."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba-cuda uses what NumPy deprecates
         from numba import cuda
@@ -37,7 +37,7 @@ def compiler():
         if getattr(cuda, "implementation", None) != "NVIDIA":
             raise RuntimeError(f"numba.cuda is Numba's own deprecated target, which is not supported; {NO_PACKAGE}")
         try:
-            from numba.cuda import cudaimpl  # noqa: F401  which else is imported by the first kernel
+            from numba.cuda import cudaimpl  # noqa: F401  otherwise the first kernel imports it
 
             from . import compile
         except AttributeError as error:  # numba-cuda uses what this NumPy has no more

@@ -1,8 +1,8 @@
 """The rules compiled by Numba: serial, or by prange behind a guard.  Numba is imported at the first step.
 
 Numba's threading layers are not safe by themselves: workqueue aborts the process when two threads use it at once, and
-under omp a forked child dies or hangs at its first parallel region.  So one caller at a time runs in parallel, others
-alone, and a forked child always alone.
+under omp a forked child dies or hangs at its first parallel region.  So only one caller at a time runs on several threads;
+other callers, and a forked child always, run on one.
 """
 
 import os
@@ -31,13 +31,13 @@ def available():
 
 
 def jit_disabled():
-    """Whether Numba is told to compile nothing, without importing it."""
-    told = getattr(sys.modules.get("numba.core.config"), "DISABLE_JIT", None)  # once it is imported, nobody reads the other
+    """Whether Numba is told to compile nothing; found out without importing Numba."""
+    told = getattr(sys.modules.get("numba.core.config"), "DISABLE_JIT", None)  # this counts once Numba is imported
     if told is not None:
         return bool(told)
     try:
         return bool(int(os.environ.get("NUMBA_DISABLE_JIT") or 0))
-    except ValueError:  # Numba warns of it and compiles
+    except ValueError:  # then Numba warns and compiles
         return False
 
 
@@ -55,16 +55,16 @@ def compiler():
 
 
 class Update(plan.Update):
-    """By one call of a kernel, which takes the tensors one after the other, or shares them out among threads."""
+    """An update by one call of a kernel, which takes the tensors one after the other or shares them out among threads."""
 
     def __init__(self, coefficients, missed, tensors):
         super().__init__(coefficients, missed, tensors)
         rows = [(param.size, *map(host.address, (param, grad, *states))) for param, grad, states in tensors]
         self.table = np.array([len(rows), 0, 0, 0, *chain.from_iterable(rows)], np.intp)
         self.elements = sum(row[0] for row in rows)
-        _ = self.shared if parts_of(self.elements) > 1 else self.alone  # what Numba has against a rule, it says here
+        _ = self.shared if parts_of(self.elements) > 1 else self.alone  # compiles now: what Numba refuses, it refuses here
         if self.elements < SMALLEST:
-            self.run = self.alone  # run itself may not be kept here: a cycle keeps gradients until gc comes
+            self.run = self.alone  # no bound method: a cycle would keep gradients until gc runs
 
     def take(self):
         rows = self.coefficients.rows
@@ -80,7 +80,7 @@ class Update(plan.Update):
 
     def _kernel(self, parallel):
         made = kernel(self.coefficients.recipe, parallel)
-        return partial(made.get_overload(made.signatures[0]), host.address(self.table))  # without Numba's look at types
+        return partial(made.get_overload(made.signatures[0]), host.address(self.table))  # past Numba's dispatch on types
 
     def run(self, number):
         if threads.count() == 1 or not in_parallel(self, number):
@@ -88,7 +88,7 @@ class Update(plan.Update):
 
 
 def in_parallel(update, number):
-    """Run an update on several threads, unless the guard is against it; whether it ran."""
+    """Run an update on several threads, unless the guard forbids it; returns whether it ran."""
     parts = parts_of(update.elements)
     if parts == 1 or not _one_at_a_time.acquire(blocking=False):
         return False
@@ -100,7 +100,7 @@ def in_parallel(update, number):
 
 
 def parts_of(elements):
-    """Among how many threads an update of so many elements is worth sharing out, in this process."""
+    """On how many threads an update of `elements` elements should run in this process."""
     parts = threads.count()
     if elements < SMALLEST or parts == 1 or os.getpid() != _process:
         return 1
@@ -110,7 +110,7 @@ def parts_of(elements):
 
 @cache
 def started():
-    """The name and the threads of the threading layer, which this starts; one thread where it has none to offer."""
+    """Start the threading layer; returns (its name, its number of threads), or (None, 1) where there is none."""
     import numba
 
     try:
@@ -124,6 +124,6 @@ update = partial(plan.update, Update)
 
 
 class Plan(plan.Plan):
-    """Bound buffers, updated by Numba."""
+    """A plan whose updates are made by Numba."""
 
     kind = Update

@@ -1,4 +1,4 @@
-"""What the text of a kernel calls that Numba has no word for: memory by its address, prefetches, the floating-point mode.
+"""The functions that Numba lacks and kernels call: memory by its address, prefetching, the floating-point mode, threads.
 
 Numba compiles these into every kernel.  The text of this file is in the key of each kernel that is kept on disk.
 """
@@ -11,11 +11,11 @@ from numpy import uintp
 
 WORD = types.intp
 
-# of glibc
+# functions of glibc
 IEEE = uintp(2**64 - 1)  # FE_DFL_MODE
 fegetmode, fesetmode = (types.ExternalFunction(name, types.intc(types.uintp)) for name in ("fegetmode", "fesetmode"))
 
-# the functions of these names in Numba cannot be kept on disk
+# Numba's own functions of these names would keep a kernel from being cached on disk
 get_num_threads = types.ExternalFunction("get_num_threads", WORD())
 set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intc))
 
@@ -57,7 +57,7 @@ def stream(name, buffers, real):
 
 
 def reader(kind):
-    """read(address, index) of numbers or words that no kernel writes."""
+    """read(address, index) for numbers or words that no kernel writes."""
 
     @intrinsic
     def read(typing, address, index):
@@ -74,7 +74,7 @@ integer = reader(WORD)
 
 @intrinsic
 def ask(typing, address):
-    """Have the line of memory at an address fetched into all caches, to be read."""
+    """Prefetch the cache line at an address into all caches, for reading."""
 
     def code(context, builder, signature, arguments):
         byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -89,7 +89,7 @@ def ask(typing, address):
 
 @intrinsic
 def take(typing, address):
-    """The 64-bit counter at an address, which is one more for whoever comes next."""
+    """Fetch and add: the 64-bit counter at an address, which is raised by one in the same atomic operation."""
 
     def code(context, builder, signature, arguments):
         counter = ir.IntType(64)

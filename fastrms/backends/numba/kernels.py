@@ -1,4 +1,4 @@
-"""The Numba kernels: the loop over each rule, as a generated module per rule, form, dtype and way to run, kept on disk.
+"""The Numba kernels: a generated module with the loop over each rule, form and dtype, serial or parallel, kept on disk.
 
 A module holds the operations of its rule (trace.py), so its name, a hash of its text and of all that its machine code
 depends on, changes with the rule, and Numba's cache beside it can never run another rule or form.  Own rules are
@@ -26,9 +26,9 @@ from . import intrinsics
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels run compiled only: unset it, or use another backend")
 
-TILE, ASKED = 128, (1536, 1600)  # bytes; the lines that a tile asks for, from its start: as in csrc/internal.h
+TILE, ASKED = 128, (1536, 1600)  # bytes: the length of a tile, and how far from its start it prefetches
 CHUNK = 8 * 1024  # elements that a thread takes at once
-OPTIONS = {"error_model": "numpy", "nogil": True}  # Python's division check keeps loops scalar; never fastmath
+OPTIONS = {"error_model": "numpy", "nogil": True}  # "python" checks divisors, which keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
 
 HEAD = """\
@@ -68,8 +68,8 @@ def kernel(table, number):
 {loops_of_tensor}
     {leave}
 """
-# each thread begins with its own share of the chunks and takes over what is left of others', as in csrc/pool.c: a late one
-# holds up nobody
+# each thread begins with its own share of the chunks, then takes chunks that are left of the others' shares, as in
+# csrc/pool.c, so that a late thread holds up nobody
 PARALLEL = """
 @njit(**OPTIONS)
 def update(row, first, size, coefficients):
@@ -119,20 +119,20 @@ if platform.libc_ver()[0] != "glibc":
 def kernel(rule, general, dtype, parallel=False):
     """A compiled kernel(table, number), or kernel(table, number, parts) where it is parallel.
 
-    The table is the address of words, which say how many tensors there are, where their coefficients begin, to which step
-    number these belong, and how many bytes further those of the next number are; then there are the size of each tensor and
-    the addresses of its param, grad and states.
+    ``table`` is the address of a table of words: the number of tensors, the address of the first row of coefficients, the
+    step number of this row, the bytes from one row to the next; then, for each tensor, its size and the addresses of its
+    param, grad and states.
     """
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
     made = trace.trace(rules.RULES[rule], general)
-    known = {"zero": "real(0)"}  # a select of it is a mask
+    known = {"zero": "real(0)"}  # a constant: a select of it becomes a mask
     text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
     name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
     try:
         key = f"{name}_{fingerprint(text)}"
         return executed(text, key, kept(text, key), CACHE=True).kernel
-    except Exception:  # unwritable, full, torn, foreign, without sources: whatever is wrong, we can do without the cache
+    except Exception:  # an unwritable, full or damaged disk, no sources: the cache can be done without
         return executed(text, name, CACHE=False).kernel
 
 
@@ -146,7 +146,7 @@ def module_text(rule, dtype, parallel, lines, results, known=None):
     results : list of str
         The names of the new param and states in lines.
     known : dict, optional
-        The coefficients that are no arguments, as expressions.
+        The coefficients that are constants: name -> expression.
     """
     buffers = ["param", "grad", *rules.state_names(rule)]
     loops = loops_text(rule, buffers, dtype, body_text(buffers, lines, results), known or {})
@@ -166,14 +166,14 @@ def module_text(rule, dtype, parallel, lines, results, known=None):
 
 
 def body_text(buffers, lines, results):
-    """The lines that update element i: it is loaded, operated on and stored."""
+    """The lines that update element i: load it, compute, store it."""
     updated = [name for name in buffers if name != "grad"]
     loads = [f"{name} = load_{name}(at_{name}, i)" for name in buffers]
     return [*loads, *lines, *(f"store_{name}(at_{name}, i, {new})" for name, new in zip(updated, results, strict=True))]
 
 
 def loops_text(rule, buffers, dtype, body, known):
-    """The loop over a tensor, in tiles, as in csrc/kernels.inc, and over what they leave."""
+    """The loop over a tensor in tiles, as in csrc/kernels.inc, and the loop over the elements that are left."""
     names = rules.coefficient_names(rule)
     return LOOPS.format(
         addresses=", ".join(f"at_{name}" for name in buffers),
@@ -195,7 +195,7 @@ def jitted(rule, general):
 
 
 def own_kernel(rule, dtype, parallel):
-    """The kernel of an own rule; what Numba refuses, or computes in another dtype, is an error in one sentence."""
+    """The kernel of an own rule; TypeError where Numba refuses the rule, or it computes in another dtype."""
     function, plain = own_function(rule, dtype), own_rules.plain(rule)
     factors = [name for name in rules.coefficient_names(plain) if name not in plain.coefficients]
     arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
@@ -205,7 +205,7 @@ def own_kernel(rule, dtype, parallel):
 
 
 def own_function(rule, dtype):
-    """An own rule, compiled as a function of scalars, which returns what it should."""
+    """An own rule, compiled as a function of scalars and checked to return numbers of the dtype."""
     function = own_rules.function_of(rule, compiler(rules.select), compiler)
     real = numba.from_dtype(dtype)
     try:
@@ -223,7 +223,7 @@ def own_function(rule, dtype):
 
 
 def fingerprint(text):
-    """What decides the machine code, as a word; processors differ in a folder that machines share."""
+    """A hash of all that decides the machine code; the processor, too, since machines may share the folder."""
     target = [binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), platform.machine()]
     versions = [sys.version, np.__version__, numba.__version__, llvmlite.__version__]
     parts = [text, inspect.getsource(intrinsics), *target, *versions]
@@ -252,9 +252,9 @@ sys.meta_path.append(Kept)
 
 
 def executed(text, name, path="<fastrms kernel>", **names):
-    """The module of a generated text; what the file at path says does not matter, only that Numba finds it there."""
+    """The module made by a generated text.  Numba caches beside a file at path, the text of which does not matter."""
     module = ModuleType(name)
     vars(module).update(names)
-    sys.modules[name] = module  # Numba looks there for the globals of what it kept
+    sys.modules[name] = module  # where Numba looks for the globals of a cached function
     exec(compile(text, path, "exec"), vars(module))
     return module
