@@ -204,7 +204,7 @@ static fastrms_factor factor(double value, int exponent)
  * finite gradients may be too large for a double.  A NaN norm makes the factor NaN, as every framework has it. */
 fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares)
 {
-    if (plan->clip_norm < 0 || plan->found.grad_norm <= plan->clip_norm)
+    if (plan->clip_norm < 0 || isinf(plan->clip_norm) || plan->found.grad_norm <= plan->clip_norm)
         return (fastrms_factor){plan->grad_scale, 1};
     int exponent;
     double clip_norm = frexp(plan->clip_norm, &exponent), norm = sqrt(squares->sum) * plan->grad_scale;

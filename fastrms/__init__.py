@@ -1,12 +1,16 @@
 """fastrms: fused in-place RMSProp, AdaGrad, Adam and RProp updates on flat parameter buffers."""
 
-from . import rules
+from . import graph_breaks, rules
 from .backends import available_backends
 from .config import get_include, isa, show_config
+from .family import Family
 from .functional import adagrad, adam, init_state, rmsprop, rprop
+from .groups import Group
 from .memory.flat import FlatBuffer
+from .names import Names
 from .optimizer import Optimizer, StepInfo
 from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
+from .streaming import Streaming
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -34,7 +38,6 @@ __all__ = [
 ]
 
 
-_ON_DEMAND = ("cuda", "numba", "schedules")  # submodules that are imported when they are asked for
 _INSTEAD = {  # what other frameworks have: what to write here
     "RMSprop": "fastrms.RMSProp",
     "Adagrad": "fastrms.AdaGrad",
@@ -51,18 +54,26 @@ _INSTEAD = {  # what other frameworks have: what to write here
 
 
 def __getattr__(name):
-    if name == "cuda":
-        import fastrms.cuda as module
-    elif name == "numba":
-        import fastrms.numba as module
-    elif name == "schedules":
-        import fastrms.schedules as module
-    elif name in _INSTEAD:
-        raise AttributeError(f"module 'fastrms' has no attribute {name!r}; write {_INSTEAD[name]}")
-    else:
-        raise AttributeError(f"module 'fastrms' has no attribute {name!r}")
+    """The submodules numba, cuda and schedules are imported when they are asked for."""
+    try:
+        if name == "cuda":
+            import fastrms.cuda as module
+        elif name == "numba":
+            import fastrms.numba as module
+        elif name == "schedules":
+            import fastrms.schedules as module
+        else:
+            instead = f"; write {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise AttributeError(f"module 'fastrms' has no attribute {name!r}{instead}")
+    except (ImportError, RuntimeError) as error:
+        raise AttributeError(f"fastrms.{name} is not there: {error}") from error
     return module
 
 
 def __dir__():
-    return sorted([*__all__, *_ON_DEMAND, "__version__"])
+    return sorted([*__all__, "schedules", "__version__", *{"numba", "cuda"} & globals().keys()])
+
+
+graph_breaks.at(
+    Group, Optimizer, Names, Family, Streaming, *(globals()[name] for name in __all__ if callable(globals()[name]))
+)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, graph_breaks, hyper, rules
+from . import backends, hyper, rules
 from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
@@ -83,7 +83,6 @@ class Call:
 
     def checked(self, options, step, grad_scale, buffers):
         """Make the update for any array-likes, or say in an error what is wrong with them."""
-        graph_breaks.tell_torch()
         names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
             memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
@@ -381,4 +380,3 @@ def _show_signature(function, optimizer):
 
 for _function in (rmsprop, adagrad, adam, rprop):
     _show_signature(_function, _BY_NAME[_function.__name__])
-graph_breaks.at(rmsprop, adagrad, adam, rprop, init_state)

@@ -94,5 +94,8 @@ class Gradients:
 
     def held_buffers(self):
         """Writable Buffers of the gradients that are held."""
-        owners = self._tensors.structure.leaves(self.held_object, "grads")
+        if self.bound is None:
+            owners = self._tensors.structure.leaves(self.held, "grads")
+        else:
+            owners = [buffer and buffer.owner for buffer in self.bound]
         return [self._tensors.acquire_grad(k, grad, True) for k, grad in enumerate(owners) if grad is not None]

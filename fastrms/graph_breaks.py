@@ -4,6 +4,7 @@ import contextlib
 import sys
 from types import FunctionType
 
+_COMPILER = "torch._dynamo"  # the module of torch.compile, which torch imports when it is first used
 _untold = []  # functions at which torch.compile shall leave its graph, and does not know it yet
 
 
@@ -16,14 +17,29 @@ def at(*entrances):
                 if isinstance(part, FunctionType):
                     part._torchdynamo_disable = True  # a call of it is not traced
                     _untold.append(part)
+    if _COMPILER in sys.modules:
+        tell_torch()
 
 
 def tell_torch():
-    """Have frames of these functions, and what they call, run as they are.  It costs nothing where torch is not imported."""
-    if _untold and "torch" in sys.modules:
-        with contextlib.suppress(AttributeError, TypeError):  # a torch that has no torch.compile, or another interface
-            of_torch = sys.modules["torch"]._C._dynamo.eval_frame
-            skip = of_torch._FrameExecStrategy(of_torch._FrameAction.SKIP, of_torch._FrameAction.SKIP)
-            for function in _untold:
-                of_torch.set_code_exec_strategy(function.__code__, skip)
-        _untold.clear()
+    """Have frames of these functions, and what they call, run as they are."""
+    with contextlib.suppress(AttributeError, TypeError):  # a torch with another interface
+        of_torch = sys.modules["torch"]._C._dynamo.eval_frame
+        skip = of_torch._FrameExecStrategy(of_torch._FrameAction.SKIP, of_torch._FrameAction.SKIP)
+        for function in _untold:
+            of_torch.set_code_exec_strategy(function.__code__, skip)
+    _untold.clear()
+
+
+class Watch:
+    """A finder of modules that finds none: it is asked when torch.compile is imported, which is the time to tell it."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == _COMPILER:
+            tell_torch()
+            sys.meta_path.remove(Watch)
+
+
+if _COMPILER not in sys.modules:
+    sys.meta_path.insert(0, Watch)

@@ -20,9 +20,16 @@ class Group(MutableMapping):
         return self._values[name]
 
     def __setitem__(self, name, value):
-        if name not in self._values:
-            raise KeyError(f"{name!r} is not a hyper-parameter; there are {', '.join(self._values)}")
-        self._optimizer._change([(self._index, name, value)])
+        self.update({name: value})
+
+    def update(self, other=(), **values):
+        """Set several hyper-parameters at once, or none where one of them is refused."""
+        values = dict(other, **values)
+        unknown = next((name for name in values if name not in self._values), None)
+        if unknown is not None:
+            raise KeyError(f"{unknown!r} is not a hyper-parameter; there are {', '.join(self._values)}")
+        if values:
+            self._optimizer._change([(self._index, name, value) for name, value in values.items()])
 
     def __delitem__(self, name):
         raise TypeError("a hyper-parameter cannot be deleted")

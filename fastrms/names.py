@@ -1,5 +1,7 @@
 """The attributes of an optimizer: which can be set, which dir() shows, and what to write for those that it lacks."""
 
+import inspect
+
 from . import hyper
 from .family import Family
 
@@ -43,7 +45,7 @@ class Names:
     def _declares(cls, name):
         """Whether a user's subclass declares this attribute in its class body."""
         foreign = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith("fastrms.") and c is not object]
-        return any(name in vars(c) or name in vars(c).get("__annotations__", ()) for c in foreign)
+        return any(name in vars(c) or name in inspect.get_annotations(c) for c in foreign)
 
     def __dir__(self):
         hidden = {*vars(Family), *vars(Names), "coefficients", "family", "rule", "rule_name"}

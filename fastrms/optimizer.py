@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, graph_breaks, hyper, rules
+from . import backends, hyper, rules
 from . import state as states
 from .family import Family
 from .gradients import Gradients
@@ -109,7 +109,6 @@ class Optimizer(Names, Family):
 
     def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
                  backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
-        graph_breaks.tell_torch()
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
         if not leaves:
@@ -284,8 +283,8 @@ class Optimizer(Names, Family):
         try:
             status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
         finally:
-            if run and (self._tensors.of_torch or self._zero_grad) and status in (None, backends.OK, backends.NONFINITE):
-                self._tell_owners(params, grads)
+            if run and (self._tensors.of_torch or self._zero_grad):
+                self._tell_owners(status, params or self._tensors.params, grads)
         if status == backends.OVERLAP:
             self._tensors.refuse_overlap(params, enumerate(grads))
         if status not in (backends.OK, backends.NONFINITE):
@@ -294,13 +293,17 @@ class Optimizer(Names, Family):
             self._tensors.take(params)
         return found
 
-    def _tell_owners(self, params, grads):
+    def _tell_owners(self, status, params, grads):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
-        if self._tensors.of_torch:
-            self._memory.wrote(params or [self._tensors[k].param for k in self._tensors.of_torch])
-        if self._zero_grad:
-            written = grads if grads is not None else self._gradients.bound or ()
-            self._memory.wrote([grad for grad in written if hasattr(grad, "owner")])
+        gradients = self._gradients
+        if grads is None:  # those that are held, or one array for all
+            grads = gradients.bound if gradients.held is gradients.bound else params
+        written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        zeroed = [grad for grad in grads if self._zero_grad and hasattr(grad, "owner")]
+        if status in (None, backends.OK):
+            self._memory.wrote(written + zeroed)
+        elif status == backends.NONFINITE and self._nonfinite == "skip":
+            self._memory.wrote(zeroed)
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
@@ -364,7 +367,7 @@ class Optimizer(Names, Family):
                 "set_to_none=True is for the owner of the gradients: call model.zero_grad() of your torch module"
             )
         with self._one_thread:
-            if self._gradients.held is None:
+            if self._gradients.held is None and self._gradients.bound is None:
                 raise ValueError("no gradients are held that could be zeroed: bind() them first, or pass zero_grad=True to "
                                  "the constructor, and each step zeroes the gradients that it was given")  # fmt: skip
             buffers = self._gradients.held_buffers()
@@ -453,7 +456,9 @@ class Optimizer(Names, Family):
         if self._backend != "c":
             raise RuntimeError(f"c_step needs backend='c', this {type(self).__name__} runs on {self._backend!r}")
         if self._gradients.bound is None or self._gradients.held is not self._gradients.bound:
-            raise RuntimeError("c_step needs gradients that stay: bind() them first")
+            raise RuntimeError(
+                "c_step needs gradients that stay: bind() them first, or again after a step with other gradients"
+            )
         if self._needs_python():
             raise RuntimeError("c_step cannot serve a callable lr or torch tensors, which need Python at every step")
         return self._plan.addresses()
@@ -516,8 +521,12 @@ class Optimizer(Names, Family):
         ValueError
             With nothing changed, where d does not fit this optimizer, or holds a negative or NaN second moment.
         """
+        self._load(d)
+
+    def _load(self, d, trusted=False):
+        """load_state_dict(); a state that is trusted may hold what this optimizer has made itself, NaN included."""
         try:
-            loaded = self._checked_state_dict(d)
+            loaded = self._checked_state_dict(d, trusted)
         except states.MALFORMED as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
         recipes = self._groups.recipes_for(loaded.values, loaded.flats, "this state_dict")
@@ -528,9 +537,9 @@ class Optimizer(Names, Family):
                 vars(plateau).update(vars(saved))
             self._take_values(loaded.values)
 
-    def _checked_state_dict(self, d):
+    def _checked_state_dict(self, d, trusted=False):
         """The contents of a state_dict, checked against this optimizer."""
-        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns)
+        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns, trusted)
 
     def save(self, path):
         """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact.  You save the parameters.
@@ -639,6 +648,3 @@ class Optimizer(Names, Family):
                     f"each other from cache: start one of them some {placement.STEP} bytes further on"
                 )
         return "\n".join(lines)
-
-
-graph_breaks.at(Group, Optimizer, Streaming)

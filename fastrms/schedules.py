@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import hyper
+from . import graph_breaks, hyper
 from .memory import host, tree
 
 
@@ -449,7 +449,7 @@ class EarlyStopping:
                 raise ValueError(f"{name} has changed its size or dtype since it was kept")
         if self._optimizer is not None:
             groups = [{name: value for name, value in group.items() if name != "lr"} for group in self._optimizer.groups]
-            self._optimizer.load_state_dict({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups})
+            self._optimizer._load({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups}, trusted=True)
         host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
             np.copyto(buffer.flat, kept)
@@ -499,3 +499,5 @@ class EarlyStopping:
 
 
 KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold
+
+graph_breaks.at(Step, Exponential, Cosine, Plateau, EarlyStopping)

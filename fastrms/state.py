@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
     plateaus: list  # (Plateau of this optimizer, saved Plateau) pairs
 
 
-def checked(d, kind, tensors, values, patterns):
+def checked(d, kind, tensors, values, patterns, trusted=False):
     """Loaded of a state_dict.  kind: the class of the optimizer; values, patterns: its present hyper-parameters of each
     group, and the patterns of its groups.  ValueError where d does not fit; what it lacks, and of what type, is any of
     MALFORMED."""
@@ -70,7 +70,7 @@ def checked(d, kind, tensors, values, patterns):
     missing = next((name for tensor in tensors for name, _ in tensor.parts if name not in by_name), None)
     if missing is not None:
         raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
-    flats = [_state(tensor, by_name, kind.own_rule is None) for tensor in tensors]
+    flats = [_state(tensor, by_name, kind.own_rule is not None or trusted) for tensor in tensors]
     steps = [hyper.step_count("steps", d["steps"], least=0), *(_count(tensor, by_name) for tensor in tensors)]
     return Loaded(new_values, flats, steps, d["dialect"], plateaus)
 
@@ -93,7 +93,7 @@ def _count(tensor, by_name):
     return next(iter(counts))
 
 
-def _state(tensor, by_name, of_ours):
+def _state(tensor, by_name, trusted):
     """The flat state arrays of a tensor, from the saved ones of the arrays in it."""
     flats = {name: np.empty(tensor.param.size, tensor.param.dtype) for name in tensor.state}
     for name, part in tensor.parts:
@@ -104,7 +104,7 @@ def _state(tensor, by_name, of_ours):
             to = part.of(tensor.shaped(flats[key]))
             if type(array) is not np.ndarray or (array.dtype, array.shape) != (to.dtype, to.shape):
                 raise ValueError(f"{key} of {name} in the state_dict must be an ndarray of {to.dtype}, shape {to.shape}")
-            if of_ours and key in NOT_NEGATIVE and not (array >= 0).all():
+            if not trusted and key in NOT_NEGATIVE and not (array >= 0).all():
                 raise ValueError(f"{key} of {name} in the state_dict holds a negative number or NaN; means and sums of "
                                  f"squares, and step sizes, are at least 0")  # fmt: skip
             to[...] = array

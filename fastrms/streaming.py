@@ -21,16 +21,22 @@ class Streaming:
         self.updated = []
 
     def __enter__(self):
-        status = self._optimizer._plan.stream_open()
-        if status != backends.OK:
-            raise self._optimizer._refusal(status)
-        self._left = {label: k for k, label in enumerate(self._labels)}
-        self.updated = []
-        return self
+        plan, status = self._optimizer._plan, None
+        try:
+            status = plan.stream_open()
+            if status != backends.OK:
+                raise self._optimizer._refusal(status)
+            self._left = {label: k for k, label in enumerate(self._labels)}
+            self.updated = []
+            return self
+        except BaseException:
+            if status in (None, backends.OK):  # an interrupt; nobody would close the block
+                plan.stream_close()
+            raise
 
     def __exit__(self, *error):
-        self._left = None
         self._optimizer._plan.stream_close()
+        self._left = None
 
     def step(self, name, grad):
         """Update the tensor of this name from its gradient, which may be overwritten afterwards.

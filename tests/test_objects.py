@@ -1,6 +1,7 @@
 """An optimizer as an object: it is freed when it is dropped, its names mean something, and nothing is taken in silence."""
 
 import gc
+import inspect
 import subprocess
 import sys
 import weakref
@@ -152,7 +153,9 @@ def test_dir_shows_the_public_names():
         "lr", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
         "to_torch_state_dict", "zero_grad",
     }  # fmt: skip
-    assert set(dir(fastrms)) == {*fastrms.__all__, "numba", "cuda", "schedules", "__version__"}
+    loaded = {"numba", "cuda"} & vars(fastrms).keys()
+    assert set(dir(fastrms)) == {*fastrms.__all__, "schedules", "__version__", *loaded}
+    assert all(hasattr(fastrms, name) for name in dir(fastrms))
     assert all(hasattr(optimizer, name) for name in shown - {"c_step"})
 
 
@@ -324,3 +327,125 @@ def test_torch_learns_of_every_write(backend, zero_grad):
     with pytest.raises(ValueError, match="shape"):
         optimizer.step([torch.ones(4)])
     assert w._version == before  # nothing was written
+
+
+FIRST = {
+    "functional": "torch.compile(lambda y: (fastrms.rmsprop(w, y, s, lr=0.1), y * 2)[1], backend='eager')(y)",
+    "constructor": "torch.compile(lambda y: (fastrms.RMSProp([w]).step([y]), y * 2)[1], backend='eager')(y)",
+    "config": "torch.compile(lambda y: (fastrms.available_backends(), fastrms.isa(), y * 2)[2], backend='eager')(y)",
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("order", ["import torch, fastrms", "import fastrms, torch"])
+def test_torch_compile_may_meet_fastrms_first(first, order):
+    """Whatever is imported and called first, in a process of its own, the graph breaks."""
+    pytest.importorskip("torch._dynamo")
+    code = f"{order}\nw, s, y = torch.ones(3), torch.zeros(3), torch.ones(3)\nassert ({FIRST[first]} == 2).all()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_torch_that_is_still_being_imported_is_no_error(monkeypatch):
+    from types import ModuleType
+
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    w = np.ones(3)
+    fastrms.RMSProp([w]).step([w.copy()])
+    fastrms.rmsprop(w, memoryview(w.copy()), np.zeros(3), lr=0.1)
+    assert (w < 1).all()
+
+
+def test_only_what_was_written_is_told(backend):
+    """No gradient, or a step that was left out: the version stays, and a backward pass over the weight is right."""
+    torch = pytest.importorskip("torch")
+    w, frozen = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = fastrms.RMSProp([w, frozen], backend=backend, nonfinite="skip")
+    optimizer.step([torch.ones(3), None])
+    assert w._version and not frozen._version
+    before = w._version
+    assert not optimizer.step([torch.full((3,), torch.nan), None]).applied and w._version == before
+
+
+def test_zero_grad_zeroes_the_arrays_that_were_bound(backend):
+    w, g, other = [np.ones(3), np.ones(2)], [np.ones(3), np.ones(2)], [np.ones(3), np.ones(2)]
+    optimizer = fastrms.RMSProp(w, backend=backend)
+    optimizer.bind(x for x in g)
+    optimizer.zero_grad()
+    assert not any(x.any() for x in g)
+    held = {"w": np.ones(3)}
+    mapped = fastrms.RMSProp({"w": np.ones(3)}, backend=backend)
+    mapped.bind(held)
+    bound, held["w"] = held["w"], np.ones(3)
+    mapped.zero_grad()
+    assert not bound.any() and held["w"].all()
+    g[0][:] = 1
+    optimizer.step(other)
+    optimizer.zero_grad()
+    assert not g[0].any() and other[0].all()
+
+
+def test_several_hyper_parameters_are_set_at_once_or_not_at_all():
+    optimizer = fastrms.RMSProp(np.ones(3), lr=0.1)
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.groups[0].update(lr=0.5, rho=2)
+    assert optimizer.lr == 0.1
+    optimizer.groups[0].update(lr=0.5, rho=0.5)
+    assert optimizer.lr == 0.5 and optimizer.groups[0]["rho"] == 0.5
+
+
+@pytest.mark.parametrize("line", range(1, 9))
+def test_an_interrupt_while_a_block_opens_leaves_none_open(line, backend):
+    """Ctrl-C at each line of Streaming.__enter__."""
+    w = np.ones(3)
+    optimizer, seen = fastrms.RMSProp(w, backend=backend), [0]
+
+    def trace(frame, event, argument):
+        if frame.f_code is type(block).__enter__.__code__:
+            return at_line
+
+    def at_line(frame, event, argument):
+        seen[0] += event == "line"
+        if seen[0] == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return at_line
+
+    block = optimizer.streaming()
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        with block:
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    optimizer.step(w.copy())
+    assert optimizer.steps == 1
+
+
+def test_early_stopping_restores_whatever_it_kept(backend):
+    """The state that was kept is the optimizer's own, NaN included; a parameter is not lost for it."""
+    w = np.ones(2)
+    optimizer = fastrms.RMSProp(w, backend=backend)
+    optimizer.step(np.array([np.nan, 1.0]))
+    stopping = schedules.EarlyStopping(w, optimizer=optimizer)
+    kept = w.copy()
+    optimizer.step(np.ones(2))
+    stopping.restore()
+    assert np.array_equal(w, kept, equal_nan=True) and optimizer.steps == 1
+
+
+def test_measuring_the_norm_alters_nothing(backend):
+    """clip_norm=inf: a NaN in one tensor poisons that element alone."""
+    w = [np.ones(3), np.ones(2)]
+    optimizer = fastrms.RMSProp(w, backend=backend)
+    info = optimizer.step([np.array([np.nan, 1.0, 1.0]), np.ones(2)], clip_norm=float("inf"))
+    assert np.isnan(info.grad_norm) and np.isnan(w[0]).tolist() == [True, False, False] and (w[1] < 1).all()
+
+
+def test_every_name_of_the_package_can_be_looked_at():
+    """hasattr() and help() do not raise, whatever is installed."""
+    assert all(isinstance(hasattr(fastrms, name), bool) for name in ("cuda", "numba", "schedules", "nothing"))
+    assert inspect.getmembers(fastrms)

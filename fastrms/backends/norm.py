@@ -113,7 +113,7 @@ def clipped_scale(grad_scale, clip_norm, grad_norm, squares):
     """grad_scale * (clip_norm / norm) as a factor(), where the norm is larger than clip_norm.  Powers of two are kept apart,
     since the norm of finite gradients may be too large for a double.  A NaN norm makes the factor NaN, as every framework
     has it."""
-    if clip_norm is None or grad_norm <= clip_norm:
+    if clip_norm is None or math.isinf(clip_norm) or grad_norm <= clip_norm:
         return grad_scale, 1.0
     with np.errstate(all="ignore"):
         clip_norm, exponent = math.frexp(clip_norm)

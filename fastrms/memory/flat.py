@@ -180,6 +180,9 @@ class FlatBuffer:
             place = "[name][...]" if isinstance(getattr(self, name), Mapping) else "[...]"
             raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}{place} = x")
 
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} of a FlatBuffer cannot be deleted")
+
     def __reduce__(self):
         shapes = {name: view.shape for name, view in self.params.items()}
         return _rebuilt, (shapes, self.data, self.grad)

@@ -85,7 +85,7 @@ def as_array(x, name):
 def is_torch(x):
     """Whether x is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    return isinstance(x, getattr(torch, "Tensor", ()))  # torch is None, or may be in the middle of its import
 
 
 def _from_torch(x, name):
@@ -272,7 +272,7 @@ def wrote(buffers):
     None and plain arrays may stand among the buffers, as they do among gradients.
     """
     torch = sys.modules.get("torch")
-    if torch is None:
+    if not hasattr(torch, "Tensor"):  # torch is None, or in the middle of its import
         return
     owners = [getattr(buffer, "owner", None) for buffer in buffers]
     written = [x for x in owners if isinstance(x, torch.Tensor) and not x.is_inference()]  # an inference tensor has no count

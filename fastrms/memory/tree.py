@@ -223,7 +223,8 @@ class MappingOf(Structure):
             missing = key_text(error.args[0])
             raise ValueError(f"{what} has no {missing}, which params has; give None to skip it") from None
         if len(value) != self.count:
-            extra = next(key for key in value if key not in self.keys)
+            keys = set(self.keys)
+            extra = next(key for key in value if key not in keys)
             raise ValueError(f"{what} has {key_text(extra)}, params has not")
         return leaves
 
