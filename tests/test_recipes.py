@@ -3,6 +3,7 @@
 import importlib
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,9 +114,30 @@ def test_what_is_refused_is_named_with_its_value(make, wrong, words):
 
 def test_every_hyper_parameter_has_a_sentence_without_its_value():
     for family in recipes.FAMILIES.values():
-        assert len(family.right._fields) <= 9  # jitted.py has so many branches
         for name in family.right._fields:
             assert name in hyper.refusal(name) and "{" not in hyper.refusal(name)
+
+
+def test_a_family_speaks_of_no_hyper_parameter_that_it_lacks():
+    """Not even where a family of tomorrow has no eps_root, no momentum, or a check that knows no range."""
+    h, dtype = SimpleNamespace(eps=0.0, nesterov=True, word="x", step_min=1.0), np.dtype(np.float32)
+    assert hyper.forbidden("eps", h, dtype) == "eps=0.0 is 0 in float32: a zero average would give 0/0"
+    assert (
+        hyper.forbidden("step_min", h, dtype)
+        == "step_min=1.0 rounds in float32 to a number that is not finite and at least 0"
+    )
+    for name, value in (("nesterov", True), ("word", "x")):
+        sentence = f"{name}={value!r} does not go with the other hyper-parameters in float32"
+        assert hyper.forbidden(name, h, dtype) == sentence
+    assert "eps_root" not in hyper.refusal("eps", ["eps"]) and "0/0" in hyper.refusal("eps", ["eps"])
+    assert "eps and eps_root are both 0" in hyper.refusal("eps")
+
+
+def test_a_family_with_more_checks_than_branches_is_an_error(jitted):
+    """A tenth sentence is not left out in silence."""
+    jitted._refusal(["wrong"] * 9)
+    with pytest.raises(ValueError, match="a family has 10 checks"):
+        jitted._refusal(["wrong"] * 10)
 
 
 @pytest.mark.parametrize("name", ["rho", "eps", "weight_decay", "momentum"])
@@ -133,3 +155,49 @@ def test_the_words_of_other_frameworks_have_ours():
     assert not ours & {*hyper.OUR_WORD, *hyper.NOT_NEEDED}
     meant = {word for text in hyper.OUR_WORD.values() for word in re.findall(r"\w+", text)}
     assert {"rho", "lr", "beta1", "beta2", "eps", "eta_minus", "eta_plus", "step_min", "step_max", "initial_value"} <= meant
+
+
+SAID = {  # (family, name of another framework) -> what is said; "" where the family has nothing like it
+    ("rmsprop", "alpha"): "; for alpha write rho",
+    ("adagrad", "alpha"): "",
+    ("rmsprop", "betas"): "",
+    ("adamw", "betas"): "; for betas write beta1 and beta2",
+    ("rprop", "epsilon"): "",
+    ("adagrad", "initial_accumulator_value"): "; for initial_accumulator_value write initial_value",
+    ("adam", "initial_accumulator_value"): "",
+    ("adagrad", "decay"): "; for decay write lr_decay for the step size or weight_decay for the parameters, or, in an "
+    "optimizer, a schedule as lr",
+    ("rprop", "decay"): "",
+    ("adam", "momentum_decay"): "; leave momentum_decay out: nesterov has no schedule of its own here",
+    ("adagrad", "momentum_decay"): "",
+    ("rprop", "fused"): "; leave fused out: every update is fused",
+}
+
+
+@pytest.mark.parametrize("family, name", SAID)
+def test_no_one_is_sent_to_a_name_that_the_class_lacks(family, name):
+    make = FAMILIES[family]
+    with pytest.raises(TypeError) as caught:
+        make(np.ones(3), **{name: 0.5})
+    assert str(caught.value).startswith(f"{make.__name__} has no hyper-parameter {name!r}{SAID[family, name]}; it has lr, ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_words_of_a_class_are_its_own(family):
+    """Every name that we know of, in every class."""
+    known = FAMILIES[family].defaults
+    for name in {*hyper.OUR_WORD, *hyper.NOT_NEEDED}:
+        told = {*re.findall(r"\w+", hyper.said_instead(name, known))} - {name}
+        assert told & {*hyper.CHECKS} <= {*known}, name
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "clipnorm", "max_norm"])
+def test_what_a_function_is_told_is_true(name):
+    """A function has no step(): the sentence says whose it is."""
+    w = np.ones(3)
+    with pytest.raises(TypeError, match=rf"for {name} write .*\boptimizer\b"):
+        fastrms.rmsprop(w, w + 1, w + 2, **{name: 1.0})
+    with pytest.raises(
+        TypeError, match=r"grad_scale, which multiplies the gradients, an argument of step\(\) and of the func"
+    ):
+        fastrms.rmsprop(w, w + 1, w + 2, loss_scale=2.0)
