@@ -10,23 +10,17 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import DTYPES, c
+from conftest import DTYPES, FAMILIES, c, recipe_of
 from test_build import COMPILER, ROOT, check_kernels, instructions, needs_c
 
 import fastrms
+from fastrms import rules
 
 MAKE = shutil.which("make")
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 TRAINER = ROOT / "examples" / "trainer_c"
 needs_make = pytest.mark.skipif(COMPILER is None or MAKE is None, reason="no C compiler or no make here")
 
-FAMILIES = {
-    "rmsprop": fastrms.RMSProp,
-    "adagrad": fastrms.AdaGrad,
-    "adam": fastrms.Adam,
-    "adamw": fastrms.AdamW,
-    "rprop": fastrms.RProp,
-}
 ONLY_FOR_THE_STATE = {"initial_value"}  # no coefficient
 WORDS = {None: 0, "corrected": 2, "folded": 3, "dozat": 4}  # those of fastrms_decl.h
 
@@ -47,7 +41,7 @@ def c_recipe(family, hyper, dtype):
     """(the fastrms_recipe that C computes, as bytes; what it refuses, or None); the recipe must be as it was then."""
     recipe = c.ffi.new("fastrms_recipe *")
     c.ffi.buffer(recipe)[:] = before = b"\x55" * c.ffi.sizeof("fastrms_recipe")
-    function = getattr(c.lib, f"fastrms_{'adam' if family == 'adamw' else family}_recipe")
+    function = getattr(c.lib, f"fastrms_{recipe_of(FAMILIES[family])}_recipe")
     refused = function(recipe, dtype.itemsize, in_c(hyper))
     assert not refused or bytes(c.ffi.buffer(recipe)) == before
     return bytes(c.ffi.buffer(recipe)), c.ffi.string(refused).decode() if refused else None
@@ -96,6 +90,7 @@ def random_hyper(family, rng):
         elif name in VALUES:
             hyper[name] = VALUES[name](rng)
         else:
+            assert isinstance(default, bool), f"VALUES has nothing for {name}"
             hyper[name] = rng.choice(flags.get(name, [False, True]))
     return hyper
 
@@ -116,8 +111,8 @@ def test_c_computes_the_recipes_of_python(family, dtype):
             recipe = c.ffi.from_buffer("fastrms_recipe *", bytearray(got))
             seen.add((recipe.rule, recipe.general))
         refusals += error is not None
-    rules = {"rmsprop": 4, "adam": 2, "adamw": 2}.get(family, 1)
-    assert len(seen) == 2 * rules and 0 < refusals < 1400, (seen, refusals)
+    count = sum(rule.startswith(recipe_of(FAMILIES[family])) for rule in rules.RULES)
+    assert len(seen) == 2 * count and 0 < refusals < 1400, (seen, refusals)
 
 
 @needs_c

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, DTYPES, WAYS, bits, c, raw_recipe, wild_values
+from conftest import BACKENDS, CLASSES, DTYPES, WAYS, bits, c, raw_recipe, wild_values
 
 import fastrms
 from fastrms import backends, recipes, rules
@@ -314,7 +314,7 @@ HUGE = {  # what clipping by norm makes of the factor: subnormal or 0 in float32
     "both": ([np.float32(3e38), np.float64(1.5e308), np.float32(2.0), np.float64(-3.0)], [1003, 50_001, 5, 3]),
     "like float32 in float64": ([np.float64(1e41)], [1003]),
 }
-MAKERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp, Descent]
+MAKERS = [*CLASSES, Descent]
 
 
 def huge_steps(make, backend, kind, clip_norm, prescaled):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DTYPES, c
+from conftest import DTYPES, FAMILIES, c, recipe_of
 from test_build import ROOT
-from test_c_library import FAMILIES, random_hyper
+from test_c_library import random_hyper
 
 import fastrms
 from fastrms import hyper, recipes
@@ -27,6 +27,12 @@ def test_the_twins_have_the_same_functions_in_the_same_order():
     both = [name for name in in_c if name in in_python]
     assert both == [name for name in in_python if name in both]
     assert len(both) > 20 and {*recipes.FAMILIES, "evaluate", "series", "overflowing"} <= set(both)
+
+
+def test_every_class_has_a_recipe_and_every_recipe_a_class():
+    """The tests that run over FAMILIES leave none out, and each class is public."""
+    assert {recipe_of(make) for make in FAMILIES.values()} == set(recipes.FAMILIES)
+    assert {make.__name__ for make in FAMILIES.values()} | {*recipes.FAMILIES} <= {*fastrms.__all__}
 
 
 def in_python(family, hyper_parameters, dtype, step, scale):
@@ -47,19 +53,15 @@ def jitted():
 
 def in_numba(jitted, family, hyper_parameters, dtype, step, scale):
     """The same from jitted code."""
-    kind, coefficients = {
-        "rmsprop": (jitted.RMSProp, jitted.of_rmsprop),
-        "adagrad": (jitted.AdaGrad, jitted.of_adagrad),
-        "adam": (jitted.Adam, jitted.of_adam),
-        "rprop": (jitted.RProp, jitted.of_rprop),
-    }[family.replace("adamw", "adam")]
+    base = recipe_of(FAMILIES[family])
+    kind, coefficients = getattr(jitted, FAMILIES[base].__name__), getattr(jitted, f"of_{base}")
     numbers = {name: recipes.WORDS.get(value, value) for name, value in hyper_parameters.items() if name in kind._fields}
     h = kind(**{name: x if isinstance(x, float) else int(x) for name, x in numbers.items()})
     try:
         general, made = coefficients(h, step, scale, dtype.itemsize)
     except ValueError:
         return None
-    names = recipes.FAMILIES[family.replace("adamw", "adam")].values._fields
+    names = recipes.FAMILIES[base].values._fields
     return bool(general), dict(zip(names, made.tolist(), strict=True))
 
 
