@@ -16,7 +16,9 @@ from .report import size_name
 SECONDS = 6.0  # for each size
 PASSES = 4  # over each set of buffers
 WORK = 2**24  # elements of one measurement
-PLACED = "each buffer where fastrms.placement puts it, its pages huge where the system gives them, unless it says 4 KiB"
+PLACED = (
+    "each buffer where fastrms.memory.placement puts it, its pages huge where the system gives them, unless it says 4 KiB"
+)
 HUGE, SMALL = "as placed", "4 KiB"
 KEPT = 2**26  # bytes; malloc may hand out a smaller freed buffer again, with pages that were touched
 prepare = figures_numpy.prepare

@@ -13,7 +13,8 @@ from fastrms.memory import placement
 WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK = PLACEMENTS = ("well placed", "as allocated", "back to back")
 RULES = ("rmsprop", "adagrad", "adam", "rprop")
 IN_WORDS = {
-    WELL_PLACED: "every buffer starts where fastrms.placement.place puts it, staggered modulo 4 KiB against its neighbours",
+    WELL_PLACED: "every buffer starts where fastrms.memory.placement.place puts it, staggered modulo 4 KiB against its "
+    "neighbours",
     AS_ALLOCATED: "every buffer lies where its library, or NumPy, allocates it",
     BACK_TO_BACK: "all buffers of a contender lie back to back from a page boundary, but for the states of fastrms",
 }

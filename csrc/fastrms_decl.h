@@ -108,7 +108,8 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
 /* ---- a step of a plan ---- */
 
 /* Make one step over all tensors, from the gradients that the plan holds.  fastrms_step_held makes it only while these are
- * the gradients that fastrms_change was told to hold under the number held, and answers FASTRMS_NOT_HELD otherwise. */
+ * the gradients that fastrms_change was told to hold under the number held, and answers FASTRMS_NOT_HELD otherwise; no
+ * gradients have the number 0. */
 int fastrms_step(fastrms_plan *plan);
 int fastrms_step_held(fastrms_plan *plan, int held);
 
@@ -123,9 +124,9 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING, but fastrms_step_held answers FASTRMS_NOT_HELD.  param: a new address, or NULL; recipe: the new values
- * of all recipes, or NULL.  A gradient that shares a byte with a parameter or a state of any tensor is answered by
- * FASTRMS_OVERLAP.  The plan goes on holding the gradients that it held before. */
+ * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: the new values of all recipes, or NULL.  A gradient that shares
+ * a byte with a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The plan goes on holding the gradients
+ * that it held before. */
 int fastrms_stream_open(fastrms_plan *plan);
 int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
                         double grad_scale);

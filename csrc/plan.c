@@ -205,8 +205,8 @@ int fastrms_step_held(fastrms_plan *plan, int held)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
-    if (plan->held != held || plan->streaming)
-        return release(plan, FASTRMS_NOT_HELD);
+    if (!plan->held || plan->held != held || plan->streaming)
+        return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
     return release(plan, run(plan));
 }
 
@@ -315,7 +315,7 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
         return status;
     if (!grad && run_now && !plan->held)
         return release(plan, FASTRMS_NOT_HELD);
-    if (grad && would_overlap(plan, param, grad))
+    if ((grad || param) && would_overlap(plan, param, grad ? grad : plan->held ? plan->grad : NULL))
         return release(plan, FASTRMS_OVERLAP);
     take_over(plan, param, grad, recipe, hold);
     return release(plan, run_now ? run_with(plan, grad_scale, clip_norm, found) : FASTRMS_OK);

@@ -114,7 +114,7 @@ static void linear(fastrms_recipe *recipe, const char *name, int operation, doub
 
 /* The families.  The first function of each answers the name of the first hyper-parameter that is wrong, or NULL; the second
  * fills the recipe. */
-static const char *rmsprop_wrong(const fastrms_hyper *h, int itemsize)
+static const char *rmsprop_checks(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
         {"lr", usable(h->lr, itemsize)}, {"weight_decay", usable(h->weight_decay, itemsize)},
@@ -143,7 +143,7 @@ static void rmsprop(fastrms_recipe *recipe, const fastrms_hyper *h)
     of_average(recipe, lr_first ? "in_scale" : "out_scale", times_root, h->rho, 0);
 }
 
-static const char *adagrad_wrong(const fastrms_hyper *h, int itemsize)
+static const char *adagrad_checks(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
         {"lr", usable(h->lr, itemsize)}, {"weight_decay", usable(h->weight_decay, itemsize)},
@@ -162,7 +162,7 @@ static void adagrad(fastrms_recipe *recipe, const fastrms_hyper *h)
     linear(recipe, "decay", slower, h->lr_decay);
 }
 
-static const char *adam_wrong(const fastrms_hyper *h, int itemsize)
+static const char *adam_checks(const fastrms_hyper *h, int itemsize)
 {
     int32_t corrected = h->bias_correction == FASTRMS_CORRECTED ? FASTRMS_CORRECTED : 0;
     return first_wrong((const check[]){
@@ -204,7 +204,7 @@ static void adam(fastrms_recipe *recipe, const fastrms_hyper *h)
     of_second_average(recipe, h);
 }
 
-static const char *rprop_wrong(const fastrms_hyper *h, int itemsize)
+static const char *rprop_checks(const fastrms_hyper *h, int itemsize)
 {
     return first_wrong((const check[]){
         {"lr", usable(h->lr, itemsize)}, {"clip_value", clipping(h->clip_value, itemsize)},
@@ -287,13 +287,13 @@ void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_sc
 }
 
 static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *h,
-                        const char *(*wrong)(const fastrms_hyper *, int), void (*family)(fastrms_recipe *, const fastrms_hyper *))
+                        const char *(*checks)(const fastrms_hyper *, int), void (*family)(fastrms_recipe *, const fastrms_hyper *))
 {
     if (itemsize != 4 && itemsize != 8)
         return "itemsize";
     fastrms_mode mode = fastrms_set_float_mode();
     fastrms_recipe made = {.itemsize = itemsize};
-    const char *refused = wrong(h, itemsize);
+    const char *refused = checks(h, itemsize);
     if (!refused) {
         family(&made, h);
         refused = overflowing(&made) ? "lr" : NULL;
@@ -307,7 +307,7 @@ static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hype
 #define FAMILY(name) \
     const char *fastrms_##name##_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper) \
     { \
-        return make(recipe, itemsize, hyper, name##_wrong, name); \
+        return make(recipe, itemsize, hyper, name##_checks, name); \
     }
 FAMILY(rmsprop)
 FAMILY(adagrad)

@@ -46,8 +46,8 @@ class Family:
         """All hyper-parameters, checked.  The dialect overrides the defaults, and explicit options override both."""
         unknown = next((name for name in options if name not in cls.defaults), None)
         if unknown is not None:
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{hyper.said_instead(unknown)}; it has "
-                            f"{', '.join(cls.defaults)}")  # fmt: skip
+            said = hyper.said_instead(unknown, cls.defaults)
+            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{said}; it has {', '.join(cls.defaults)}")
         values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
         return {name: cls.checked(dialect, name, value) for name, value in values.items()}
 

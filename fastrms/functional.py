@@ -44,7 +44,7 @@ class Call:
         self.cache = {}
         self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
 
-    def make(self, options, step, grad_scale, param, grad, first, second=None, third=None):
+    def run(self, options, step, grad_scale, param, grad, first, second=None, third=None):
         """Make the update.  For exact ndarrays and the hyper-parameters of the last call there is a short way, with the same
         checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is misaligned or is
         missing.  Everything else goes through checked()."""
@@ -205,12 +205,12 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
     if grad_scale is not ONE:
         grad_scale = hyper.scale("grad_scale", grad_scale)
     if grad_avg is None and momentum_buffer is None:
-        return _rmsprop.make(options, step, grad_scale, param, grad, square_avg)
+        return _rmsprop.run(options, step, grad_scale, param, grad, square_avg)
     if grad_avg is None:
-        return _rmsprop_momentum.make(options, step, grad_scale, param, grad, square_avg, momentum_buffer)
+        return _rmsprop_momentum.run(options, step, grad_scale, param, grad, square_avg, momentum_buffer)
     if momentum_buffer is None:
-        return _rmsprop_centered.make(options, step, grad_scale, param, grad, square_avg, grad_avg)
-    return _rmsprop_centered_momentum.make(options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
+        return _rmsprop_centered.run(options, step, grad_scale, param, grad, square_avg, grad_avg)
+    return _rmsprop_centered_momentum.run(options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
 def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
@@ -247,7 +247,7 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
         step = hyper.step_count("step", step, least=1)
     if grad_scale is not ONE:
         grad_scale = hyper.scale("grad_scale", grad_scale)
-    return _adagrad.make(options, step, grad_scale, param, grad, sum)
+    return _adagrad.run(options, step, grad_scale, param, grad, sum)
 
 
 def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
@@ -289,9 +289,9 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     if grad_scale is not ONE:
         grad_scale = hyper.scale("grad_scale", grad_scale)
     if max_exp_avg_sq is None:
-        return _adam.make(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
+        return _adam.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
     call = _adam_amsgrad_of_options if "amsgrad" in options else _adam_amsgrad
-    return call.make(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+    return call.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -326,7 +326,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     """
     if grad_scale is not ONE:
         grad_scale = hyper.scale("grad_scale", grad_scale)
-    return _rprop.make(options, 1, grad_scale, param, grad, prev, step_size)
+    return _rprop.run(options, 1, grad_scale, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 
 import numpy as np
 
@@ -120,39 +121,49 @@ CHECKS = {
 }
 
 
-# what is refused although each value is in its range: combinations, and values once rounded; {name} becomes name=value
+# What is refused although each value is in its range: combinations, and values once rounded.  The key is the hyper-parameter
+# that is refused with those that its sentence speaks of; {name} becomes name=value.
 FORBIDDEN = {
-    "eps": "{eps} and {eps_root} are both 0 in {dtype}: a zero average would give 0/0",
-    "nesterov": "nesterov=True needs momentum > 0",
-    "bias_correction": "bias_correction='folded' cannot serve centered=True, which corrects two averages",
-    "amsgrad": "amsgrad='corrected' needs bias_correction='corrected'",
-    "eta_minus": "{eta_minus} is not below 1 in {dtype}",
-    "eta_plus": "{eta_plus} is not above 1 in {dtype}",
-    "step_min": "{step_min} is above {step_max}",
+    ("eps", "eps_root"): "{eps} and {eps_root} are both 0 in {dtype}: a zero average would give 0/0",
+    ("eps",): "{eps} is 0 in {dtype}: a zero average would give 0/0",
+    ("nesterov", "momentum"): "nesterov=True needs momentum > 0",
+    ("bias_correction", "centered"): "bias_correction='folded' cannot serve centered=True, which corrects two averages",
+    ("amsgrad", "bias_correction"): "amsgrad='corrected' needs bias_correction='corrected'",
+    ("eta_minus",): "{eta_minus} is not below 1 in {dtype}",
+    ("eta_plus",): "{eta_plus} is not above 1 in {dtype}",
+    ("step_min", "step_max"): "{step_min} is above {step_max}",
 }
 
 
 def words_of(name):
     """The range of a hyper-parameter in words, such as "finite and at least 0"; None where it is not a number."""
-    return getattr({"lr": non_negative, "clip_value": positive}.get(name, CHECKS[name]), "words", None)
+    return getattr({"lr": non_negative, "clip_value": positive}.get(name, CHECKS.get(name)), "words", None)
+
+
+def together(name, known):
+    """The sentence of FORBIDDEN for a hyper-parameter of a family with the names in `known`; None where there is none."""
+    return next((text for names, text in FORBIDDEN.items() if names[0] == name and known.keys() >= {*names}), None)
 
 
 def forbidden(name, h, dtype):
     """The sentence for a hyper-parameter whose value is in its range, but does not go with the others or with dtype."""
     known = {key: f"{key}={value!r}" for key, value in vars(h).items()}
-    sentence = FORBIDDEN.get(name, f"{{{name}}} rounds in {{dtype}} to a number that is not {words_of(name)}")
+    in_range = words_of(name) and f"rounds in {{dtype}} to a number that is not {words_of(name)}"
+    sentence = together(name, known) or f"{{{name}}} {in_range or 'does not go with the other hyper-parameters in {dtype}'}"
     return sentence.format(**known, dtype=dtype)
 
 
-def refusal(name):
-    """The sentence for a wrong hyper-parameter in jitted code, which cannot put the value into it."""
-    dtype, names = "the dtype of param", {key: key for key in CHECKS}
+def refusal(name, known=CHECKS):
+    """The sentence for a wrong hyper-parameter in jitted code, which cannot put the value into it.  known: the names that
+    its family has."""
+    names = {key: key for key in known}
+    dtype = "the dtype of param"
     in_range = words_of(name) and f"{name} must be {words_of(name)} in {dtype}"
-    together = name in FORBIDDEN and FORBIDDEN[name].format(**names, dtype=dtype)
-    return "fastrms: " + "; it is refused, too, where ".join(filter(None, (in_range, together)))
+    forbidden = (together(name, names) or "").format(**names, dtype=dtype)
+    return "fastrms: " + "; it is refused, too, where ".join(filter(None, (in_range, forbidden)))
 
 
-# the names of other frameworks, and what to write here in their place
+# the names of other frameworks, and what to write here in their place: alternatives, parted by |
 OUR_WORD = {
     "alpha": "rho",
     "learning_rate": "lr",
@@ -162,7 +173,8 @@ OUR_WORD = {
     "b1": "beta1",
     "b2": "beta2",
     "epsilon": "eps",
-    "decay": "rho or beta2 for the averages, weight_decay for the parameters, or a schedule as lr",
+    "decay": "rho for the averages | beta2 for the averages | lr_decay for the step size | "
+    "weight_decay for the parameters, or, in an optimizer, a schedule as lr",
     "use_nesterov": "nesterov",
     "etas": "eta_minus and eta_plus",
     "step_sizes": "step_min and step_max",
@@ -173,15 +185,15 @@ OUR_WORD = {
     "decoupled_weight_decay": "decoupled",
     "clip": "clip_value",
     "clipvalue": "clip_value",
-    "clipnorm": "clip_norm, an argument of step()",
-    "clip_norm": "opt.step(grads, clip_norm=...)",
-    "global_clipnorm": "clip_norm, an argument of step()",
-    "grad_clip": "clip_norm, an argument of step()",
-    "max_grad_norm": "clip_norm, an argument of step()",
-    "max_norm": "clip_norm, an argument of step()",
-    "grad_scale": "opt.step(grads, grad_scale=...)",
-    "loss_scale": "grad_scale, an argument of step(), which multiplies the gradients",
-    "loss_scale_factor": "grad_scale, an argument of step(), which multiplies the gradients",
+    "clipnorm": "clip_norm, an argument of an optimizer's step()",
+    "clip_norm": "opt.step(grads, clip_norm=...) of an optimizer",
+    "global_clipnorm": "clip_norm, an argument of an optimizer's step()",
+    "grad_clip": "clip_norm, an argument of an optimizer's step()",
+    "max_grad_norm": "clip_norm, an argument of an optimizer's step()",
+    "max_norm": "clip_norm, an argument of an optimizer's step()",
+    "grad_scale": "opt.step(grads, grad_scale=...) of an optimizer",
+    "loss_scale": "grad_scale, which multiplies the gradients, an argument of step() and of the functions",
+    "loss_scale_factor": "grad_scale, which multiplies the gradients, an argument of step() and of the functions",
 }
 NOT_NEEDED = {
     "foreach": "all tensors are updated in one call",
@@ -195,11 +207,17 @@ NOT_NEEDED = {
 }
 
 
-def said_instead(name):
-    """The end of a sentence that says what to write for a name of another framework; "" for an unknown name."""
+def said_instead(name, known=None):
+    """The end of a sentence that says what to write for a name of another framework; "" where there is nothing to say.
+    known: the hyper-parameters of an optimizer, which the sentence keeps to; None for those of all optimizers."""
+
+    def fits(text):
+        return known is None or {*re.findall(r"\w+", text)} & CHECKS.keys() <= {*known}
+
     if name in NOT_NEEDED:
-        return f"; leave {name} out: {NOT_NEEDED[name]}"
-    return f"; for {name} write {OUR_WORD[name]}" if name in OUR_WORD else ""
+        return f"; leave {name} out: {NOT_NEEDED[name]}" if fits(NOT_NEEDED[name]) else ""
+    alternatives = [text for text in OUR_WORD.get(name, "").split(" | ") if text and fits(text)]
+    return f"; for {name} write {' or '.join(alternatives)}" if alternatives else ""
 
 
 def cuda_options(backend, stream, capturable, check):

@@ -149,7 +149,9 @@ def _refusal(sentences):
     """refuse(number) for jitted code, which raises the sentence of that number; there are nine at most.  Numba raises only
     constants, so each sentence has a variable; one function of nine branches compiles in a fifth of the time of nine
     functions."""
-    s0, s1, s2, s3, s4, s5, s6, s7, s8 = [*sentences, *[""] * 9][:9]
+    if len(sentences) > 9:
+        raise ValueError(f"a family has {len(sentences)} checks: give refuse() a variable and a branch for each of them")
+    s0, s1, s2, s3, s4, s5, s6, s7, s8 = [*sentences, *[""] * (9 - len(sentences))]
 
     @compiler
     def refuse(number):
@@ -174,10 +176,11 @@ def _refusal(sentences):
     return refuse
 
 
-def _coefficients_of(family):
-    """coefficients(h, step, grad_scale, itemsize) for jitted code: (whether general, coefficients in double)."""
+def _coefficients_of(family, known):
+    """coefficients(h, step, grad_scale, itemsize) for jitted code: (whether general, coefficients in double).  known: the
+    names in h."""
     checks_of, recipe_of, right, _ = recipes.FAMILIES[family]
-    refuse = _refusal([hyper.refusal(name) for name in right._fields])
+    refuse = _refusal([hyper.refusal(name, known) for name in right._fields])
 
     @compiler
     def coefficients(h, step, grad_scale, itemsize):
@@ -197,7 +200,8 @@ def _coefficients_of(family):
     return coefficients
 
 
-of_rmsprop, of_adagrad, of_adam, of_rprop = map(_coefficients_of, ("rmsprop", "adagrad", "adam", "rprop"))
+of_rmsprop, of_adagrad = _coefficients_of("rmsprop", RMSProp._fields), _coefficients_of("adagrad", AdaGrad._fields)
+of_adam, of_rprop = _coefficients_of("adam", Adam._fields), _coefficients_of("rprop", RProp._fields)
 
 
 # the way to the kernels

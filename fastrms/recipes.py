@@ -342,7 +342,7 @@ def many(decay, weight, terms):
     return weight * total[start : start + terms.size]
 
 
-class Family(NamedTuple):
+class Numbers(NamedTuple):
     """What recipes.py has for one family: its functions and the classes of named tuples that they give."""
 
     checks: FunctionType
@@ -352,10 +352,10 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "rmsprop": Family(rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
-    "adagrad": Family(adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
-    "adam": Family(adam_checks, adam, AdamChecks, AdamValues),
-    "rprop": Family(rprop_checks, rprop, RPropChecks, RPropValues),
+    "rmsprop": Numbers(rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
+    "adagrad": Numbers(adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
+    "adam": Numbers(adam_checks, adam, AdamChecks, AdamValues),
+    "rprop": Numbers(rprop_checks, rprop, RPropChecks, RPropValues),
 }
 
 

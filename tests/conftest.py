@@ -7,19 +7,31 @@ import numpy as np
 import pytest
 
 import fastrms
-from fastrms import backends, recipes, rules
+from fastrms import backends, optimizers, recipes, rules
 
 c = backends.load("c")
 BACKENDS = tuple(name for name in fastrms.available_backends() if name in backends.HOST)  # test_cuda.py has the GPU
-TIERS = [("c", isa) for isa in c.isas()] + [(name, None) for name in BACKENDS if name != "c"]
+WAYS = [("c", isa) for isa in c.isas()] + [(name, None) for name in BACKENDS if name != "c"]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
+CLASSES = [
+    made
+    for made in vars(optimizers).values()
+    if isinstance(made, type) and issubclass(made, fastrms.Optimizer) and made is not fastrms.Optimizer
+]
+FAMILIES = {make.__name__.lower(): make for make in CLASSES}  # as their functions are named, in Python and in C
+FUNCTIONS = {name: make for name, make in FAMILIES.items() if hasattr(fastrms, name)}
+
+
+def recipe_of(make):
+    """The name in recipes.FAMILIES for a class: its own, or that of the class from which it is derived."""
+    return next(base.__name__.lower() for base in make.__mro__ if base.__name__.lower() in recipes.FAMILIES)
 
 
 def pytest_report_header(config):
     built = [c.ffi.string(c.lib.fastrms_isa_name(k)).decode() for k in range(c.lib.fastrms_isa_count())] if c.lib else []
     return [
-        f"fastrms {fastrms.__version__} from {fastrms.__file__}: {len(TIERS)} tiers run "
-        f"({', '.join(isa or name for name, isa in TIERS)}), {len(c.isas())} of {len(built)} built instruction sets "
+        f"fastrms {fastrms.__version__} from {fastrms.__file__}: {len(WAYS)} tiers run "
+        f"({', '.join(isa or name for name, isa in WAYS)}), {len(c.isas())} of {len(built)} built instruction sets "
         f"({', '.join(built)}), {len(rules.RULES)} rules",
         "all tests together take about 5 minutes on 2 cores",
     ]
@@ -58,7 +70,7 @@ def forced(isa):
             c.use_isa(before)
 
 
-@pytest.fixture(params=TIERS, ids=[isa or name for name, isa in TIERS])
+@pytest.fixture(params=WAYS, ids=[isa or name for name, isa in WAYS])
 def tier(request):
     """The backend module with one instruction set forced."""
     name, isa = request.param

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BACKENDS, bits, raw_recipe
+from conftest import BACKENDS, CLASSES, FUNCTIONS, bits, raw_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,7 +153,7 @@ BAD_GRAD = {
 }
 
 
-@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp])
+@pytest.mark.parametrize("make", CLASSES)
 @pytest.mark.parametrize("case", [*BAD, *BAD_PARAM])
 def test_refused_parameters(make, backend, case):
     value, error, words = {**BAD, **BAD_PARAM}[case]
@@ -272,7 +272,7 @@ def check_unchanged(optimizer, params, action, error, words):
     assert everything(optimizer, params) == before
 
 
-FUNCTIONS = {
+CALLS = {
     "rmsprop": lambda b, **k: fastrms.rmsprop(b["param"], b["grad"], b["square_avg"], lr=0.01, **k),
     "rmsprop full": lambda b, **k: fastrms.rmsprop(
         b["param"],
@@ -314,12 +314,12 @@ def check_refused(name, buffers, backend, error, words, **options):
 
     before = hashes()
     with pytest.raises(error, match=words) as info:
-        FUNCTIONS[name](buffers, backend=backend, **options)
+        CALLS[name](buffers, backend=backend, **options)
     assert hashes() == before
     return str(info.value)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("case", [*BAD, *BAD_PARAM, *BAD_GRAD])
 def test_functions_refuse(name, backend, case):
     value, error, words = {**BAD, **BAD_PARAM, **BAD_GRAD}[case]
@@ -330,7 +330,7 @@ def test_functions_refuse(name, backend, case):
             continue
         if value() is None and key in ("grad_avg", "momentum_buffer", "max_exp_avg_sq"):
             continue
-        FUNCTIONS[name](buffers_of(name), backend=backend)  # the short way is open
+        CALLS[name](buffers_of(name), backend=backend)  # the short way is open
         buffers = buffers_of(name)
         buffers[key] = value()
         if case in ("other dtype", "transposed"):
@@ -347,13 +347,13 @@ def overlapping(kind):
 
 
 @pytest.mark.parametrize("kind", ["equal", "one element", "shifted", "inside"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_functions_refuse_overlap(name, backend, kind):
     keys = ("param", "grad", *BUFFERS[name])
     for k, key in enumerate(keys):
         for other in keys[k + 1 :]:
             buffers = {key: np.ones(12, np.float32) for key in keys}
-            FUNCTIONS[name](buffers, backend=backend)  # adjacent or separate buffers are fine
+            CALLS[name](buffers, backend=backend)  # adjacent or separate buffers are fine
             buffers[key], buffers[other] = overlapping(kind)
             sentence = check_refused(name, buffers, backend, ValueError, "overlap")
             assert key in sentence and other in sentence
@@ -515,12 +515,9 @@ BAD_HYPER = [
     ("initial_value", -1.0, ValueError), ("dialect", "jax", ValueError), ("dialect", 3, ValueError),
     ("backend", "fortran", ValueError), ("beta", 0.9, TypeError),
 ]  # fmt: skip
-MAKERS = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrms.Adam, "rprop": fastrms.RProp}
-
-
 BAD_HYPER_OF = [
     (kind, *case)
-    for kind, maker in MAKERS.items()
+    for kind, maker in FUNCTIONS.items()
     for case in BAD_HYPER
     if case[0] in {*maker.defaults, "dialect", "backend", "beta"}
 ]
@@ -530,7 +527,7 @@ BAD_HYPER_OF = [
 def test_bad_hyper_parameters(kind, name, value, error, backend):
     options = {"backend": backend, name: value}
     with pytest.raises(error, match=name.split("_")[0]):
-        MAKERS[kind](good(), **options)
+        FUNCTIONS[kind](good(), **options)
     if (kind, name) in (("rprop", "lr"), ("adagrad", "initial_value"), ("rmsprop", "initial_value")):
         error = TypeError  # of the state, which these calls are given
     if (kind, name) == ("adagrad", "eps"):

@@ -39,20 +39,33 @@ def instructions(binary):
     return functions
 
 
+def tiers():
+    """The instruction sets that csrc/internal.h lists for this machine."""
+    listed = (ROOT / "csrc" / "internal.h").read_text().partition("#if defined(__x86_64__)")[2].partition("#else")[0]
+    return re.findall(r"^    X\((\w+),", listed, re.M) if X86 else ["baseline"]
+
+
+@needs_c
+def test_the_build_has_the_tiers_of_the_sources():
+    """It is stale otherwise: build the C extension again."""
+    assert [c.ffi.string(c.lib.fastrms_isa_name(k)).decode() for k in range(c.lib.fastrms_isa_count())] == tiers()
+
+
 def kernel_names():
-    isas = ["baseline", "avx2"] if X86 else ["baseline"]
     return [
         (f"{rule}_{real}_{form}_{isa}", rule, real, isa)
-        for rule in rules.RULES for real in ("float", "double") for form in ("neutral", "general") for isa in isas
+        for rule in rules.RULES for real in ("float", "double") for form in ("neutral", "general") for isa in tiers()
     ]  # fmt: skip
+
+
+PACKED = {"baseline": r"^v?{0}{1}\s.*%xmm", "avx2": r"^v{0}{1}\s.*%ymm"}  # of each tier on x86-64
 
 
 def packed(operation, real, isa):
     """Pattern of the packed instruction of full width."""
     if not X86:
         return rf"^f{operation}\s+v\d+\.{'4s' if real == 'float' else '2d'}"
-    suffix = "ps" if real == "float" else "pd"
-    return rf"^v{operation}{suffix}\s.*%ymm" if isa == "avx2" else rf"^v?{operation}{suffix}\s.*%xmm"
+    return PACKED[isa].format(operation, "ps" if real == "float" else "pd")
 
 
 def check_kernels(functions):

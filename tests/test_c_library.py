@@ -10,23 +10,17 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import DTYPES, c
+from conftest import DTYPES, FAMILIES, c, recipe_of
 from test_build import COMPILER, ROOT, check_kernels, instructions, needs_c
 
 import fastrms
+from fastrms import rules
 
 MAKE = shutil.which("make")
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 TRAINER = ROOT / "examples" / "trainer_c"
 needs_make = pytest.mark.skipif(COMPILER is None or MAKE is None, reason="no C compiler or no make here")
 
-FAMILIES = {
-    "rmsprop": fastrms.RMSProp,
-    "adagrad": fastrms.AdaGrad,
-    "adam": fastrms.Adam,
-    "adamw": fastrms.AdamW,
-    "rprop": fastrms.RProp,
-}
 ONLY_FOR_THE_STATE = {"initial_value"}  # no coefficient
 WORDS = {None: 0, "corrected": 2, "folded": 3, "dozat": 4}  # those of fastrms_decl.h
 
@@ -43,26 +37,26 @@ def in_c(hyper):
     return made
 
 
-def c_group(family, hyper, dtype):
-    """(the fastrms_recipe that C computes, as bytes; what it refuses, or None); the group must be as it was then."""
-    group = c.ffi.new("fastrms_recipe *")
-    c.ffi.buffer(group)[:] = before = b"\x55" * c.ffi.sizeof("fastrms_recipe")
-    function = getattr(c.lib, f"fastrms_{'adam' if family == 'adamw' else family}_recipe")
-    refused = function(group, dtype.itemsize, in_c(hyper))
-    assert not refused or bytes(c.ffi.buffer(group)) == before
-    return bytes(c.ffi.buffer(group)), c.ffi.string(refused).decode() if refused else None
+def c_recipe(family, hyper, dtype):
+    """(the fastrms_recipe that C computes, as bytes; what it refuses, or None); the recipe must be as it was then."""
+    recipe = c.ffi.new("fastrms_recipe *")
+    c.ffi.buffer(recipe)[:] = before = b"\x55" * c.ffi.sizeof("fastrms_recipe")
+    function = getattr(c.lib, f"fastrms_{recipe_of(FAMILIES[family])}_recipe")
+    refused = function(recipe, dtype.itemsize, in_c(hyper))
+    assert not refused or bytes(c.ffi.buffer(recipe)) == before
+    return bytes(c.ffi.buffer(recipe)), c.ffi.string(refused).decode() if refused else None
 
 
-def python_group(family, hyper, dtype):
+def python_recipe(family, hyper, dtype):
     """(the same as Python computes it, the error it raises or None)"""
     make = FAMILIES[family]
     try:
         recipe = make.checked_recipe(make.at_step(make.resolve(None, hyper)), dtype)
     except ValueError as error:
         return None, str(error)
-    group = c.ffi.new("fastrms_recipe *")
-    c.fill_recipe(group, recipe)
-    return bytes(c.ffi.buffer(group)), None
+    filled = c.ffi.new("fastrms_recipe *")
+    c.fill_recipe(filled, recipe)
+    return bytes(c.ffi.buffer(filled)), None
 
 
 def magnitude(rng):
@@ -96,6 +90,7 @@ def random_hyper(family, rng):
         elif name in VALUES:
             hyper[name] = VALUES[name](rng)
         else:
+            assert isinstance(default, bool), f"VALUES has nothing for {name}"
             hyper[name] = rng.choice(flags.get(name, [False, True]))
     return hyper
 
@@ -103,21 +98,21 @@ def random_hyper(family, rng):
 @needs_c
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_c_computes_the_groups_of_python(family, dtype):
+def test_c_computes_the_recipes_of_python(family, dtype):
     """The whole struct, byte by byte, for every rule in both forms; and C refuses what Python refuses."""
     rng, seen, refusals = random.Random(f"{family} {dtype}"), set(), 0
     for _ in range(1500):
         hyper = random_hyper(family, rng)
-        want, error = python_group(family, hyper, dtype)
-        got, refused = c_group(family, hyper, dtype)
+        want, error = python_recipe(family, hyper, dtype)
+        got, refused = c_recipe(family, hyper, dtype)
         assert (refused is None) == (error is None), (hyper, refused, error)
         if error is None:
             assert got == want, hyper
-            group = c.ffi.from_buffer("fastrms_recipe *", bytearray(got))
-            seen.add((group.rule, group.general))
+            recipe = c.ffi.from_buffer("fastrms_recipe *", bytearray(got))
+            seen.add((recipe.rule, recipe.general))
         refusals += error is not None
-    rules = {"rmsprop": 4, "adam": 2, "adamw": 2}.get(family, 1)
-    assert len(seen) == 2 * rules and 0 < refusals < 1400, (seen, refusals)
+    count = sum(rule.startswith(recipe_of(FAMILIES[family])) for rule in rules.RULES)
+    assert len(seen) == 2 * count and 0 < refusals < 1400, (seen, refusals)
 
 
 @needs_c
@@ -141,8 +136,8 @@ def test_the_defaults_are_those_of_python(family):
 def test_a_wrong_hyper_parameter_is_named(family, wrong):
     """As in Python, whose sentence has the same name."""
     hyper = {**FAMILIES[family].defaults, **wrong}
-    _, refused = c_group(family, hyper, np.dtype(np.float32))
-    _, error = python_group(family, hyper, np.dtype(np.float32))
+    _, refused = c_recipe(family, hyper, np.dtype(np.float32))
+    _, error = python_recipe(family, hyper, np.dtype(np.float32))
     assert [refused] == list(wrong) and refused in error
 
 
@@ -151,19 +146,19 @@ def test_words_and_sizes_that_are_none_are_refused():
     for family, name, value in [("rmsprop", "bias_correction", 1), ("rmsprop", "nesterov", 2), ("adam", "nesterov", 1),
                                 ("adam", "amsgrad", 3), ("adam", "bias_correction", -1)]:  # fmt: skip
         hyper = {**FAMILIES[family].defaults, "momentum": 0.9} if family == "rmsprop" else dict(FAMILIES[family].defaults)
-        assert c_group(family, {**hyper, name: value}, DTYPES[0])[1] == name
+        assert c_recipe(family, {**hyper, name: value}, DTYPES[0])[1] == name
     assert c.ffi.string(c.lib.fastrms_rprop_recipe(c.ffi.NULL, 2, c.ffi.NULL)) == b"itemsize"
 
 
 @needs_c
 @pytest.mark.parametrize("step", [0, -1, -(2**63), 2**62 + 1, 2**63 - 1])
 def test_a_step_that_cannot_be_has_a_status_and_changes_nothing(step):
-    group, buffers = c.ffi.new("fastrms_recipe *"), [np.full(3, value) for value in (1.0, 2.0, 0.5, 0.25)]
-    assert c.lib.fastrms_adam_recipe(group, 8, c.ffi.addressof(c.lib.fastrms_adam_defaults)) == c.ffi.NULL
+    recipe, buffers = c.ffi.new("fastrms_recipe *"), [np.full(3, value) for value in (1.0, 2.0, 0.5, 0.25)]
+    assert c.lib.fastrms_adam_recipe(recipe, 8, c.ffi.addressof(c.lib.fastrms_adam_defaults)) == c.ffi.NULL
     pointers = [c.ffi.from_buffer(buffer) for buffer in buffers] + [c.ffi.NULL]
-    assert c.lib.fastrms_update(group, 3, step, 1.0, *pointers) == c.lib.FASTRMS_STEP
+    assert c.lib.fastrms_update(recipe, 3, step, 1.0, *pointers) == c.lib.FASTRMS_STEP
     assert [buffer[0] for buffer in buffers] == [1.0, 2.0, 0.5, 0.25]
-    assert c.lib.fastrms_update(group, 3, 2**62, 1.0, *pointers) == c.lib.FASTRMS_OK
+    assert c.lib.fastrms_update(recipe, 3, 2**62, 1.0, *pointers) == c.lib.FASTRMS_OK
     assert np.isfinite(buffers[0]).all() and buffers[0][0] != 1
 
 
@@ -242,6 +237,13 @@ def test_the_readmes_program_links_and_has_pythons_bits(library, language, tmp_p
     assert run(tmp_path / "program") == want()
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_the_header_alone_has_null(tmp_path):
+    """The lines of README.md say NULL, and include nothing but fastrms.h."""
+    (tmp_path / "null.c").write_text("#include <fastrms.h>\nvoid *nothing(void);\nvoid *nothing(void) { return NULL; }\n")
+    run(COMPILER, "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", "-c", tmp_path / "null.c", "-o", tmp_path / "null.o")
+
+
 @needs_c
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
 def test_c_step_from_c(tmp_path):
@@ -272,7 +274,8 @@ def test_a_plan_made_by_init_keeps_its_grad_scale():
     plan, grads, scratch = ffi.new("fastrms_plan *"), ffi.new("void *[]", 1), ffi.new("double[]", 1000)
     assert lib.fastrms_scratch_bytes(1, tensor) <= ffi.sizeof(scratch)
     lib.fastrms_plan_init(plan, 1, tensor, 1, recipe, grads, scratch)
-    assert lib.fastrms_step(plan) == lib.FASTRMS_NOT_HELD and (param == 0).all()
+    assert lib.fastrms_step(plan) == lib.fastrms_step_held(plan, 0) == lib.FASTRMS_NOT_HELD
+    assert plan.steps == 0 and (param == 0).all()
     grads[0], plan.held, plan.grad_scale = grad_at, 1, 0.5
     assert lib.fastrms_step(plan) == lib.FASTRMS_OK and (total == 0.25).all()
     assert lib.fastrms_change(plan, ffi.NULL, ffi.NULL, ffi.NULL, 0, 1, 2.0, -1.0, ffi.NULL) == lib.FASTRMS_OK

@@ -4,12 +4,11 @@ import inspect
 import re
 
 import pytest
+from conftest import CLASSES, FUNCTIONS
 
 import fastrms
 from fastrms import memory, rules, schedules
 
-OPTIMIZERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
-CLASSES = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrms.Adam, "rprop": fastrms.RProp}
 MODULES = [fastrms, schedules]
 
 
@@ -57,13 +56,13 @@ def test_every_parameter_is_described(name, item):
         return  # below
     found = sections(text)
     wanted = {p.name for p in inspect.signature(item).parameters.values()} - {"self"}
-    if item in (fastrms.rmsprop, fastrms.adagrad, fastrms.adam, fastrms.rprop):  # its class describes the hyper-parameters
-        wanted -= {*CLASSES[item.__name__].defaults, "dialect", "backend"}
+    if item in [getattr(fastrms, name) for name in FUNCTIONS]:  # its class describes the hyper-parameters
+        wanted -= {*FUNCTIONS[item.__name__].defaults, "dialect", "backend"}
     assert wanted <= described(found.get("Parameters", [])), name
     assert not wanted or "Raises" in found or "Returns" in found, name
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("make", CLASSES)
 def test_every_hyper_parameter_is_described(make):
     found = sections(inspect.getdoc(make))
     names = described(found["Parameters"])
@@ -81,13 +80,13 @@ def test_every_rule_and_helper_says_what_it_is(rule):
 
 def test_the_jitted_functions_are_described():
     numba = pytest.importorskip("fastrms.numba")
-    for name in ("rmsprop", "adagrad", "adam", "rprop"):
+    for name in FUNCTIONS:
         for function in (getattr(numba, name), getattr(numba, f"{name}_parallel")):
             found = sections(function.__doc__)
             assert "Parameters" in found and "Raises" in found, name
             names = described(found["Parameters"])
             wanted = {p.name for p in inspect.signature(function.py_func).parameters.values()}
-            assert wanted - {*CLASSES[name].defaults} <= names, wanted - names
+            assert wanted - {*FUNCTIONS[name].defaults} <= names, wanted - names
 
 
 def test_the_interface_of_the_memory_modules_is_written_down():

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DTYPES, bits, wild_values
-from test_optimizers import CLASSES
+from conftest import CLASSES, DTYPES, bits, wild_values
 from test_own_rules import Lion
 from test_placement import address
 

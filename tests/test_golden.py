@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from conftest import CLASSES, FAMILIES
 
 import fastrms
 
@@ -18,7 +19,6 @@ ENTRIES = {entry["id"]: entry for entry in json.loads((Path(__file__).parent / "
 TRAP = "seed_003/rmsprop_trace_TRAP"
 USABLE = [name for name, entry in ENTRIES.items() if not entry.get("do_not_use_as_golden")]
 BACKENDS = [name for name in fastrms.available_backends() if name != "cuda"]
-CLASSES = {"rmsprop": "RMSProp", "adagrad": "AdaGrad", "adam": "Adam", "rprop": "RProp"}
 
 # Losses of MindSpore's RProp that are near 0, where float32 itself leaves fewer digits (the entries' notes).
 NEAR_ZERO_LOSSES = {"17": {"float32": 5e-5, "float64": 3e-4}, "18": {"float32": 5e-5, "float64": 3e-4}}
@@ -109,7 +109,7 @@ def gradient_of(entry):
 def run(entry, backend, dtype, **changed):
     """What the entry says something about, at each step it names: {step: {"expected": ..., state name: ...}}."""
     param = np.array(entry["p0"], dtype)
-    maker = getattr(fastrms, changed.pop("optimizer", CLASSES[entry["optimizer"]]))
+    maker = getattr(fastrms, changed.pop("optimizer", FAMILIES[entry["optimizer"]].__name__))
     optimizer = maker(param, backend=backend, **{**ours(entry["hyperparameters"]), **changed})
     gradient, what = gradient_of(entry), entry.get("expected_is", "parameters")
     found = {}
@@ -284,7 +284,7 @@ def test_every_hyper_parameter_is_noticed(name, parameter):
     assert not passes(name, witness, **{parameter: value}), f"nothing noticed {parameter}={value!r}"
 
 
-@pytest.mark.parametrize("name", ["RMSProp", "AdaGrad", "Adam", "AdamW", "RProp"])
+@pytest.mark.parametrize("name", [make.__name__ for make in CLASSES])
 def test_no_hyper_parameter_is_forgotten(name):
     assert set(NOTICED[name]) == set(getattr(fastrms, name).defaults)
 

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, DTYPES, TIERS, bits, c, raw_recipe, wild_values
+from conftest import BACKENDS, CLASSES, DTYPES, WAYS, bits, c, raw_recipe, wild_values
 
 import fastrms
 from fastrms import backends, recipes, rules
@@ -135,7 +135,7 @@ def fp_mode(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-@pytest.mark.parametrize("name, isa", [(name, isa) for name, isa in TIERS if name != "numpy"])
+@pytest.mark.parametrize("name, isa", [(name, isa) for name, isa in WAYS if name != "numpy"])
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_a_caller_that_flushes_denormals_gets_the_same_bits(fp_mode, rule, name, isa):
     """FTZ and DAZ of the calling thread (in C another rounding mode, too) neither change our bits nor are changed by us."""
@@ -314,7 +314,7 @@ HUGE = {  # what clipping by norm makes of the factor: subnormal or 0 in float32
     "both": ([np.float32(3e38), np.float64(1.5e308), np.float32(2.0), np.float64(-3.0)], [1003, 50_001, 5, 3]),
     "like float32 in float64": ([np.float64(1e41)], [1003]),
 }
-MAKERS = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp, Descent]
+MAKERS = [*CLASSES, Descent]
 
 
 def huge_steps(make, backend, kind, clip_norm, prescaled):
@@ -391,7 +391,7 @@ def test_a_nan_gradient_with_clip_norm_is_not_hidden(backend):
 
 def test_a_step_size_clip_is_compare_and_select():
     """clip lets NaN pass, larger keeps its first argument on a tie or NaN, flush gives +0, sign(NaN) is 0."""
-    for backend in {"numpy", *[name for name, _ in TIERS]}:
+    for backend in {"numpy", *[name for name, _ in WAYS]}:
         assert backends.load(backend).available() is None
     assert np.isnan(rules.clip(np.nan, -1.0, 1.0))
     assert rules.larger(1.0, np.nan) == 1.0 and np.isnan(rules.larger(np.nan, 1.0))

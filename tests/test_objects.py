@@ -8,11 +8,10 @@ import weakref
 
 import numpy as np
 import pytest
+from conftest import CLASSES
 
 import fastrms
 from fastrms import schedules
-
-CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
 
 
 class Sign(fastrms.Optimizer):

@@ -7,12 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import bits
+from conftest import CLASSES, FUNCTIONS, bits
 
 import fastrms
 from fastrms import dialects
-
-CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
 
 
 def arrays(count=3, dtype=np.float32):
@@ -355,7 +353,7 @@ def test_functions_tell_values_of_one_kind_from_another():
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_functions_and_optimizers_are_the_same_steps(name, options, dtype, backend):
-    make = {"rmsprop": fastrms.RMSProp, "adagrad": fastrms.AdaGrad, "adam": fastrms.Adam, "rprop": fastrms.RProp}[name]
+    make = FUNCTIONS[name]
     function = getattr(fastrms, name)
     rng = np.random.default_rng(8)
     start = rng.standard_normal((3, 7)).astype(dtype)

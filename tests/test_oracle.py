@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import oracle
 import pytest
+from conftest import CLASSES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -264,7 +265,8 @@ def test_variant_is_the_textbook(name, hyper, dtype, backend):
 
 
 def test_the_variants_name_every_hyper_parameter():
-    """A new hyper-parameter needs a variant."""
+    """A new hyper-parameter needs a variant, and a new class its variants."""
+    assert set(VARIANTS) == {make.__name__ for make in CLASSES}
     for name, variants in VARIANTS.items():
         named = {key for hyper in variants for key in hyper}
         if name != "AdamW":  # Adam's rules and options

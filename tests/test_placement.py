@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import DTYPES
+from conftest import CLASSES, DTYPES
 
 import fastrms
 from fastrms.memory import host, placement
@@ -58,7 +58,7 @@ def test_small_buffers_cost_no_slack():
     assert address(small) % placement.LINE == 0
 
 
-@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.RProp])
+@pytest.mark.parametrize("make", CLASSES)
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_a_step_allocates_nothing_per_element(make, clip_norm):
     """On the C backend; a few hundred bytes of Python objects, whatever the size."""

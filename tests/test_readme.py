@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CLASSES, FAMILIES
 
 import fastrms
 from fastrms import dialects
@@ -215,7 +216,7 @@ def shown(value):
 def dialect_table():
     """The table of docs/dialects.md, from the code: per optimizer, our defaults and what each framework has instead."""
     lines = [f"| | ours, torch | {' | '.join(d for d in dialects.DIALECTS if d != 'torch')} |", "| --- " * 6 + "|"]
-    for make in (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp):
+    for make in CLASSES:
         presets = {d: of.get(make.__name__) for d, of in dialects.DIALECTS.items()}
         names = dict.fromkeys(name for preset in presets.values() for name in preset or ())
         cells = [", ".join(f"{name} {shown(make.defaults[name])}" for name in names) or "(defaults)"]
@@ -236,7 +237,6 @@ def test_our_defaults_are_torchs():
 
 
 SUMMARY = {"1024": "1,024", "2^16": "65,536", "2^25": "33,554,432"}  # column of the benchmark's table: in words
-NAMES = {"rmsprop": "RMSProp", "adagrad": "AdaGrad", "adam": "Adam", "rprop": "RProp"}
 
 
 def measured():
@@ -266,7 +266,7 @@ def summary():
             limit = max((name for name in ("streams", "divider") if name in times), key=times.get)
             cells = [found[name][column] for name in ("naive NumPy", "in-place NumPy", best, "fastrms c", limit)]
             cells[2:4] = [f"{cells[2]} ({best})", f"**{cells[3]}**"]
-            lines.append(f"| {NAMES[rule]} | {size} | {' | '.join(cells)} |")
+            lines.append(f"| {FAMILIES[rule].__name__} | {size} | {' | '.join(cells)} |")
     machine = re.search(r"^(.*?, \d+ cores).*(\d{4}-\d\d-\d\d);", block(page("performance"), "bench"), re.M)
     return "\n".join([*lines, "", f"{machine[1]}, {machine[2]}; two threads (NumPy: one)."])
 

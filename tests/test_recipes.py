@@ -3,12 +3,13 @@
 import importlib
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DTYPES, c
+from conftest import DTYPES, FAMILIES, c, recipe_of
 from test_build import ROOT
-from test_c_library import FAMILIES, random_hyper
+from test_c_library import random_hyper
 
 import fastrms
 from fastrms import hyper, recipes
@@ -22,10 +23,16 @@ def test_the_twins_have_the_same_functions_in_the_same_order():
     in_c = re.findall(
         r"^(?:static )?(?:int|double|void|const char \*) ?(\w+)\(", (ROOT / "csrc" / "recipes.c").read_text(), re.M
     )
-    in_c = [name.removeprefix("fastrms_").replace("_wrong", "_checks") for name in in_c]
+    in_c = [name.removeprefix("fastrms_") for name in in_c]
     both = [name for name in in_c if name in in_python]
     assert both == [name for name in in_python if name in both]
     assert len(both) > 20 and {*recipes.FAMILIES, "evaluate", "series", "overflowing"} <= set(both)
+
+
+def test_every_class_has_a_recipe_and_every_recipe_a_class():
+    """The tests that run over FAMILIES leave none out, and each class is public."""
+    assert {recipe_of(make) for make in FAMILIES.values()} == set(recipes.FAMILIES)
+    assert {make.__name__ for make in FAMILIES.values()} | {*recipes.FAMILIES} <= {*fastrms.__all__}
 
 
 def in_python(family, hyper_parameters, dtype, step, scale):
@@ -46,19 +53,15 @@ def jitted():
 
 def in_numba(jitted, family, hyper_parameters, dtype, step, scale):
     """The same from jitted code."""
-    kind, coefficients = {
-        "rmsprop": (jitted.RMSProp, jitted.of_rmsprop),
-        "adagrad": (jitted.AdaGrad, jitted.of_adagrad),
-        "adam": (jitted.Adam, jitted.of_adam),
-        "rprop": (jitted.RProp, jitted.of_rprop),
-    }[family.replace("adamw", "adam")]
+    base = recipe_of(FAMILIES[family])
+    kind, coefficients = getattr(jitted, FAMILIES[base].__name__), getattr(jitted, f"of_{base}")
     numbers = {name: recipes.WORDS.get(value, value) for name, value in hyper_parameters.items() if name in kind._fields}
     h = kind(**{name: x if isinstance(x, float) else int(x) for name, x in numbers.items()})
     try:
         general, made = coefficients(h, step, scale, dtype.itemsize)
     except ValueError:
         return None
-    names = recipes.FAMILIES[family.replace("adamw", "adam")].values._fields
+    names = recipes.FAMILIES[base].values._fields
     return bool(general), dict(zip(names, made.tolist(), strict=True))
 
 
@@ -113,9 +116,30 @@ def test_what_is_refused_is_named_with_its_value(make, wrong, words):
 
 def test_every_hyper_parameter_has_a_sentence_without_its_value():
     for family in recipes.FAMILIES.values():
-        assert len(family.right._fields) <= 9  # jitted.py has so many branches
         for name in family.right._fields:
             assert name in hyper.refusal(name) and "{" not in hyper.refusal(name)
+
+
+def test_a_family_speaks_of_no_hyper_parameter_that_it_lacks():
+    """Not even where a family of tomorrow has no eps_root, no momentum, or a check that knows no range."""
+    h, dtype = SimpleNamespace(eps=0.0, nesterov=True, word="x", step_min=1.0), np.dtype(np.float32)
+    assert hyper.forbidden("eps", h, dtype) == "eps=0.0 is 0 in float32: a zero average would give 0/0"
+    assert (
+        hyper.forbidden("step_min", h, dtype)
+        == "step_min=1.0 rounds in float32 to a number that is not finite and at least 0"
+    )
+    for name, value in (("nesterov", True), ("word", "x")):
+        sentence = f"{name}={value!r} does not go with the other hyper-parameters in float32"
+        assert hyper.forbidden(name, h, dtype) == sentence
+    assert "eps_root" not in hyper.refusal("eps", ["eps"]) and "0/0" in hyper.refusal("eps", ["eps"])
+    assert "eps and eps_root are both 0" in hyper.refusal("eps")
+
+
+def test_a_family_with_more_checks_than_branches_is_an_error(jitted):
+    """A tenth sentence is not left out in silence."""
+    jitted._refusal(["wrong"] * 9)
+    with pytest.raises(ValueError, match="a family has 10 checks"):
+        jitted._refusal(["wrong"] * 10)
 
 
 @pytest.mark.parametrize("name", ["rho", "eps", "weight_decay", "momentum"])
@@ -133,3 +157,49 @@ def test_the_words_of_other_frameworks_have_ours():
     assert not ours & {*hyper.OUR_WORD, *hyper.NOT_NEEDED}
     meant = {word for text in hyper.OUR_WORD.values() for word in re.findall(r"\w+", text)}
     assert {"rho", "lr", "beta1", "beta2", "eps", "eta_minus", "eta_plus", "step_min", "step_max", "initial_value"} <= meant
+
+
+SAID = {  # (family, name of another framework) -> what is said; "" where the family has nothing like it
+    ("rmsprop", "alpha"): "; for alpha write rho",
+    ("adagrad", "alpha"): "",
+    ("rmsprop", "betas"): "",
+    ("adamw", "betas"): "; for betas write beta1 and beta2",
+    ("rprop", "epsilon"): "",
+    ("adagrad", "initial_accumulator_value"): "; for initial_accumulator_value write initial_value",
+    ("adam", "initial_accumulator_value"): "",
+    ("adagrad", "decay"): "; for decay write lr_decay for the step size or weight_decay for the parameters, or, in an "
+    "optimizer, a schedule as lr",
+    ("rprop", "decay"): "",
+    ("adam", "momentum_decay"): "; leave momentum_decay out: nesterov has no schedule of its own here",
+    ("adagrad", "momentum_decay"): "",
+    ("rprop", "fused"): "; leave fused out: every update is fused",
+}
+
+
+@pytest.mark.parametrize("family, name", SAID)
+def test_no_one_is_sent_to_a_name_that_the_class_lacks(family, name):
+    make = FAMILIES[family]
+    with pytest.raises(TypeError) as caught:
+        make(np.ones(3), **{name: 0.5})
+    assert str(caught.value).startswith(f"{make.__name__} has no hyper-parameter {name!r}{SAID[family, name]}; it has lr, ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_words_of_a_class_are_its_own(family):
+    """Every name that we know of, in every class."""
+    known = FAMILIES[family].defaults
+    for name in {*hyper.OUR_WORD, *hyper.NOT_NEEDED}:
+        told = {*re.findall(r"\w+", hyper.said_instead(name, known))} - {name}
+        assert told & {*hyper.CHECKS} <= {*known}, name
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "clipnorm", "max_norm"])
+def test_what_a_function_is_told_is_true(name):
+    """A function has no step(): the sentence says whose it is."""
+    w = np.ones(3)
+    with pytest.raises(TypeError, match=rf"for {name} write .*\boptimizer\b"):
+        fastrms.rmsprop(w, w + 1, w + 2, **{name: 1.0})
+    with pytest.raises(
+        TypeError, match=r"grad_scale, which multiplies the gradients, an argument of step\(\) and of the func"
+    ):
+        fastrms.rmsprop(w, w + 1, w + 2, loss_scale=2.0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import DTYPES, Guarded, backends, bits, raw_recipe, wild_values
+from conftest import CLASSES, DTYPES, Guarded, backends, bits, raw_recipe, wild_values
 
 import fastrms
 from fastrms import rules
@@ -110,6 +110,10 @@ OPTIMIZERS = [
     pytest.param(fastrms.Adam, {"lr": lambda step: 1e-3 / (1 + step)}, id="adam-schedule"),
     pytest.param(fastrms.RProp, {}, id="rprop"),
 ]
+
+
+def test_every_class_is_among_them():
+    assert {param.values[0] for param in OPTIMIZERS} == {*CLASSES}
 
 
 def many_steps(make, options, backend, dtypes, steps=40):

@@ -5,7 +5,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, DTYPES, Guarded, backends, bits, c
+from conftest import BACKENDS, CLASSES, DTYPES, Guarded, backends, bits, c
 from test_own_rules import Lion
 from test_same_bits import OPTIMIZERS
 
@@ -13,7 +13,6 @@ import fastrms
 from fastrms import recipes
 
 SIZES = [0, 1, 7, 1003, 5003]
-CLASSES = [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp]
 
 
 @pytest.fixture(params=[(1, 8192), (2, 333)], ids=["serial", "shared"])

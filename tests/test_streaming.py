@@ -102,6 +102,37 @@ def test_the_plan_refuses_a_streamed_overlap(backend):
     assert plan.tensor_steps == [1, 1, 1]
 
 
+def test_the_plan_refuses_to_move_a_parameter_onto_another_buffer(backend):
+    """A change() that brings no gradients is checked against those that are held, too; then nothing is taken."""
+    memory, far = np.ones(90), np.ones(10)
+    first, second, grads = memory[:10], memory[10:20], [memory[20:30], memory[30:40]]
+    optimizer = fastrms.Adam([first, second], backend=backend)
+    optimizer.bind(grads)
+    plan, state = optimizer._plan, optimizer.state["exp_avg"][1]
+    before = everything([memory], optimizer)
+
+    def move(*params):
+        return plan.change(params=[host.acquire(x, "x", writable=True) for x in params], run=True)[0]
+
+    for onto in (second, memory[5:15], state, memory[20:30], memory[35:45]):
+        assert move(onto, second) == backends.OVERLAP
+        assert everything([memory], optimizer) == before and optimizer.steps == 0
+    assert move(far, second) == backends.OK and optimizer.steps == 1
+    assert (first == 1).all() and (far < 1).all() and (second < 1).all()
+
+
+def test_a_plan_that_holds_nothing_makes_no_step(backend):
+    """Under no number, 0 included."""
+    w = np.ones(5)
+    optimizer = fastrms.RMSProp(w, backend=backend)
+    step, step_held, plan = optimizer._plan.bound_step()
+    for _ in range(2):
+        assert [step(plan), step_held(plan, 0), step_held(plan, 1)] == [backends.NOT_HELD] * 3
+        assert optimizer.steps == 0 and (w == 1).all()
+        optimizer.bind(np.ones(5))
+        optimizer._plan.change(grads=[None], hold=0, run=False)
+
+
 def test_a_gradient_that_does_not_fit_changes_nothing(backend):
     memory = np.ones(40)
     params = {"a": memory[:10], "b": memory[10:20], "c": np.ones((2, 5))}
@@ -135,6 +166,7 @@ def test_everything_else_is_refused_while_a_block_is_open(backend):
     optimizer.step()
     saved = optimizer.state_dict()
     function, address = optimizer.c_step if backend == "c" else (None, None)
+    step, step_held, plan = optimizer._plan.bound_step()
     with optimizer.streaming() as s:
         before = everything([w], optimizer)
         for call in (
@@ -146,6 +178,8 @@ def test_everything_else_is_refused_while_a_block_is_open(backend):
             with pytest.raises(RuntimeError, match="a streaming block of this RMSProp is open; leave it first"):
                 call()
             assert everything([w], optimizer) == before and optimizer.lr == 0.01
+        numbers = optimizer._gradients.number, 0, 99
+        assert [step(plan), *(step_held(plan, number) for number in numbers)] == [backends.STREAMING] * 4
         s.step(0, g)
         if backend == "c":
             assert ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t)(function)(address) == 7

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, CLASSES, FUNCTIONS
 
 import fastrms
 
@@ -20,7 +20,6 @@ PACKAGE = Path(fastrms.__file__).parent
 STUBS = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.pyi"))}
 NUMBA = "numba" in BACKENDS
 mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (extra `typing`)")
-CLASSES = ("RMSProp", "AdaGrad", "Adam", "AdamW", "RProp")
 NOT_GIVEN = inspect.Parameter.empty
 
 
@@ -104,19 +103,18 @@ def test_every_public_name_has_a_type():
     assert set(fastrms.__all__) <= defined | imported
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_the_stub_of_an_optimizer_has_a_constructor_of_its_own(name):
+@pytest.mark.parametrize("make", CLASSES)
+def test_the_stub_of_an_optimizer_has_a_constructor_of_its_own(make):
     """One that it inherited would take any keyword."""
-    (made,) = (node for node in classes("__init__") if node.name == name)
+    (made,) = (node for node in classes("__init__") if node.name == make.__name__)
     assert "__init__" in [node.name for node in functions(made.body)]
 
 
 def test_init_state_takes_the_hyper_parameters_of_each_rule():
     overloads = [node for node in functions(STUBS["__init__"].body) if is_overload(node)]
-    makers = {"rmsprop": "RMSProp", "adagrad": "AdaGrad", "adam": "Adam", "rprop": "RProp"}
-    assert [ast.unparse(node.args.args[0].annotation) for node in overloads] == [f"Literal[{rule!r}]" for rule in makers]
-    for node, maker in zip(overloads, makers.values(), strict=True):
-        hyper = [(name, "KEYWORD_ONLY", value) for name, value in getattr(fastrms, maker).defaults.items()]
+    assert [ast.unparse(node.args.args[0].annotation) for node in overloads] == [f"Literal[{rule!r}]" for rule in FUNCTIONS]
+    for node, maker in zip(overloads, FUNCTIONS.values(), strict=True):
+        hyper = [(name, "KEYWORD_ONLY", value) for name, value in maker.defaults.items()]
         first = [("optimizer", "POSITIONAL_OR_KEYWORD", NOT_GIVEN), ("param", "POSITIONAL_OR_KEYWORD", NOT_GIVEN)]
         equal(said(node, False), [*first, ("dialect", "KEYWORD_ONLY", None), *hyper])
 

@@ -44,7 +44,7 @@ class Plan:
     params : list of Buffer
     states : list of lists of flat arrays
         The states of each param, in the order of its rule.
-    sets : list of int
+    recipe_of : list of int
         The index in recipes for each param.
     recipes : list of Recipe or OwnRecipe
     nonfinite : {"propagate", "skip", "raise"}

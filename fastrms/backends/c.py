@@ -109,7 +109,7 @@ def update(recipe, step, grad_scale, param, grad, states):
 class Plan(backends.Plan):
     """A backends.Plan that consists of a fastrms_plan and the tables that it points to."""
 
-    def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
+    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
         self._pointers = ffi.typeof("void *[]")
         self._tensor = ffi.new("fastrms_tensor[]", len(params))
         self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
@@ -118,7 +118,8 @@ class Plan(backends.Plan):
             fill_recipe(self._recipe[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
             addresses = [pointer(host.ours(flat).address) for flat in state]
-            self._tensor[k] = {"size": param.size, "recipe": sets[k], "param": pointer(param.address), "state": addresses}
+            at = pointer(param.address)
+            self._tensor[k] = {"size": param.size, "recipe": recipe_of[k], "param": at, "state": addresses}
         self._scratch = ffi.new("double[]", lib.fastrms_scratch_bytes(len(params), self._tensor) // 8)
         self._plan = ffi.new("fastrms_plan *")
         tables = len(params), self._tensor, len(recipes), self._recipe, self._grad

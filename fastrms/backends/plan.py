@@ -56,11 +56,11 @@ def constant(array):
 class Plan(backends.Plan):
     """A backends.Plan in Python.  A subclass has `kind`, the class of its Updates."""
 
-    def __init__(self, params, states, sets, recipes, nonfinite="propagate", zero_grad=False):
+    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
         self.nonfinite, self.zero_grad = nonfinite, zero_grad
         self.params = [param.flat for param in params]
         self.states = [list(state) for state in states]
-        self.sets = list(sets)
+        self.recipe_of = list(recipe_of)
         self.recipes = list(recipes)
         self.grads = [None] * len(params)
         self.held = False
@@ -114,14 +114,14 @@ class Plan(backends.Plan):
         groups = {}
         for k, grad in enumerate(self.grads):
             if grad is not None and grad.size:
-                index = self.sets[k]
+                index = self.recipe_of[k]
                 groups.setdefault((index, None if self.recipes[index].fixed else self.missed[k]), []).append(k)
         return groups.values()
 
     def _update(self, members, grads):
         first = members[0]
         tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
-        return self.kind(self._coefficients(self.sets[first], first), self.missed[first], tensors)
+        return self.kind(self._coefficients(self.recipe_of[first], first), self.missed[first], tensors)
 
     def _coefficients(self, index, tensor):
         """The Coefficients that are kept for a group of tensors under the index of its first one, or new ones."""
@@ -134,7 +134,7 @@ class Plan(backends.Plan):
         """The functions that run a step whose gradients have a second factor; its recipes and updates serve it alone."""
         updates = []
         for members in self._groups():
-            recipe = self.recipes[self.sets[members[0]]].rescaled(grad_rescale)
+            recipe = self.recipes[self.recipe_of[members[0]]].rescaled(grad_rescale)
             tensors = [(self.params[k], self.grads[k], self.states[k]) for k in members]
             updates.append(self.kind(Coefficients(recipe), self.missed[members[0]], tensors))
         for update in updates:
@@ -205,7 +205,7 @@ class Plan(backends.Plan):
                 return OK
             if self.streaming:
                 return STREAMING
-            if held != self.held and (held is not None or not self.held):
+            if not self.held or held not in (None, self.held):
                 return NOT_HELD
             return self._run(1.0, None)[0]
         finally:
@@ -232,11 +232,12 @@ class Plan(backends.Plan):
             flats = self.params if params is None else [param.flat for param in params]
             if grads is not None:
                 grads = [g if g is None else self.flat_grad(g) for g in grads]
-                if self._would_overlap(flats, grads):
-                    return OVERLAP, None
-                self.grads, self.held = grads, hold
             if grads is not None or params is not None:
+                if self._would_overlap(flats, grads or (self.grads if self.held else [])):
+                    return OVERLAP, None
                 self._stale()
+            if grads is not None:
+                self.grads, self.held = grads, hold
             if params is not None:
                 self.params, self._occupied = flats, None
             self._set_recipes(recipes)

@@ -50,10 +50,10 @@ class Plan(plan.Plan):
     It overrides plan.Plan where that uses NumPy arrays, makes an update, or runs a step.
     """
 
-    def __init__(self, params, states, sets, recipes, nonfinite, zero_grad, options):
+    def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options):
         if nonfinite != "propagate":
             raise ValueError(f"nonfinite={nonfinite!r} {BLIND}")
-        super().__init__(params, states, sets, recipes, nonfinite, zero_grad)
+        super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad)
         self._options, self._device, self._process = options, params[0].device, os.getpid()
         self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
@@ -73,7 +73,7 @@ class Plan(plan.Plan):
         return super().change(params, grads, recipes, hold, run, grad_scale)
 
     def _update(self, members, grads):
-        first, index = members[0], self.sets[members[0]]
+        first, index = members[0], self.recipe_of[members[0]]
         coefficients = self._coefficients(index, first)
         recipe, key = coefficients.recipe, (index, coefficients.recipe.general, *members)
         if key not in self._launches:
