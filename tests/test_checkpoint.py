@@ -341,12 +341,12 @@ def test_folders_are_those_of_the_system(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     notes = tmp_path / "notes"
     notes.write_text("mine"), notes.chmod(0o600)
-    for path, error in (("runs/../notes", FileNotFoundError), ("new/", IsADirectoryError), ("o/../notes", NotADirectoryError),
-                        ("notes/", IsADirectoryError), (".", IsADirectoryError)):  # fmt: skip
-        for function in (lambda path: open(path, "wb"), optimizer.save):
-            with pytest.raises(error) as raised:
-                function(path)
-            assert raised.value.filename == path
+    for path in ("runs/../notes", "new/", "o/../notes", "notes/", "."):
+        with pytest.raises(OSError, match=".") as wanted, open(path, "wb"):
+            pass
+        with pytest.raises(type(wanted.value)) as raised:
+            optimizer.save(path)
+        assert str(raised.value) == str(wanted.value)
     assert notes.read_text() == "mine" and sorted(os.listdir()) == ["notes", "o"]
     (tmp_path / "runs").mkdir()
     optimizer.save("runs/../notes")
@@ -361,7 +361,7 @@ def test_a_long_name(saved, tmp_path, count, monkeypatch):
     for _ in range(2):
         optimizer.save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == path.read_bytes()
-    with pytest.raises(OSError, match="File name too long: '.*xxxé'"):
+    with pytest.raises(OSError, match=r"File name too long: '.*é'"):
         optimizer.save(tmp_path / f"{name:x<255}é")
     (tmp_path / "link").symlink_to("none/target")
     with pytest.raises(FileNotFoundError) as raised:
