@@ -342,7 +342,7 @@ def test_folders_are_those_of_the_system(saved, tmp_path, monkeypatch):
     notes = tmp_path / "notes"
     notes.write_text("mine"), notes.chmod(0o600)
     for path in ("runs/../notes", "new/", "o/../notes", "notes/", "."):
-        with pytest.raises(OSError, match=".") as wanted, open(path, "wb"):
+        with pytest.raises(OSError, match="Errno") as wanted, open(path, "wb"):
             pass
         with pytest.raises(type(wanted.value)) as raised:
             optimizer.save(path)

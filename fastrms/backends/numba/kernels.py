@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import platform
 import sys
-from functools import cache
 from importlib.util import spec_from_file_location
 from textwrap import indent
 from types import ModuleType
@@ -115,7 +114,7 @@ if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
 
 
-@cache
+@own_rules.remembered
 def kernel(rule, general, dtype, parallel=False):
     """A compiled kernel(table, number), or kernel(table, number, parts) where it is parallel.
 
@@ -201,7 +200,7 @@ def own_kernel(rule, dtype, parallel):
     arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
     text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
-    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+    return module_of(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel  # in no register: it goes with its rule
 
 
 def own_function(rule, dtype):
@@ -210,7 +209,7 @@ def own_function(rule, dtype):
     real = numba.from_dtype(dtype)
     try:
         function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
-    except numba.errors.NumbaError as error:
+    except Exception as error:  # besides errors of its own, Numba raises NotImplementedError and the like
         reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
         raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
     (overload,) = function.overloads.values()
@@ -253,8 +252,13 @@ sys.meta_path.append(Kept)
 
 def executed(text, name, path="<fastrms kernel>", **names):
     """The module made by a generated text.  Numba caches beside a file at path, the text of which does not matter."""
+    module = module_of(text, name, path, **names)
+    sys.modules[name] = module  # where Numba looks for the globals of a cached function
+    return module
+
+
+def module_of(text, name, path="<fastrms kernel>", **names):
     module = ModuleType(name)
     vars(module).update(names)
-    sys.modules[name] = module  # where Numba looks for the globals of a cached function
     exec(compile(text, path, "exec"), vars(module))
     return module
