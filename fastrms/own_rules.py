@@ -161,10 +161,7 @@ class _Exchange:
     modules fastrms and fastrms.rules, and functions of the user's."""
 
     def __init__(self, select, compiler):
-        self.interpreted, self.compiler = compiler is None, compiler or (lambda function: function)
-        names = {"GENERAL": True, "select": select}
-        for helper in rules.HELPERS:
-            names[helper.__name__] = rules.rebuilt(helper, names, self.compiler)
+        self.compiler, names = compiler, _helpers(select, compiler)
         self.functions = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
         package, ours = sys.modules[__package__], _with(rules, **names)
         self.modules = {rules: ours, package: _with(package, rules=ours)}
@@ -179,7 +176,7 @@ class _Exchange:
         if function not in self.functions:
             self.functions[function] = x  # for a function that calls itself
             reached = [*_names(function).values(), *map(_content, function.__closure__ or ())]
-            if (self.interpreted and function is not x) or any(self.value(y) is not y for y in reached):
+            if (self.compiler is None and function is not x) or any(self.value(y) is not y for y in reached):
                 self.functions[function] = self.rebuilt(function)
         return self.functions[function]
 
@@ -190,7 +187,17 @@ class _Exchange:
         )
         made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
         made.__kwdefaults__ = function.__kwdefaults__
-        return self.compiler(made)
+        return made if self.compiler is None else self.compiler(made)
+
+
+@cache  # for all classes: Numba never frees a jitted function whose globals hold this function
+def _helpers(select, compiler):
+    """The globals of the functions in rules.HELPERS, and these functions themselves, by their names."""
+    names = {"GENERAL": True, "select": select}
+    for helper in rules.HELPERS:
+        made = rules.rebuilt(helper, names)
+        names[helper.__name__] = made if compiler is None else compiler(made)
+    return names
 
 
 def _with(module, **names):

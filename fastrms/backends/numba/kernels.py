@@ -29,6 +29,7 @@ TILE, ASKED = 128, (1536, 1600)  # bytes: the length of a tile, and how far from
 CHUNK = 8 * 1024  # elements that a thread takes at once
 OPTIONS = {"error_model": "numpy", "nogil": True}  # "python" checks divisors, which keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
+select = compiler(rules.select)
 
 HEAD = """\
 CACHE = globals().get("CACHE", True)
@@ -200,12 +201,24 @@ def own_kernel(rule, dtype, parallel):
     arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
     text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
-    return module_of(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel  # in no register: it goes with its rule
+    module = module_of(text, f"fastrms_{rule}", CACHE=False, rule=function)
+    made = module.kernel
+    for dispatcher in (function, made):
+        forget_text(dispatcher)
+    vars(module).clear()
+    return made
+
+
+def forget_text(dispatcher):
+    """Take from a compiled function what leads back to its text.  Numba keeps the results of a compilation as long as the
+    jitted function lives, so that one which they lead to is never freed, nor is what a user's rule closes over."""
+    for signature, result in dispatcher.overloads.items():
+        dispatcher.overloads[signature] = result._replace(type_annotation=None)
 
 
 def own_function(rule, dtype):
     """An own rule, compiled as a function of scalars and checked to return numbers of the dtype."""
-    function = own_rules.function_of(rule, compiler(rules.select), compiler)
+    function = own_rules.function_of(rule, select, compiler)
     real = numba.from_dtype(dtype)
     try:
         function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
