@@ -348,7 +348,7 @@ def _remedy(error):
     if isinstance(error, TypeError):
         return f"it cannot take an array ({error}): take np.sqrt and the like in place of math.sqrt, float() and int()"
     return (
-        f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules; it is imported at the top of the "
+        f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules; import it at the top of the "
         f"file, not in the rule"
     )
 

@@ -8,7 +8,9 @@ compiled in each process and not kept.
 import hashlib
 import inspect
 import platform
+import re
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from textwrap import indent
 from types import ModuleType
@@ -125,15 +127,24 @@ def kernel(rule, general, dtype, parallel=False):
     """
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
-    made = trace.trace(rules.RULES[rule], general)
-    known = {"zero": "real(0)"}  # a constant: a select of it becomes a mask
-    text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
-    name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
+    text, name = text_of(rule, general, dtype, parallel), name_of(rule, general, dtype)
     try:
-        key = f"{name}_{fingerprint(text)}"
-        return executed(text, key, kept(text, key), CACHE=True).kernel
+        name = f"{name}_{fingerprint(text)}"
+        return executed(text, name, kept(text, name), CACHE=True).kernel
     except Exception:  # an unwritable, full or damaged disk, no sources: the cache can be done without
         return executed(text, name, CACHE=False).kernel
+
+
+def name_of(rule, general, dtype):
+    """The first part of the name of a kernel's module; the key follows, where there is one."""
+    return f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
+
+
+def text_of(rule, general, dtype, parallel=False):
+    """The module of the kernel of a rule in rules.RULES."""
+    made = trace.trace(rules.RULES[rule], general)
+    known = {"zero": "real(0)"}  # a constant: a select of it becomes a mask
+    return module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
 
 
 def module_text(rule, dtype, parallel, lines, results, known=None):
@@ -201,7 +212,7 @@ def own_kernel(rule, dtype, parallel):
     arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
     text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
-    module = module_of(text, f"fastrms_{rule}", CACHE=False, rule=function)
+    module = filled(ModuleType(f"fastrms_{rule}"), text, CACHE=False, rule=function)
     made = module.kernel
     for dispatcher in (function, made):
         forget_text(dispatcher)
@@ -251,13 +262,46 @@ def kept(text, name):
 
 
 class Kept:
-    """Finds a kept kernel by its name.  Numba imports a kernel when it loads a user's function that calls it and that was
-    kept by cache=True."""
+    """Imports a kernel by its name, as Numba does when it loads a user's function that calls it and that was kept by
+    cache=True.  The module is made anew from its text where its file is gone or cannot be written.  It is a serial kernel:
+    Numba keeps no function that calls a parallel one."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
+        found = re.fullmatch(r"fastrms_(\w+)_(general|neutral)_(float32|float64)(_[0-9a-f]{24})?", name)
+        if found is None:
+            return None
         place = files.cache_folder() / f"{name}.py"
-        return spec_from_file_location(name, place) if name.startswith("fastrms_") and place.exists() else None
+        if place.exists():
+            return spec_from_file_location(name, place)
+        rule, form, dtype, key = found.groups()
+        text = text_of(rule, form == "general", np.dtype(dtype)) if rule in rules.RULES else ""
+        if key is None:
+            return ModuleSpec(name, Unkept(text))
+        if key != f"_{fingerprint(text)}":
+            raise ImportError(
+                f"a function of yours that Numba kept by cache=True calls {name}, a kernel of another fastrms, Numba or "
+                f"machine: delete the files of this function in the folder __pycache__ beside its own file, or in "
+                f"NUMBA_CACHE_DIR"
+            )
+        try:
+            return spec_from_file_location(name, kept(text, name))
+        except OSError:
+            return ModuleSpec(name, Unkept(text))
+
+
+class Unkept:
+    """A loader of a kernel that has no file."""
+
+    def __init__(self, text):
+        self.text = text
+
+    @staticmethod
+    def create_module(spec):
+        return None
+
+    def exec_module(self, module):
+        filled(module, self.text, CACHE=False)
 
 
 sys.meta_path.append(Kept)
@@ -265,13 +309,11 @@ sys.meta_path.append(Kept)
 
 def executed(text, name, path="<fastrms kernel>", **names):
     """The module made by a generated text.  Numba caches beside a file at path, the text of which does not matter."""
-    module = module_of(text, name, path, **names)
-    sys.modules[name] = module  # where Numba looks for the globals of a cached function
-    return module
+    module = sys.modules[name] = ModuleType(name)  # where Numba looks for the globals of a cached function
+    return filled(module, text, path, **names)
 
 
-def module_of(text, name, path="<fastrms kernel>", **names):
-    module = ModuleType(name)
+def filled(module, text, path="<fastrms kernel>", **names):
     vars(module).update(names)
     exec(compile(text, path, "exec"), vars(module))
     return module
