@@ -507,7 +507,7 @@ def test_wrong_kinds_of_rules_have_a_sentence():
     for rule, words in wrong:
         with pytest.raises(TypeError, match=f"rule of Mine {words}; it must be a plain function"):
             make(rule=rule, **coefficients)
-    with pytest.raises(TypeError, match="rule of Mine takes lr by name only; .* leave out the `\\*`"):
+    with pytest.raises(TypeError, match=r"rule of Mine takes lr by name only; .* leave out the `\*`"):
         make(rule=lambda param, grad, *, lr: (param,), **coefficients)
     with pytest.raises(TypeError, match="rule of Mine takes rest in any number"):
         make(rule=lambda param, grad, *rest: (param,), **coefficients)
