@@ -18,7 +18,9 @@ def whole(path, mode=0o666):
     mode : int
         The permissions with which the new file is made, before the umask.
     """
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    folder, name = os.path.split(path)
+    start = os.fsdecode(os.fsencode(name)[:200])  # the name of the temporary file may not be too long where path is not
+    temporary = os.path.join(folder, f"{start}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "wb") as file:
@@ -34,7 +36,8 @@ def save(path, data):
     """Replace a file of the user's by data, which are on the disk before they get its name.
 
     An existing file keeps its owner, group and permissions as far as this user may give them.  What is no regular file,
-    such as a FIFO or a device, is not replaced but written to, as open() does.
+    such as a FIFO or a device, and what is open already, such as /dev/stdout, is not replaced but written to, as open()
+    does.
 
     Parameters
     ----------
@@ -45,10 +48,20 @@ def save(path, data):
     Raises
     ------
     OSError
-        Where open(path, "wb") or a write fails; the old file is whole then.
+        Where open(path, "wb") or a write fails; the old file is whole then.  The error names path.
     """
-    there, found = os.path.realpath(path), _status(path)
-    if path == "" or (found is not None and not _replaceable(path, there, found)):
+    try:
+        _save(path, data)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def _save(path, data):
+    there = _followed(path)
+    found = there and _status(path)
+    if there is None or (found is not None and not _replaceable(path, there, found)):
         with open(path, "wb") as file:
             file.write(data)
         return
@@ -58,7 +71,29 @@ def save(path, data):
             _resemble(file.fileno(), there, found)
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(os.path.dirname(there))
+    _sync_directory(os.path.dirname(there) or ".")
+
+
+def _followed(path):
+    """The path to which the symbolic links at the end of path lead, or None where only open() can tell.
+
+    Folders are left to the system: where there is no ``a``, it refuses ``a/../b``, which os.path.realpath() takes for ``b``.
+    """
+    for _ in range(40):  # so many links does Linux follow
+        if os.path.basename(path) in ("", ".", ".."):
+            return None
+        if not os.path.islink(path):
+            return path
+        if _is_of_an_open_file(path):
+            return None
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return None
+
+
+def _is_of_an_open_file(link):
+    """Whether a link stands in /proc, as that to which /dev/stdout leads: it is no path, but the open file itself."""
+    processes = _status("/proc/self/fd")
+    return processes is not None and os.lstat(link).st_dev == processes.st_dev
 
 
 def _status(path):
@@ -94,12 +129,13 @@ def _resemble(descriptor, path, found):
 
 
 def _sync_directory(path):
-    """Wait until the new name is on the disk, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until the new name is on the disk, too, where this user may read the directory."""
+    with contextlib.suppress(OSError):  # the file has been replaced
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def cache_folder():

@@ -6,8 +6,11 @@ one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``selec
 """
 
 import math
-from inspect import signature
-from types import FunctionType
+import sys
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from inspect import Parameter, signature
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +20,8 @@ from . import rules
 PROBE = 7  # elements on which a rule is tried
 
 
-class OwnRule(NamedTuple):
+@dataclass(frozen=True)
+class OwnRule:
     """A rule that a subclass of Optimizer brings.  As a rule of rules.py it has, beside its own coefficients, grad_scale and
     grad_rescale, which are multiplied into grad before ``function`` is called."""
 
@@ -25,9 +29,27 @@ class OwnRule(NamedTuple):
     function: Any
     states: tuple
     coefficients: tuple  # without grad_scale and grad_rescale
+    kept: dict = field(default_factory=dict, compare=False, repr=False)  # what was made from it, which goes with it
 
     def __str__(self):
         return self.name
+
+
+def remembered(function):
+    """functools.cache for a function whose first argument is a rule: what is made from an own rule is kept on this rule, so
+    that both are freed with the class that brought it."""
+    of_names = cache(function)
+
+    @wraps(function)
+    def found(rule, *rest):
+        if not isinstance(rule, OwnRule):
+            return of_names(rule, *rest)
+        key = (function, *rest)
+        if key not in rule.kept:
+            rule.kept[key] = function(rule, *rest)
+        return rule.kept[key]
+
+    return found
 
 
 class OwnRecipe(NamedTuple):
@@ -69,7 +91,8 @@ def plain(rule):
     if not isinstance(rule, OwnRule):
         return rule
     states = tuple(f"own_state_{k}" for k in range(len(rule.states)))
-    return rule._replace(states=states, coefficients=tuple(f"own_number_{k}" for k in range(len(rule.coefficients))))
+    numbers = tuple(f"own_number_{k}" for k in range(len(rule.coefficients)))
+    return replace(rule, states=states, coefficients=numbers, kept={})
 
 
 def rule_of(cls):
@@ -77,7 +100,7 @@ def rule_of(cls):
     function, states = cls.rule, cls.state_names
     if isinstance(states, str) or not all(isinstance(name, str) for name in states):
         raise TypeError(f"state_names={states!r} of {cls.__name__} must be a tuple of names")
-    names = tuple(signature(function).parameters)
+    names = _arguments(cls.__name__, function)
     first = ("param", "grad", *states)
     if names[: len(first)] != first:
         raise TypeError(f"rule of {cls.__name__} takes {', '.join(names)}; its first arguments must be {', '.join(first)}")
@@ -89,6 +112,19 @@ def rule_of(cls):
     if "lr" not in cls.defaults:
         raise TypeError(f"defaults={cls.defaults!r} of {cls.__name__} must have a learning rate, lr")
     return OwnRule(cls.__name__, function, tuple(states), names[len(first) :])
+
+
+def _arguments(name, function):
+    """The names of the arguments of a rule, which must be a plain function of arguments that are given by position."""
+    if not isinstance(function, FunctionType):
+        kind = "a classmethod" if isinstance(function, MethodType) else f"a {type(function).__name__}"
+        raise TypeError(f"rule of {name} is {kind}; it must be a plain function, with @staticmethod or nothing above it")
+    parameters = signature(function).parameters
+    wrong = next((p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)), None)
+    if wrong is not None:
+        kind = "by name only" if wrong.kind is Parameter.KEYWORD_ONLY else "in any number"
+        raise TypeError(f"rule of {name} takes {wrong.name} {kind}; its arguments are given by position: leave out the `*`")
+    return tuple(parameters)
 
 
 def recipe(rule, coefficients, hyper, dtype):
@@ -107,53 +143,220 @@ def checked(rule, results):
     return results
 
 
-def function_of(rule, select, compiler=lambda function: function):
-    """The function of an own rule; `compiler` wraps it and each helper that it imported from fastrms.rules."""
-    names = {"GENERAL": False, "select": select}
+def function_of(rule, select, compiler=None):
+    """The function of an own rule, in which ``select`` and the helpers of fastrms.rules are those of a backend.
+
+    Parameters
+    ----------
+    rule : OwnRule
+    select : callable(condition, x, y)
+    compiler : callable(function), optional
+        It wraps the function, each helper, and each function of the user's that reaches a helper.
+    """
+    return _Exchange(select, compiler).rebuilt(rule.function)
+
+
+class _Exchange:
+    """The functions of fastrms.rules exchanged for those of a backend in what a rule reaches: its globals, its closure, the
+    modules fastrms and fastrms.rules, and functions of the user's."""
+
+    def __init__(self, select, compiler):
+        self.compiler, names = compiler, _helpers(select, compiler)
+        self.functions = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
+        package, ours = sys.modules[__package__], _with(rules, **names)
+        self.modules = {rules: ours, package: _with(package, rules=ours)}
+
+    def value(self, x):
+        """What stands for a value that a rule reaches; the value itself where it reaches nothing that is exchanged."""
+        if isinstance(x, ModuleType):
+            return self.modules.get(x, x)
+        function = getattr(x, "py_func", x) if callable(x) and not isinstance(x, type) else None  # that of a jitted function
+        if not isinstance(function, FunctionType):
+            return x
+        if function not in self.functions:
+            self.functions[function] = x  # for a function that calls itself
+            reached = [*_names(function).values(), *map(_content, function.__closure__ or ())]
+            if (self.compiler is None and function is not x) or any(self.value(y) is not y for y in reached):
+                self.functions[function] = self.rebuilt(function)
+        return self.functions[function]
+
+    def rebuilt(self, function):
+        names = {name: self.value(x) for name, x in _names(function).items()}
+        cells = function.__closure__ and tuple(
+            cell if (x := _content(cell)) is cell else CellType(self.value(x)) for cell in function.__closure__
+        )
+        made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+        made.__kwdefaults__ = function.__kwdefaults__
+        return made if self.compiler is None else self.compiler(made)
+
+
+@cache  # for all classes: Numba never frees a jitted function whose globals hold this function
+def _helpers(select, compiler):
+    """The globals of the functions in rules.HELPERS, and these functions themselves, by their names."""
+    names = {"GENERAL": True, "select": select}
     for helper in rules.HELPERS:
-        names[helper.__name__] = rules.rebuilt(helper, names, compiler)
-    exchanged = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
-    used = rule.function.__globals__.items()
-    mine = {name: exchanged.get(x, x) if isinstance(x, FunctionType) else x for name, x in used}
-    return rules.rebuilt(rule.function, mine, compiler)
+        made = rules.rebuilt(helper, names)
+        names[helper.__name__] = made if compiler is None else compiler(made)
+    return names
 
 
-def refuse_unless_elementwise(rule, function, coefficients):
-    """Try an own rule, as a function of arrays, on an array and on the elements of this array one by one.
+def _with(module, **names):
+    """A copy of a module with other values for these names."""
+    made = ModuleType(module.__name__)
+    vars(made).update(vars(module), **names)
+    return made
+
+
+def _names(function):
+    """The globals that a function may use, by their names."""
+    used, known = {"__name__", "__builtins__", *_names_in(function.__code__)}, function.__globals__
+    return {name: known[name] for name in used if name in known}
+
+
+def _names_in(code):
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names_in(inner)
+
+
+def _content(cell):
+    """What a cell of a closure holds; the cell itself while it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
+
+
+class NotElementwiseError(ValueError):
+    """What is said of a rule whose results depend on other elements."""
+
+
+class Near(np.ndarray):
+    """Numbers so near to each other that a rule with an ``if`` takes the same branch for all: that of the first."""
+
+    def __bool__(self):
+        return bool(self.flat[0])
+
+
+def refuse_unless_elementwise(rule, function, coefficients, must_run):
+    """Try an own rule, as a function of arrays, on arrays and on the elements of these arrays one by one.
+
+    It is tried with the coefficients of its first step, and with others: a learning rate may begin at 0, which hides all
+    else, and a bound may be one that no number of the trial passes.
+
+    Parameters
+    ----------
+    rule : OwnRule
+    function : callable
+        The rule as a function of arrays and its coefficients.
+    coefficients : array
+    must_run : bool
+        Whether the backend calls the rule with arrays.  Where it does not, a rule that cannot take arrays is tried on
+        numbers that are near to each other, and let through where it cannot take these either, or draws random numbers.
 
     Raises
     ------
     ValueError
-        The rule writes into its arguments, or it does not accept an array, as with an ``if``, or an element of its results
-        depends on other elements, as with a sum or a norm, which would be those of a chunk.
+        An element of its results depends on other elements, as with a sum or a norm, which would be those of a chunk; with
+        must_run also where it writes into its arguments or does not accept an array, as with an ``if``.
+    TypeError
+        With must_run: a result is no real number.
     """
+    coefficients = np.asarray(coefficients, float)
+    with np.errstate(all="ignore"):
+        if must_run:
+            _compare(rule, function, _arrays(rule), coefficients)
+        elif _is_random(rule, function, coefficients):
+            return
+        for numbers in (coefficients, *_stand_ins(coefficients.size)):
+            for trials in (_arrays, _near_arrays):
+                try:
+                    _compare(rule, function, trials(rule), numbers)
+                    break
+                except NotElementwiseError:
+                    raise
+                except Exception:  # the rule need not take these coefficients, and on scalars no arrays
+                    continue
+
+
+def _is_random(rule, function, coefficients):
+    """Whether a rule gives other results when it is called again."""
+    for trials in (_arrays, _near_arrays):
+        try:
+            first, second = (_tried_on(rule, function, next(trials(rule)), coefficients) for _ in range(2))
+            return not np.array_equal(first, second, equal_nan=True)
+        except Exception:
+            continue
+    return False
+
+
+def _stand_ins(count):
+    """Coefficients to try a rule with: always the same numbers, all of about 1, and in every two of them one that is a
+    million times the other."""
+    ones = 0.5 + 0.5 * abs(np.sin(np.arange(1.0, count + 1)))
+    yield ones
+    for place in range(max(1, (count - 1).bit_length())):
+        large = np.arange(count) >> place & 1
+        yield ones * 1e3 ** (2.0 * large - 1)
+        yield ones * 1e3 ** (1 - 2.0 * large)
+
+
+def _arrays(rule):
+    """Lists of arrays to try a rule with: param, grad and the states, of several magnitudes."""
     numbers = np.sin(np.arange(1.0, 1 + PROBE * (2 + len(rule.states)))).reshape(-1, PROBE)
     numbers[2:] = abs(numbers[2:])  # some states are never negative
-    coefficients = [float(x) for x in coefficients]
-    with np.errstate(all="ignore"):
-        for of_param, of_others in ((1.0, 1.0), (1e-3, 1e3), (1e3, 1e-3)):
-            buffers = [numbers[0] * of_param, *(numbers[1:] * of_others)]
-            whole = _tried_on(rule, function, buffers, coefficients)
-            single = [_tried_on(rule, function, [x[k : k + 1] for x in buffers], coefficients) for k in range(PROBE)]
-            for results, parts in zip(whole, zip(*single, strict=True), strict=True):
-                _refuse_different(rule, results, np.concatenate(parts))
+    for of_param, of_others in ((1.0, 1.0), (1e-3, 1e3), (1e3, 1e-3)):
+        yield [numbers[0] * of_param, *(numbers[1:] * of_others)]
+
+
+def _near_arrays(rule):
+    """The same with arrays of numbers that are near to each other."""
+    near = 1 + 1e-6 * np.arange(PROBE)
+    for buffers in _arrays(rule):
+        for k in range(0, PROBE, 2):
+            yield [(x[k] * near).view(Near) for x in buffers]
+
+
+def _compare(rule, function, trials, coefficients):
+    for buffers in trials:
+        whole = _tried_on(rule, function, buffers, coefficients)
+        single = [_tried_on(rule, function, [x[k : k + 1] for x in buffers], coefficients) for k in range(PROBE)]
+        for results, parts in zip(whole, zip(*single, strict=True), strict=True):
+            _refuse_different(rule, results, np.concatenate(parts))
 
 
 def _tried_on(rule, function, buffers, coefficients):
     """The results of a rule as arrays of the size of its arguments."""
     try:
-        return [np.broadcast_to(x, buffers[0].shape) for x in function(*buffers, *coefficients)]
-    except ValueError as error:
-        remedy = "its arguments are read-only: write `param = param - ...`, never `param -= ...`"
-        if "read-only" not in str(error):
-            remedy = f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules"
-        raise ValueError(f"the rule of {rule} does not run on backend='numpy': {remedy}") from error
+        results = function(*buffers, *coefficients)
+        for name, x in zip(("param", *rule.states), results, strict=True):
+            if np.asarray(x).dtype.kind not in "biuf":
+                kind = "None" if x is None else np.asarray(x).dtype
+                raise TypeError(f"the rule of {rule} gives {kind} as the new {name}; it must give real numbers")
+        return [np.broadcast_to(x, buffers[0].shape) for x in results]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TypeError) and "arrays can be converted to" not in str(error):
+            raise
+        raise ValueError(f"the rule of {rule} does not run on backend='numpy': {_remedy(error)}") from error
+
+
+def _remedy(error):
+    """What to do about a rule that does not take an array."""
+    if "read-only" in str(error):
+        return "its arguments are read-only: write `param = param - ...`, never `param -= ...`"
+    if isinstance(error, TypeError):
+        return f"it cannot take an array ({error}): take np.sqrt and the like in place of math.sqrt, float() and int()"
+    return (
+        f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules; import it at the top of the "
+        f"file, not in the rule"
+    )
 
 
 def _refuse_different(rule, whole, single):
     size = np.max(np.abs(whole[np.isfinite(whole)]), initial=0.0)
     if not np.allclose(whole, single, rtol=1e-9, atol=1e-9 * size, equal_nan=True):
-        raise ValueError(
+        raise NotElementwiseError(
             f"the rule of {rule} is not elementwise: an element of its results depends on other elements, as with a sum, a "
             f"norm or a maximum, and only a chunk of them is there; compute such a number before the step and pass it as a "
             f"hyper-parameter"

@@ -335,6 +335,72 @@ def test_an_empty_path_is_no_file(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["here", path.name] and not os.listdir()
 
 
+def test_folders_are_those_of_the_system(saved, tmp_path, monkeypatch):
+    """Where there is no runs, runs/../notes is no file, as for open(); and no name ends with a slash."""
+    optimizer, _ = saved
+    monkeypatch.chdir(tmp_path)
+    notes = tmp_path / "notes"
+    notes.write_text("mine"), notes.chmod(0o600)
+    for path in ("runs/../notes", "new/", "o/../notes", "notes/", "."):
+        with pytest.raises(OSError, match="Errno") as wanted, open(path, "wb"):
+            pass
+        with pytest.raises(type(wanted.value)) as raised:
+            optimizer.save(path)
+        assert str(raised.value) == str(wanted.value)
+    assert notes.read_text() == "mine" and sorted(os.listdir()) == ["notes", "o"]
+    (tmp_path / "runs").mkdir()
+    optimizer.save("runs/../notes")
+    assert notes.stat().st_mode & 0o777 == 0o600 and notes.read_bytes() == (tmp_path / "o").read_bytes()
+
+
+@pytest.mark.parametrize("count", [255, 243, 201])
+def test_a_long_name(saved, tmp_path, count, monkeypatch):
+    """The temporary file has a name that is short enough, and errors name the path that was given."""
+    optimizer, path = saved
+    name = "é" * (count // 2) + "x" * (count % 2)
+    for _ in range(2):
+        optimizer.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == path.read_bytes()
+    with pytest.raises(OSError, match=r"File name too long: '.*é'"):
+        optimizer.save(tmp_path / f"{name:x<255}é")
+    (tmp_path / "link").symlink_to("none/target")
+    with pytest.raises(FileNotFoundError) as raised:
+        optimizer.save(tmp_path / "link")
+    assert raised.value.filename == str(tmp_path / "link")
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "link", path.name])
+
+
+def test_a_directory_that_cannot_be_synced_is_no_error(saved, monkeypatch):
+    """As one that this user may write and not read: the file has been replaced."""
+    optimizer, path = saved
+    before, opened = path.read_bytes(), os.open
+
+    def unreadable(path, flags, *rest, **names):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, flags, *rest, **names)
+
+    monkeypatch.setattr(files.os, "open", unreadable)
+    optimizer.step(problem(1)[1][0])
+    optimizer.save(path)
+    assert path.read_bytes() != before and os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc")
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_standard_output_that_is_a_file_stays_this_file(tmp_path, path):
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    code = f"""
+import numpy as np, fastrms, os
+fastrms.AdaGrad(np.ones(3)).save({path!r})
+os.write(1, b"after")
+"""
+    with open(tmp_path / "out", "wb+") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, cwd=tmp_path)
+        assert os.path.samestat(os.fstat(out.fileno()), os.stat(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes().startswith(b"after") and (tmp_path / "out").stat().st_size > 100
+
+
 def test_names_that_cannot_be_told_apart():
     class Key:
         def __repr__(self):

@@ -798,27 +798,60 @@ def test_gradients_of_former_steps_are_freed_at_once(size):
         gc.enable()
 
 
+KEPT = """
+    import numba, numpy as np, fastrms.numba as fn
+
+    @numba.njit(cache=True)
+    def train(w, g, m, v):
+        fn.rmsprop(w, g, v, lr=0.1)
+        fn.adam(w, g, m, v, 1)
+        w[0], v[0] = fn.neutral_rules.adagrad(w[0], g[0], v[0], 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 1e-8, 0.0, 0.0, 0.0)
+
+    arrays = [np.full(70_000, x, np.float32) for x in (1, 2, 0, 0)]
+    train(*arrays)
+    print([x[0].tobytes().hex() for x in arrays], sum(train.stats.cache_hits.values()))
+"""
+
+
+def run_kept(script, **environment):
+    """The process of a script with a function that Numba keeps, without NUMBA_CACHE_DIR in the __pycache__ beside it."""
+    script.write_text(textwrap.dedent(KEPT))
+    known = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WATCHDOG,
+                          env={**known, **environment})  # fmt: skip
+
+
+def results(run):
+    """(bits, how often the function was found in Numba's cache)"""
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.strip().rsplit(" ", 1)
+
+
 def test_a_function_of_ones_own_may_be_kept(tmp_path):
     """cache=True: the second process loads the function, and with it the kernels that it calls, without compiling."""
-    script = tmp_path / "kept.py"
-    script.write_text(
-        textwrap.dedent("""
-        import numba, numpy as np, fastrms.numba as fn
-
-        @numba.njit(cache=True)
-        def train(w, g, m, v):
-            fn.rmsprop(w, g, v, lr=0.1)
-            fn.adam(w, g, m, v, 1)
-            w[0], v[0] = fn.neutral_rules.adagrad(w[0], g[0], v[0], 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 1e-8, 0.0, 0.0, 0.0)
-
-        arrays = [np.full(70_000, x, np.float32) for x in (1, 2, 0, 0)]
-        train(*arrays)
-        print([x[0].tobytes().hex() for x in arrays], sum(train.stats.cache_hits.values()))
-    """)
-    )
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    said = [subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WATCHDOG, env=environment)
-            for _ in range(2)]  # fmt: skip
-    assert [run.returncode for run in said] == [0, 0], said[1].stderr[-2000:]
-    (first, hits), (second, more) = (run.stdout.strip().rsplit(" ", 1) for run in said)
+    script, environment = tmp_path / "kept.py", {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    (first, hits), (second, more) = (results(run_kept(script, **environment)) for _ in range(2))
     assert first == second and (hits, more) == ("0", "1")
+
+
+@pytest.mark.parametrize("gone", ["removed", "unwritable", "never there"])
+def test_a_function_of_ones_own_outlives_the_kernels(tmp_path, gone):
+    """They are made anew where their folder was removed, cannot be written, or could not even in the first process."""
+    script, cache, nowhere = tmp_path / "kept.py", tmp_path / "cache", tmp_path / "file"
+    nowhere.write_text("")
+    first, _ = results(run_kept(script, XDG_CACHE_HOME=str(nowhere if gone == "never there" else cache)))
+    assert list((tmp_path / "__pycache__").glob("*.nbc")) and cache.exists() == (gone != "never there")
+    shutil.rmtree(cache, ignore_errors=True)
+    second, hits = results(run_kept(script, XDG_CACHE_HOME=str(cache if gone == "removed" else nowhere)))
+    assert first == second and hits == "1"
+    assert bool(list(cache.rglob("fastrms_*.py"))) == (gone == "removed")
+
+
+def test_kernels_of_another_version_cannot_be_made_anew(tmp_path):
+    """The error says what to delete; a name that is none of ours is left to others."""
+    finder = kernels.Kept.find_spec
+    with pytest.raises(ImportError, match=r"fastrms_adam_neutral_float32_0.*delete the files of this function"):
+        finder(f"fastrms_adam_neutral_float32_{'0' * 24}")
+    with pytest.raises(ImportError, match="delete the files"):
+        finder(f"fastrms_lost_neutral_float32_{'0' * 24}")
+    assert finder("fastrms_utilities") is finder("fastrms") is None

@@ -1,12 +1,19 @@
 """People's own rules: a subclass of Optimizer has checks, groups, state_dict, clipping and threads, on NumPy and Numba."""
 
+import functools
+import gc
+import math
+import weakref
+
 import numpy as np
 import pytest
 from conftest import BACKENDS, DTYPES, backends, bits
 from test_readme import example
 
 import fastrms
-from fastrms.rules import clip, flush, larger, sign
+from fastrms import own_rules, rules
+from fastrms.backends import trace
+from fastrms.rules import clip, flush, larger, prepare, select, sign
 
 names = {}
 exec(example("class Lion"), names)
@@ -305,10 +312,215 @@ REDUCTIONS = {
 @pytest.mark.parametrize("lr", [0.1, 1e-6])
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_rule_that_reduces_is_refused(name, lr):
-    """On NumPy, which calls a rule on arrays: to Numba the sum of a scalar is this scalar."""
+    """On NumPy; Numba has no norm of a scalar, and its own sentence for that."""
     w = np.ones(20000, np.float32)
     with pytest.raises(ValueError, match="the rule of Mine is not elementwise"):
         plain_descent(REDUCTIONS[name])(w, lr=lr, backend="numpy").step(w + 1)
+    assert (w == 1).all()
+
+
+def centered_by_assignment(param, grad, lr):
+    grad -= np.mean(grad)
+    return (param - lr * grad,)
+
+
+def centered_where_positive(param, grad, lr):
+    if grad > lr:
+        return (param - lr * (grad - np.mean(grad)),)
+    return (param,)
+
+
+OF_A_SCALAR = {  # what Numba compiles, since the mean of a scalar is this scalar
+    **{name: (lambda reduced: lambda param, grad, lr: (param - lr * (grad - reduced(grad)),))(getattr(np, name))
+       for name in ("mean", "sum", "prod", "max", "min", "std", "var")},
+    "cumsum": lambda param, grad, lr: (param - lr * np.cumsum(grad)[0],),
+    "assignment": centered_by_assignment,
+    "if": centered_where_positive,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_A_SCALAR)
+def test_a_reduction_is_refused_on_every_backend(backend, name):
+    w = np.ones(20)
+    optimizer = plain_descent(OF_A_SCALAR[name])(w, backend=backend)
+    with pytest.raises((ValueError, TypeError), match="the rule of Mine") as raised:
+        optimizer.step(np.arange(20.0))
+    if backend == "numba" and name not in ("cumsum", "std", "var"):  # Numba may refuse these itself
+        assert "is not elementwise" in str(raised.value)
+    assert (w == 1).all() and optimizer.steps == 0
+
+
+@pytest.mark.parametrize("function", [np.sum, np.mean, np.max, np.prod, np.cumsum])
+def test_a_reduction_cannot_be_written_down(function):
+    rule = own_rules.OwnRule("Mine", lambda param, grad, lr: (param - lr * function(grad),), (), ("lr",))
+    with pytest.raises(TypeError, match=f"it calls np.{function.__name__}"):
+        trace.trace(rule, False)
+
+
+def test_a_learning_rate_that_starts_at_0_hides_no_reduction(backend):
+    w = np.ones(20)
+    optimizer = plain_descent(OF_A_SCALAR["mean"])(w, lr=lambda step: 0.1 * step, backend=backend)
+    with pytest.raises(ValueError, match="the rule of Mine is not elementwise"):
+        optimizer.step(np.arange(20.0))
+
+
+@pytest.mark.parametrize("most", [1e-5, 1.0, 1e5, 1e30])
+@pytest.mark.parametrize("order", [("one", "most"), ("most", "one")])
+def test_a_bound_that_is_not_reached_hides_no_reduction(backend, most, order):
+    def by_norm(param, grad, lr, one, most):
+        return (param - lr * grad * np.minimum(one, most / np.sqrt(np.sum(grad * grad))),)
+
+    def by_norm_too(param, grad, lr, most, one):
+        return by_norm(param, grad, lr, one, most)
+
+    rule = staticmethod(by_norm if order[0] == "one" else by_norm_too)
+    mine = make(rule=rule, coefficients=lambda step, lr: {"lr": lr, "one": 1.0, "most": most})
+    w = np.ones(20)
+    with pytest.raises((ValueError, TypeError), match="the rule of Mine"):
+        mine(w, backend=backend).step(np.arange(20.0))
+    assert (w == 1).all()
+
+
+def test_a_rule_need_not_take_other_coefficients_than_its_own(backend):
+    """It is tried with others, which may be out of its range."""
+
+    def rule(param, grad, lr, beta):
+        return (param - lr * math.sqrt(1 - beta * beta) * grad,)
+
+    def checked(param, grad, lr, beta):
+        assert beta == 0.6
+        return (param - lr * grad,)
+
+    w = np.ones(20)
+    names = {"coefficients": lambda step, lr: {"lr": lr, "beta": 0.6}}
+    make(rule=rule, **names)(w, backend=backend).step(np.ones(20))
+    assert np.allclose(w, 1 - 0.1 * 0.8)
+    if backend == "numpy":
+        make(rule=checked, **names)(w, backend=backend).step(np.ones(20))
+
+
+def of_scalars(param, grad, lr):
+    if grad > lr:
+        return (param - lr * math.sqrt(grad),)
+    return (param,)
+
+
+def noisy(param, grad, lr):
+    return (param - lr * (grad + np.random.random()),)
+
+
+@pytest.mark.skipif("numba" not in OWN, reason="numba is not installed")
+@pytest.mark.parametrize("rule", [of_scalars, noisy, lambda param, grad, lr: (param - lr * max(grad, lr),)])
+def test_numba_runs_what_only_scalars_take(rule):
+    w = np.ones(20)
+    plain_descent(rule)(w, backend="numba").step(np.linspace(0.2, 3, 20))
+    assert (w < 1).all()
+
+
+def test_functions_of_scalars_have_a_sentence_on_numpy():
+    with pytest.raises(ValueError, match=r"cannot take an array .*: take np\.sqrt and the like"):
+        plain_descent(lambda param, grad, lr: (param - math.sqrt(grad),))(np.ones(4), backend="numpy").step(np.ones(4))
+
+
+def positive(x, zero):
+    return select(x > zero, x, zero)
+
+
+def twice_removed(x, zero):
+    return positive(x, zero)
+
+
+def test_helpers_wherever_a_rule_reaches_them(backend):
+    """By the module, by the package, in a closure, and in functions of the user's, jitted or not."""
+    from fastrms.rules import larger as inner
+
+    cases = [
+        lambda param, grad, lr, zero: (param - lr * rules.select(grad > zero, grad, zero),),
+        lambda param, grad, lr, zero: (param - lr * fastrms.rules.larger(grad, zero),),
+        lambda param, grad, lr, zero: (param - lr * inner(grad, zero),),
+        lambda param, grad, lr, zero: (param - lr * positive(grad, zero),),
+        lambda param, grad, lr, zero: (param - lr * twice_removed(grad, zero),),
+    ]
+    if "numba" in OWN:
+        import numba
+
+        jitted, square = numba.njit(positive), numba.njit(lambda x: x * x / x)
+        cases.append(lambda param, grad, lr, zero: (param - lr * jitted(grad, zero),))
+        cases.append(lambda param, grad, lr, zero: (param - lr * inner(square(grad), zero),))
+    for k, rule in enumerate(cases):
+        w = np.ones(20)
+        mine = make(rule=staticmethod(rule), coefficients=lambda step, lr: {"lr": lr, "zero": 0.0})
+        mine(w, backend=backend).step(np.linspace(-1.1, 1, 20))
+        assert np.allclose(w, 1 - 0.1 * np.maximum(np.linspace(-1.1, 1, 20), 0)), k
+    assert rules.select is select and rules.larger is larger and positive.__globals__["select"] is select
+
+
+def test_a_helper_that_is_imported_in_the_rule_has_a_sentence(backend):
+    def rule(param, grad, lr):
+        from fastrms.rules import larger
+
+        return (param - larger(grad, lr),)
+
+    words = "import it at the top of the file" if backend == "numpy" else "Numba cannot compile the rule of Mine"
+    with pytest.raises((ValueError, TypeError), match=words):
+        plain_descent(rule)(np.ones(4), backend=backend).step(np.ones(4))
+
+
+def test_prepare_clips_and_decays_in_an_own_rule(backend):
+    rule = staticmethod(lambda param, grad, lr, low, high, decay, one: (
+        param - lr * prepare(grad, param, one, one, low, high, decay),))  # fmt: skip
+    numbers = {"low": -0.5, "high": 0.5, "decay": 0.25, "one": 1.0}
+    w = np.ones(4)
+    make(rule=rule, coefficients=lambda step, lr: {"lr": lr, **numbers})(w, backend=backend).step(np.full(4, 9.0))
+    assert np.allclose(w, 1 - 0.1 * 0.75)
+
+
+def dropped(backend):
+    """Weak references to a class that was used and is gone, and to an array that its rule closed over."""
+    held, numbers = np.ones(5_000_000), np.ones(4)
+
+    def rule(param, grad, lr, zero):
+        return (param - lr * positive(grad, zero) * held[0],)
+
+    mine = make(rule=rule, coefficients=lambda step, lr: {"lr": lr, "zero": 0.0})
+    mine(numbers, backend=backend).step(np.ones(4))
+    return weakref.ref(mine), weakref.ref(held)
+
+
+def test_an_own_rule_is_freed_with_its_class(backend):
+    of_class, of_array = dropped(backend)
+    gc.collect()
+    assert of_class() is None and of_array() is None
+
+
+def test_wrong_kinds_of_rules_have_a_sentence():
+    def plain(param, grad, lr):
+        return (param - lr * grad,)
+
+    coefficients = {"coefficients": lambda step, lr: {"lr": lr}}
+    wrong = [(classmethod(lambda cls, param, grad, lr: (param,)), "is a classmethod"),
+             (staticmethod(functools.partial(plain)), "is a partial")]  # fmt: skip
+    if "numba" in OWN:
+        import numba
+
+        wrong.append((staticmethod(numba.njit(plain)), "is a CPUDispatcher"))
+    for rule, words in wrong:
+        with pytest.raises(TypeError, match=f"rule of Mine {words}; it must be a plain function"):
+            make(rule=rule, **coefficients)
+    with pytest.raises(TypeError, match=r"rule of Mine takes lr by name only; .* leave out the `\*`"):
+        make(rule=lambda param, grad, *, lr: (param,), **coefficients)
+    with pytest.raises(TypeError, match="rule of Mine takes rest in any number"):
+        make(rule=lambda param, grad, *rest: (param,), **coefficients)
+
+
+@pytest.mark.parametrize("new, kind", [(lambda grad: None, "None"), (lambda grad: np.sqrt(grad + 0j), "complex"),
+                                       (lambda grad: "x", "<U1")])  # fmt: skip
+def test_results_that_are_no_real_numbers_have_a_sentence(new, kind):
+    mine = make(state_names=("last",), rule=lambda param, grad, last, lr: (param - lr * grad, new(grad)),
+                coefficients=lambda step, lr: {"lr": lr})  # fmt: skip
+    w = np.ones(4)
+    with pytest.raises(TypeError, match=f"the rule of Mine gives {kind}.* as the new last; it must give real numbers"):
+        mine(w, backend="numpy").step(np.ones(4))
     assert (w == 1).all()
 
 

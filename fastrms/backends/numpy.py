@@ -1,6 +1,6 @@
 """The rules on chunks of arrays in NumPy: the fallback where C is missing, and the slow reference."""
 
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def available():
     return None
 
 
-@cache
+@own_rules.remembered
 def compiled(rule, general):
     """A rule as a function of arrays."""
     if isinstance(rule, str):
@@ -22,28 +22,27 @@ def compiled(rule, general):
     return own_function(rule)
 
 
-def own_function(rule):
-    """An own rule as a function of arrays.  It gets read-only views, and a result that shares memory with one of them is
-    copied, so that writing back one result changes no other."""
+def own_function(rule, given=plan.constant):
+    """An own rule as a function of arrays.  It gets what ``given`` makes of them, read-only views, and a result that shares
+    memory with one of these is copied, so that writing back one result changes no other."""
     function, states = own_rules.function_of(rule, np.where), len(rule.states)
 
     def scaled(param, grad, *rest):
         grad_scale, grad_rescale, *coefficients = rest[states:]
-        seen = [plan.constant(x) for x in (param, grad * grad_scale * grad_rescale, *rest[:states])]
+        seen = [given(x) for x in (param, grad * grad_scale * grad_rescale, *rest[:states])]
         results = own_rules.checked(rule, function(*seen, *coefficients))
         return [np.copy(x) if any(np.may_share_memory(x, y) for y in seen) else x for x in results]
 
     return scaled
 
 
-_tried = set()  # own rules that were found to be elementwise
-
-
-def try_once(rule, function, coefficients):
-    """Refuse an own rule that is not elementwise before it writes anything."""
-    if isinstance(rule, own_rules.OwnRule) and rule not in _tried:
-        own_rules.refuse_unless_elementwise(rule, function, coefficients)
-        _tried.add(rule)
+def try_once(rule, coefficients, must_run=True):
+    """Refuse an own rule that is not elementwise before it writes anything; must_run: see refuse_unless_elementwise()."""
+    if isinstance(rule, str) or ("tried", must_run) in rule.kept:
+        return
+    function = compiled(rule, False) if must_run else own_function(rule, np.ndarray.copy)  # scalars may be assigned to
+    own_rules.refuse_unless_elementwise(rule, function, coefficients, must_run)
+    rule.kept["tried", must_run] = True
 
 
 def in_chunks(rule, param, grad, states, coefficients):
@@ -62,7 +61,7 @@ class Update(plan.Update):
     def take(self):
         recipe = self.coefficients.recipe
         self.rule, self.rows = compiled(recipe.rule, recipe.general), self.coefficients.rows
-        try_once(recipe.rule, self.rule, self.rows[0])
+        try_once(recipe.rule, self.rows[0])
 
     def run(self, number):
         coefficients = self.rows[(number - self.first) * self.stride]

@@ -62,6 +62,10 @@ class Traced:
         """NumPy calls this for np.sqrt of an object."""
         return self.apply("sqrt", self)
 
+    def __array_function__(self, function, types, args, kwargs):
+        """NumPy calls this for np.sum and the like, which would take an element for a whole array."""
+        raise TypeError(f"it calls np.{function.__name__}; only + - * /, sqrt and select have the same bits everywhere")
+
     def __bool__(self):
         raise TypeError("it branches; choose by select(condition, x, y)")
 

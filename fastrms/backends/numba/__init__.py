@@ -16,6 +16,7 @@ import numpy as np
 from ... import threads
 from ...memory import host
 from .. import find_spec, plan
+from ..numpy import try_once
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
@@ -68,6 +69,7 @@ class Update(plan.Update):
 
     def take(self):
         rows = self.coefficients.rows
+        try_once(self.coefficients.recipe.rule, rows[0], must_run=False)
         self.table[1:4] = host.address(rows), self.first, self.stride * rows.strides[0]
 
     @cached_property

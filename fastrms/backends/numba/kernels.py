@@ -8,8 +8,9 @@ compiled in each process and not kept.
 import hashlib
 import inspect
 import platform
+import re
 import sys
-from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from textwrap import indent
 from types import ModuleType
@@ -30,6 +31,7 @@ TILE, ASKED = 128, (1536, 1600)  # bytes: the length of a tile, and how far from
 CHUNK = 8 * 1024  # elements that a thread takes at once
 OPTIONS = {"error_model": "numpy", "nogil": True}  # "python" checks divisors, which keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
+select = compiler(rules.select)
 
 HEAD = """\
 CACHE = globals().get("CACHE", True)
@@ -115,7 +117,7 @@ if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
 
 
-@cache
+@own_rules.remembered
 def kernel(rule, general, dtype, parallel=False):
     """A compiled kernel(table, number), or kernel(table, number, parts) where it is parallel.
 
@@ -125,15 +127,24 @@ def kernel(rule, general, dtype, parallel=False):
     """
     if not isinstance(rule, str):
         return own_kernel(rule, dtype, parallel)
-    made = trace.trace(rules.RULES[rule], general)
-    known = {"zero": "real(0)"}  # a constant: a select of it becomes a mask
-    text = module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
-    name = f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
+    text, name = text_of(rule, general, dtype, parallel), name_of(rule, general, dtype)
     try:
-        key = f"{name}_{fingerprint(text)}"
-        return executed(text, key, kept(text, key), CACHE=True).kernel
+        name = f"{name}_{fingerprint(text)}"
+        return executed(text, name, kept(text, name), CACHE=True).kernel
     except Exception:  # an unwritable, full or damaged disk, no sources: the cache can be done without
         return executed(text, name, CACHE=False).kernel
+
+
+def name_of(rule, general, dtype):
+    """The first part of the name of a kernel's module; the key follows, where there is one."""
+    return f"fastrms_{rule}_{'general' if general else 'neutral'}_{dtype}"
+
+
+def text_of(rule, general, dtype, parallel=False):
+    """The module of the kernel of a rule in rules.RULES."""
+    made = trace.trace(rules.RULES[rule], general)
+    known = {"zero": "real(0)"}  # a constant: a select of it becomes a mask
+    return module_text(rules.RULES[rule], dtype, parallel, trace.lines(made), made.results, known)
 
 
 def module_text(rule, dtype, parallel, lines, results, known=None):
@@ -201,16 +212,28 @@ def own_kernel(rule, dtype, parallel):
     arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
     text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
-    return executed(text, f"fastrms_{rule}", CACHE=False, rule=function).kernel
+    module = filled(ModuleType(f"fastrms_{rule}"), text, CACHE=False, rule=function)
+    made = module.kernel
+    for dispatcher in (function, made):
+        forget_text(dispatcher)
+    vars(module).clear()
+    return made
+
+
+def forget_text(dispatcher):
+    """Take from a compiled function what leads back to its text.  Numba keeps the results of a compilation as long as the
+    jitted function lives, so that one which they lead to is never freed, nor is what a user's rule closes over."""
+    for signature, result in dispatcher.overloads.items():
+        dispatcher.overloads[signature] = result._replace(type_annotation=None)
 
 
 def own_function(rule, dtype):
     """An own rule, compiled as a function of scalars and checked to return numbers of the dtype."""
-    function = own_rules.function_of(rule, compiler(rules.select), compiler)
+    function = own_rules.function_of(rule, select, compiler)
     real = numba.from_dtype(dtype)
     try:
         function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
-    except numba.errors.NumbaError as error:
+    except Exception as error:  # besides errors of its own, Numba raises NotImplementedError and the like
         reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
         raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
     (overload,) = function.overloads.values()
@@ -239,13 +262,46 @@ def kept(text, name):
 
 
 class Kept:
-    """Finds a kept kernel by its name.  Numba imports a kernel when it loads a user's function that calls it and that was
-    kept by cache=True."""
+    """Imports a kernel by its name, as Numba does when it loads a user's function that calls it and that was kept by
+    cache=True.  The module is made anew from its text where its file is gone or cannot be written.  It is a serial kernel:
+    Numba keeps no function that calls a parallel one."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
+        found = re.fullmatch(r"fastrms_(\w+)_(general|neutral)_(float32|float64)(_[0-9a-f]{24})?", name)
+        if found is None:
+            return None
         place = files.cache_folder() / f"{name}.py"
-        return spec_from_file_location(name, place) if name.startswith("fastrms_") and place.exists() else None
+        if place.exists():
+            return spec_from_file_location(name, place)
+        rule, form, dtype, key = found.groups()
+        text = text_of(rule, form == "general", np.dtype(dtype)) if rule in rules.RULES else ""
+        if key is None:
+            return ModuleSpec(name, Unkept(text))
+        if key != f"_{fingerprint(text)}":
+            raise ImportError(
+                f"a function of yours that Numba kept by cache=True calls {name}, a kernel of another fastrms, Numba or "
+                f"machine: delete the files of this function in the folder __pycache__ beside its own file, or in "
+                f"NUMBA_CACHE_DIR"
+            )
+        try:
+            return spec_from_file_location(name, kept(text, name))
+        except OSError:
+            return ModuleSpec(name, Unkept(text))
+
+
+class Unkept:
+    """A loader of a kernel that has no file."""
+
+    def __init__(self, text):
+        self.text = text
+
+    @staticmethod
+    def create_module(spec):
+        return None
+
+    def exec_module(self, module):
+        filled(module, self.text, CACHE=False)
 
 
 sys.meta_path.append(Kept)
@@ -253,8 +309,11 @@ sys.meta_path.append(Kept)
 
 def executed(text, name, path="<fastrms kernel>", **names):
     """The module made by a generated text.  Numba caches beside a file at path, the text of which does not matter."""
-    module = ModuleType(name)
+    module = sys.modules[name] = ModuleType(name)  # where Numba looks for the globals of a cached function
+    return filled(module, text, path, **names)
+
+
+def filled(module, text, path="<fastrms kernel>", **names):
     vars(module).update(names)
-    sys.modules[name] = module  # where Numba looks for the globals of a cached function
     exec(compile(text, path, "exec"), vars(module))
     return module
