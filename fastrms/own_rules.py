@@ -5,6 +5,7 @@ one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``selec
 ``fastrms.rules`` stand for it.  It changes nothing in place.  ``@staticmethod`` may be written above it or left out.
 """
 
+import dis
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -269,7 +270,8 @@ def refuse_unless_elementwise(rule, function, coefficients, must_run):
             _compare(rule, function, _arrays(rule), coefficients)
         elif _is_random(rule, function, coefficients):
             return
-        for numbers in (coefficients, *_stand_ins(coefficients.size)):
+        others = () if _loops(rule.function) else _stand_ins(coefficients.size)  # a loop may go on with these for ever
+        for numbers in (coefficients, *others):
             for trials in (_arrays, _near_arrays):
                 try:
                     _compare(rule, function, trials(rule), numbers)
@@ -289,6 +291,12 @@ def _is_random(rule, function, coefficients):
         except Exception:
             continue
     return False
+
+
+def _loops(function):
+    """Whether a function holds a loop: a jump to what stands before."""
+    jumps = (*dis.hasjabs, *dis.hasjrel)
+    return any(step.opcode in jumps and step.argval <= step.offset for step in dis.get_instructions(function))
 
 
 def _stand_ins(count):

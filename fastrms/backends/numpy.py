@@ -36,12 +36,13 @@ def own_function(rule, given=plan.constant):
     return scaled
 
 
-def try_once(rule, coefficients, must_run=True):
-    """Refuse an own rule that is not elementwise before it writes anything; must_run: see refuse_unless_elementwise()."""
+def try_once(rule, rows, must_run=True):
+    """Refuse an own rule that is not elementwise before it writes anything.  It is tried with the first of its rows of
+    coefficients; must_run is that of refuse_unless_elementwise()."""
     if isinstance(rule, str) or ("tried", must_run) in rule.kept:
         return
     function = compiled(rule, False) if must_run else own_function(rule, np.ndarray.copy)  # scalars may be assigned to
-    own_rules.refuse_unless_elementwise(rule, function, coefficients, must_run)
+    own_rules.refuse_unless_elementwise(rule, function, rows[0], must_run)
     rule.kept["tried", must_run] = True
 
 
@@ -61,7 +62,7 @@ class Update(plan.Update):
     def take(self):
         recipe = self.coefficients.recipe
         self.rule, self.rows = compiled(recipe.rule, recipe.general), self.coefficients.rows
-        try_once(recipe.rule, self.rows[0])
+        try_once(recipe.rule, self.rows)
 
     def run(self, number):
         coefficients = self.rows[(number - self.first) * self.stride]

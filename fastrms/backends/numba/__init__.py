@@ -69,7 +69,7 @@ class Update(plan.Update):
 
     def take(self):
         rows = self.coefficients.rows
-        try_once(self.coefficients.recipe.rule, rows[0], must_run=False)
+        try_once(self.coefficients.recipe.rule, rows, must_run=False)
         self.table[1:4] = host.address(rows), self.first, self.stride * rows.strides[0]
 
     @cached_property
