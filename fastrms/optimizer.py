@@ -286,7 +286,7 @@ class Optimizer(Names, Family):
             if run and (self._tensors.of_torch or self._zero_grad):
                 self._tell_owners(status, params or self._tensors.params, grads)
         if status == backends.OVERLAP:
-            self._tensors.refuse_overlap(params, enumerate(grads))
+            self._tensors.refuse_overlap(params, enumerate(grads or ()))
         if status not in (backends.OK, backends.NONFINITE):
             raise self._refusal(status)
         if params is not None:
