@@ -26,7 +26,7 @@ class Streaming:
             status = plan.stream_open()
             if status != backends.OK:
                 raise self._optimizer._refusal(status)
-            self._left = {label: k for k, label in enumerate(self._labels)}
+            self._left = dict(zip(self._labels, range(len(self._labels)), strict=True))
             self.updated = []
             return self
         except BaseException:
