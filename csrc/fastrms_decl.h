@@ -143,9 +143,6 @@ int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void 
 int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
                    void *param, const void *grad, void *state0, void *state1, void *state2);
 
-/* fastrms_update for a rule with one state, with step 1 and grad_scale 1, which saves a caller four arguments. */
-int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state);
-
 /* ---- hyper-parameters ---- */
 
 /* Hyper-parameters, named as in Python, where help(fastrms.RMSProp) has the formulas.  Start from a set of defaults.  A

@@ -421,8 +421,3 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
         run(&plan);
     return FASTRMS_OK;
 }
-
-int fastrms_update_one(const fastrms_recipe *recipe, int64_t size, void *param, const void *grad, void *state)
-{
-    return fastrms_update(recipe, size, 1, 1, param, grad, state, NULL, NULL);
-}
