@@ -28,6 +28,7 @@ class Family:
     checks: dict = {}  # for hyper-parameters whose range differs from that in hyper.CHECKS
     fixed: tuple = ()  # hyper-parameters that are used once, when the state is made
     state_names: tuple = ()
+    not_negative: tuple = ()  # states in which a negative number or NaN can only be damage
     own_rule = None
 
     def __init_subclass__(cls):
@@ -35,7 +36,8 @@ class Family:
             if getattr(cls.recipe, "__func__", None) is not Family.recipe.__func__:
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own_rules.rule_of(cls)
-        cls.family = next((c.__name__ for c in cls.__mro__ if c.__name__ in dialects.DIALECTS["torch"]), cls.__name__)
+        ours = (c.__name__ for c in cls.__mro__ if c.__module__ == "fastrms.optimizers")
+        cls.family = next(ours, f"{cls.__name__} (a rule of your own)")  # dialects and torch's state_dict go by it
         keywords = [Parameter(n, Parameter.KEYWORD_ONLY, default=v) for n, v in {**cls.defaults, **OPTIONS}.items()]
         if not cls.defaults:  # stands for what a subclass will declare
             keywords.append(Parameter("options", Parameter.VAR_KEYWORD))

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from . import hyper, optimizers, recipes, rules
+from . import hyper, recipes, rules
 from .backends.numba.kernels import OPTIONS, compiler, kernel
 from .recipes import CORRECTED, DOZAT, FOLDED, NONE
 
@@ -142,9 +142,6 @@ def _hyper(optimizer):
     return namedtuple(f"_{optimizer.__name__}", [name for name in optimizer.defaults if name != "initial_value"])
 
 
-RMSProp, AdaGrad, Adam, RProp = map(_hyper, (optimizers.RMSProp, optimizers.AdaGrad, optimizers.Adam, optimizers.RProp))
-
-
 def _refusal(sentences):
     """refuse(number) for jitted code, which raises the sentence of that number; there are nine at most.  Numba raises only
     constants, so each sentence has a variable; one function of nine branches compiles in a fifth of the time of nine
@@ -200,8 +197,10 @@ def _coefficients_of(family, known):
     return coefficients
 
 
-of_rmsprop, of_adagrad = _coefficients_of("rmsprop", RMSProp._fields), _coefficients_of("adagrad", AdaGrad._fields)
-of_adam, of_rprop = _coefficients_of("adam", Adam._fields), _coefficients_of("rprop", RProp._fields)
+def family(optimizer, name):
+    """The named tuple of the hyper-parameters of an optimizer, and its coefficients() for jitted code."""
+    hyper_parameters = _hyper(optimizer)
+    return hyper_parameters, _coefficients_of(name, hyper_parameters._fields)
 
 
 # the way to the kernels

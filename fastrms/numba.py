@@ -21,13 +21,18 @@ from types import ModuleType
 import numba
 from numba.extending import overload
 
-from . import jitted
+from . import jitted, optimizers
 from . import rules as texts
 from .backends.numba.kernels import compiler
 from .backends.numba.kernels import jitted as compiled_rule
 from .recipes import CORRECTED, DOZAT, FOLDED
 
-# the four families, in two forms
+# the families, in two forms
+
+_RMSProp, _of_rmsprop = jitted.family(optimizers.RMSProp, "rmsprop")
+_AdaGrad, _of_adagrad = jitted.family(optimizers.AdaGrad, "adagrad")
+_Adam, _of_adam = jitted.family(optimizers.Adam, "adam")
+_RProp, _of_rprop = jitted.family(optimizers.RProp, "rprop")
 
 
 def _rmsprop_of(parallel):
@@ -71,7 +76,7 @@ def _rmsprop_of(parallel):
             raise ValueError("fastrms: momentum > 0 and momentum_buffer go together")
         clip = 0.0 if clip_value is None else jitted.positive(clip_value)
         centered = 0 if grad_avg is None else 1
-        h = jitted.RMSProp(
+        h = _RMSProp(
             lr=jitted.number(lr), rho=jitted.number(rho), eps=jitted.number(eps), eps_root=jitted.number(eps_root),
             momentum=jitted.number(momentum),
             nesterov=jitted.flag(nesterov), centered=centered, weight_decay=jitted.number(weight_decay),
@@ -79,7 +84,7 @@ def _rmsprop_of(parallel):
             clip_value=clip, lr_in_momentum=jitted.flag(lr_in_momentum),
             bias_correction=jitted.word(bias_correction, CORRECTED, FOLDED, CORRECTED),
         )  # fmt: skip
-        general, values = jitted.of_rmsprop(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
+        general, values = _of_rmsprop(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
         if grad_avg is None:
             if momentum_buffer is None:
                 plain(general, values, param, grad, square_avg)
@@ -125,12 +130,12 @@ def _adagrad_of(parallel):
             As rmsprop does.
         """
         clip = 0.0 if clip_value is None else jitted.positive(clip_value)
-        h = jitted.AdaGrad(
+        h = _AdaGrad(
             lr=jitted.number(lr), eps=jitted.number(eps), eps_root=jitted.number(eps_root), lr_decay=jitted.number(lr_decay),
             weight_decay=jitted.number(weight_decay), decoupled=jitted.flag(decoupled), maximize=jitted.flag(maximize),
             clip_value=clip,
         )  # fmt: skip
-        general, values = jitted.of_adagrad(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
+        general, values = _of_adagrad(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
         jitted.refuse_zeros(h.eps, h.eps_root, sum)
         run(general, values, param, grad, sum)
 
@@ -180,7 +185,7 @@ def _adam_of(parallel):
         if (max_exp_avg_sq is not None) != (largest_of > 0):
             raise ValueError("fastrms: amsgrad and max_exp_avg_sq go together")
         clip = 0.0 if clip_value is None else jitted.positive(clip_value)
-        h = jitted.Adam(
+        h = _Adam(
             lr=jitted.number(lr), beta1=jitted.number(beta1), beta2=jitted.number(beta2),
             eps=jitted.number(eps), eps_root=jitted.number(eps_root),
             amsgrad=largest_of, nesterov=jitted.word(nesterov, DOZAT, FOLDED, -1),
@@ -188,7 +193,7 @@ def _adam_of(parallel):
             weight_decay=jitted.number(weight_decay), decoupled=jitted.flag(decoupled), maximize=jitted.flag(maximize),
             clip_value=clip,
         )  # fmt: skip
-        general, values = jitted.of_adam(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
+        general, values = _of_adam(h, jitted.count(step), jitted.factor(grad_scale), param.itemsize)
         if max_exp_avg_sq is None:
             plain(general, values, param, grad, exp_avg, exp_avg_sq)
         else:
@@ -227,12 +232,12 @@ def _rprop_of(parallel):
             As rmsprop does.
         """
         clip = 0.0 if clip_value is None else jitted.positive(clip_value)
-        h = jitted.RProp(
+        h = _RProp(
             lr=0.0, eta_minus=jitted.number(eta_minus), eta_plus=jitted.number(eta_plus), step_min=jitted.number(step_min),
             step_max=jitted.number(step_max), zero_on_flip=jitted.flag(zero_on_flip), maximize=jitted.flag(maximize),
             clip_value=clip,
         )  # fmt: skip
-        general, values = jitted.of_rprop(h, 1, jitted.factor(grad_scale), param.itemsize)
+        general, values = _of_rprop(h, 1, jitted.factor(grad_scale), param.itemsize)
         run(general, values, param, grad, prev, step_size)
 
     return rprop

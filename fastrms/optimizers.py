@@ -105,6 +105,7 @@ class RMSProp(Optimizer):
         "lr": 0.01, "rho": 0.99, "eps": 1e-8, "eps_root": 0.0, "momentum": 0.0, "nesterov": False, "centered": False,
         **COMMON, "initial_value": 0.0, "lr_in_momentum": False, "bias_correction": False,
     }  # fmt: skip
+    not_negative = ("square_avg",)
 
     @staticmethod
     def rule_name(h):
@@ -161,6 +162,7 @@ class AdaGrad(Optimizer):
     """
 
     defaults = {"lr": 0.01, "eps": 1e-10, "eps_root": 0.0, "lr_decay": 0.0, "initial_value": 0.0, **COMMON}
+    not_negative = ("sum",)
 
     @staticmethod
     def rule_name(h):
@@ -241,6 +243,7 @@ class Adam(Optimizer):
         "bias_correction": "corrected", **COMMON,
     }  # fmt: skip
     checks = {"nesterov": hyper.choice(False, "dozat", "folded")}
+    not_negative = ("exp_avg_sq", "max_exp_avg_sq")
 
     @staticmethod
     def rule_name(h):
@@ -331,6 +334,7 @@ class RProp(Optimizer):
     }  # fmt: skip
     checks = {"lr": hyper.non_negative}
     fixed = ("lr",)
+    not_negative = ("step_size",)
 
     @staticmethod
     def rule_name(h):

@@ -10,7 +10,6 @@ from . import dialects, hyper
 from .memory.flat import ReadOnlyDict
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
-NOT_NEGATIVE = ("square_avg", "sum", "exp_avg_sq", "max_exp_avg_sq", "step_size")  # second moments, and RProp's steps
 
 
 def mapping(tensors):
@@ -70,7 +69,7 @@ def checked(d, kind, tensors, values, patterns, trusted=False):
     missing = next((name for tensor in tensors for name, _ in tensor.parts if name not in by_name), None)
     if missing is not None:
         raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
-    flats = [_state(tensor, by_name, kind.own_rule is not None or trusted) for tensor in tensors]
+    flats = [_state(tensor, by_name, () if trusted else kind.not_negative) for tensor in tensors]
     steps = [hyper.step_count("steps", d["steps"], least=0), *(_count(tensor, by_name) for tensor in tensors)]
     return Loaded(new_values, flats, steps, d["dialect"], plateaus)
 
@@ -93,7 +92,7 @@ def _count(tensor, by_name):
     return next(iter(counts))
 
 
-def _state(tensor, by_name, trusted):
+def _state(tensor, by_name, not_negative):
     """The flat state arrays of a tensor, from the saved ones of the arrays in it."""
     flats = {name: np.empty(tensor.param.size, tensor.param.dtype) for name in tensor.state}
     for name, part in tensor.parts:
@@ -104,7 +103,7 @@ def _state(tensor, by_name, trusted):
             to = part.of(tensor.shaped(flats[key]))
             if type(array) is not np.ndarray or (array.dtype, array.shape) != (to.dtype, to.shape):
                 raise ValueError(f"{key} of {name} in the state_dict must be an ndarray of {to.dtype}, shape {to.shape}")
-            if not trusted and key in NOT_NEGATIVE and not (array >= 0).all():
+            if key in not_negative and not (array >= 0).all():
                 raise ValueError(f"{key} of {name} in the state_dict holds a negative number or NaN; means and sums of "
                                  f"squares, and step sizes, are at least 0")  # fmt: skip
             to[...] = array

@@ -1,5 +1,6 @@
 """From hyper-parameters to coefficients, in Python and in Numba, which compiles the same text; C is in test_c_library.py."""
 
+import functools
 import importlib
 import random
 import re
@@ -51,10 +52,15 @@ def jitted():
     return importlib.import_module("fastrms.jitted")
 
 
+@functools.cache
+def jitted_family(base):
+    return importlib.import_module("fastrms.jitted").family(FAMILIES[base], base)
+
+
 def in_numba(jitted, family, hyper_parameters, dtype, step, scale):
     """The same from jitted code."""
     base = recipe_of(FAMILIES[family])
-    kind, coefficients = getattr(jitted, FAMILIES[base].__name__), getattr(jitted, f"of_{base}")
+    kind, coefficients = jitted_family(base)
     numbers = {name: recipes.WORDS.get(value, value) for name, value in hyper_parameters.items() if name in kind._fields}
     h = kind(**{name: x if isinstance(x, float) else int(x) for name, x in numbers.items()})
     try:
