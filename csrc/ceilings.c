@@ -1,8 +1,12 @@
 /* Loops that no update can beat, for the benchmark: one moves the memory of a rule with next to no arithmetic, in several
- * orders, and one makes the division and the square root of a rule with next to no memory. */
+ * orders, and one makes the division and the square root of a rule with next to no memory, the root where a kernel of the
+ * tier makes it. */
 #include <math.h>
 #include <string.h>
 #include "internal.h"
+#ifdef AVX512
+#include "roots.h"
+#endif
 
 enum { IN_L1 = 1024 };                                    /* elements */
 
@@ -22,7 +26,7 @@ enum { IN_L1 = 1024 };                                    /* elements */
     }
 #define STREAMS int64_t size, int states, real *restrict param, const real *restrict grad, \
                 real *restrict state0, real *restrict state1, real *restrict state2
-#define LOOPS(isa, target, supported, dtype)                                                                    \
+#define LOOPS(isa, target, supported, roots, dtype)                                                                    \
     target static void together_##dtype##_##isa(STREAMS)                                                        \
     {                                                                                                           \
         if (states == 1)                                                                                        \
@@ -45,9 +49,22 @@ enum { IN_L1 = 1024 };                                    /* elements */
     }                                                                                                           \
     target static void quotients_##dtype##_##isa(int64_t size, real *restrict to, const real *restrict x)       \
     {                                                                                                           \
-        INDEPENDENT                                                                                             \
-        for (int64_t i = 0; i < size; ++i)                                                                      \
-            to[i] = x[i] / sqrt(x[i]);                                                                          \
+        enum { LINE = FASTRMS_LINE / sizeof(real) };                                                            \
+        for (; size >= 2 * LINE; size -= 2 * LINE, to += 2 * LINE, x += 2 * LINE)                               \
+            roots(dtype)                                                                                        \
+        INDEPENDENT for (int64_t i = 0; i < size; ++i) to[i] = x[i] / sqrt(x[i]);                               \
+    }
+#define DIVIDER(dtype)                                                                                          \
+    {                                                                                                           \
+        INDEPENDENT for (int i = 0; i < 2 * LINE; ++i) to[i] = x[i] / sqrt(x[i]);                               \
+    }
+#define MULTIPLIERS(dtype)                                                                                      \
+    {                                                                                                           \
+        real root[LINE];                                                                                        \
+        INDEPENDENT for (int i = 0; i < LINE; ++i) to[i] = x[i] / sqrt(x[i]);                                   \
+        memcpy(root, x + LINE, sizeof root);                                                                    \
+        dtype##_roots(root);                                                                                    \
+        INDEPENDENT for (int i = 0; i < LINE; ++i) to[LINE + i] = x[LINE + i] / root[i];                        \
     }
 
 #define real float
@@ -67,7 +84,7 @@ struct fastrms_ceiling_loops {
     void (*float_quotients)(int64_t, float *, const float *);
     void (*double_quotients)(int64_t, double *, const double *);
 };
-#define OF_TIER(isa, target, supported, with)                                                                   \
+#define OF_TIER(isa, target, supported, roots, with)                                                                   \
     const fastrms_ceiling_loops fastrms_ceilings_##isa = {                                                      \
         together_float_##isa, in_turn_float_##isa, together_double_##isa, in_turn_double_##isa,                 \
         quotients_float_##isa, quotients_double_##isa};

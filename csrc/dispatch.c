@@ -1,38 +1,109 @@
-/* Which tier runs: the first of TIERS that this CPU supports, unless another is forced. */
+/* Which tier runs.  All tiers have the same bits, so each kernel is taken from the tier that is fastest at it on this CPU:
+ * that depends on its divider, its clock and the width of its units, and is measured when the kernel is first used. */
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 #include "internal.h"
 
-#define DEFINE_SUPPORTED(isa, target, supported, with) \
+#define DEFINE_SUPPORTED(isa, target, supported, roots, with) \
     static int isa##_is_supported(void) { return supported; }
 TIERS(DEFINE_SUPPORTED, )
-#define ROW(isa, target, supported, with) \
+#define ROW(isa, target, supported, roots, with) \
     {#isa, isa##_is_supported, fastrms_kernels_##isa, fastrms_scan_##isa, &fastrms_ceilings_##isa},
 static const fastrms_tier tiers[] = {TIERS(ROW, )};
 
-static const fastrms_tier *_Atomic current;
+enum { COUNT = sizeof tiers / sizeof *tiers };
 
-int fastrms_isa_count(void) { return (int)(sizeof tiers / sizeof *tiers); }
+static const fastrms_tier *_Atomic forced;
+
+int fastrms_isa_count(void) { return COUNT; }
 const char *fastrms_isa_name(int isa) { return tiers[isa].name; }
 int fastrms_isa_supported(int isa) { return tiers[isa].supported(); }
 
 int fastrms_isa_set(int isa)
 {
-    if (isa < 0 || isa >= fastrms_isa_count() || !tiers[isa].supported())
+    if (isa >= COUNT || (isa >= 0 && !tiers[isa].supported()))
         return -1;
-    atomic_store_explicit(&current, &tiers[isa], memory_order_relaxed);
+    atomic_store_explicit(&forced, isa < 0 ? NULL : &tiers[isa], memory_order_relaxed);
     return isa;
 }
 
 const fastrms_tier *fastrms_current_tier(void)
 {
-    const fastrms_tier *tier = atomic_load_explicit(&current, memory_order_relaxed);
+    const fastrms_tier *tier = atomic_load_explicit(&forced, memory_order_relaxed);
     for (int isa = 0; !tier; ++isa)
-        tier = fastrms_isa_set(isa) < 0 ? NULL : &tiers[isa];
+        tier = tiers[isa].supported() ? &tiers[isa] : NULL;
     return tier;
 }
 
 int fastrms_isa_get(void) { return (int)(fastrms_current_tier() - tiers); }
+
+enum { ELEMENTS = 512, CALLS = 8, ROUNDS = 6 };
+
+static void fill_with_ones(int count, void *to, int wide)
+{
+    for (int i = 0; i < count; ++i)
+        if (wide)
+            ((double *)to)[i] = 1;
+        else
+            ((float *)to)[i] = 1;
+}
+
+/* The nanoseconds of some calls of a kernel, on numbers that stay finite and at least 1: with all coefficients 1, a gradient
+ * of 1 adds at most 1 to what a state holds. */
+static int64_t time_of(fastrms_kernel *kernel, int wide)
+{
+    double buffer[2 + FASTRMS_MAX_STATES][ELEMENTS], ones[FASTRMS_MAX_COEFFICIENTS];
+    void *state[FASTRMS_MAX_STATES];
+    struct timespec begin, end;
+    for (int k = 0; k < 2 + FASTRMS_MAX_STATES; ++k)
+        fill_with_ones(ELEMENTS, buffer[k], wide);
+    fill_with_ones(FASTRMS_MAX_COEFFICIENTS, ones, wide);
+    for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
+        state[s] = buffer[2 + s];
+    kernel(ELEMENTS, buffer[0], buffer[1], state, ones);
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int k = 0; k < CALLS; ++k)
+        kernel(ELEMENTS, buffer[0], buffer[1], state, ones);
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    return (end.tv_sec - begin.tv_sec) * INT64_C(1000000000) + (end.tv_nsec - begin.tv_nsec);
+}
+
+/* the tier that is fastest at a kernel; the tiers take turns, and the shortest time of each counts */
+static const fastrms_tier *find_fastest(int rule, int wide, int general)
+{
+    int64_t shortest = INT64_MAX;
+    const fastrms_tier *found = fastrms_current_tier();
+    for (int k = 0; k < ROUNDS * COUNT; ++k) {
+        const fastrms_tier *tier = &tiers[k % COUNT];
+        int64_t time = tier->supported() ? time_of(tier->kernels[rule][wide][general], wide) : INT64_MAX;
+        if (time < shortest) {
+            shortest = time;
+            found = tier;
+        }
+    }
+    return found;
+}
+
+static const fastrms_tier *tier_of(int rule, int wide, int general)
+{
+    const fastrms_tier *tier = atomic_load_explicit(&forced, memory_order_relaxed);
+    if (tier)
+        return tier;
+    tier = atomic_load_explicit(&fastrms_fastest[rule][wide][general], memory_order_relaxed);
+    if (!tier) {
+        tier = find_fastest(rule, wide, general);
+        atomic_store_explicit(&fastrms_fastest[rule][wide][general], tier, memory_order_relaxed);
+    }
+    return tier;
+}
+
+fastrms_kernel *fastrms_kernel_of(int rule, int wide, int general)
+{
+    return tier_of(rule, wide, general)->kernels[rule][wide][general];
+}
+
+int fastrms_isa_of(int rule, int itemsize, int general) { return (int)(tier_of(rule, itemsize == 8, general) - tiers); }
 
 const char *fastrms_compiler(void)
 {

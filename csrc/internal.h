@@ -8,20 +8,27 @@
 #error "fastrms promises IEEE results: build without -ffast-math"
 #endif
 
-/* The tiers: the instruction sets that the loops are compiled for, best first.  The first that the CPU supports is taken.
- * X(name, attributes of a function, whether this CPU supports it, with) */
+/* The tiers: the instruction sets that the loops are compiled for, the most able first.  dispatch.c takes, kernel by kernel,
+ * the fastest that the CPU supports.  X(name, attributes of a function, whether this CPU supports it, where a kernel has its
+ * square roots from, with).  Skylake and Cascade Lake, which lower their clock for 512 bits, lack avx512vbmi2. */
 #if defined(__x86_64__) && defined(__GNUC__)
+#define HAS(feature) (__builtin_cpu_init(), __builtin_cpu_supports(feature) != 0)
+#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"
+#define HAS_AVX512 (HAS("avx512f") && HAS("avx512dq") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512vbmi2") && HAS("fma"))
 #define TIERS(X, with)                                                                                          \
-    X(avx2, __attribute__((target("avx2"))), (__builtin_cpu_init(), __builtin_cpu_supports("avx2") != 0), with) \
-    X(baseline, , 1, with)                                /* the avx2 tier leaves out fma: nothing can contract */
+    X(avx512, __attribute__((target(AVX512))), HAS_AVX512, DIVIDER, with)                                       \
+    X(avx512fma, __attribute__((target(AVX512 ",fma"))), HAS_AVX512 && fastrms_roots_are_right(), MULTIPLIERS, with) \
+    X(avx2, __attribute__((target("avx2"))), HAS("avx2"), DIVIDER, with)                                        \
+    X(baseline, , 1, DIVIDER, with)                       /* without fma nothing can contract */
+int fastrms_roots_are_right(void);                        /* roots.c */
 #else
-#define TIERS(X, with) X(baseline, , 1, with)
+#define TIERS(X, with) X(baseline, , 1, DIVIDER, with)
 #endif
 
-#if defined(__clang__)                                    /* before a loop: its buffers never overlap */
+#if defined(__clang__)                                    /* before a loop: its buffers never overlap; make vectors of it */
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
-#define INDEPENDENT _Pragma("GCC ivdep")
+#define INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 /* Large buffers are prefetched ahead of their use: the processor's own prefetching leaves the divider waiting.  A tile is
@@ -48,13 +55,16 @@ typedef struct {
     fastrms_scan_function *scan;
     const fastrms_ceiling_loops *ceilings;
 } fastrms_tier;
-#define DECLARE_TIER(isa, target, supported, with)                                                              \
+#define DECLARE_TIER(isa, target, supported, roots, with)                                                              \
     extern fastrms_kernel *const fastrms_kernels_##isa[][2][2];                                                 \
     fastrms_scan_function fastrms_scan_##isa;                                                                   \
     extern const fastrms_ceiling_loops fastrms_ceilings_##isa;
 TIERS(DECLARE_TIER, )
 
-const fastrms_tier *fastrms_current_tier(void);           /* dispatch.c */
+/* dispatch.c: the kernel of a rule, in float or double, in the neutral or the general form; and the tier for everything else */
+fastrms_kernel *fastrms_kernel_of(int rule, int wide, int general);
+const fastrms_tier *fastrms_current_tier(void);
+extern const fastrms_tier *_Atomic fastrms_fastest[][2][2];      /* kernels.c; NULL until a kernel is first used */
 
 /* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */
 void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready);

@@ -105,7 +105,7 @@ INLINE fastrms_squares block_scan(int64_t size, int stored, const void *grad, fa
     return found;
 }
 
-#define OF_TIER(isa, target, supported, with)                                                                           \
+#define OF_TIER(isa, target, supported, roots, with)                                                                           \
     target fastrms_squares fastrms_scan_##isa(int64_t size, int stored, const void *grad, fastrms_scan_options options) \
     {                                                                                                                   \
         return block_scan(size, stored, grad, options);                                                                 \

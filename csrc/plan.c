@@ -59,7 +59,7 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
     int general = recipe->general || plan->rescaled;
-    fastrms_kernel *kernel = fastrms_current_tier()->kernels[recipe->rule][recipe->itemsize == 8][general];
+    fastrms_kernel *kernel = fastrms_kernel_of(recipe->rule, recipe->itemsize == 8, general);
     kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
            plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
 }

@@ -1,13 +1,17 @@
 /* What tests, the benchmark and the Python package use beside fastrms_decl.h.  cffi reads this file, too; it is not
  * installed, and what it declares may change. */
 
-/* ---- tiers: the instruction sets that the kernels are compiled for, best first ---- */
+/* ---- tiers: the instruction sets that the kernels are compiled for, the most able first ---- */
 
 int fastrms_isa_count(void);
 const char *fastrms_isa_name(int isa);
 int fastrms_isa_supported(int isa);
-int fastrms_isa_get(void);
-int fastrms_isa_set(int isa);             /* returns isa, or -1 where there is no such tier or this CPU lacks it */
+
+/* Force a tier; -1 takes, kernel by kernel, the fastest, which is so at the start.  Returns isa, or -1 where there is no such
+ * tier or this CPU lacks it. */
+int fastrms_isa_set(int isa);
+int fastrms_isa_get(void);                /* the tier that is forced, or else the most able that this CPU supports */
+int fastrms_isa_of(int rule, int itemsize, int general);     /* the tier that a kernel is taken from */
 
 /* the name and version of the compiler that built the kernels */
 const char *fastrms_compiler(void);

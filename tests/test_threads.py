@@ -38,7 +38,7 @@ def pool():
 
     yield set_pool
     fastrms.set_num_threads(before)
-    c.lib.fastrms_set_chunks(8 * 1024, 64 * 1024)
+    c.lib.fastrms_set_chunks(8 * 1024, 32 * 1024)
 
 
 @pytest.mark.parametrize("make, options", OPTIMIZERS)
@@ -75,14 +75,55 @@ def test_same_bits_of_a_large_step(pool, dtype):
 
 
 def test_small_steps_start_no_thread():
+    """A single step wakes workers from 192 Ki elements on, a step that follows closely on another shares from 32 Ki on."""
+    assert in_process("""
+        import time
+        import numpy as np, fastrms
+        from fastrms.backends import c
+        fastrms.set_num_threads(4)
+
+        def workers_after(size, steps):
+            w = np.ones(size, np.float32)
+            opt = fastrms.RMSProp(w)
+            opt.bind(np.ones(size, np.float32))
+            time.sleep(0.01)
+            for _ in range(steps):
+                opt.step()
+            return c.lib.fastrms_workers()
+
+        assert workers_after(196607, 1) == 0
+        assert workers_after(32767, 100) == 0
+        assert workers_after(32768, 1) == 0
+        assert workers_after(32768, 100) == 3
+        print("fine")
+    """) == "fine"  # fmt: skip
     assert in_process("""
         import numpy as np, fastrms
         from fastrms.backends import c
         fastrms.set_num_threads(4)
-        for size, workers in ((65535, 0), (65536, 3)):
-            w = np.ones(size, np.float32)
-            fastrms.RMSProp(w).step(w + 1)
-            assert c.lib.fastrms_workers() == workers, (size, c.lib.fastrms_workers())
+        w = np.ones(196608, np.float32)
+        fastrms.RMSProp(w).step(w + 1)
+        assert c.lib.fastrms_workers() == 3
+        print("fine")
+    """) == "fine"  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getcpu") and not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_workers_leave_the_cpus_of_the_process_alone():
+    """A worker that moves away from its caller stays on the CPUs of the process, and the caller's own mask does not change."""
+    assert in_process("""
+        import os
+        import numpy as np, fastrms
+        allowed = os.sched_getaffinity(0)
+        fastrms.set_num_threads(3)
+        w = np.ones(400_003, np.float32)
+        opt = fastrms.RMSProp(w)
+        opt.bind(np.ones_like(w))
+        for _ in range(300):
+            opt.step()
+        assert os.sched_getaffinity(0) == allowed
+        masks = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task") if int(t) != os.getpid()]
+        assert masks and all(mask and mask <= allowed for mask in masks), masks
         print("fine")
     """) == "fine"  # fmt: skip
 

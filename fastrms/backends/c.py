@@ -25,13 +25,18 @@ def available():
 
 
 def isas():
-    """The instruction sets in this binary that this CPU supports, best first."""
+    """The instruction sets in this binary that this CPU supports, the most able first."""
     return [_isa_name(k) for k in range(lib.fastrms_isa_count()) if lib.fastrms_isa_supported(k)] if lib else []
 
 
 def isa():
-    """The instruction set that the kernels use, or None without the C extension."""
+    """The instruction set that is forced, else the most able that a kernel may use; None without the C extension."""
     return _isa_name(lib.fastrms_isa_get()) if lib else None
+
+
+def isa_of(rule, dtype, general):
+    """The instruction set that the kernel of a rule is taken from; where none is forced, it is measured at first use."""
+    return _isa_name(lib.fastrms_isa_of(RULE_INDEX[rule], np.dtype(dtype).itemsize, general))
 
 
 def compiler():
@@ -40,7 +45,11 @@ def compiler():
 
 
 def use_isa(name):
-    """Force an instruction set for the whole process; ValueError if this CPU or binary lacks it."""
+    """Force an instruction set for the whole process, or take, with None, the fastest for each kernel.  ValueError if this CPU
+    or binary lacks it."""
+    if name is None:
+        lib.fastrms_isa_set(-1)
+        return
     names = [_isa_name(k) for k in range(lib.fastrms_isa_count())]
     if name not in names:
         raise ValueError(f"FASTRMS_ISA={name!r} is not in this build, which has {', '.join(map(repr, names))}")
