@@ -235,28 +235,68 @@ static int overflowing(const fastrms_recipe *recipe)
     return over;
 }
 
-/* weight * (1 + decay + ... + decay^(terms-1)) by doubling: only * and +, so every machine agrees */
+/* The sum 1 + decay + ... + decay^(terms-1) and the power decay^terms by doubling: only * and +, so every machine agrees.
+ * double_up takes one more bit of terms into account, from the highest down; leading zero bits change nothing. */
+typedef struct {
+    double total, power;
+} sums;
+
+static sums double_up(sums at, double decay, int bit)
+{
+    at.total = at.total * (1 + at.power);
+    at.power = at.power * at.power;
+    at.total = bit ? at.total * decay + 1 : at.total;
+    at.power = bit ? at.power * decay : at.power;
+    return at;
+}
+
+/* The sums of several series of one recipe.  What the bits above the last five give serves 32 steps, so it is kept;
+ * the series go through the last bits together, so that none waits for another. */
+static void add_series(int count, const double *decay, const int64_t *terms, double *total)
+{
+    enum { LAST = 5 };
+    static _Thread_local struct { double decay; int64_t prefix; sums at; } kept[FASTRMS_MAX_CORRECTIONS];
+    sums at[FASTRMS_MAX_CORRECTIONS];
+    for (int k = 0; k < count; ++k) {
+        int64_t prefix = terms[k] >> LAST;
+        if (kept[k].prefix != prefix || kept[k].decay != decay[k]) {
+            kept[k].at = (sums){0, 1};
+            for (int bit = 62 - LAST; bit >= 0; --bit)
+                kept[k].at = double_up(kept[k].at, decay[k], prefix >> bit & 1);
+            kept[k].prefix = prefix;
+            kept[k].decay = decay[k];
+        }
+        at[k] = prefix ? kept[k].at : (sums){0, 1};
+    }
+    for (int bit = LAST - 1; bit >= 0; --bit)
+        for (int k = 0; k < count; ++k)
+            at[k] = double_up(at[k], decay[k], terms[k] >> bit & 1);
+    for (int k = 0; k < count; ++k)
+        total[k] = at[k].total;
+}
+
 double fastrms_series(double decay, double weight, int64_t terms)
 {
-    double total = 0, power = 1;
-    int bits = 0;
-    while (terms >> bits > 0)
-        ++bits;
-    for (int bit = bits - 1; bit >= 0; --bit) {
-        total = total * (1 + power);
-        power = power * power;
-        if (terms >> bit & 1) {
-            total = total * decay + 1;
-            power = power * decay;
-        }
-    }
+    double total;
+    terms = terms > 0 ? terms : 0;
+    add_series(1, &decay, &terms, &total);
     return weight * total;
 }
 
-/* what a correction divides or multiplies by at update number `step` */
-static double quantity(const fastrms_correction *c, int64_t step)
+/* what the corrections divide or multiply by at update number `step` */
+static void all_quantities(const fastrms_recipe *recipe, int64_t step, double *q)
 {
-    return c->linear ? 1 + (double)(step - 1) * c->decay : fastrms_series(c->decay, c->weight, step + c->ahead);
+    double decay[FASTRMS_MAX_CORRECTIONS];
+    int64_t terms[FASTRMS_MAX_CORRECTIONS];
+    for (int k = 0; k < recipe->corrections; ++k) {
+        decay[k] = recipe->correction[k].decay;
+        terms[k] = recipe->correction[k].linear ? 0 : step + recipe->correction[k].ahead;
+    }
+    add_series(recipe->corrections, decay, terms, q);
+    for (int k = 0; k < recipe->corrections; ++k) {
+        const fastrms_correction *c = &recipe->correction[k];
+        q[k] = c->linear ? 1 + (double)(step - 1) * c->decay : c->weight * q[k];
+    }
 }
 
 static double corrected(double value, int operation, double q)
@@ -268,22 +308,23 @@ static double corrected(double value, int operation, double q)
     return operation == OVER_ROOT ? value / sqrt(q) : value;
 }
 
-/* the coefficients of update number `step`, from 1, rounded once to the compute dtype */
+/* The coefficients of update number `step`, from 1, rounded once to the compute dtype.  All places are converted, since the
+ * compiler makes vectors of a constant number of them. */
 void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
 {
-    double value[FASTRMS_MAX_COEFFICIENTS] = {0};
-    for (int k = 0; k < recipe->coefficients; ++k)
-        value[k] = recipe->value[k];
+    double value[FASTRMS_MAX_COEFFICIENTS], q[FASTRMS_MAX_CORRECTIONS];
+    memcpy(value, recipe->value, sizeof value);
     value[0] = value[0] * grad_scale;
+    all_quantities(recipe, step, q);
     for (int k = 0; k < recipe->corrections; ++k) {
         const fastrms_correction *c = &recipe->correction[k];
-        value[c->coefficient] = corrected(value[c->coefficient], c->operation, quantity(c, step));
+        value[c->coefficient] = corrected(value[c->coefficient], c->operation, q[k]);
     }
-    for (int k = 0; k < recipe->coefficients; ++k)
-        if (recipe->itemsize == 4)
+    if (recipe->itemsize == 4)
+        for (int k = 0; k < FASTRMS_MAX_COEFFICIENTS; ++k)
             ((float *)ready)[k] = (float)value[k];
-        else
-            ready[k] = value[k];
+    else
+        memcpy(ready, value, sizeof value);
 }
 
 static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *h,
