@@ -61,10 +61,10 @@ enum { IN_L1 = 1024 };                                    /* elements */
 #define MULTIPLIERS(dtype)                                                                                      \
     {                                                                                                           \
         real root[LINE];                                                                                        \
-        INDEPENDENT for (int i = 0; i < LINE; ++i) to[i] = x[i] / sqrt(x[i]);                                   \
+        ONE_VECTOR for (int i = 0; i < LINE; ++i) to[i] = x[i] / sqrt(x[i]);                                   \
         memcpy(root, x + LINE, sizeof root);                                                                    \
         dtype##_roots(root);                                                                                    \
-        INDEPENDENT for (int i = 0; i < LINE; ++i) to[LINE + i] = x[LINE + i] / root[i];                        \
+        ONE_VECTOR for (int i = 0; i < LINE; ++i) to[LINE + i] = x[LINE + i] / root[i];                        \
     }
 
 #define real float

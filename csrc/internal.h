@@ -25,10 +25,14 @@ int fastrms_roots_are_right(void);                        /* roots.c */
 #define TIERS(X, with) X(baseline, , 1, DIVIDER, with)
 #endif
 
-#if defined(__clang__)                                    /* before a loop: its buffers never overlap; make vectors of it */
+/* before a loop: its buffers never overlap; and before a loop over one vector, which gcc would else take apart into single
+ * elements */
+#if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define ONE_VECTOR INDEPENDENT
 #else
-#define INDEPENDENT _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#define INDEPENDENT _Pragma("GCC ivdep")
+#define ONE_VECTOR INDEPENDENT _Pragma("GCC unroll 1")
 #endif
 
 /* Large buffers are prefetched ahead of their use: the processor's own prefetching leaves the divider waiting.  A tile is

@@ -171,4 +171,5 @@ def _controller(base):
 
 _set(default_num_threads())
 if _c.lib:
+    _c.lib.fastrms_set_wait_awake(usable_cpus() > 1)
     join_threadpoolctl()

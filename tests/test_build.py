@@ -25,8 +25,8 @@ X86 = os.uname().machine == "x86_64"
 needs_c = pytest.mark.skipif(c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)")
 
 
-def instructions(binary):
-    """Mnemonics and registers of every function of a binary: name -> list of lines."""
+def addressed(binary):
+    """The instructions of every function of a binary: name -> list of (address, mnemonic and registers)."""
     listing = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(binary)], capture_output=True, text=True, check=True
     ).stdout
@@ -35,8 +35,15 @@ def instructions(binary):
         if match := re.match(r"[0-9a-f]+ <(\w+)>:", line):
             current = match[1]
         elif current and "\t" in line:
-            functions[current].append(line.split("\t", 1)[1])
+            address, text = line.split("\t", 1)
+            functions[current].append((int(address.strip(" :"), 16), text))
     return functions
+
+
+def instructions(binary):
+    """Mnemonics and registers of every function of a binary: name -> list of lines."""
+    bodies = addressed(binary)
+    return collections.defaultdict(list, {name: [text for _, text in body] for name, body in bodies.items()})
 
 
 def tiers():

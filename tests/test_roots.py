@@ -13,7 +13,9 @@ from test_build import COMPILER, ROOT, flags, needs_c
 pytestmark = [
     needs_c,
     pytest.mark.skipif(COMPILER is None, reason="no C compiler here"),
-    pytest.mark.skipif("avx512fma" not in c.isas(), reason="this CPU has no avx512fma tier, and so takes all roots elsewhere"),
+    pytest.mark.skipif(
+        "avx512fma" not in c.isas(), reason="this CPU has no avx512fma tier, and so takes all roots elsewhere"
+    ),
 ]
 NEAR = 20_000  # in units of 2^-56 ulp: a thousand times what the rounding of the last step can decide
 
