@@ -13,7 +13,11 @@
  * square roots from, with).  Skylake and Cascade Lake, which lower their clock for 512 bits, lack avx512vbmi2. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS(feature) (__builtin_cpu_init(), __builtin_cpu_supports(feature) != 0)
+#ifdef __clang__                                          /* which takes the widest vectors that it has */
+#define AVX512 "avx512f,avx512dq,avx512bw,avx512vl"
+#else
 #define AVX512 "avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"
+#endif
 #define HAS_AVX512 (HAS("avx512f") && HAS("avx512dq") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512vbmi2") && HAS("fma"))
 #define TIERS(X, with)                                                                                          \
     X(avx512, __attribute__((target(AVX512))), HAS_AVX512, DIVIDER, with)                                       \

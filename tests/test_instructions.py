@@ -1,8 +1,9 @@
 """The number of instructions of every kernel, which no noise can hide: at most 1 % off the one recorded for the compiler
 (a whole step: 3 %).
 
-Counted by callgrind, which knows no AVX-512: there the instructions of the loop over tiles are read off the binary.  `python tests/test_instructions.py --record` writes the counts of this machine's compiler to
-tests/instructions.json; do so after a change that is meant to alter them, and for a new compiler.
+Counted by callgrind, which knows no AVX-512: there the instructions of the loop over tiles are read off the binary.
+`python tests/test_instructions.py --record` writes the counts of this machine's compiler to tests/instructions.json; do so
+after a change that is meant to alter them, and for a new compiler.
 """
 
 import collections

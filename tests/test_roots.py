@@ -13,9 +13,7 @@ from test_build import COMPILER, ROOT, flags, needs_c
 pytestmark = [
     needs_c,
     pytest.mark.skipif(COMPILER is None, reason="no C compiler here"),
-    pytest.mark.skipif(
-        "avx512fma" not in c.isas(), reason="this CPU has no avx512fma tier, and so takes all roots elsewhere"
-    ),
+    pytest.mark.skipif("avx512fma" not in c.isas(), reason="this CPU has no avx512fma tier"),
 ]
 NEAR = 20_000  # in units of 2^-56 ulp: a thousand times what the rounding of the last step can decide
 
@@ -55,8 +53,8 @@ def square_roots(k, n):
 
 
 def hard_doubles():
-    """The doubles in [1, 4) whose root is within NEAR/2^56 ulp of the middle between two doubles, which is half an odd number u
-    of ulps: the squares u*u that end in zeros, but for a small k."""
+    """The doubles in [1, 4) whose root is within NEAR/2^56 ulp of the middle between two doubles, which is half an odd
+    number u of ulps: the squares u*u that end in zeros, but for a small k."""
     found = set()
     for n, k in itertools.product((54, 55), range(1 - NEAR - (-NEAR) % 8, NEAR, 8)):
         for t in square_roots(k, n):

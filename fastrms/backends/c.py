@@ -45,8 +45,8 @@ def compiler():
 
 
 def use_isa(name):
-    """Force an instruction set for the whole process, or take, with None, the fastest for each kernel.  ValueError if this CPU
-    or binary lacks it."""
+    """Force an instruction set for the whole process; None takes the fastest for each kernel.  ValueError if this CPU or
+    binary lacks it."""
     if name is None:
         lib.fastrms_isa_set(-1)
         return
