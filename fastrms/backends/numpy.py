@@ -13,6 +13,7 @@ PROBE = 7  # elements on which an own rule is tried
 REMEDIES = {  # for an own rule that does not take arrays: a part of NumPy's error -> what to do
     "read-only": "its arguments are read-only: write `param = param - ...`, never `param -= ...`",
     "arrays can be converted to": "take np.sqrt and the like in place of math.sqrt, float() and int()",
+    "shape": "it takes arrays of any size, and gives each result in this size",
     "truth value": "a rule has no `if`, see select in fastrms.rules",
 }
 

@@ -95,12 +95,14 @@ def calls(dispatcher):
 
 
 def takes_for_array(called, signature):
-    """Whether a call takes a number for an array, as np.mean(grad) does, which is grad: its function has an axis, or it
-    makes an array."""
-    if not isinstance(next(iter(signature.args), None), (types.Float, types.Boolean)):
+    """Whether a call takes a number for an array, as np.mean(grad) does, which is grad to Numba.  It calls a function that
+    has an axis, or a method of an array without dimensions."""
+    if isinstance(called, types.BoundFunction):
+        return getattr(called.this, "ndim", None) == 0
+    first = next(iter(signature.args), None)
+    if not isinstance(first, (types.Float, types.Boolean)) and getattr(first, "ndim", None) != 0:
         return False
     try:
-        axis = "axis" in inspect.signature(called.typing_key).parameters
+        return "axis" in inspect.signature(called.typing_key).parameters
     except (AttributeError, TypeError, ValueError):  # it is no Python function
-        axis = False
-    return axis or isinstance(signature.return_type, types.Array)
+        return False
