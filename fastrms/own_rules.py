@@ -7,7 +7,7 @@ one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``selec
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import wraps
 from inspect import Parameter, signature
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -29,18 +29,16 @@ class OwnRule:
 
 
 def remembered(function):
-    """functools.cache for a function whose first argument is a rule: what is made from an own rule is kept on this rule, so
-    that both are freed with the class that brought it."""
-    of_names = cache(function)
+    """functools.cache for a function whose first argument is a rule or its name.  What is made from an own rule is kept on
+    this rule, so that both are freed with the class that brought it."""
+    kept_of_ours = {}
 
     @wraps(function)
     def found(rule, *rest):
-        if not isinstance(rule, OwnRule):
-            return of_names(rule, *rest)
-        key = (function, *rest)
-        if key not in rule.kept:
-            rule.kept[key] = function(rule, *rest)
-        return rule.kept[key]
+        kept, key = getattr(rule, "kept", kept_of_ours), (function, str(rule), *rest)
+        if key not in kept:
+            kept[key] = function(rule, *rest)
+        return kept[key]
 
     return found
 
@@ -147,22 +145,22 @@ def scaled(rule, function):
     return of_all
 
 
-def function_of(rule, plain=lambda x: getattr(x, "py_func", x), compiler=lambda function: function):
-    """The function of an own rule, in which the functions that it reaches are those that a backend can run.
+def function_of(rule, python_of=lambda x: getattr(x, "py_func", x), compiler=lambda function: function):
+    """The function of an own rule, in which the functions that it reaches are such that a backend can run them.
 
     Parameters
     ----------
     rule : OwnRule
-    plain : callable(x), optional
-        It returns the Python function behind a value that the rule reaches, or something else where the value stays as it
-        is.  By default a function that the user has compiled by Numba is exchanged for its Python function.
+    python_of : callable(x), optional
+        It returns the Python function for which a value that the rule reaches stands, and something else where the value
+        stays as it is.  By default it returns what the user has compiled by Numba as Python.
     compiler : callable(function), optional
         It wraps the rule and each Python function that the rule reaches.
     """
     made = {}
 
     def exchanged(x):
-        function = plain(x)
+        function = python_of(x)
         if not isinstance(function, FunctionType):
             return x
         if function not in made:
@@ -170,22 +168,30 @@ def function_of(rule, plain=lambda x: getattr(x, "py_func", x), compiler=lambda 
             made[function] = compiler(_rebuilt(function, exchanged))
         return made[function]
 
-    return exchanged(rule.function)
+    return compiler(_rebuilt(rule.function, exchanged))
 
 
 def _rebuilt(function, exchanged):
     """A function with exchanged(x) for each x that it reaches by a global name or in its closure; the function itself where
     this changes nothing."""
-    known = {name: x for name, x in function.__globals__.items() if name in _names(function.__code__)}
-    names = {name: exchanged(x) for name, x in known.items()}
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = [exchanged(x) for x in held]
-    if all(x is y for x, y in zip([*known.values(), *held], [*names.values(), *cells], strict=True)):
+    used, closure = _names(function.__code__), function.__closure__ or ()
+    known = {name: x for name, x in function.__globals__.items() if name in used}
+    names, cells = {name: exchanged(x) for name, x in known.items()}, tuple(_cell(cell, exchanged) for cell in closure)
+    if all(x is y for x, y in zip([*known.values(), *closure], [*names.values(), *cells], strict=True)):
         return function
     names["__builtins__"] = function.__globals__["__builtins__"]
-    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, tuple(map(CellType, cells)))
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def _cell(cell, exchanged):
+    """A cell with exchanged(x) for its x; the cell itself where this changes nothing, or where it is empty."""
+    try:
+        x = exchanged(cell.cell_contents)
+    except ValueError:
+        return cell
+    return cell if x is cell.cell_contents else CellType(x)
 
 
 def _names(code):

@@ -130,6 +130,6 @@ def _tried(rule, function, buffers, coefficients):
         raise ValueError(f"the rule of {rule} cannot take an array on backend='numpy' ({error}): {remedy}") from error
     for name, x in zip(("param", *rule.states), results, strict=True):
         if x.dtype.kind not in "biuf":
-            kind = "None" if x.dtype == object else x.dtype
+            kind = "None" if x[0] is None else x.dtype
             raise TypeError(f"the rule of {rule} gives {kind} as the new {name}; it must give real numbers")
     return results
