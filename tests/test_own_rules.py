@@ -109,16 +109,20 @@ def test_same_bits_on_every_backend(make):
         assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_in_parallel(backend, monkeypatch):
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Two threads for every tensor, however small."""
     module = backends.load("numba")
     monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.LEAST, 1))
     monkeypatch.setattr(module, "SMALLEST", 1)
     before = fastrms.get_num_threads()
     fastrms.set_num_threads(2)
-    try:
-        assert all(np.array_equal(a, b) for a, b in zip(trained(Lion, backend), trained(Lion, "numpy"), strict=True))
-    finally:
-        fastrms.set_num_threads(before)
+    yield
+    fastrms.set_num_threads(before)
+
+
+def test_in_parallel(backend, two_threads):
+    assert all(np.array_equal(a, b) for a, b in zip(trained(Lion, backend), trained(Lion, "numpy"), strict=True))
 
 
 def test_state_dict_resumes(backend):
@@ -572,7 +576,7 @@ def test_prepare_clips_and_decays_in_an_own_rule(backend):
 
 
 def dropped(backend):
-    """Weak references to a class that was used and is gone, and to an array that its rule closed over."""
+    """Weak references to a class that was used and is gone, to its rule, and to an array that this closed over."""
     held, numbers = np.ones(5_000_000), np.ones(4)
 
     def first(x):
@@ -583,13 +587,30 @@ def dropped(backend):
 
     mine = make(rule=rule, coefficients=lambda step, lr: {"lr": lr, "zero": 0.0})
     mine(numbers, backend=backend).step(np.ones(4))
-    return weakref.ref(mine), weakref.ref(held)
+    return weakref.ref(mine), weakref.ref(rule), weakref.ref(held)
 
 
 def test_an_own_rule_is_freed_with_its_class(backend):
-    of_class, of_array = dropped(backend)
+    left = dropped(backend)
     gc.collect()
-    assert of_class() is None and of_array() is None
+    assert [x() for x in left] == [None] * 3
+
+
+def test_an_own_rule_on_several_threads_is_freed_with_its_class(backend, two_threads):
+    test_an_own_rule_is_freed_with_its_class(backend)
+
+
+def test_a_name_that_has_no_value_is_left_alone():
+    """In the closure of a rule, where nothing reads it."""
+    if not OWN:
+        later = 1.0
+
+    def rule(param, grad, lr):
+        return (param - lr * grad if lr is not None else later,)
+
+    w = np.ones(4)
+    plain_descent(rule)(w, backend="numpy").step(np.ones(4))
+    assert np.allclose(w, 0.9)
 
 
 def test_wrong_kinds_of_rules_have_a_sentence():

@@ -29,23 +29,15 @@ for helper in rules.HELPERS:
 @own_rules.remembered
 def kernel(rule, dtype, parallel):
     """The kernel of an own rule, as kernels.kernel; an error where Numba refuses the rule, or where check() does."""
-    compiled = []
-
-    def keep(function):
-        compiled.append(compiler(function))
-        return compiled[-1]
-
-    function, plain = own_rules.function_of(rule, unless_known, keep), own_rules.plain(rule)
+    function, plain = own_rules.function_of(rule, unless_known, compiler), own_rules.plain(rule)
     check(rule, function, dtype)
     arguments = ["param", "grad * grad_scale * grad_rescale", *plain.states, *plain.coefficients]
     results = [f"new_{name}" for name in ("param", *plain.states)]
     text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
     module = filled(ModuleType(f"fastrms_{rule}"), text, CACHE=False, rule=function)
-    compiled.append(module.kernel)
-    for dispatcher in compiled:
-        forget_text(dispatcher)
-    vars(module).clear()
-    return compiled[-1]
+    made = module.kernel
+    vars(module).clear()  # Numba never frees a function whose globals hold it, nor what the user's rule closes over
+    return made
 
 
 def unless_known(x):
@@ -56,13 +48,6 @@ def unless_known(x):
         return None if not isinstance(x, FunctionType) or context.resolve_value_type(x) else x
     except ValueError:
         return x
-
-
-def forget_text(dispatcher):
-    """Take from a compiled function what leads back to its text.  Numba keeps the results of a compilation as long as the
-    jitted function lives, so that one which they lead to is never freed, nor is what a user's rule closes over."""
-    for signature, result in dispatcher.overloads.items():
-        dispatcher.overloads[signature] = result._replace(type_annotation=None)
 
 
 def check(rule, function, dtype):
