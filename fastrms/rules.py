@@ -19,8 +19,8 @@ GENERAL = True
 def select(condition, x, y):
     """x where the condition holds, else y.
 
-    The arguments are numbers, arrays, or what NumPy's functions take for arrays, such as the numbers of a recorded rule.
-    Numba compiles it as the choice between two numbers.
+    They are numbers, arrays, or the stand-ins for numbers by which a rule is recorded, which answer to NumPy's where.  Numba
+    has a form of its own, which chooses between two numbers.
     """
     return where(condition, x, y) if hasattr(condition, "__array_function__") else x if condition else y
 
