@@ -5,20 +5,12 @@ one text serves scalars, arrays and chunks of arrays.  It has no ``if``; ``selec
 ``fastrms.rules`` stand for it.  It changes nothing in place.  ``@staticmethod`` may be written above it or left out.
 """
 
-import dis
 import math
-import sys
 from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+from functools import wraps
 from inspect import Parameter, signature
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
-
-import numpy as np
-
-from . import rules
-
-PROBE = 7  # elements on which a rule is tried
 
 
 @dataclass(frozen=True)
@@ -37,18 +29,16 @@ class OwnRule:
 
 
 def remembered(function):
-    """functools.cache for a function whose first argument is a rule: what is made from an own rule is kept on this rule, so
-    that both are freed with the class that brought it."""
-    of_names = cache(function)
+    """functools.cache for a function whose first argument is a rule or its name.  What is made from an own rule is kept on
+    this rule, so that both are freed with the class that brought it."""
+    kept_of_ours = {}
 
     @wraps(function)
     def found(rule, *rest):
-        if not isinstance(rule, OwnRule):
-            return of_names(rule, *rest)
-        key = (function, *rest)
-        if key not in rule.kept:
-            rule.kept[key] = function(rule, *rest)
-        return rule.kept[key]
+        kept, key = getattr(rule, "kept", kept_of_ours), (function, str(rule), *rest)
+        if key not in kept:
+            kept[key] = function(rule, *rest)
+        return kept[key]
 
     return found
 
@@ -144,228 +134,75 @@ def checked(rule, results):
     return results
 
 
-def function_of(rule, select, compiler=None):
-    """The function of an own rule, in which ``select`` and the helpers of fastrms.rules are those of a backend.
+def scaled(rule, function):
+    """A function of all arguments of an own rule, from its function, which takes the scaled gradient."""
+    states = len(rule.states)
+
+    def of_all(param, grad, *rest):
+        grad_scale, grad_rescale, *numbers = rest[states:]
+        return function(param, grad * grad_scale * grad_rescale, *rest[:states], *numbers)
+
+    return of_all
+
+
+def function_of(rule, python_of=lambda x: getattr(x, "py_func", x), compiler=lambda function: function):
+    """The function of an own rule, in which the functions that it reaches are such that a backend can run them.
 
     Parameters
     ----------
     rule : OwnRule
-    select : callable(condition, x, y)
+    python_of : callable(x), optional
+        It returns the Python function for which a value that the rule reaches stands, and something else where the value
+        stays as it is.  By default it returns what the user has compiled by Numba as Python.
     compiler : callable(function), optional
-        It wraps the function, each helper, and each function of the user's that reaches a helper.
+        It wraps the rule and each Python function that the rule reaches.
     """
-    return _Exchange(select, compiler).rebuilt(rule.function)
+    made = {}
 
-
-class _Exchange:
-    """The functions of fastrms.rules exchanged for those of a backend in what a rule reaches: its globals, its closure, the
-    modules fastrms and fastrms.rules, and functions of the user's."""
-
-    def __init__(self, select, compiler):
-        self.compiler, names = compiler, _helpers(select, compiler)
-        self.functions = {rules.select: select, **{helper: names[helper.__name__] for helper in rules.HELPERS}}
-        package, ours = sys.modules[__package__], _with(rules, **names)
-        self.modules = {rules: ours, package: _with(package, rules=ours)}
-
-    def value(self, x):
-        """What stands for a value that a rule reaches; the value itself where it reaches nothing that is exchanged."""
-        if isinstance(x, ModuleType):
-            return self.modules.get(x, x)
-        function = getattr(x, "py_func", x) if callable(x) and not isinstance(x, type) else None  # that of a jitted function
+    def exchanged(x):
+        function = python_of(x)
         if not isinstance(function, FunctionType):
             return x
-        if function not in self.functions:
-            self.functions[function] = x  # for a function that calls itself
-            reached = [*_names(function).values(), *map(_content, function.__closure__ or ())]
-            if (self.compiler is None and function is not x) or any(self.value(y) is not y for y in reached):
-                self.functions[function] = self.rebuilt(function)
-        return self.functions[function]
+        if function not in made:
+            made[function] = x  # for a function that calls itself
+            made[function] = compiler(_rebuilt(function, exchanged))
+        return made[function]
 
-    def rebuilt(self, function):
-        names = {name: self.value(x) for name, x in _names(function).items()}
-        cells = function.__closure__ and tuple(
-            cell if (x := _content(cell)) is cell else CellType(self.value(x)) for cell in function.__closure__
-        )
-        made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
-        made.__kwdefaults__ = function.__kwdefaults__
-        return made if self.compiler is None else self.compiler(made)
+    return compiler(_rebuilt(rule.function, exchanged))
 
 
-@cache  # for all classes: Numba never frees a jitted function whose globals hold this function
-def _helpers(select, compiler):
-    """The globals of the functions in rules.HELPERS, and these functions themselves, by their names."""
-    names = {"GENERAL": True, "select": select}
-    for helper in rules.HELPERS:
-        made = rules.rebuilt(helper, names)
-        names[helper.__name__] = made if compiler is None else compiler(made)
-    return names
-
-
-def _with(module, **names):
-    """A copy of a module with other values for these names."""
-    made = ModuleType(module.__name__)
-    vars(made).update(vars(module), **names)
+def _rebuilt(function, exchanged):
+    """A function with exchanged(x) for each x that it reaches by a global name or in its closure; the function itself where
+    this changes nothing."""
+    used, closure = _names(function.__code__), function.__closure__ or ()
+    known = {name: x for name, x in function.__globals__.items() if name in used}
+    names, cells = {name: exchanged(x) for name, x in known.items()}, tuple(_cell(cell, exchanged) for cell in closure)
+    if all(x is y for x, y in zip([*known.values(), *closure], [*names.values(), *cells], strict=True)):
+        return function
+    names["__builtins__"] = function.__globals__["__builtins__"]
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
-def _names(function):
-    """The globals that a function may use, by their names."""
-    used, known = {"__name__", "__builtins__", *_names_in(function.__code__)}, function.__globals__
-    return {name: known[name] for name in used if name in known}
-
-
-def _names_in(code):
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names_in(inner)
-
-
-def _content(cell):
-    """What a cell of a closure holds; the cell itself while it is empty."""
+def _cell(cell, exchanged):
+    """A cell with exchanged(x) for its x; the cell itself where this changes nothing, or where it is empty."""
     try:
-        return cell.cell_contents
+        x = exchanged(cell.cell_contents)
     except ValueError:
         return cell
+    return cell if x is cell.cell_contents else CellType(x)
 
 
-class NotElementwiseError(ValueError):
-    """What is said of a rule whose results depend on other elements."""
+def _names(code):
+    """The names in a code and in the functions that it defines."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-class Near(np.ndarray):
-    """Numbers so near to each other that a rule with an ``if`` takes the same branch for all: that of the first."""
-
-    def __bool__(self):
-        return bool(self.flat[0])
-
-
-def refuse_unless_elementwise(rule, function, coefficients, must_run):
-    """Try an own rule, as a function of arrays, on arrays and on the elements of these arrays one by one.
-
-    It is tried with the coefficients of its first step, and with others: a learning rate may begin at 0, which hides all
-    else, and a bound may be one that no number of the trial passes.
-
-    Parameters
-    ----------
-    rule : OwnRule
-    function : callable
-        The rule as a function of arrays and its coefficients.
-    coefficients : array
-    must_run : bool
-        Whether the backend calls the rule with arrays.  Where it does not, a rule that cannot take arrays is tried on
-        numbers that are near to each other, and let through where it cannot take these either, or draws random numbers.
-
-    Raises
-    ------
-    ValueError
-        An element of its results depends on other elements, as with a sum or a norm, which would be those of a chunk; with
-        must_run also where it writes into its arguments or does not accept an array, as with an ``if``.
-    TypeError
-        With must_run: a result is no real number.
-    """
-    coefficients = np.asarray(coefficients, float)
-    with np.errstate(all="ignore"):
-        if must_run:
-            _compare(rule, function, _arrays(rule), coefficients)
-        elif _is_random(rule, function, coefficients):
-            return
-        others = () if _loops(rule.function) else _stand_ins(coefficients.size)  # a loop may go on with these for ever
-        for numbers in (coefficients, *others):
-            for trials in (_arrays, _near_arrays):
-                try:
-                    _compare(rule, function, trials(rule), numbers)
-                    break
-                except NotElementwiseError:
-                    raise
-                except Exception:  # the rule need not take these coefficients, and on scalars no arrays
-                    continue
-
-
-def _is_random(rule, function, coefficients):
-    """Whether a rule gives other results when it is called again."""
-    for trials in (_arrays, _near_arrays):
-        try:
-            first, second = (_tried_on(rule, function, next(trials(rule)), coefficients) for _ in range(2))
-            return not np.array_equal(first, second, equal_nan=True)
-        except Exception:
-            continue
-    return False
-
-
-def _loops(function):
-    """Whether a function holds a loop: a jump to what stands before."""
-    jumps = (*dis.hasjabs, *dis.hasjrel)
-    return any(step.opcode in jumps and step.argval <= step.offset for step in dis.get_instructions(function))
-
-
-def _stand_ins(count):
-    """Coefficients to try a rule with: always the same numbers, all of about 1, and in every two of them one that is a
-    million times the other."""
-    ones = 0.5 + 0.5 * abs(np.sin(np.arange(1.0, count + 1)))
-    yield ones
-    for place in range(max(1, (count - 1).bit_length())):
-        large = np.arange(count) >> place & 1
-        yield ones * 1e3 ** (2.0 * large - 1)
-        yield ones * 1e3 ** (1 - 2.0 * large)
-
-
-def _arrays(rule):
-    """Lists of arrays to try a rule with: param, grad and the states, of several magnitudes."""
-    numbers = np.sin(np.arange(1.0, 1 + PROBE * (2 + len(rule.states)))).reshape(-1, PROBE)
-    numbers[2:] = abs(numbers[2:])  # some states are never negative
-    for of_param, of_others in ((1.0, 1.0), (1e-3, 1e3), (1e3, 1e-3)):
-        yield [numbers[0] * of_param, *(numbers[1:] * of_others)]
-
-
-def _near_arrays(rule):
-    """The same with arrays of numbers that are near to each other."""
-    near = 1 + 1e-6 * np.arange(PROBE)
-    for buffers in _arrays(rule):
-        for k in range(0, PROBE, 2):
-            yield [(x[k] * near).view(Near) for x in buffers]
-
-
-def _compare(rule, function, trials, coefficients):
-    for buffers in trials:
-        whole = _tried_on(rule, function, buffers, coefficients)
-        single = [_tried_on(rule, function, [x[k : k + 1] for x in buffers], coefficients) for k in range(PROBE)]
-        for results, parts in zip(whole, zip(*single, strict=True), strict=True):
-            _refuse_different(rule, results, np.concatenate(parts))
-
-
-def _tried_on(rule, function, buffers, coefficients):
-    """The results of a rule as arrays of the size of its arguments."""
-    try:
-        results = function(*buffers, *coefficients)
-        for name, x in zip(("param", *rule.states), results, strict=True):
-            if np.asarray(x).dtype.kind not in "biuf":
-                kind = "None" if x is None else np.asarray(x).dtype
-                raise TypeError(f"the rule of {rule} gives {kind} as the new {name}; it must give real numbers")
-        return [np.broadcast_to(x, buffers[0].shape) for x in results]
-    except (TypeError, ValueError) as error:
-        if isinstance(error, TypeError) and "arrays can be converted to" not in str(error):
-            raise
-        raise ValueError(f"the rule of {rule} does not run on backend='numpy': {_remedy(error)}") from error
-
-
-def _remedy(error):
-    """What to do about a rule that does not take an array."""
-    if "read-only" in str(error):
-        return "its arguments are read-only: write `param = param - ...`, never `param -= ...`"
-    if isinstance(error, TypeError):
-        return f"it cannot take an array ({error}): take np.sqrt and the like in place of math.sqrt, float() and int()"
-    return (
-        f"it cannot take an array ({error}): a rule has no `if`, see select in fastrms.rules; import it at the top of the "
-        f"file, not in the rule"
+def not_elementwise(rule):
+    """The error of a rule whose results depend on other elements."""
+    return ValueError(
+        f"the rule of {rule} is not elementwise: an element of its results depends on other elements, as with a sum, a "
+        f"norm or a maximum, and only a chunk of them is there; compute such a number before the step and pass it as a "
+        f"hyper-parameter"
     )
-
-
-def _refuse_different(rule, whole, single):
-    size = np.max(np.abs(whole[np.isfinite(whole)]), initial=0.0)
-    if not np.allclose(whole, single, rtol=1e-9, atol=1e-9 * size, equal_nan=True):
-        raise NotElementwiseError(
-            f"the rule of {rule} is not elementwise: an element of its results depends on other elements, as with a sum, a "
-            f"norm or a maximum, and only a chunk of them is there; compute such a number before the step and pass it as a "
-            f"hyper-parameter"
-        )

@@ -11,14 +11,18 @@ states.  What its arguments mean stands in MEANINGS; what the coefficients are m
 
 from types import FunctionType
 
-from numpy import sqrt
+from numpy import sqrt, where
 
 GENERAL = True
 
 
 def select(condition, x, y):
-    """x where the condition holds, else y; a backend puts its own in place of it."""
-    return x if condition else y
+    """x where the condition holds, else y.
+
+    They are numbers, arrays, or the stand-ins for numbers by which a rule is recorded, which answer to NumPy's where.  Numba
+    has a form of its own, which chooses between two numbers.
+    """
+    return where(condition, x, y) if hasattr(condition, "__array_function__") else x if condition else y
 
 
 def larger(x, y):
@@ -308,14 +312,9 @@ for _rule in RULES.values():
     document(_rule)
 
 
-def rebuilt(function, names, compiler=lambda function: function):
-    """The same code with other global names."""
-    return compiler(FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__))
-
-
-def compile_rule(rule, general, compiler=lambda function: function, **primitives):
-    """The same text with GENERAL fixed and select and sqrt (`primitives`) exchanged; `compiler` wraps each function."""
-    names = {"GENERAL": general, "select": select, "sqrt": sqrt, **primitives}
-    for helper in HELPERS:
-        names[helper.__name__] = rebuilt(helper, names, compiler)
-    return rebuilt(rule, names, compiler)
+def compile_rule(rule, general, select=select):
+    """The same text with GENERAL fixed, and with the select of a backend."""
+    names = {"GENERAL": general, "select": select, "sqrt": sqrt}
+    for function in (*HELPERS, rule):
+        names[function.__name__] = FunctionType(function.__code__, names, function.__name__)
+    return names[rule.__name__]

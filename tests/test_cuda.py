@@ -1,8 +1,10 @@
 """The CUDA backend where there is none: nothing is imported, and each thing that is missing has its own sentence.  And
 The tests on a GPU at the end are skipped, with the reason, where there is no GPU."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -94,6 +96,36 @@ def test_device_arrays_and_auto_ask_for_what_is_missing():
 def test_what_only_cuda_knows(option):
     with pytest.raises(TypeError, match=r"needs backend='cuda'; this runs on 'numpy'"):
         fastrms.RMSProp(np.ones(3), backend="numpy", **option)
+
+
+def test_an_own_rule_is_freed_with_its_class():
+    """What was compiled from it goes with it."""
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    from test_own_rules import plain_descent
+
+    from fastrms.backends.cuda.kernel import Kind
+
+    def used():
+        function = lambda param, grad, lr: (param - lr * grad,)  # noqa: E731
+        rule = plain_descent(function).own_rule
+        arguments = rule, False, np.dtype("f4"), Kind(), (9, 0)
+        made = toolchain.compiler().compiled(*arguments)
+        assert made.cubin and toolchain.compiler().compiled(*arguments) is made
+        return weakref.ref(function)
+
+    of_function = used()
+    gc.collect()
+    assert of_function() is None
+
+
+def test_what_an_own_rule_may_choose_by_can_be_compiled():
+    pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
+    from test_trace import RECORDED, own
+
+    from fastrms.backends.cuda.kernel import Kind
+
+    for function, *_ in RECORDED.values():
+        assert toolchain.compiler().compile_ptx(own(function), False, np.dtype("f4"), Kind(), (9, 0))
 
 
 # on a GPU

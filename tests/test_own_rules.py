@@ -109,16 +109,20 @@ def test_same_bits_on_every_backend(make):
         assert all(np.array_equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_in_parallel(backend, monkeypatch):
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Two threads for every tensor, however small."""
     module = backends.load("numba")
     monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.LEAST, 1))
     monkeypatch.setattr(module, "SMALLEST", 1)
     before = fastrms.get_num_threads()
     fastrms.set_num_threads(2)
-    try:
-        assert all(np.array_equal(a, b) for a, b in zip(trained(Lion, backend), trained(Lion, "numpy"), strict=True))
-    finally:
-        fastrms.set_num_threads(before)
+    yield
+    fastrms.set_num_threads(before)
+
+
+def test_in_parallel(backend, two_threads):
+    assert all(np.array_equal(a, b) for a, b in zip(trained(Lion, backend), trained(Lion, "numpy"), strict=True))
 
 
 def test_state_dict_resumes(backend):
@@ -350,6 +354,46 @@ def test_a_reduction_is_refused_on_every_backend(backend, name):
     assert (w == 1).all() and optimizer.steps == 0
 
 
+def mean_of(x):
+    return np.mean(x)
+
+
+def centered_in_a_branch(param, grad, lr):
+    if grad > 1e30:
+        grad = np.mean(grad)
+    return (param - lr * grad,)
+
+
+HIDDEN = {
+    "function": lambda param, grad, lr: (param - lr * mean_of(grad),),
+    "keyword": lambda param, grad, lr: (param - lr * np.mean(a=grad),),
+    "array": lambda param, grad, lr: (param - lr * np.mean(np.asarray(grad)),),
+    "method": lambda param, grad, lr: (param - lr * np.asarray(grad).mean(),),
+    "any": lambda param, grad, lr: (param - select(np.any(grad > lr), grad, lr),),
+    "branch": centered_in_a_branch,
+}
+
+
+@pytest.mark.parametrize("name", [*HIDDEN, "jitted"])
+def test_a_hidden_reduction_is_refused(backend, name):
+    rule = HIDDEN.get(name)
+    if rule is None:
+        jitted = pytest.importorskip("numba", reason="needs numba").njit(mean_of)
+        rule = lambda param, grad, lr: (param - lr * jitted(grad),)  # noqa: E731
+    w = np.ones(20)
+    words = "the rule of Mine is not elementwise" if (backend, name) != ("numpy", "branch") else "has no `if`"
+    with pytest.raises(ValueError, match=words):
+        plain_descent(rule)(w, backend=backend).step(np.arange(20.0))
+    assert (w == 1).all()
+
+
+def test_a_sum_of_other_numbers_is_no_reduction(backend):
+    """Of an array that the rule has from elsewhere."""
+    weights, w = np.ones(3), np.ones(20)
+    plain_descent(lambda param, grad, lr: (param - lr * grad * np.sum(weights),))(w, backend=backend).step(np.ones(20))
+    assert np.allclose(w, 0.7)
+
+
 @pytest.mark.parametrize("function", [np.sum, np.mean, np.max, np.prod, np.cumsum])
 def test_a_reduction_cannot_be_written_down(function):
     rule = own_rules.OwnRule("Mine", lambda param, grad, lr: (param - lr * function(grad),), (), ("lr",))
@@ -426,6 +470,8 @@ def test_numba_runs_what_only_scalars_take(rule):
 def test_functions_of_scalars_have_a_sentence_on_numpy():
     with pytest.raises(ValueError, match=r"cannot take an array .*: take np\.sqrt and the like"):
         plain_descent(lambda param, grad, lr: (param - math.sqrt(grad),))(np.ones(4), backend="numpy").step(np.ones(4))
+    with pytest.raises(ValueError, match=r"the rule of Mine cannot take an array .*: it takes arrays of any size"):
+        plain_descent(lambda param, grad, lr: (param - grad[:3],))(np.ones(4), backend="numpy").step(np.ones(4))
 
 
 def positive(x, zero):
@@ -461,15 +507,63 @@ def test_helpers_wherever_a_rule_reaches_them(backend):
     assert rules.select is select and rules.larger is larger and positive.__globals__["select"] is select
 
 
-def test_a_helper_that_is_imported_in_the_rule_has_a_sentence(backend):
+def test_a_helper_that_is_imported_in_the_rule(backend):
+    """NumPy runs it as it is; Numba cannot compile an import."""
+
     def rule(param, grad, lr):
         from fastrms.rules import larger
 
         return (param - larger(grad, lr),)
 
-    words = "import it at the top of the file" if backend == "numpy" else "Numba cannot compile the rule of Mine"
-    with pytest.raises((ValueError, TypeError), match=words):
-        plain_descent(rule)(np.ones(4), backend=backend).step(np.ones(4))
+    w = np.ones(4)
+    optimizer = plain_descent(rule)(w, backend=backend)
+    if backend == "numba":
+        with pytest.raises(TypeError, match="Numba cannot compile the rule of Mine"):
+            optimizer.step(np.ones(4))
+    else:
+        optimizer.step(np.array([-1, 0, 1, 2.0]))
+        assert np.allclose(w, 1 - np.array([0.1, 0.1, 1, 2]))
+
+
+def excess(x):
+    return np.exp(x) - x
+
+
+def test_functions_of_the_users_need_no_compiler(backend):
+    """Those that use no helper, too, and those that call each other."""
+
+    def twice(x, zero):
+        return excess(positive(x, zero)) + excess(x)
+
+    w, g = np.ones(20), np.linspace(-1, 1, 20)
+    mine = make(rule=staticmethod(lambda param, grad, lr, zero: (param - lr * twice(grad, zero),)),
+                coefficients=lambda step, lr: {"lr": lr, "zero": 0.0})  # fmt: skip
+    mine(w, backend=backend).step(g)
+    assert np.allclose(w, 1 - 0.1 * (excess(np.maximum(g, 0)) + excess(g)))
+
+
+def test_what_users_have_compiled_keeps_their_options():
+    numba = pytest.importorskip("numba", reason="needs numba")
+    jitted, w = numba.njit(excess, fastmath=True), np.ones(20)
+    plain_descent(lambda param, grad, lr: (param - lr * jitted(grad),))(w, backend="numba").step(np.ones(20))
+    assert jitted.signatures == [(numba.float64,)] and np.allclose(w, 1 - 0.1 * excess(1.0))
+
+
+def test_a_condition_may_be_chosen_by_where(backend):
+    w, g = np.ones(20), np.linspace(-1, 1, 20)
+    plain_descent(lambda param, grad, lr: (param - lr * np.where(grad > lr, grad, lr),))(w, backend=backend).step(g)
+    assert np.allclose(w, 1 - 0.1 * np.maximum(g, 0.1))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None])
+def test_select_of_numbers_and_arrays(dtype):
+    one, two = (1.0, 2.0) if dtype is None else np.array([1, 2], dtype)
+    assert select(one < two, one, two) == one and type(select(one > two, one, two)) is type(two)
+    many = np.array([one, two, one])
+    assert (
+        np.array_equal(select(many > one, many, two), [two, two, two]) and select(many > one, many, two).dtype == many.dtype
+    )
+    assert np.array_equal(clip(np.array([-1.0, np.nan, 3.0]), 0.0, 1.0), [0, np.nan, 1], equal_nan=True)
 
 
 def test_prepare_clips_and_decays_in_an_own_rule(backend):
@@ -482,21 +576,41 @@ def test_prepare_clips_and_decays_in_an_own_rule(backend):
 
 
 def dropped(backend):
-    """Weak references to a class that was used and is gone, and to an array that its rule closed over."""
+    """Weak references to a class that was used and is gone, to its rule, and to an array that this closed over."""
     held, numbers = np.ones(5_000_000), np.ones(4)
 
+    def first(x):
+        return x * held[0]
+
     def rule(param, grad, lr, zero):
-        return (param - lr * positive(grad, zero) * held[0],)
+        return (param - lr * first(positive(grad, zero)) * held[0],)
 
     mine = make(rule=rule, coefficients=lambda step, lr: {"lr": lr, "zero": 0.0})
     mine(numbers, backend=backend).step(np.ones(4))
-    return weakref.ref(mine), weakref.ref(held)
+    return weakref.ref(mine), weakref.ref(rule), weakref.ref(held)
 
 
 def test_an_own_rule_is_freed_with_its_class(backend):
-    of_class, of_array = dropped(backend)
+    left = dropped(backend)
     gc.collect()
-    assert of_class() is None and of_array() is None
+    assert [x() for x in left] == [None] * 3
+
+
+def test_an_own_rule_on_several_threads_is_freed_with_its_class(backend, two_threads):
+    test_an_own_rule_is_freed_with_its_class(backend)
+
+
+def test_a_name_that_has_no_value_is_left_alone():
+    """In the closure of a rule, where nothing reads it."""
+    if not OWN:
+        later = 1.0
+
+    def rule(param, grad, lr):
+        return (param - lr * grad if lr is not None else later,)
+
+    w = np.ones(4)
+    plain_descent(rule)(w, backend="numpy").step(np.ones(4))
+    assert np.allclose(w, 0.9)
 
 
 def test_wrong_kinds_of_rules_have_a_sentence():

@@ -20,6 +20,8 @@ EXPRESSIONS = {  # the operations that a rule may hold, as Python
     "le": "{} <= {}",
     "gt": "{} > {}",
     "ge": "{} >= {}",
+    "eq": "{} == {}",
+    "ne": "{} != {}",
     "neg": "-{}",
     "abs": "abs({})",
     "sqrt": "sqrt({})",
@@ -63,7 +65,9 @@ class Traced:
         return self.apply("sqrt", self)
 
     def __array_function__(self, function, types, args, kwargs):
-        """NumPy calls this for np.sum and the like, which would take an element for a whole array."""
+        """NumPy calls this for np.where, and for np.sum and the like, which would take an element for a whole array."""
+        if function is np.where and len(args) == 3 and not kwargs:
+            return self.apply("select", *args)
         raise TypeError(f"it calls np.{function.__name__}; only + - * /, sqrt and select have the same bits everywhere")
 
     def __bool__(self):
@@ -81,7 +85,7 @@ def _backward(operation):
     return lambda self, other: self.apply(operation, other, self)
 
 
-for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "neg", "abs"):
+for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"):
     setattr(Traced, f"__{_name}__", _forward(_name))
 for _name in ("add", "sub", "mul", "truediv"):
     setattr(Traced, f"__r{_name}__", _backward(_name))
@@ -103,32 +107,15 @@ def trace(rule, general):
         The rule cannot be recorded: it branches, holds a literal or returns something other than param and states.
     """
     operations, arguments = [], rules.arguments(own_rules.plain(rule))  # a user may have named a number t0
-    results = _traceable(rule, general)(*[Traced(name, operations) for name in arguments])
+    if isinstance(rule, own_rules.OwnRule):
+        name, function = rule.name, own_rules.scaled(rule, own_rules.function_of(rule))
+    else:
+        name, function = rule.__name__, rules.compile_rule(rule, general)
+    results = function(*[Traced(name, operations) for name in arguments])
     count = 1 + len(rules.state_names(rule))
     if not isinstance(results, tuple) or [type(result) for result in results] != [Traced] * count:
         raise TypeError("it must return the new param and states")
-    name = rule.name if isinstance(rule, own_rules.OwnRule) else rule.__name__
     return Trace(name, arguments, operations, [result.name for result in results])
-
-
-def _traceable(rule, general):
-    """A rule as a function of all its arguments, in which select and sqrt are recorded.  An own rule is given its gradient
-    multiplied by the coefficients that are not its own."""
-    if not isinstance(rule, own_rules.OwnRule):
-        return rules.compile_rule(rule, general, select=_select, sqrt=np.sqrt)
-    function, count = own_rules.function_of(rule, _select), len(rule.states)
-
-    def scaled(param, grad, *rest):
-        factors, numbers = rest[count : len(rest) - len(rule.coefficients)], rest[len(rest) - len(rule.coefficients) :]
-        for factor in factors:
-            grad = grad * factor
-        return function(param, grad, *rest[:count], *numbers)
-
-    return scaled
-
-
-def _select(condition, x, y):
-    return next(v for v in (condition, x, y) if isinstance(v, Traced)).apply("select", condition, x, y)
 
 
 def lines(made):

@@ -17,6 +17,7 @@ from conftest import bits  # noqa: E402
 
 import fastrms  # noqa: E402
 from fastrms.backends.cuda import kernel, toolchain  # noqa: E402
+from fastrms.rules import select  # noqa: E402
 
 LEGACY = 1
 toolchain.available.cache_clear()  # conftest.py has asked already
@@ -230,6 +231,45 @@ def test_an_own_rule_may_name_its_numbers_as_it_likes(driver, many):
         optimizer.step([OnDevice(g) for g in grads])
         reference.step(grads)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_own_rule_may_choose_by_any_comparison(driver):
+    class Chosen(fastrms.Optimizer):
+        defaults = {"lr": 0.5}
+        state_names = ("same", "other")
+
+        @staticmethod
+        def coefficients(step, lr):
+            return {"lr": lr, "zero": 0.0, "one": 1.0}
+
+        @staticmethod
+        def rule(param, grad, same, other, lr, zero, one):
+            same = select(grad == one, one, same + one)
+            other = select(grad != one, lr, zero)
+            return np.where(grad > zero, param - lr, param), same, other
+
+    ours, theirs = np.zeros(33, np.float32), np.zeros(33, np.float32)
+    grad = np.resize(np.array([1, 2, 0, -0.0, np.nan, np.inf], np.float32), 33)
+    optimizer, reference = Chosen(OnDevice(ours)), Chosen(theirs, backend="numpy")
+    optimizer.step(OnDevice(grad))
+    reference.step(grad)
+    assert same(ours, theirs)
+    assert all(same(optimizer.state[name].to_host(), reference.state[name]) for name in ("same", "other"))
+
+
+def test_an_own_rule_is_freed_with_its_class(driver):
+    def used():
+        class Descent(fastrms.Optimizer):
+            defaults = {"lr": 0.5}
+            coefficients = staticmethod(lambda step, lr: {"lr": lr})
+            rule = staticmethod(lambda param, grad, lr: (param - lr * grad,))
+
+        Descent(OnDevice(numbers(9))).step(OnDevice(numbers(9)))
+        return weakref.ref(Descent), weakref.ref(Descent.rule)
+
+    left = used()
+    gc.collect()
+    assert [x() for x in left] == [None, None]
 
 
 def test_every_thread_makes_the_device_current(driver):

@@ -21,7 +21,7 @@ from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
 from numba.cuda import types
 
-from ... import files, rules
+from ... import files, own_rules, rules
 from ..trace import text, trace
 from . import intrinsics
 from . import lower as lowering
@@ -38,7 +38,7 @@ class Compiled(NamedTuple):
     cubin: bytes
 
 
-@cache
+@own_rules.remembered
 def compiled(rule, general, dtype, kind, cc):
     """The kernel of a rule: the one that this process has, the one on disk, or a new one.
 
@@ -74,12 +74,12 @@ def compile_ptx(rule, general, dtype, kind, cc):
     return to_ptx(source, update, dtype, signature(rule, dtype, kind), kernel_name(rule, general, dtype, kind), cc)
 
 
-@cache
+@own_rules.remembered
 def operations_of(rule, general):
     """The Trace of a rule; where it cannot be made, the error names the rule."""
     try:
         return trace(rules.find(rule), general)
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise TypeError(f"the rule of {rule} cannot run on CUDA: {error}") from None
 
 

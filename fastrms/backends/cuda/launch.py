@@ -1,10 +1,8 @@
 """One kernel, its tensors and its coefficients: all that a launch hands to the driver."""
 
-from functools import cache
-
 import numpy as np
 
-from ... import rules
+from ... import own_rules, rules
 from ...memory import device
 from . import toolchain
 from .driver import write
@@ -12,7 +10,7 @@ from .kernel import Kind, kernel_name
 from .table import THREADS, blocks, table, vectors
 
 
-@cache
+@own_rules.remembered
 def loaded(rule, general, dtype, kind, index):
     """A kernel, loaded and ready to launch on a device."""
     from cuda.core import ObjectCode

@@ -39,6 +39,8 @@ EMIT = {  # the keys are those of trace.EXPRESSIONS
     "le": lambda b, r, x, y: b.fcmp_ordered("<=", x, y),
     "gt": lambda b, r, x, y: b.fcmp_ordered(">", x, y),
     "ge": lambda b, r, x, y: b.fcmp_ordered(">=", x, y),
+    "eq": lambda b, r, x, y: b.fcmp_ordered("==", x, y),
+    "ne": lambda b, r, x, y: b.fcmp_unordered("!=", x, y),  # as with NaN
     "neg": _minus,
     "abs": _absolute,
     "sqrt": lambda b, r, x: _rounded(b, r, "sqrt", x),

@@ -16,7 +16,6 @@ import numpy as np
 from ... import threads
 from ...memory import host
 from .. import find_spec, plan
-from ..numpy import try_once
 
 LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
 SMALLEST = min(LEAST.values())
@@ -43,16 +42,19 @@ def jit_disabled():
 
 
 def kernel(recipe, parallel=False):
-    return compiler()(recipe.rule, recipe.general, recipe.dtype, parallel)
+    kernels, own = compiler()
+    if isinstance(recipe.rule, str):
+        return kernels.kernel(recipe.rule, recipe.general, recipe.dtype, parallel)
+    return own.kernel(recipe.rule, recipe.dtype, parallel)
 
 
 @cache
 def compiler():
     try:
-        from . import kernels
+        from . import kernels, own
     except ImportError as error:
         raise RuntimeError(f"backend='numba' is not available, importing numba failed: {error}") from error
-    return kernels.kernel
+    return kernels, own
 
 
 class Update(plan.Update):
@@ -69,7 +71,6 @@ class Update(plan.Update):
 
     def take(self):
         rows = self.coefficients.rows
-        try_once(self.coefficients.recipe.rule, rows, must_run=False)
         self.table[1:4] = host.address(rows), self.first, self.stride * rows.strides[0]
 
     @cached_property

@@ -1,8 +1,7 @@
 """The Numba kernels: a generated module with the loop over each rule, form and dtype, serial or parallel, kept on disk.
 
 A module holds the operations of its rule (trace.py), so its name, a hash of its text and of all that its machine code
-depends on, changes with the rule, and Numba's cache beside it can never run another rule or form.  Own rules are
-compiled in each process and not kept.
+depends on, changes with the rule, and Numba's cache beside it can never run another rule or form.
 """
 
 import hashlib
@@ -10,6 +9,7 @@ import inspect
 import platform
 import re
 import sys
+from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from textwrap import indent
@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from ... import files, own_rules, rules
+from ... import files, rules
 from .. import trace
 from . import intrinsics
 
@@ -31,7 +31,6 @@ TILE, ASKED = 128, (1536, 1600)  # bytes: the length of a tile, and how far from
 CHUNK = 8 * 1024  # elements that a thread takes at once
 OPTIONS = {"error_model": "numpy", "nogil": True}  # "python" checks divisors, which keeps loops scalar; never fastmath
 compiler = numba.njit(**OPTIONS)
-select = compiler(rules.select)
 
 HEAD = """\
 CACHE = globals().get("CACHE", True)
@@ -117,7 +116,7 @@ if platform.libc_ver()[0] != "glibc":
     ENTER = LEAVE = "pass"
 
 
-@own_rules.remembered
+@cache
 def kernel(rule, general, dtype, parallel=False):
     """A compiled kernel(table, number), or kernel(table, number, parts) where it is parallel.
 
@@ -125,8 +124,6 @@ def kernel(rule, general, dtype, parallel=False):
     step number of this row, the bytes from one row to the next; then, for each tensor, its size and the addresses of its
     param, grad and states.
     """
-    if not isinstance(rule, str):
-        return own_kernel(rule, dtype, parallel)
     text, name = text_of(rule, general, dtype, parallel), name_of(rule, general, dtype)
     try:
         name = f"{name}_{fingerprint(text)}"
@@ -203,46 +200,6 @@ def jitted(rule, general):
     names = {"sqrt": np.sqrt}
     exec(trace.text(trace.trace(rules.RULES[rule], general)), names)
     return compiler(names[rule])
-
-
-def own_kernel(rule, dtype, parallel):
-    """The kernel of an own rule; TypeError where Numba refuses the rule, or it computes in another dtype."""
-    function, plain = own_function(rule, dtype), own_rules.plain(rule)
-    factors = [name for name in rules.coefficient_names(plain) if name not in plain.coefficients]
-    arguments = ["param", " * ".join(["grad", *factors]), *plain.states, *plain.coefficients]
-    results = [f"new_{name}" for name in ("param", *plain.states)]
-    text = module_text(plain, dtype, parallel, [f"{', '.join(results)}, = rule({', '.join(arguments)})"], results)
-    module = filled(ModuleType(f"fastrms_{rule}"), text, CACHE=False, rule=function)
-    made = module.kernel
-    for dispatcher in (function, made):
-        forget_text(dispatcher)
-    vars(module).clear()
-    return made
-
-
-def forget_text(dispatcher):
-    """Take from a compiled function what leads back to its text.  Numba keeps the results of a compilation as long as the
-    jitted function lives, so that one which they lead to is never freed, nor is what a user's rule closes over."""
-    for signature, result in dispatcher.overloads.items():
-        dispatcher.overloads[signature] = result._replace(type_annotation=None)
-
-
-def own_function(rule, dtype):
-    """An own rule, compiled as a function of scalars and checked to return numbers of the dtype."""
-    function = own_rules.function_of(rule, select, compiler)
-    real = numba.from_dtype(dtype)
-    try:
-        function.compile((real,) * (2 + len(rule.states) + len(rule.coefficients)))
-    except Exception as error:  # besides errors of its own, Numba raises NotImplementedError and the like
-        reason = next((line for line in str(error).splitlines() if line.strip() and "pipeline" not in line), "")
-        raise TypeError(f"Numba cannot compile the rule of {rule} for {dtype}: {reason.strip()}") from error
-    (overload,) = function.overloads.values()
-    returned = overload.signature.return_type
-    results = own_rules.checked(rule, tuple(returned) if isinstance(returned, numba.types.BaseTuple) else returned)
-    wrong = next((part for part in results if part != real), None)
-    if wrong is not None:
-        raise TypeError(f"the rule of {rule} computes {wrong} from {dtype}; every number in it must be a coefficient")
-    return function
 
 
 def fingerprint(text):
