@@ -31,6 +31,9 @@ class DeviceBuffer:
     def flat(self):
         return self
 
+    def fill(self, value):
+        copy(self, np.full(self.size, value, self.dtype))
+
 
 class DeviceArray(DeviceBuffer):
     """A state array of ours.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
@@ -40,9 +43,6 @@ class DeviceArray(DeviceBuffer):
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         data = (self.address, False)
         return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
-
-    def fill(self, value):
-        copy(self, np.full(self.size, value, self.dtype))
 
     def to_host(self):
         """A NumPy array with the numbers in memory order."""
@@ -218,17 +218,13 @@ def stream_source(buffer):
     if host.is_torch(buffer.owner):
         torch = sys.modules["torch"]
         return lambda: torch.cuda.current_stream(buffer.device).cuda_stream or LEGACY_STREAM
-    if _is_cupy(buffer.owner):
+    if remedies.library(buffer.owner) == "cupy":
         cupy = sys.modules["cupy"]
         return lambda: cupy.cuda.get_current_stream().ptr or LEGACY_STREAM
     handle = buffer.stream or LEGACY_STREAM
     return lambda: handle
 
 
-def _is_cupy(x):
-    return type(x).__module__.partition(".")[0] == "cupy"
-
-
 def named_stream(buffer):
     """The stream on which an array says that it is ready, where its library has no current stream."""
-    return None if host.is_torch(buffer.owner) or _is_cupy(buffer.owner) else buffer.stream
+    return None if host.is_torch(buffer.owner) or remedies.library(buffer.owner) == "cupy" else buffer.stream

@@ -88,7 +88,7 @@ def of(params, owner=None):
         leaves = list(params)
         if iter(params) is not params:
             _refuse_made_anew(leaves, params, params)
-        return SequenceOf(len(leaves)), _refuse_flat(_refuse_modules(leaves, params))
+        return SequenceOf(list(range(len(leaves)))), _refuse_flat(_refuse_modules(leaves, params))
     return One(), [params]
 
 
@@ -176,17 +176,22 @@ class One(Structure):
         return leaves[0]
 
 
-class SequenceOf(Structure):
-    """A sequence of `count` arrays."""
+class Keyed(Structure):
+    """Arrays that have a key each."""
 
-    def __init__(self, count):
-        self.count = count
+    def __init__(self, keys):
+        self.keys = keys
+        self.count = len(keys)
 
     def labels(self):
-        return list(range(self.count))
+        return self.keys
 
     def names(self, what):
-        return [f"{what}[{k}]" for k in range(self.count)]
+        return [f"{what}[{key_text(key)}]" for key in self.keys]
+
+
+class SequenceOf(Keyed):
+    """A sequence of arrays, whose keys are their indices."""
 
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
@@ -201,18 +206,8 @@ class SequenceOf(Structure):
         return ReadOnlyList(leaves)
 
 
-class MappingOf(Structure):
-    """A mapping with the given keys."""
-
-    def __init__(self, keys):
-        self.keys = keys
-        self.count = len(keys)
-
-    def labels(self):
-        return self.keys
-
-    def names(self, what):
-        return [f"{what}[{key_text(key)}]" for key in self.keys]
+class MappingOf(Keyed):
+    """A mapping with these keys."""
 
     def leaves(self, value, what):
         if not isinstance(value, Mapping):
