@@ -12,6 +12,7 @@ import numpy as np
 
 from . import graph_breaks, hyper
 from .memory import host, tree
+from .state import MALFORMED
 
 
 def _factor(name, value):
@@ -30,7 +31,7 @@ def _period(name, value):
 
 
 def _check(owner, **checks):
-    """Put the checked values in place of the given ones."""
+    """Replace the given values by the checked ones."""
     for name, check in checks.items():
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
@@ -412,7 +413,8 @@ class EarlyStopping:
 
     def _keep(self):
         state = None if self._optimizer is None else self._optimizer.state_dict()
-        vars(self).update(_kept=[buffer.flat.copy() for buffer in self._buffers()], _kept_state=state)
+        kept = [np.array(host.shaped(buffer.flat, buffer)) for buffer in self._buffers()]
+        vars(self).update(_kept=kept, _kept_state=state)
 
     def update(self, metric):
         """Count one metric, and copy the parameters if it is the best.
@@ -452,7 +454,7 @@ class EarlyStopping:
             self._optimizer._load({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups}, trusted=True)
         host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
-            np.copyto(buffer.flat, kept)
+            np.copyto(host.shaped(buffer.flat, buffer), kept.reshape(buffer.shape))
         vars(self).update(bad=0)
 
     def state_dict(self):
@@ -462,8 +464,7 @@ class EarlyStopping:
         -------
         dict
         """
-        kept = zip(self._names, self._kept, self._buffers(), strict=True)
-        params = {name: host.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
+        params = {name: np.array(kept) for name, kept in zip(self._names, self._kept, strict=True)}
         return {"best": self.best, "bad": self.bad, "params": params, "optimizer": copy.deepcopy(self._kept_state)}
 
     def load_state_dict(self, d):
@@ -485,17 +486,11 @@ class EarlyStopping:
                 self._optimizer._checked_state_dict(state)
             arrays_of = [params[name] for name in self._names]
             fits = [(x.shape, x.dtype) == (b.shape, b.dtype) for x, b in zip(arrays_of, self._buffers(), strict=True)]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
-        vars(self).update(_kept=self._taken(arrays_of), _kept_state=state, best=best, bad=bad)
-
-    def _taken(self, values):
-        flats = [np.empty(value.size, value.dtype) for value in values]
-        for flat, value, buffer in zip(flats, values, self._buffers(), strict=True):
-            host.shaped(flat, buffer)[...] = value
-        return flats
+        vars(self).update(_kept=[np.array(x) for x in arrays_of], _kept_state=state, best=best, bad=bad)
 
 
 KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold

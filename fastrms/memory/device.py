@@ -149,7 +149,7 @@ def on_host(array):
 
 def place_beside(param, others):
     """A new uninitialised flat DeviceArray like a Buffer; where it lies beside the others makes no difference on a GPU."""
-    return place(param.size, param.dtype, param.device)
+    return allocate(param.size, param.dtype, param.device)
 
 
 def again(buffer, name):
@@ -157,7 +157,7 @@ def again(buffer, name):
     return buffer if buffer.owner.data_ptr() == buffer.address else acquire(buffer.owner, name, writable=True)
 
 
-def place(size, dtype, index):
+def allocate(size, dtype, index):
     """A new uninitialised DeviceArray on a device."""
     device = current(index)
     memory = device.allocate(max(1, size * dtype.itemsize), stream=device.default_stream)
@@ -187,7 +187,7 @@ def current(index):
 
 
 def copy(to, source):
-    """Copy between flat arrays, on the host or the device, after whatever the device is doing; ready on return."""
+    """Copy between flat arrays, on the host or the device, after whatever the device is doing; finished on return."""
     from cuda.bindings import driver
 
     if to.size:

@@ -129,14 +129,14 @@ def _is_plain_iterable(x):
 
 
 class Part(NamedTuple):
-    """Where a named array lies in a tensor of the optimizer; place is None where it is the whole tensor."""
+    """Where a named array lies in a tensor of the optimizer; span is None where it is the whole tensor."""
 
-    place: slice | None = None
+    span: slice | None = None
     shape: tuple = ()
 
     def of(self, tensor):
         """The view of this part of an array, which has the shape of the tensor."""
-        return tensor if self.place is None else tensor[self.place].reshape(self.shape)
+        return tensor if self.span is None else tensor[self.span].reshape(self.shape)
 
 
 class Structure:
@@ -235,12 +235,12 @@ class FlatOf(Structure):
         self.runs = [self._run(list(names)) for _, names in groupby(owner, owner.get)]
         self.keys = [next(iter(run)) for run in self.runs]
         self.count = len(self.runs)
-        self.places = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
+        self.spans = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
 
     def _run(self, names):
         views = [self.flat.params[name] for name in names]
-        places = one_after_another(view.size for view in views)
-        return {name: Part(place, view.shape) for name, place, view in zip(names, places, views, strict=True)}
+        spans = one_after_another(view.size for view in views)
+        return {name: Part(span, view.shape) for name, span, view in zip(names, spans, views, strict=True)}
 
     def labels(self):
         raise TypeError("a FlatBuffer is updated as one, not name by name: a streamed step needs the mapping flat.params")
@@ -266,7 +266,7 @@ class FlatOf(Structure):
 
     def cut(self, whole):
         """The parts of a 1-D array that belong to the runs of names."""
-        return [whole[place] for place in self.places]
+        return [whole[span] for span in self.spans]
 
     def parts(self, what):
         return [[(f"{what}[{key_text(name)}]", part) for name, part in run.items()] for run in self.runs]

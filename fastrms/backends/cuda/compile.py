@@ -1,10 +1,10 @@
 """A CUDA kernel, from its rule to machine code, without a driver or a GPU, and kept on disk.
 
-trace.py    the operations of the rule
-lower.py    these as a device function, in which nothing can be rounded differently
-kernel.py   the text of the kernel that calls it
-to_ptx()    both as PTX, by Numba and NVIDIA's NVVM
-link()      the PTX as a cubin: one runs on drivers older than the compiler, PTX does not
+trace.py         the operations of the rule
+lower.py         these as a device function, in which nothing can be rounded differently
+kernel.py        the text of the kernel that calls it
+compile_ptx()    both as PTX, by Numba and NVIDIA's NVVM
+link()           the PTX as a cubin: one runs on drivers older than the compiler, PTX does not
 """
 
 import contextlib
@@ -68,10 +68,11 @@ def compiled(rule, general, dtype, kind, cc):
 
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
-    operations = operations_of(rule, general)
-    update = lower(operations)
-    source = kernel_text(rules.find(rule), dtype, kind)
-    return to_ptx(source, update, dtype, signature(rule, dtype, kind), kernel_name(rule, general, dtype, kind), cc)
+    names = {"load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
+    names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
+    exec(kernel_text(rules.find(rule), dtype, kind), names)
+    name = kernel_name(rule, general, dtype, kind)
+    return named_ptx(names["kernel"], signature(rule, dtype, kind), name, cc, launch_bounds=THREADS)
 
 
 @cache
@@ -89,14 +90,6 @@ def signature(rule, dtype, kind):
     known = {"real": real, "uint32": types.uint32, "uint64": types.uint64}
     known |= {f"{name}*": types.CPointer(one) for name, one in known.items()}
     return types.void(*[known[name] for name in arguments(rules.find(rule), kind).values()])
-
-
-def to_ptx(source, update, dtype, signature, name, cc):
-    """The PTX of a kernel's text."""
-    names = {"rule": update, "load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
-    names["pointer"] = intrinsics.pointer_to(REALS[dtype])
-    exec(source, names)
-    return named_ptx(names["kernel"], signature, name, cc, launch_bounds=THREADS)
 
 
 def named_ptx(function, signature, name, cc, **options):
