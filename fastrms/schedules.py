@@ -7,6 +7,7 @@ Exponential, Cosine and Plateau are stored in state_dict() and save(), counters 
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -14,20 +15,9 @@ from . import graph_breaks, hyper
 from .memory import host, tree
 from .state import MALFORMED
 
-
-def _factor(name, value):
-    value = hyper.number(name, value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r} must be above 0 and at most 1")
-    return value
-
-
-def _count(name, value):
-    return hyper.step_count(name, value, least=0)
-
-
-def _period(name, value):
-    return hyper.step_count(name, value, least=1)
+_factor = hyper.within("above 0 and at most 1", lambda value: 0 < value <= 1)
+_count, _period = partial(hyper.step_count, least=0), partial(hyper.step_count, least=1)
+_MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
 def _check(owner, **checks):
@@ -173,13 +163,12 @@ class Cosine:
         return self.end + (self.lr - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _improves(metric, best, mode, threshold, threshold_mode):
-    """Whether metric beats best by the threshold; best None stands for the worst there is.  NaN beats nothing."""
-    if best is None:
-        best = math.inf if mode == "min" else -math.inf
-    sign = -1 if mode == "min" else 1
-    bar = best * (1 + sign * threshold) if threshold_mode == "rel" else best + sign * threshold
-    return metric < bar if mode == "min" else metric > bar
+def _improves(metric, on):
+    """Whether metric beats on.best by on.threshold; best None stands for the worst there is.  NaN beats nothing."""
+    sign = -1 if on.mode == "min" else 1
+    best = -sign * math.inf if on.best is None else on.best
+    bar = best * (1 + sign * on.threshold) if on.threshold_mode == "rel" else best + sign * on.threshold
+    return sign * metric > sign * bar
 
 
 def _metric(value):
@@ -192,9 +181,6 @@ def _metric(value):
         raise TypeError(f"metric={value!r} is a {type(value).__name__}; it must be a number") from None
     except OverflowError:
         raise ValueError("metric is too large for a float") from None
-
-
-_MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
 @_closed("; its counters are set by count(rate, best, bad, cooling)")
@@ -324,7 +310,7 @@ class Plateau:
             For what is no number.
         """
         metric = _metric(metric)
-        improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
+        improved = _improves(metric, self)
         counted = self.cooling <= (self.counting == "keras")
         vars(self).update(
             best=metric if improved else self.best,
@@ -435,7 +421,7 @@ class EarlyStopping:
             For what is no number.
         """
         metric = _metric(metric)
-        if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
+        if _improves(metric, self):
             self._keep()
             vars(self).update(best=metric, bad=0)
         else:

@@ -166,13 +166,6 @@ def allocate(size, dtype, index):
 
 
 @functools.cache
-def _device(index):
-    from cuda.core import Device
-
-    return Device(index)
-
-
-@functools.cache
 def count():
     from cuda.core import Device
 
@@ -181,7 +174,9 @@ def count():
 
 def current(index):
     """The cuda.core Device, made the current one of this thread."""
-    device = _device(index)
+    from cuda.core import Device
+
+    device = Device(index)
     device.set_current()
     return device
 

@@ -56,13 +56,16 @@ def compiled(rule, general, dtype, kind, cc):
     -------
     Compiled
     """
-    path, name = cache_path(rule, general, dtype, kind, cc), kernel_name(rule, general, dtype, kind)
-    if path is not None and (kept := _kept(path)):
-        return Compiled(name, *kept)
+    name = kernel_name(rule, general, dtype, kind)
+    with contextlib.suppress(OSError):  # it is not there
+        path = cache_path(rule, general, dtype, kind, cc)
+        return Compiled(name, path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes())
     ptx = compile_ptx(rule, general, dtype, kind, cc)
     cubin = link(ptx, cc)
-    if path is not None:
-        _keep(path, ptx, cubin)
+    with contextlib.suppress(OSError):  # an unwritable or full disk costs only time
+        path = cache_path(rule, general, dtype, kind, cc)
+        files.keep(path.with_suffix(".cubin"), cubin)
+        files.keep(path.with_suffix(".ptx"), ptx.encode())
     return Compiled(name, ptx, cubin)
 
 
@@ -105,13 +108,10 @@ def link(ptx, cc):
 
 
 def cache_path(rule, general, dtype, kind, cc):
-    """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  None where our
-    sources cannot be read."""
+    """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  OSError where
+    our sources cannot be read."""
     texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
-    try:
-        parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
-    except OSError:
-        return None
+    parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     return files.cache_folder() / f"{kernel_name(rule, general, dtype, kind)}_sm{cc[0]}{cc[1]}_{key}"
 
@@ -122,18 +122,3 @@ def versions():
     packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
     ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics)]
     return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]
-
-
-def _kept(path):
-    """(PTX, cubin) from disk, or None."""
-    try:
-        return path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes()
-    except OSError:
-        return None
-
-
-def _keep(path, ptx, cubin):
-    """Write both, or do without them: an unwritable or full disk costs only time."""
-    with contextlib.suppress(OSError):
-        files.keep(path.with_suffix(".cubin"), cubin)
-        files.keep(path.with_suffix(".ptx"), ptx.encode())
