@@ -383,13 +383,12 @@ class EarlyStopping:
             threshold_mode=_THRESHOLD_MODE("threshold_mode", threshold_mode),
             mode=_MODE("mode", mode),
         )
-        arranged = tree.arrange(params, None)
-        names, leaves = arranged.structure.names("params"), arranged.leaves
+        structure, leaves, _, _ = tree.arrange(params, None)
         if not leaves:
             raise ValueError("params is empty: there is nothing to keep")
         if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
-        vars(self).update(best=None, bad=0, _names=names, _leaves=leaves, _optimizer=optimizer)
+        vars(self).update(best=None, bad=0, _names=structure.names("params"), _leaves=leaves, _optimizer=optimizer)
         self._keep()
 
     def _buffers(self):

@@ -13,33 +13,23 @@ from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, key_text, one_a
 STEADY = (np.ndarray, Views)  # types of gradients that always hold the same arrays: none can be exchanged
 
 
-class Arrangement(NamedTuple):
-    """What an optimizer works on: the tensors of params, and the group and overrides that each belongs to."""
-
-    structure: object
-    leaves: list
-    group_of: list  # index for each leaf
-    overrides: list  # hyper-parameters of each group, by name
-
-
 def arrange(params, groups):
-    """The Arrangement of params, of a list of groups, or of named arrays with groups by pattern."""
+    """(structure, leaves, group_of, overrides) of params, of a list of groups, or of named arrays with groups by pattern.
+    group_of: the index of the group of each leaf; overrides: for each group the hyper-parameters given for it, by name."""
     if groups is not None:
         return _by_pattern(params, groups)
     listed = _is_group_list(params)
     members = params if listed else [{"params": params}]
     parts = [of(member["params"]) for member in members]
     overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
-    return Arrangement(
-        structure=GroupsOf([part for part, _ in parts]) if listed else parts[0][0],
-        leaves=[leaf for _, leaves in parts for leaf in leaves],
-        group_of=[index for index, (part, _) in enumerate(parts) for _ in range(part.count)],
-        overrides=overrides,
-    )
+    structure = GroupsOf([part for part, _ in parts]) if listed else parts[0][0]
+    leaves = [leaf for _, leaves in parts for leaf in leaves]
+    group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
+    return structure, leaves, group_of, overrides
 
 
 def _by_pattern(params, groups):
-    """The Arrangement of named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
+    """The same for named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
     if not isinstance(groups, Mapping) or not all(isinstance(p, str) and isinstance(o, Mapping) for p, o in groups.items()):
         raise TypeError(f"groups={groups!r} must be a mapping name pattern -> mapping of hyper-parameters")
     if not isinstance(params, (Mapping, FlatBuffer)):
@@ -48,7 +38,7 @@ def _by_pattern(params, groups):
     owner = _owners(params.params if isinstance(params, FlatBuffer) else params, list(groups))
     structure, leaves = of(params, owner)
     group_of = [owner[key] for key in structure.keys]
-    return Arrangement(structure, leaves, group_of, [{}, *map(dict, groups.values())])
+    return structure, leaves, group_of, [{}, *map(dict, groups.values())]
 
 
 def _owners(names, patterns):

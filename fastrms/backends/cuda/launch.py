@@ -23,7 +23,8 @@ def loaded(rule, general, dtype, kind, index):
 
 
 class Launch(plan.Update):
-    """A kernel over one or many tensors that share their coefficients and have missed the same number of steps."""
+    """A kernel over one or many tensors that share their coefficients and have missed the same number of steps.  It is kept
+    from step to step, so aim() gives it its tensors; and run() takes a stream, too."""
 
     def __init__(self, recipe, many, capturable, index):
         from cuda.core import LaunchConfig, launch
