@@ -65,11 +65,8 @@ def default_num_threads(environment=os.environ):
 
 
 def _whole(text):
-    """The whole number that a text of digits stands for; 0 for any other text, and for more digits than int() takes."""
-    try:
-        return int(text) if text.isascii() and text.isdigit() else 0
-    except ValueError:
-        return 0
+    """The whole number that a text of digits stands for; 0 for any other text, and for more digits than an int64 has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 def usable_cpus(root="/"):
@@ -111,10 +108,7 @@ def _quota(folder, *files):
     as "max"."""
     words = [word for file in files for line in _lines(os.path.join(folder, file)) for word in line.split()]
     quota, period = map(_whole, words) if len(words) == 2 else (0, 0)
-    try:
-        return quota / period if quota and period else math.inf
-    except OverflowError:
-        return math.inf
+    return quota / period if quota and period else math.inf
 
 
 def _lines(path):

@@ -4,7 +4,6 @@ This is the counterpart of host.py, with the same names.  acquire() refuses with
 synchronises.  CUDA is imported at the first array.
 """
 
-import functools
 import math
 import sys
 from types import SimpleNamespace
@@ -165,8 +164,8 @@ def allocate(size, dtype, index):
     return DeviceArray(memory, int(memory.handle), (size,), (1 if size > 1 else 0,), dtype, index)
 
 
-@functools.cache
 def count():
+    """The number of devices."""
     from cuda.core import Device
 
     return len(Device.get_all_devices())
@@ -183,25 +182,24 @@ def current(index):
 
 def copy(to, source):
     """Copy between flat arrays, on the host or the device, after whatever the device is doing; finished on return."""
-    from cuda.bindings import driver
-
     if to.size:
         wait(next(x.device for x in (to, source) if isinstance(x, DeviceBuffer)))
         addresses = [x.address if isinstance(x, DeviceBuffer) else x.ctypes.data for x in (to, source)]
-        checked(driver.cuMemcpy(*addresses, to.nbytes), "copying")
-        checked(driver.cuCtxSynchronize(), "copying")
+        call_driver("copying", "cuMemcpy", *addresses, to.nbytes)
+        call_driver("copying", "cuCtxSynchronize")
 
 
 def wait(index):
     """Wait until a device has done everything."""
+    current(index)
+    call_driver("work done before", "cuCtxSynchronize")
+
+
+def call_driver(what, function, *arguments):
+    """The results of a function of the CUDA driver, without its status; RuntimeError that calls it `what` where it fails."""
     from cuda.bindings import driver
 
-    current(index)
-    checked(driver.cuCtxSynchronize(), "work done before")
-
-
-def checked(answer, what):
-    """The results in a driver's answer, without its status; RuntimeError where this is not success."""
+    answer = getattr(driver, function)(*arguments)
     if answer[0]:
         raise RuntimeError(f"{what} failed on the GPU: {answer[0].name}")
     return answer[1:]
