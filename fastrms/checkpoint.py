@@ -42,22 +42,18 @@ def _packed(d):
 
 def load(optimizer, path):
     """See Optimizer.load."""
-    d = _read(_library(), os.fsdecode(path))
-    try:
-        optimizer.load_state_dict(d)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read(library, path):
-    """The state_dict in a file; OSError as the filesystem has it, ValueError where the file is not one of ours."""
+    library, path = _library(), os.fsdecode(path)
     with open(path, "rb"):  # open() words what the filesystem refuses more clearly than safetensors
         pass
     try:
         with library.safe_open(path, "np") as file:
-            return _unpacked(file, path)
+            d = _unpacked(file, path)
     except library.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    try:
+        optimizer.load_state_dict(d)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _unpacked(file, path):

@@ -41,7 +41,7 @@ def show_config():
         "numpy": lambda: np.__version__,
         "machine": lambda: f"{platform.system()} {platform.machine()}",
         "backends": lambda: ", ".join(backends.available_backends()),
-        "auto": lambda: backends.choose("auto").__name__.rpartition(".")[2],
+        "auto": lambda: backends.name_of(backends.choose("auto")),
         "isa": isa,
         "isas": lambda: ", ".join(backends.load("c").isas()),
         "compiler": lambda: backends.load("c").compiler(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole(path, mode=0o666):
-    """A new file beside path, open for bytes, which takes the place of path when the block ends without an error.
+    """A new file beside path, open for bytes, which replaces path when the block ends without an error.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def _status(path):
 
 
 def _replaceable(path, there, found):
-    """Whether a new file may take the place of this one: a regular file that has a name and that this user may write."""
+    """Whether a new file may replace this one: a regular file that has a name and that this user may write."""
     if not stat.S_ISREG(found.st_mode):
         return False
     os.close(os.open(path, os.O_WRONLY))  # a write-protected file is refused as open() refuses it

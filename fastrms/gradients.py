@@ -13,9 +13,10 @@ MOST = 2**31 - 1  # a number of held gradients is an int32 in C
 class Gradients:
     """The gradients that the plan of a backend holds from one step to the next.
 
-    ``held`` is None, or the object whose memory the plan holds: ``bound``, the Buffers that bind() was given, or an array or
+    ``held`` is None, or the object whose memory the plan holds: ``bound_object``, which bind() was given, or an array or
     FlatBuffer.grads that step() was given twice in a row.  ``number`` names what is held: the backend makes a step by
     number only while it is still this one.  ``held_shape`` is the shape that a held array had, None for anything else.
+    ``bound`` lists the Buffers of bound_object; it is None before bind().
     """
 
     def __init__(self, tensors, zero_grad):
@@ -26,13 +27,14 @@ class Gradients:
         self._last = None  # a weak reference to the array of the last step
         plain = tensors.memory is host  # only on the host may an ndarray pass without acquire()
         self._quick = [
-            (k, t.param.dtype, t.param.shape if plain and host.is_c_order(t.param) else None) for k, t in enumerate(tensors)
+            (k, t.param.dtype, t.param.shape if plain and t.shaped(t.param.flat).flags.c_contiguous else None)
+            for k, t in enumerate(tensors)
         ]
 
     @property
-    def held_object(self):
-        """The object that the caller of step() or bind() passed for what is held, or None."""
-        return self.bound_object if self.held is not None and self.held is self.bound else self.held
+    def holds_bound(self):
+        """Whether what is held was bound."""
+        return self.bound is not None and self.held is self.bound_object
 
     def hold(self, held):
         """Note what the plan holds from now on, which may be None."""
@@ -42,10 +44,9 @@ class Gradients:
         self.number = self.number % MOST + 1
         return self.number
 
-    def acquire(self, grads):
-        """The checked Buffers of grads, which has the structure of params."""
-        leaves = self._tensors.structure.leaves(grads, "grads")
-        return [self._tensors.acquire_grad(k, grad, self._writable) for k, grad in enumerate(leaves)]
+    def acquire(self, leaves, writable):
+        """The checked Buffers of gradients, one for each tensor or None."""
+        return [self._tensors.acquire_grad(k, grad, writable) for k, grad in enumerate(leaves)]
 
     def accept(self, grads, anew):
         """(accepted, hold): the checked gradients of this step, or None where the plan holds them already; and the object
@@ -82,20 +83,19 @@ class Gradients:
     def _accept_bound(self, anew):
         if self.bound is None:
             raise ValueError("there are no gradients: pass grads to step(), or bind() them first")
-        if self.held is self.bound and not anew and not self.may_move():
+        if self.holds_bound and not anew and not self.may_move():
             return None, None
-        known = enumerate(self.bound)
-        self.bound = [b if b is None else self._tensors.acquire_grad(k, b.owner, self._writable) for k, b in known]
-        return self.bound, self.bound
+        self.bound = self.acquire(self._bound_owners(), self._writable)
+        return self.bound, self.bound_object
 
     def may_move(self):
         """Whether the plan holds bound gradients and one is a torch tensor, which may have been given other memory."""
-        return self.held is self.bound and any(b is not None and host.is_torch(b.owner) for b in self.bound or ())
+        return self.holds_bound and any(map(host.is_torch, self._bound_owners()))
 
     def held_buffers(self):
-        """Writable Buffers of the gradients that are held."""
-        if self.bound is None:
-            owners = self._tensors.structure.leaves(self.held, "grads")
-        else:
-            owners = [buffer and buffer.owner for buffer in self.bound]
-        return [self._tensors.acquire_grad(k, grad, True) for k, grad in enumerate(owners) if grad is not None]
+        """Writable Buffers of the gradients that are bound, or else held."""
+        owners = self._tensors.structure.leaves(self.held, "grads") if self.bound is None else self._bound_owners()
+        return [buffer for buffer in self.acquire(owners, True) if buffer is not None]
+
+    def _bound_owners(self):
+        return [None if buffer is None else buffer.owner for buffer in self.bound]

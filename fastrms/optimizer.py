@@ -11,7 +11,7 @@ from . import state as states
 from .family import Family
 from .gradients import Gradients
 from .groups import Group, Groups
-from .memory import device, host, placement, tree
+from .memory import host, placement, tree
 from .names import Names
 from .streaming import Streaming
 from .tensors import Tensors
@@ -201,13 +201,9 @@ class Optimizer(Names, Family):
         gradients = self._gradients
         gradients.hold(held)
         direct = held is not None and self._nonfinite == "propagate" and not self._needs_python()
-        self._no_grads = None if direct and held is gradients.bound else _NEVER
-        seen = (
-            gradients.held_object if direct and not self._zero_grad else None
-        )  # else it is asked whether it may be written
-        steady = type(seen) in tree.STEADY
-        shape = seen.shape if type(seen) is np.ndarray else None
-        self._same_grads = seen if steady else _NEVER, gradients.number, shape
+        self._no_grads = None if direct and gradients.holds_bound else _NEVER
+        again = direct and type(held) in tree.STEADY and not self._zero_grad  # else it is asked whether it may be written
+        self._same_grads = held if again else _NEVER, gradients.number, gradients.held_shape
 
     def _needs_python(self):
         """Whether a schedule must be asked, or something may move between steps (torch)."""
@@ -297,7 +293,7 @@ class Optimizer(Names, Family):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
         gradients = self._gradients
         if grads is None:  # those that are held, or one array for all
-            grads = gradients.bound if gradients.held is gradients.bound else params
+            grads = gradients.bound if gradients.holds_bound else params
         written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         zeroed = [grad for grad in grads if self._zero_grad and hasattr(grad, "owner")]
         if status in (None, backends.OK):
@@ -338,12 +334,13 @@ class Optimizer(Names, Family):
         """
         if grads is None:
             raise TypeError("grads is None; bind() needs the gradient buffers")
-        gradients, bound = self._gradients, self._gradients.acquire(grads)
+        gradients = self._gradients
+        bound = gradients.acquire(self._tensors.structure.leaves(grads, "grads"), self._zero_grad)
         with self._one_thread:
             self._hold(None)
             self._change_plan(grads=bound, hold=gradients.next_number(), run=False)
             gradients.bound, gradients.bound_object = bound, grads
-            self._hold(bound)
+            self._hold(grads)
 
     def zero_grad(self, set_to_none=False):
         """Write zeros over the gradients that are held: those of bind(), or the array that step() was given twice.
@@ -372,10 +369,7 @@ class Optimizer(Names, Family):
                                  "the constructor, and each step zeroes the gradients that it was given")  # fmt: skip
             buffers = self._gradients.held_buffers()
             for buffer in buffers:
-                if self._memory is host:
-                    buffer.flat.fill(0)
-                else:
-                    device.copy(buffer, np.zeros(buffer.size, buffer.dtype))
+                buffer.flat.fill(0)
             self._memory.wrote(buffers)
 
     def streaming(self, grad_scale=1.0):
@@ -455,7 +449,7 @@ class Optimizer(Names, Family):
         """
         if self._backend != "c":
             raise RuntimeError(f"c_step needs backend='c', this {type(self).__name__} runs on {self._backend!r}")
-        if self._gradients.bound is None or self._gradients.held is not self._gradients.bound:
+        if not self._gradients.holds_bound:
             raise RuntimeError(
                 "c_step needs gradients that stay: bind() them first, or again after a step with other gradients"
             )

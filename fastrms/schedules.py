@@ -7,30 +7,21 @@ Exponential, Cosine and Plateau are stored in state_dict() and save(), counters 
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from . import graph_breaks, hyper
 from .memory import host, tree
+from .state import MALFORMED
 
-
-def _factor(name, value):
-    value = hyper.number(name, value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r} must be above 0 and at most 1")
-    return value
-
-
-def _count(name, value):
-    return hyper.step_count(name, value, least=0)
-
-
-def _period(name, value):
-    return hyper.step_count(name, value, least=1)
+_factor = hyper.within("above 0 and at most 1", lambda value: 0 < value <= 1)
+_count, _period = partial(hyper.step_count, least=0), partial(hyper.step_count, least=1)
+_MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
 def _check(owner, **checks):
-    """Put the checked values in place of the given ones."""
+    """Replace the given values by the checked ones."""
     for name, check in checks.items():
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
@@ -172,13 +163,12 @@ class Cosine:
         return self.end + (self.lr - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _improves(metric, best, mode, threshold, threshold_mode):
-    """Whether metric beats best by the threshold; best None stands for the worst there is.  NaN beats nothing."""
-    if best is None:
-        best = math.inf if mode == "min" else -math.inf
-    sign = -1 if mode == "min" else 1
-    bar = best * (1 + sign * threshold) if threshold_mode == "rel" else best + sign * threshold
-    return metric < bar if mode == "min" else metric > bar
+def _improves(metric, on):
+    """Whether metric beats on.best by on.threshold; best None stands for the worst there is.  NaN beats nothing."""
+    sign = -1 if on.mode == "min" else 1
+    best = -sign * math.inf if on.best is None else on.best
+    bar = best * (1 + sign * on.threshold) if on.threshold_mode == "rel" else best + sign * on.threshold
+    return sign * metric > sign * bar
 
 
 def _metric(value):
@@ -191,9 +181,6 @@ def _metric(value):
         raise TypeError(f"metric={value!r} is a {type(value).__name__}; it must be a number") from None
     except OverflowError:
         raise ValueError("metric is too large for a float") from None
-
-
-_MODE, _THRESHOLD_MODE = hyper.choice("min", "max"), hyper.choice("rel", "abs")
 
 
 @_closed("; its counters are set by count(rate, best, bad, cooling)")
@@ -323,7 +310,7 @@ class Plateau:
             For what is no number.
         """
         metric = _metric(metric)
-        improved = _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode)
+        improved = _improves(metric, self)
         counted = self.cooling <= (self.counting == "keras")
         vars(self).update(
             best=metric if improved else self.best,
@@ -396,13 +383,12 @@ class EarlyStopping:
             threshold_mode=_THRESHOLD_MODE("threshold_mode", threshold_mode),
             mode=_MODE("mode", mode),
         )
-        arranged = tree.arrange(params, None)
-        names, leaves = arranged.structure.names("params"), arranged.leaves
+        structure, leaves, _, _ = tree.arrange(params, None)
         if not leaves:
             raise ValueError("params is empty: there is nothing to keep")
         if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
-        vars(self).update(best=None, bad=0, _names=names, _leaves=leaves, _optimizer=optimizer)
+        vars(self).update(best=None, bad=0, _names=structure.names("params"), _leaves=leaves, _optimizer=optimizer)
         self._keep()
 
     def _buffers(self):
@@ -412,7 +398,8 @@ class EarlyStopping:
 
     def _keep(self):
         state = None if self._optimizer is None else self._optimizer.state_dict()
-        vars(self).update(_kept=[buffer.flat.copy() for buffer in self._buffers()], _kept_state=state)
+        kept = [np.array(host.shaped(buffer.flat, buffer)) for buffer in self._buffers()]
+        vars(self).update(_kept=kept, _kept_state=state)
 
     def update(self, metric):
         """Count one metric, and copy the parameters if it is the best.
@@ -433,7 +420,7 @@ class EarlyStopping:
             For what is no number.
         """
         metric = _metric(metric)
-        if _improves(metric, self.best, self.mode, self.threshold, self.threshold_mode):
+        if _improves(metric, self):
             self._keep()
             vars(self).update(best=metric, bad=0)
         else:
@@ -452,7 +439,7 @@ class EarlyStopping:
             self._optimizer._load({**self._kept_state, "dialect": self._optimizer.dialect, "groups": groups}, trusted=True)
         host.wrote(buffers)  # before the write, so that an interrupt cannot come between the two
         for buffer, kept in zip(buffers, self._kept, strict=True):
-            np.copyto(buffer.flat, kept)
+            np.copyto(host.shaped(buffer.flat, buffer), kept.reshape(buffer.shape))
         vars(self).update(bad=0)
 
     def state_dict(self):
@@ -462,8 +449,7 @@ class EarlyStopping:
         -------
         dict
         """
-        kept = zip(self._names, self._kept, self._buffers(), strict=True)
-        params = {name: host.shaped(flat.copy(), buffer) for name, flat, buffer in kept}
+        params = {name: np.array(kept) for name, kept in zip(self._names, self._kept, strict=True)}
         return {"best": self.best, "bad": self.bad, "params": params, "optimizer": copy.deepcopy(self._kept_state)}
 
     def load_state_dict(self, d):
@@ -485,17 +471,11 @@ class EarlyStopping:
                 self._optimizer._checked_state_dict(state)
             arrays_of = [params[name] for name in self._names]
             fits = [(x.shape, x.dtype) == (b.shape, b.dtype) for x, b in zip(arrays_of, self._buffers(), strict=True)]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise ValueError(f"this is not a state_dict of this EarlyStopping: {error!r}") from None
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
-        vars(self).update(_kept=self._taken(arrays_of), _kept_state=state, best=best, bad=bad)
-
-    def _taken(self, values):
-        flats = [np.empty(value.size, value.dtype) for value in values]
-        for flat, value, buffer in zip(flats, values, self._buffers(), strict=True):
-            host.shaped(flat, buffer)[...] = value
-        return flats
+        vars(self).update(_kept=[np.array(x) for x in arrays_of], _kept_state=state, best=best, bad=bad)
 
 
 KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold

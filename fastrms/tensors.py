@@ -32,8 +32,8 @@ class Tensor:
         return host.shaped(flat, self.param)
 
 
-class Tensors:
-    """All tensors of an optimizer, in the order of its structure.
+class Tensors(list):
+    """All tensors of an optimizer, a list of Tensor in the order of its structure.
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
     """
@@ -48,25 +48,16 @@ class Tensors:
         keys = [RecipeKey(group, param.dtype) for group, param in zip(groups, params, strict=True)]
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
-        self.each = [Tensor(*row) for row in zip(*columns, strict=True)]
+        super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
         self.of_torch = [k for k, param in enumerate(params) if host.is_torch(param.owner)]
-
-    def __iter__(self):
-        return iter(self.each)
-
-    def __len__(self):
-        return len(self.each)
-
-    def __getitem__(self, k):
-        return self.each[k]
 
     @property
     def params(self):
-        return [tensor.param for tensor in self.each]
+        return [tensor.param for tensor in self]
 
     @property
     def state(self):
-        return [tensor.state for tensor in self.each]
+        return [tensor.state for tensor in self]
 
     def holds_zero(self, flat):
         """Whether a flat state array holds a zero."""
@@ -74,7 +65,7 @@ class Tensors:
 
     def make_state(self, initial_of, rules_of_keys):
         """Allocate the state of every tensor.  initial_of(key, name): the value at which a state of this name starts."""
-        for tensor, twin in zip(self.each, self.structure.twins(), strict=True):
+        for tensor, twin in zip(self, self.structure.twins(), strict=True):
             rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
             tensor.state = new_state(rule, lambda name, key=key: initial_of(key, name), tensor.param, self.memory, twin)
 
@@ -82,7 +73,7 @@ class Tensors:
         """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""
         if grad is None:
             return None
-        tensor = self.each[k]
+        tensor = self[k]
         buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
         self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
         return buffer
@@ -91,28 +82,28 @@ class Tensors:
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
         params, memory = self.params, self.memory
         for k in which:
-            tensor = self.each[k]
+            tensor = self[k]
             params[k] = memory.again(tensor.param, tensor.name)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
-        moved = any(params[k].address != self.each[k].param.address for k in which)
+        moved = any(params[k].address != self[k].param.address for k in which)
         return params if moved else None
 
     def take(self, params):
         """Note where the parameters lie now."""
-        for tensor, param in zip(self.each, params, strict=True):
+        for tensor, param in zip(self, params, strict=True):
             tensor.param = param
 
     def refuse_overlap(self, params, grads):
         """ValueError that names two buffers of a step which overlap.  params: the Buffers of the parameters, or None
         for the present ones; grads: (k, array or Buffer) pairs."""
         params = params or self.params
-        named = [(tensor.name, param) for tensor, param in zip(self.each, params, strict=True)]
-        for tensor in self.each:
+        named = [(tensor.name, param) for tensor, param in zip(self, params, strict=True)]
+        for tensor in self:
             named += [(f"{name} of {tensor.name}", self.memory.ours(flat)) for name, flat in tensor.state.items()]
         for k, grad in grads:
             if grad is not None:
                 buffer = self.acquire_grad(k, getattr(grad, "owner", grad), writable=False)
-                named.append((self.each[k].grad_name, buffer))
+                named.append((self[k].grad_name, buffer))
         host.refuse_overlap(named)
         raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
 

@@ -69,11 +69,8 @@ def default_num_threads(environment=os.environ):
 
 
 def _whole(text):
-    """The whole number that a text of digits stands for; 0 for any other text, and for more digits than int() takes."""
-    try:
-        return int(text) if text.isascii() and text.isdigit() else 0
-    except ValueError:
-        return 0
+    """The whole number that a text of digits stands for; 0 for any other text, and for more digits than an int64 has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 def usable_cpus(root="/"):
@@ -97,10 +94,11 @@ def cgroup_quota(root="/"):
         if path is None:  # a malformed row
             continue
         if controllers == "":
-            quotas += [_v2(folder) for folder in _levels(os.path.join(root, "sys/fs/cgroup"), path)]
+            quotas += [_quota(folder, "cpu.max") for folder in _levels(os.path.join(root, "sys/fs/cgroup"), path)]
         elif "cpu" in controllers.split(","):
             for mount in ("cpu", "cpu,cpuacct"):
-                quotas += [_v1(folder) for folder in _levels(os.path.join(root, "sys/fs/cgroup", mount), path)]
+                folders = _levels(os.path.join(root, "sys/fs/cgroup", mount), path)
+                quotas += [_quota(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us") for folder in folders]
     return min(quotas)
 
 
@@ -109,24 +107,12 @@ def _levels(mount, path):
     return [os.path.join(mount, *parts[:k]) for k in range(len(parts) + 1)]
 
 
-def _v2(folder):
-    words = " ".join(_lines(os.path.join(folder, "cpu.max"))).split()
-    return _quota(*words) if len(words) == 2 else math.inf
-
-
-def _v1(folder):
-    quota = _lines(os.path.join(folder, "cpu.cfs_quota_us"))
-    period = _lines(os.path.join(folder, "cpu.cfs_period_us"))
-    return _quota(quota[0].strip(), period[0].strip()) if quota and period else math.inf
-
-
-def _quota(quota, period):
-    """The CPUs that a quota in a period allows, both texts in microseconds; inf where one is no number above 0, as "max"."""
-    quota, period = _whole(quota), _whole(period)
-    try:
-        return quota / period if quota and period else math.inf
-    except OverflowError:
-        return math.inf
+def _quota(folder, *files):
+    """The CPUs that the quota and the period in these files allow, both in microseconds; inf where one is no number above 0,
+    as "max"."""
+    words = [word for file in files for line in _lines(os.path.join(folder, file)) for word in line.split()]
+    quota, period = map(_whole, words) if len(words) == 2 else (0, 0)
+    return quota / period if quota and period else math.inf
 
 
 def _lines(path):

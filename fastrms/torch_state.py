@@ -5,12 +5,12 @@ torch numbers its parameters through all groups, counts the steps of each, and k
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 
 from . import hyper
 from .memory import host
+from .state import MALFORMED
 
 ADAM = {
     "lr": "lr", "betas": ("beta1", "beta2"), "eps": "eps", "weight_decay": "weight_decay", "amsgrad": "amsgrad",
@@ -36,32 +36,11 @@ def _names(optimizer):
     return NAMES[optimizer.family]
 
 
-class Named(NamedTuple):
-    """One named array, as in the "tensors" of our state_dict: it is a tensor of the optimizer, or lies in one."""
-
-    name: str
-    group: int
-    shape: tuple
-    dtype: np.dtype
-    states: tuple
-
-
-def _arrays(optimizer):
-    found = []
-    for tensor in optimizer._tensors:
-        key = optimizer._tensors.keys[tensor.recipe]
-        for name, part in tensor.parts:
-            shape = tensor.param.shape if part.place is None else part.shape
-            found.append(Named(name, key.group, shape, key.dtype, tuple(tensor.state)))
-    return found
-
-
 def _members(optimizer):
-    """The numbers of the arrays of each group, in torch's order."""
-    members = [[] for _ in optimizer.groups]
-    for k, named in enumerate(_arrays(optimizer)):
-        members[named.group].append(k)
-    return members
+    """The indices of the arrays of each group in the "tensors" of our state_dict; torch numbers them in this order."""
+    tensors = optimizer._tensors
+    group_of = [tensors.keys[tensor.recipe].group for tensor in tensors for _ in tensor.parts]
+    return [[k for k, group in enumerate(group_of) if group == number] for number in range(len(optimizer.groups))]
 
 
 # ours to torch's
@@ -86,8 +65,8 @@ def torch_form(optimizer):
     """torch's state_dict with NumPy arrays, and floats for step."""
     members = _members(optimizer)
     order = [k for group in members for k in group]
-    place = {k: number for number, k in enumerate(order)}
-    groups = [_torch_group(optimizer, k, [place[n] for n in group]) for k, group in enumerate(members)]
+    number_of = {k: number for number, k in enumerate(order)}
+    groups = [_torch_group(optimizer, k, [number_of[n] for n in group]) for k, group in enumerate(members)]
     tensors = optimizer.state_dict()["tensors"]
     return {"state": {number: _torch_state(tensors[k]) for number, k in enumerate(order)}, "param_groups": groups}
 
@@ -131,7 +110,7 @@ def imported(optimizer, d):
     names = _names(optimizer)
     try:
         plain = _plain(optimizer, names, d)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"this is not a state_dict of torch.optim that fits {optimizer.family}: {error!r}") from None
     optimizer.load_state_dict(plain)
 
@@ -150,7 +129,7 @@ def _plain(optimizer, names, d):
         raise ValueError(f"the state_dict has state for {list(d['state'])}, its groups list the parameters {numbers}; "
                          f"each must be listed once")  # fmt: skip
     values = [_our_group(optimizer, names, group) for group in groups]
-    tensors = _arrays(optimizer)
+    tensors = optimizer.state_dict()["tensors"]
     for group, mine, h in zip(groups, members, values, strict=True):
         for number, k in zip(group["params"], mine, strict=True):
             tensors[k] = _our_tensor(optimizer, tensors[k], d["state"].get(number), h)
@@ -175,14 +154,15 @@ def _our_group(optimizer, names, group):
     return {name: optimizer.checked("torch", name, value) for name, value in values.items()}
 
 
-def _our_tensor(optimizer, named, saved, h):
-    """One entry of "tensors" in our state_dict; torch has no state before the first gradient, so it is then made here."""
-    name = named.name
+def _our_tensor(optimizer, present, saved, h):
+    """One entry of "tensors" in our state_dict, in exchange for the present one; torch has no state before the first
+    gradient, so it is then made here."""
+    name = present["name"]
     if saved is not None and not isinstance(saved, Mapping):
         raise ValueError(f"the state of {name} is a {type(saved).__name__}; it must be a mapping")
     if not saved:
-        start = {state: optimizer.initial(SimpleNamespace(**h), state) for state in named.states}
-        fresh = {state: np.full(named.shape, value, named.dtype) for state, value in start.items()}
+        h = SimpleNamespace(**h)
+        fresh = {state: np.full_like(x, optimizer.initial(h, state)) for state, x in present["state"].items()}
         return {"name": name, "steps": 0, "state": fresh}
     step = hyper.number("step", saved["step"])
     if not step.is_integer():

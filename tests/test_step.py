@@ -204,6 +204,16 @@ def test_the_fast_path_stays_fast(backend):
         assert (optimizer._no_grads is None) == fast
 
 
+def test_bound_gradients_stay_bound_when_a_step_is_given_them(backend):
+    w, g = np.ones(5), np.ones(5)
+    optimizer = fastrms.RMSProp(w, backend=backend)
+    optimizer.bind(g)
+    optimizer.step(g, clip_norm=1.0)
+    assert optimizer._no_grads is None  # step() is still the fast path
+    optimizer.step()
+    assert optimizer.steps == 2
+
+
 @pytest.mark.skipif("c" not in BACKENDS, reason="without the C extension there is no c_step")
 def test_c_step_answers_6_where_it_left_a_step_out():
     w, g = np.ones(5), np.array([1, np.nan, 1, 1, np.inf])

@@ -18,6 +18,7 @@ else:
     import _cffi_backend  # noqa: F401  _core imports it in C, where tools that freeze a program do not see it
 
 RULE_INDEX = {}
+ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
 
 def available():
@@ -26,17 +27,17 @@ def available():
 
 def isas():
     """The instruction sets in this binary that this CPU supports, the most able first."""
-    return [_isa_name(k) for k in range(lib.fastrms_isa_count()) if lib.fastrms_isa_supported(k)] if lib else []
+    return [name for k, name in enumerate(ISAS) if lib.fastrms_isa_supported(k)]
 
 
 def isa():
     """The instruction set that is forced, else the most able that a kernel may use; None without the C extension."""
-    return _isa_name(lib.fastrms_isa_get()) if lib else None
+    return ISAS[lib.fastrms_isa_get()] if lib else None
 
 
 def isa_of(rule, dtype, general):
     """The instruction set that the kernel of a rule is taken from; where none is forced, it is measured at first use."""
-    return _isa_name(lib.fastrms_isa_of(RULE_INDEX[rule], np.dtype(dtype).itemsize, general))
+    return ISAS[lib.fastrms_isa_of(RULE_INDEX[rule], np.dtype(dtype).itemsize, general)]
 
 
 def compiler():
@@ -47,18 +48,10 @@ def compiler():
 def use_isa(name):
     """Force an instruction set for the whole process; None takes the fastest for each kernel.  ValueError if this CPU or
     binary lacks it."""
-    if name is None:
-        lib.fastrms_isa_set(-1)
-        return
-    names = [_isa_name(k) for k in range(lib.fastrms_isa_count())]
-    if name not in names:
-        raise ValueError(f"FASTRMS_ISA={name!r} is not in this build, which has {', '.join(map(repr, names))}")
-    if lib.fastrms_isa_set(names.index(name)) < 0:
+    if name is not None and name not in ISAS:
+        raise ValueError(f"FASTRMS_ISA={name!r} is not in this build, which has {', '.join(map(repr, ISAS))}")
+    if lib.fastrms_isa_set(-1 if name is None else ISAS.index(name)) < 0 and name is not None:
         raise ValueError(f"FASTRMS_ISA={name!r} is not supported by this CPU")
-
-
-def _isa_name(index):
-    return ffi.string(lib.fastrms_isa_name(index)).decode()
 
 
 def _compare_texts():
@@ -83,21 +76,14 @@ if lib:
 
 def fill_recipe(slot, recipe):
     """Write a recipe into a fastrms_recipe."""
-    names = list(recipe.values)
     slot.rule = RULE_INDEX[recipe.rule]
     slot.itemsize = recipe.dtype.itemsize
     slot.general = recipe.general
-    slot.coefficients = len(names)
-    slot.value[0 : len(names)] = list(recipe.values.values())
+    slot.coefficients = len(recipe.values)
+    slot.value[0 : len(recipe.values)] = list(recipe.values.values())
     slot.corrections = len(recipe.corrections)
     for k, correction in enumerate(recipe.corrections):
-        one = slot.correction[k]
-        one.coefficient = correction.coefficient
-        one.operation = correction.operation
-        one.linear = correction.linear
-        one.ahead = correction.ahead
-        one.decay = correction.decay
-        one.weight = correction.weight
+        slot.correction[k] = correction._asdict()  # the fields have the same names in C
 
 
 def pointer(address):

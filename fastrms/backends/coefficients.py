@@ -1,4 +1,4 @@
-"""Rows of coefficients, made for several steps ahead: a single row costs Python 5 us, each of 4096 at once 0.1 us."""
+"""Rows of coefficients, made for several steps at once: a single row costs Python 5 us, each of 4096 at once 0.1 us."""
 
 import math
 
@@ -16,21 +16,21 @@ class Coefficients:
         self.rows = self._scale = None
         self.first = self.end = 0
 
-    def have(self, step, grad_scale, ahead):
+    def have(self, step, grad_scale, most_rows):
         """Make the row of update number `step`, unless it is there.  Where the recipe knows the coefficients of later
-        updates, their rows are made with it, at most `ahead` rows in all."""
+        updates, their rows are made with it, at most `most_rows` rows in all."""
         known = grad_scale == self._scale
         if known and self.first <= step < self.end:
             return
         recipe = self.recipe
         several = recipe.ahead and not recipe.fixed and known  # a grad_scale that has just changed may not come again
-        count = min(8 * len(self.rows), ahead) if several else 1
+        count = min(8 * len(self.rows), most_rows) if several else 1
         now = recipe.at(step, grad_scale)
         with np.errstate(over="ignore", under="ignore"):
             rows = np.empty((count, len(now)), recipe.dtype)
             rows[:] = now
-            for place, column in recipe.ahead(step, count) if count > 1 else ():
-                rows[:, place] = column
+            for index, column in recipe.ahead(step, count) if count > 1 else ():
+                rows[:, index] = column
         of = (0, math.inf) if recipe.fixed else (step, step + count)
         self.rows, self._scale, (self.first, self.end) = rows, grad_scale, of  # without a call: Ctrl-C comes in calls
 

@@ -23,15 +23,19 @@ class Update:
     """
 
     def __init__(self, coefficients, missed, tensors):
-        self.coefficients, self.missed, self.tensors = coefficients, missed, tensors
+        self.tensors = tensors
+        self.use(coefficients, missed)
+
+    def use(self, coefficients, missed):
+        self.coefficients, self.missed = coefficients, missed
         self.taken = None  # the rows that take() has seen
 
-    def ready(self, number, grad_scale, ahead=1):
-        """Make the coefficients of step `number` of the plan, and those of later steps, for at most `ahead` steps in all.
+    def make_coefficients(self, number, grad_scale, most_rows=1):
+        """Make the coefficients of step `number` of the plan, and those of later steps, at most `most_rows` rows in all.
         This comes before anything is written, since an own rule may fail.  Returns the first step for which it must be
         called again."""
         coefficients = self.coefficients
-        coefficients.have(number - self.missed, grad_scale, ahead)
+        coefficients.have(number - self.missed, grad_scale, most_rows)
         if self.taken is not coefficients.rows:
             self.first, self.stride = coefficients.first + self.missed, 0 if coefficients.recipe.fixed else 1
             self.take()
@@ -42,7 +46,7 @@ class Update:
 def update(kind, recipe, step, grad_scale, param, grad, states):
     """One step on flat arrays, in place, by an Update of this kind."""
     made = kind(Coefficients(recipe), 0, [(param, constant(grad), states)])
-    made.ready(step, grad_scale)
+    made.make_coefficients(step, grad_scale)
     made.run(step)
 
 
@@ -94,16 +98,17 @@ class Plan(backends.Plan):
         self._until = 0  # the first step for which coefficients must be made
         self._plain_until = 0  # the first step that is not plain: it needs more than to run the updates
 
-    def _prepare(self, number, grad_scale):
+    def _make_updates(self, number, grad_scale):
         """Make the updates of step `number`, and the coefficients for it and for steps after it where they are known."""
         self._until = self._plain_until = 0
         if self._updates is None:
             self._absent = [k for k, grad in enumerate(self.grads) if grad is None]
-            updates = [self._update(members, [self.grads[k] for k in members]) for members in self._groups()]
+            updates = [self._update(self._coefficients(members[0]), members, self.grads) for members in self._groups()]
             self._runs = [update.run for update in updates]
             self._updates = updates  # last: Ctrl-C may come before
-        ahead = rows_each(len(self._updates))
-        until = min((update.ready(number, grad_scale, ahead) for update in self._updates), default=math.inf)
+        most_rows = rows_each(len(self._updates))
+        made_until = (update.make_coefficients(number, grad_scale, most_rows) for update in self._updates)
+        until = min(made_until, default=math.inf)
         self._until, self._scale = until, grad_scale
         if self.held and grad_scale == 1.0 and self.nonfinite == "propagate" and not (self._absent or self.zero_grad):
             self._plain_until = until
@@ -118,16 +123,16 @@ class Plan(backends.Plan):
                 groups.setdefault((index, None if self.recipes[index].fixed else self.missed[k]), []).append(k)
         return groups.values()
 
-    def _update(self, members, grads):
-        first = members[0]
-        tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
-        return self.kind(self._coefficients(self.recipe_of[first], first), self.missed[first], tensors)
+    def _update(self, coefficients, members, grads):
+        """An Update of the tensors with the indices `members`; grads: index -> gradient."""
+        tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
+        return self.kind(coefficients, self.missed[members[0]], tensors)
 
-    def _coefficients(self, index, tensor):
+    def _coefficients(self, tensor):
         """The Coefficients that are kept for a group of tensors under the index of its first one, or new ones."""
-        kept = self._kept.get(tensor)
-        if kept is None or kept.recipe is not self.recipes[index]:
-            kept = self._kept[tensor] = Coefficients(self.recipes[index])
+        kept, recipe = self._kept.get(tensor), self.recipes[self.recipe_of[tensor]]
+        if kept is None or kept.recipe is not recipe:
+            kept = self._kept[tensor] = Coefficients(recipe)
         return kept
 
     def _rescaled(self, number, grad_scale, grad_rescale):
@@ -135,10 +140,9 @@ class Plan(backends.Plan):
         updates = []
         for members in self._groups():
             recipe = self.recipes[self.recipe_of[members[0]]].rescaled(grad_rescale)
-            tensors = [(self.params[k], self.grads[k], self.states[k]) for k in members]
-            updates.append(self.kind(Coefficients(recipe), self.missed[members[0]], tensors))
+            updates.append(self._update(Coefficients(recipe), members, self.grads))
         for update in updates:
-            update.ready(number, grad_scale)
+            update.make_coefficients(number, grad_scale)
         return [update.run for update in updates]
 
     def _zero_gradients(self):
@@ -164,7 +168,7 @@ class Plan(backends.Plan):
             grad_scale, grad_rescale = norm.clipped_scale(grad_scale, clip_norm, found.grad_norm, squares)
         number = self.steps + 1
         if number >= self._until or grad_scale != self._scale:
-            self._prepare(number, grad_scale)
+            self._make_updates(number, grad_scale)
         for run in self._runs if grad_rescale == 1 else self._rescaled(number, grad_scale, grad_rescale):
             run(number)
         if self.zero_grad:
@@ -236,10 +240,9 @@ class Plan(backends.Plan):
                 if self._would_overlap(flats, grads or (self.grads if self.held else [])):
                     return OVERLAP, None
                 self._stale()
+                self.params, self._occupied = flats, None
             if grads is not None:
                 self.grads, self.held = grads, hold
-            if params is not None:
-                self.params, self._occupied = flats, None
             self._set_recipes(recipes)
             return self._run(grad_scale, clip_norm) if run else (OK, None)
         finally:
@@ -291,8 +294,8 @@ class Plan(backends.Plan):
             grad = self.flat_grad(grad)
             self._stale()  # the step count of this tensor changes
             self._set_recipes(recipes)
-            update = self._update([k], [grad])
-            update.ready(self.steps + 1, grad_scale, rows_each(len(self.params)))
+            update = self._update(self._coefficients(k), [k], {k: grad})
+            update.make_coefficients(self.steps + 1, grad_scale, rows_each(len(self.params)))
             update.run(self.steps + 1)
             if self.zero_grad:
                 grad.fill(0)

@@ -15,5 +15,6 @@ on_host(array)                  the numbers of such an array as a NumPy array in
 
 A Buffer is a dense array.  It has the attributes owner (the object that it came from, which is kept alive by it), address
 (of its first byte), end (the address after its last byte), size (in elements), dtype, shape, strides (in elements, 0 for an
-axis of length 1), and flat (its numbers in memory order).  A Buffer of the device also has device and stream.
+axis of length 1), and flat (its numbers in memory order; flat.fill(value) fills them).  A Buffer of the device also has
+device and stream.
 """

@@ -4,7 +4,6 @@ This is the counterpart of host.py, with the same names.  acquire() refuses with
 synchronises.  CUDA is imported at the first array.
 """
 
-import functools
 import math
 import sys
 from types import SimpleNamespace
@@ -31,6 +30,9 @@ class DeviceBuffer:
     def flat(self):
         return self
 
+    def fill(self, value):
+        copy(self, np.full(self.size, value, self.dtype))
+
 
 class DeviceArray(DeviceBuffer):
     """A state array of ours.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
@@ -40,9 +42,6 @@ class DeviceArray(DeviceBuffer):
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         data = (self.address, False)
         return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
-
-    def fill(self, value):
-        copy(self, np.full(self.size, value, self.dtype))
 
     def to_host(self):
         """A NumPy array with the numbers in memory order."""
@@ -149,7 +148,7 @@ def on_host(array):
 
 def place_beside(param, others):
     """A new uninitialised flat DeviceArray like a Buffer; where it lies beside the others makes no difference on a GPU."""
-    return place(param.size, param.dtype, param.device)
+    return allocate(param.size, param.dtype, param.device)
 
 
 def again(buffer, name):
@@ -157,7 +156,7 @@ def again(buffer, name):
     return buffer if buffer.owner.data_ptr() == buffer.address else acquire(buffer.owner, name, writable=True)
 
 
-def place(size, dtype, index):
+def allocate(size, dtype, index):
     """A new uninitialised DeviceArray on a device."""
     device = current(index)
     memory = device.allocate(max(1, size * dtype.itemsize), stream=device.default_stream)
@@ -165,15 +164,8 @@ def place(size, dtype, index):
     return DeviceArray(memory, int(memory.handle), (size,), (1 if size > 1 else 0,), dtype, index)
 
 
-@functools.cache
-def _device(index):
-    from cuda.core import Device
-
-    return Device(index)
-
-
-@functools.cache
 def count():
+    """The number of devices."""
     from cuda.core import Device
 
     return len(Device.get_all_devices())
@@ -181,32 +173,33 @@ def count():
 
 def current(index):
     """The cuda.core Device, made the current one of this thread."""
-    device = _device(index)
+    from cuda.core import Device
+
+    device = Device(index)
     device.set_current()
     return device
 
 
 def copy(to, source):
-    """Copy between flat arrays, on the host or the device, after whatever the device is doing; ready on return."""
-    from cuda.bindings import driver
-
+    """Copy between flat arrays, on the host or the device, after whatever the device is doing; finished on return."""
     if to.size:
         wait(next(x.device for x in (to, source) if isinstance(x, DeviceBuffer)))
         addresses = [x.address if isinstance(x, DeviceBuffer) else x.ctypes.data for x in (to, source)]
-        checked(driver.cuMemcpy(*addresses, to.nbytes), "copying")
-        checked(driver.cuCtxSynchronize(), "copying")
+        call_driver("copying", "cuMemcpy", *addresses, to.nbytes)
+        call_driver("copying", "cuCtxSynchronize")
 
 
 def wait(index):
     """Wait until a device has done everything."""
+    current(index)
+    call_driver("work done before", "cuCtxSynchronize")
+
+
+def call_driver(what, function, *arguments):
+    """The results of a function of the CUDA driver, without its status; RuntimeError that calls it `what` where it fails."""
     from cuda.bindings import driver
 
-    current(index)
-    checked(driver.cuCtxSynchronize(), "work done before")
-
-
-def checked(answer, what):
-    """The results in a driver's answer, without its status; RuntimeError where this is not success."""
+    answer = getattr(driver, function)(*arguments)
     if answer[0]:
         raise RuntimeError(f"{what} failed on the GPU: {answer[0].name}")
     return answer[1:]
@@ -218,17 +211,13 @@ def stream_source(buffer):
     if host.is_torch(buffer.owner):
         torch = sys.modules["torch"]
         return lambda: torch.cuda.current_stream(buffer.device).cuda_stream or LEGACY_STREAM
-    if _is_cupy(buffer.owner):
+    if remedies.library(buffer.owner) == "cupy":
         cupy = sys.modules["cupy"]
         return lambda: cupy.cuda.get_current_stream().ptr or LEGACY_STREAM
     handle = buffer.stream or LEGACY_STREAM
     return lambda: handle
 
 
-def _is_cupy(x):
-    return type(x).__module__.partition(".")[0] == "cupy"
-
-
 def named_stream(buffer):
     """The stream on which an array says that it is ready, where its library has no current stream."""
-    return None if host.is_torch(buffer.owner) or _is_cupy(buffer.owner) else buffer.stream
+    return None if host.is_torch(buffer.owner) or remedies.library(buffer.owner) == "cupy" else buffer.stream

@@ -69,8 +69,8 @@ class Views(ReadOnlyDict):
     entry = "is a view into a flat buffer"
 
     def __init__(self, flat, shapes):
-        places = one_after_another(map(math.prod, shapes.values()))
-        super().__init__({n: flat[place].reshape(shapes[n]) for n, place in zip(shapes, places, strict=True)})
+        spans = one_after_another(map(math.prod, shapes.values()))
+        super().__init__({name: flat[span].reshape(shapes[name]) for name, span in zip(shapes, spans, strict=True)})
 
 
 def _shape_of(x):
@@ -177,8 +177,8 @@ class FlatBuffer:
         if name not in vars(self):
             raise AttributeError(f"a FlatBuffer has no attribute {name!r}")
         if value is not getattr(self, name):  # the same comes back from flat.grad += x
-            place = "[name][...]" if isinstance(getattr(self, name), Mapping) else "[...]"
-            raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}{place} = x")
+            index = "[name][...]" if isinstance(getattr(self, name), Mapping) else "[...]"
+            raise AttributeError(f"{name} of a FlatBuffer cannot be replaced; write into it: flat.{name}{index} = x")
 
     def __delattr__(self, name):
         raise AttributeError(f"{name} of a FlatBuffer cannot be deleted")

@@ -79,7 +79,20 @@ def same_memory(a, b):
 
 def as_array(x, name):
     """x as an ndarray of the same memory; TypeError or ValueError that calls x `name`."""
-    return _from_torch(x, name) if is_torch(x) else _as_array(x, name)
+    if is_torch(x):
+        return _from_torch(x, name)
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
+    if isinstance(x, np.ndarray):
+        return np.asarray(x)  # a subclass may compute differently
+    refuse_non_array(x, name)
+    if remedies.is_jax(x):
+        _refuse_without_numbers(x, name)
+    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
+        raise TypeError(
+            f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
+        )
+    return _view(x, name)
 
 
 def is_torch(x):
@@ -125,21 +138,6 @@ def _extent(array):
         return array.nbytes
     last = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
     return last + array.itemsize
-
-
-def _as_array(x, name):
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
-    if isinstance(x, np.ndarray):
-        return np.asarray(x)  # a subclass may compute differently
-    refuse_non_array(x, name)
-    if remedies.is_jax(x):
-        _refuse_without_numbers(x, name)
-    if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
-        raise TypeError(
-            f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
-        )
-    return _view(x, name)
 
 
 def _refuse_without_numbers(x, name):
@@ -248,15 +246,6 @@ def shaped(flat, like):
     if not flat.size:
         return flat.reshape(like.shape)
     return np.lib.stride_tricks.as_strided(flat, like.shape, [stride * flat.itemsize for stride in like.strides])
-
-
-def is_c_order(buffer):
-    """Whether a Buffer is C-contiguous, whatever strides its axes of length 1 have."""
-    expected, stride = [], 1
-    for length in reversed(buffer.shape):
-        expected.append(stride if length > 1 else 0)
-        stride *= length
-    return buffer.strides == tuple(reversed(expected))
 
 
 def again(buffer, name):

@@ -13,33 +13,23 @@ from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, key_text, one_a
 STEADY = (np.ndarray, Views)  # types of gradients that always hold the same arrays: none can be exchanged
 
 
-class Arrangement(NamedTuple):
-    """What an optimizer works on: the tensors of params, and the group and overrides that each belongs to."""
-
-    structure: object
-    leaves: list
-    group_of: list  # index for each leaf
-    overrides: list  # hyper-parameters of each group, by name
-
-
 def arrange(params, groups):
-    """The Arrangement of params, of a list of groups, or of named arrays with groups by pattern."""
+    """(structure, leaves, group_of, overrides) of params, of a list of groups, or of named arrays with groups by pattern.
+    group_of: the index of the group of each leaf; overrides: for each group the hyper-parameters given for it, by name."""
     if groups is not None:
         return _by_pattern(params, groups)
     listed = _is_group_list(params)
     members = params if listed else [{"params": params}]
     parts = [of(member["params"]) for member in members]
     overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
-    return Arrangement(
-        structure=GroupsOf([part for part, _ in parts]) if listed else parts[0][0],
-        leaves=[leaf for _, leaves in parts for leaf in leaves],
-        group_of=[index for index, (part, _) in enumerate(parts) for _ in range(part.count)],
-        overrides=overrides,
-    )
+    structure = GroupsOf([part for part, _ in parts]) if listed else parts[0][0]
+    leaves = [leaf for _, leaves in parts for leaf in leaves]
+    group_of = [index for index, (part, _) in enumerate(parts) for _ in range(part.count)]
+    return structure, leaves, group_of, overrides
 
 
 def _by_pattern(params, groups):
-    """The Arrangement of named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
+    """The same for named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
     if not isinstance(groups, Mapping) or not all(isinstance(p, str) and isinstance(o, Mapping) for p, o in groups.items()):
         raise TypeError(f"groups={groups!r} must be a mapping name pattern -> mapping of hyper-parameters")
     if not isinstance(params, (Mapping, FlatBuffer)):
@@ -48,7 +38,7 @@ def _by_pattern(params, groups):
     owner = _owners(params.params if isinstance(params, FlatBuffer) else params, list(groups))
     structure, leaves = of(params, owner)
     group_of = [owner[key] for key in structure.keys]
-    return Arrangement(structure, leaves, group_of, [{}, *map(dict, groups.values())])
+    return structure, leaves, group_of, [{}, *map(dict, groups.values())]
 
 
 def _owners(names, patterns):
@@ -88,7 +78,7 @@ def of(params, owner=None):
         leaves = list(params)
         if iter(params) is not params:
             _refuse_made_anew(leaves, params, params)
-        return SequenceOf(len(leaves)), _refuse_flat(_refuse_modules(leaves, params))
+        return SequenceOf(list(range(len(leaves)))), _refuse_flat(_refuse_modules(leaves, params))
     return One(), [params]
 
 
@@ -129,14 +119,14 @@ def _is_plain_iterable(x):
 
 
 class Part(NamedTuple):
-    """Where a named array lies in a tensor of the optimizer; place is None where it is the whole tensor."""
+    """Where a named array lies in a tensor of the optimizer; span is None where it is the whole tensor."""
 
-    place: slice | None = None
+    span: slice | None = None
     shape: tuple = ()
 
     def of(self, tensor):
         """The view of this part of an array, which has the shape of the tensor."""
-        return tensor if self.place is None else tensor[self.place].reshape(self.shape)
+        return tensor if self.span is None else tensor[self.span].reshape(self.shape)
 
 
 class Structure:
@@ -176,17 +166,22 @@ class One(Structure):
         return leaves[0]
 
 
-class SequenceOf(Structure):
-    """A sequence of `count` arrays."""
+class Keyed(Structure):
+    """Arrays that have a key each."""
 
-    def __init__(self, count):
-        self.count = count
+    def __init__(self, keys):
+        self.keys = keys
+        self.count = len(keys)
 
     def labels(self):
-        return list(range(self.count))
+        return self.keys
 
     def names(self, what):
-        return [f"{what}[{k}]" for k in range(self.count)]
+        return [f"{what}[{key_text(key)}]" for key in self.keys]
+
+
+class SequenceOf(Keyed):
+    """A sequence of arrays, whose keys are their indices."""
 
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
@@ -201,18 +196,8 @@ class SequenceOf(Structure):
         return ReadOnlyList(leaves)
 
 
-class MappingOf(Structure):
-    """A mapping with the given keys."""
-
-    def __init__(self, keys):
-        self.keys = keys
-        self.count = len(keys)
-
-    def labels(self):
-        return self.keys
-
-    def names(self, what):
-        return [f"{what}[{key_text(key)}]" for key in self.keys]
+class MappingOf(Keyed):
+    """A mapping with these keys."""
 
     def leaves(self, value, what):
         if not isinstance(value, Mapping):
@@ -240,12 +225,12 @@ class FlatOf(Structure):
         self.runs = [self._run(list(names)) for _, names in groupby(owner, owner.get)]
         self.keys = [next(iter(run)) for run in self.runs]
         self.count = len(self.runs)
-        self.places = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
+        self.spans = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
 
     def _run(self, names):
         views = [self.flat.params[name] for name in names]
-        places = one_after_another(view.size for view in views)
-        return {name: Part(place, view.shape) for name, place, view in zip(names, places, views, strict=True)}
+        spans = one_after_another(view.size for view in views)
+        return {name: Part(span, view.shape) for name, span, view in zip(names, spans, views, strict=True)}
 
     def labels(self):
         raise TypeError("a FlatBuffer is updated as one, not name by name: a streamed step needs the mapping flat.params")
@@ -271,7 +256,7 @@ class FlatOf(Structure):
 
     def cut(self, whole):
         """The parts of a 1-D array that belong to the runs of names."""
-        return [whole[place] for place in self.places]
+        return [whole[span] for span in self.spans]
 
     def parts(self, what):
         return [[(f"{what}[{key_text(name)}]", part) for name, part in run.items()] for run in self.runs]

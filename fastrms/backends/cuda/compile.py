@@ -1,10 +1,10 @@
 """A CUDA kernel, from its rule to machine code, without a driver or a GPU, and kept on disk.
 
-trace.py    the operations of the rule
-lower.py    these as a device function, in which nothing can be rounded differently
-kernel.py   the text of the kernel that calls it
-to_ptx()    both as PTX, by Numba and NVIDIA's NVVM
-link()      the PTX as a cubin: one runs on drivers older than the compiler, PTX does not
+trace.py         the operations of the rule
+lower.py         these as a device function, in which nothing can be rounded differently
+kernel.py        the text of the kernel that calls it
+compile_ptx()    both as PTX, by Numba and NVIDIA's NVVM
+link()           the PTX as a cubin: one runs on drivers older than the compiler, PTX does not
 """
 
 import contextlib
@@ -56,22 +56,26 @@ def compiled(rule, general, dtype, kind, cc):
     -------
     Compiled
     """
-    path, name = cache_path(rule, general, dtype, kind, cc), kernel_name(rule, general, dtype, kind)
-    if path is not None and (kept := _kept(path)):
-        return Compiled(name, *kept)
+    name = kernel_name(rule, general, dtype, kind)
+    with contextlib.suppress(OSError):  # it is not there
+        path = cache_path(rule, general, dtype, kind, cc)
+        return Compiled(name, path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes())
     ptx = compile_ptx(rule, general, dtype, kind, cc)
     cubin = link(ptx, cc)
-    if path is not None:
-        _keep(path, ptx, cubin)
+    with contextlib.suppress(OSError):  # an unwritable or full disk costs only time
+        path = cache_path(rule, general, dtype, kind, cc)
+        files.keep(path.with_suffix(".cubin"), cubin)
+        files.keep(path.with_suffix(".ptx"), ptx.encode())
     return Compiled(name, ptx, cubin)
 
 
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
-    operations = operations_of(rule, general)
-    update = lower(operations)
-    source = kernel_text(rules.find(rule), dtype, kind)
-    return to_ptx(source, update, dtype, signature(rule, dtype, kind), kernel_name(rule, general, dtype, kind), cc)
+    names = {"load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
+    names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
+    exec(kernel_text(rules.find(rule), dtype, kind), names)
+    name = kernel_name(rule, general, dtype, kind)
+    return named_ptx(names["kernel"], signature(rule, dtype, kind), name, cc, launch_bounds=THREADS)
 
 
 @own_rules.remembered
@@ -91,14 +95,6 @@ def signature(rule, dtype, kind):
     return types.void(*[known[name] for name in arguments(rules.find(rule), kind).values()])
 
 
-def to_ptx(source, update, dtype, signature, name, cc):
-    """The PTX of a kernel's text."""
-    names = {"rule": update, "load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
-    names["pointer"] = intrinsics.pointer_to(REALS[dtype])
-    exec(source, names)
-    return named_ptx(names["kernel"], signature, name, cc, launch_bounds=THREADS)
-
-
 def named_ptx(function, signature, name, cc, **options):
     """The PTX of a function as a kernel, with a plain name in place of Numba's mangled one."""
     ptx, _ = cuda.compile(function, signature, cc=cc, device=False, abi="numba", output="ptx", **options)
@@ -112,13 +108,10 @@ def link(ptx, cc):
 
 
 def cache_path(rule, general, dtype, kind, cc):
-    """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  None where our
-    sources cannot be read."""
+    """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  OSError where
+    our sources cannot be read."""
     texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
-    try:
-        parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
-    except OSError:
-        return None
+    parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     return files.cache_folder() / f"{kernel_name(rule, general, dtype, kind)}_sm{cc[0]}{cc[1]}_{key}"
 
@@ -129,18 +122,3 @@ def versions():
     packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
     ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics)]
     return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]
-
-
-def _kept(path):
-    """(PTX, cubin) from disk, or None."""
-    try:
-        return path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes()
-    except OSError:
-        return None
-
-
-def _keep(path, ptx, cubin):
-    """Write both, or do without them: an unwritable or full disk costs only time."""
-    with contextlib.suppress(OSError):
-        files.keep(path.with_suffix(".cubin"), cubin)
-        files.keep(path.with_suffix(".ptx"), ptx.encode())

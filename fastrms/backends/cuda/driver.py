@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from ...memory.device import LEGACY_STREAM, checked
+from ...memory.device import LEGACY_STREAM, call_driver
 
 
 def stream_handle(stream):
@@ -29,22 +29,16 @@ def stream_of(handle):
 
 def write(address, array, stream):
     """Copy a NumPy array to the device on a stream; the driver has read it when this returns."""
-    from cuda.bindings import driver
-
-    answer = driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, int(stream.handle))
-    checked(answer, "writing tables or coefficients")
+    where = address, array.ctypes.data, array.nbytes, int(stream.handle)
+    call_driver("writing tables or coefficients", "cuMemcpyHtoDAsync", *where)
 
 
 def zero(address, nbytes, stream):
     """Write zeros over device memory on a stream."""
-    from cuda.bindings import driver
-
     if nbytes:
-        checked(driver.cuMemsetD8Async(address, 0, nbytes, int(stream.handle)), "zeroing gradients")
+        call_driver("zeroing gradients", "cuMemsetD8Async", address, 0, nbytes, int(stream.handle))
 
 
 def capturing(stream):
     """Whether a CUDA graph is being captured on the stream: what is launched then is recorded and not run."""
-    from cuda.bindings import driver
-
-    return bool(checked(driver.cuStreamIsCapturing(int(stream.handle)), "asking whether it captures")[0])
+    return bool(call_driver("asking whether it captures", "cuStreamIsCapturing", int(stream.handle))[0])

@@ -4,6 +4,7 @@ import numpy as np
 
 from ... import own_rules, rules
 from ...memory import device
+from .. import plan
 from . import toolchain
 from .driver import write
 from .kernel import Kind, kernel_name
@@ -12,15 +13,16 @@ from .table import THREADS, blocks, table, vectors
 
 @own_rules.remembered
 def loaded(rule, general, dtype, kind, index):
-    """A kernel, loaded and ready to launch on a device."""
+    """A kernel, loaded on a device."""
     from cuda.core import ObjectCode
 
     made = toolchain.compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
     return ObjectCode.from_cubin(made.cubin).get_kernel(made.name)
 
 
-class Launch:
-    """A kernel over one or many tensors that share their coefficients and have missed the same number of steps."""
+class Launch(plan.Update):
+    """A kernel over one or many tensors that share their coefficients and have missed the same number of steps.  It is kept
+    from step to step, so aim() gives it its tensors; and run() takes a stream, too."""
 
     def __init__(self, recipe, many, capturable, index):
         from cuda.core import LaunchConfig, launch
@@ -32,12 +34,12 @@ class Launch:
         self.make_config, self.launch = LaunchConfig, launch
         self.table, self.table_host, self.table_sent = None, None, True
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
-        self.device_row = device.place(self.count, recipe.dtype, index) if capturable else None
+        self.device_row = device.allocate(self.count, recipe.dtype, index) if capturable else None
         self.sent = None
 
     def aim(self, coefficients, missed, tensors):
         """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
-        self.coefficients, self.missed, self.rows = coefficients, missed, None
+        self.use(coefficients, missed)
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if len(found) == 1:
             addresses, size = found[0]
@@ -52,24 +54,18 @@ class Launch:
         the first arguments of the kernel and the number of blocks."""
         host = np.concatenate([rows.view(np.uint32), tensor_of])
         if self.table is None or self.table.size != host.size:
-            self.table = device.place(host.size, host.dtype, self.index)
+            self.table = device.allocate(host.size, host.dtype, self.index)
         if not np.array_equal(self.table_host, host):
             self.table_host, self.table_sent = host, False
         return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
 
-    def ready(self, number, grad_scale, ahead=1):
-        """Make the coefficients of step `number` of the plan.  Returns the first step for which it must be called again.
+    def take(self):
+        """Note the new coefficients as words.
 
         A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
         would widen a Python float, and a NumPy number costs it 0.5 us more.
         """
-        made = self.coefficients
-        made.have(number - self.missed, grad_scale, ahead)
-        if self.rows is not made.rows:
-            self.words = memoryview(made.rows).cast("B").cast("I" if self.itemsize == 4 else "d")
-            self.first, self.stride = made.first + self.missed, 0 if made.recipe.fixed else 1
-            self.rows = made.rows  # last: Ctrl-C may come before
-        return made.end + self.missed
+        self.words = memoryview(self.coefficients.rows).cast("B").cast("I" if self.itemsize == 4 else "d")
 
     def send(self, stream, number):
         """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
@@ -77,7 +73,7 @@ class Launch:
             write(self.table.address, self.table_host, stream)
             self.table_sent = True
         if self.device_row is not None:
-            row = self.rows[(number - self.first) * self.stride]
+            row = self.taken[(number - self.first) * self.stride]
             if row.tobytes() != self.sent:
                 write(self.device_row.address, row, stream)
                 self.sent = row.tobytes()

@@ -40,7 +40,7 @@ def update(recipe, step, grad_scale, param, grad, states):
         device.current(param.device)
         made = Launch(recipe, False, False, param.device)
         made.aim(Coefficients(recipe), 0, [(param, grad, states)])
-        made.ready(step, grad_scale)
+        made.make_coefficients(step, grad_scale)
         made.run(step, stream_of(device.stream_source(param)()))
 
 
@@ -61,7 +61,7 @@ class Plan(plan.Plan):
         self._entered, self._several = threading.local(), device.count() > 1
         self._entered.once = True  # making the state has entered the device
 
-    flat_grad = ours = staticmethod(lambda buffer: buffer)
+    flat_grad = ours = staticmethod(device.ours)
     assign = staticmethod(device.copy)
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
@@ -72,18 +72,17 @@ class Plan(plan.Plan):
                 raise ValueError(OTHER_KERNEL)
         return super().change(params, grads, recipes, hold, run, grad_scale)
 
-    def _update(self, members, grads):
-        first, index = members[0], self.recipe_of[members[0]]
-        coefficients = self._coefficients(index, first)
-        recipe, key = coefficients.recipe, (index, coefficients.recipe.general, *members)
+    def _update(self, coefficients, members, grads):
+        recipe, first = coefficients.recipe, members[0]
+        key = self.recipe_of[first], recipe.general, *members
         if key not in self._launches:
             self._launches[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
-        tensors = [(self.params[k], grad, self.states[k]) for k, grad in zip(members, grads, strict=True)]
-        self._launches[key].aim(coefficients, self.missed[first], tensors)
-        return self._launches[key]
+        launch = self._launches[key]
+        launch.aim(coefficients, self.missed[first], [(self.params[k], grads[k], self.states[k]) for k in members])
+        return launch
 
     def _run(self, grad_scale, clip_norm):
-        number, stream = self._ready_to_launch(grad_scale)
+        number, stream = self._next_launch(grad_scale)
         recorded = self._options.capturable and capturing(stream)
         for handle in self._waits:
             if handle != int(stream.handle):
@@ -103,7 +102,7 @@ class Plan(plan.Plan):
 
     def advance(self):
         """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
-        number, stream = self._ready_to_launch(1.0)
+        number, stream = self._next_launch(1.0)
         self._send(stream, number)
         self._count(number)
 
@@ -113,7 +112,7 @@ class Plan(plan.Plan):
                 launch.send(stream, number)
             self._unsent = self._options.capturable  # its coefficients may change at each step
 
-    def _ready_to_launch(self, grad_scale):
+    def _next_launch(self, grad_scale):
         """(number of the step, stream).  Makes the device current, and the launches and coefficients of this step."""
         if self._several or os.getpid() != self._process or not hasattr(self._entered, "once"):
             self._enter_device()
@@ -121,7 +120,7 @@ class Plan(plan.Plan):
         if number >= self._until or grad_scale != self._scale:
             if self._updates is None:
                 self._waits, self._unsent = self._foreign_streams(), True
-            self._prepare(number, grad_scale)
+            self._make_updates(number, grad_scale)
             self._plain_until = 0  # a launch needs its stream
         return number, self._explicit or stream_of(self._source())
 

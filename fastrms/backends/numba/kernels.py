@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 from functools import cache
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from textwrap import indent
@@ -189,7 +190,7 @@ def loops_text(rule, buffers, dtype, body, known):
         names=", ".join(names) + ",",
         values=", ".join(known.get(name, f"coefficient(coefficients, {k})") for k, name in enumerate(names)) + ",",
         tile=TILE // dtype.itemsize,
-        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {place})" for name in buffers for place in ASKED),
+        ask="; ".join(f"ask(at_{name} + start * {dtype.itemsize} + {offset})" for name in buffers for offset in ASKED),
         body="\n    ".join(body),
         body_of_tile="\n        ".join(body),
     )
@@ -228,9 +229,9 @@ class Kept:
         found = re.fullmatch(r"fastrms_(\w+)_(general|neutral)_(float32|float64)(_[0-9a-f]{24})?", name)
         if found is None:
             return None
-        place = files.cache_folder() / f"{name}.py"
-        if place.exists():
-            return spec_from_file_location(name, place)
+        path = files.cache_folder() / f"{name}.py"
+        if path.exists():
+            return spec_from_file_location(name, path)
         rule, form, dtype, key = found.groups()
         text = text_of(rule, form == "general", np.dtype(dtype)) if rule in rules.RULES else ""
         if key is None:
@@ -247,15 +248,11 @@ class Kept:
             return ModuleSpec(name, Unkept(text))
 
 
-class Unkept:
+class Unkept(Loader):
     """A loader of a kernel that has no file."""
 
     def __init__(self, text):
         self.text = text
-
-    @staticmethod
-    def create_module(spec):
-        return None
 
     def exec_module(self, module):
         filled(module, self.text, CACHE=False)
