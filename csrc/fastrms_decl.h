@@ -19,6 +19,7 @@
 #define FASTRMS_NONFINITE 6      /* a gradient is not finite, and on_nonfinite left the step out */
 #define FASTRMS_STREAMING 7      /* a streamed step is open; from fastrms_stream_step: none is open */
 #define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
+#define FASTRMS_NO_RATE 9        /* fastrms_set_rates gave learning rates, but none for this step */
 
 /* The values of on_nonfinite in a plan.  FASTRMS_PROPAGATE does not look for nonfinite gradients; the other two leave a step
  * with such gradients out, and FASTRMS_REFUSE never zeroes the gradients of a step that is left out. */
@@ -40,11 +41,12 @@ typedef struct {
  * compute dtype, 4 for float, 8 for double; general: 1 for the form with clip, weight decay, v_scale, eps_root and nesterov.
  * value[] holds the coefficients in double, in the order of fastrms_rule_arguments().  value[0] is grad_scale.  value[1] is
  * grad_rescale, a second factor of the gradient in the general form; it is 1, except during a step whose clipping makes the
- * factor smaller than the normal numbers of float. */
+ * factor smaller than the normal numbers of float.
+ * lr, the learning rate, multiplies value[k] where bit k of rated is set.  It may be changed from step to step. */
 typedef struct {
-    int32_t rule, itemsize, general, coefficients, corrections, reserved;
+    int32_t rule, itemsize, general, coefficients, corrections, rated;
     fastrms_correction correction[FASTRMS_MAX_CORRECTIONS];
-    double value[FASTRMS_MAX_COEFFICIENTS];
+    double lr, value[FASTRMS_MAX_COEFFICIENTS];
 } fastrms_recipe;
 
 /* ---- plans: all tensors of an optimizer ---- */
@@ -83,6 +85,7 @@ typedef struct {
  * zero_grad: a step writes zeros over the gradients, also a step left out by FASTRMS_SKIP.
  * held: not 0 while grad[] points to memory that stays valid; where it is 0, fastrms_step answers FASTRMS_NOT_HELD.
  * unchanging: set it to 0 after writing to a recipe; otherwise the next step may use the coefficients of the last one.
+ *     fastrms_set_rates does so by itself.
  * steps counts the steps of the plan.  The other fields are the plan's own. */
 typedef struct {
     int64_t tensors, steps;
@@ -95,6 +98,8 @@ typedef struct {
     fastrms_squares *segments;
     int64_t occupied;
     double grad_scale, clip_norm;
+    const double *rates;
+    int64_t first_rate, rate_rows;
     fastrms_found found;
     int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
 } fastrms_plan;
@@ -121,6 +126,11 @@ int fastrms_step_held(fastrms_plan *plan, int held);
  * FASTRMS_NONFINITE leaves out the step; parameters, gradients and recipes are taken over all the same. */
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
+
+/* Give every recipe a learning rate: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
+ * 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows; this
+ * memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE. */
+int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates);
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer

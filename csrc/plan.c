@@ -136,9 +136,30 @@ static APART int scan_and_update(fastrms_plan *plan)
     return FASTRMS_OK;
 }
 
+/* does the next step have no learning rate? */
+static int lacks_rate(const fastrms_plan *plan)
+{
+    return plan->rate_rows && (plan->steps < plan->first_rate || plan->steps - plan->first_rate >= plan->rate_rows);
+}
+
+static void take_rates(fastrms_plan *plan, const double *rates)
+{
+    for (int k = 0; k < plan->recipes; ++k) {
+        plan->unchanging &= plan->recipe[k].lr == rates[k];
+        plan->recipe[k].lr = rates[k];
+    }
+}
+
+static void take_rates_of_step(fastrms_plan *plan)
+{
+    if (plan->rate_rows)
+        take_rates(plan, plan->rates + (plan->steps - plan->first_rate) * plan->recipes);
+}
+
 static int run(fastrms_plan *plan)
 {
     int status = FASTRMS_OK;
+    take_rates_of_step(plan);
     fastrms_enter_step();
     fastrms_mode mode = fastrms_set_float_mode();
     if (plan->clip_norm < 0 && !plan->on_nonfinite)
@@ -198,7 +219,7 @@ int fastrms_step(fastrms_plan *plan)
         return FASTRMS_BUSY;
     if (!plan->held || plan->streaming)
         return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
-    return release(plan, run(plan));
+    return release(plan, lacks_rate(plan) ? FASTRMS_NO_RATE : run(plan));
 }
 
 int fastrms_step_held(fastrms_plan *plan, int held)
@@ -207,7 +228,20 @@ int fastrms_step_held(fastrms_plan *plan, int held)
         return FASTRMS_BUSY;
     if (!plan->held || plan->held != held || plan->streaming)
         return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
-    return release(plan, run(plan));
+    return release(plan, lacks_rate(plan) ? FASTRMS_NO_RATE : run(plan));
+}
+
+int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates)
+{
+    int status = acquire(plan);
+    if (status)
+        return status;
+    plan->rates = rates;
+    plan->first_rate = first;
+    plan->rate_rows = rows;
+    if (!rows)
+        take_rates(plan, rates);
+    return release(plan, FASTRMS_OK);
 }
 
 static int by_start(const void *a, const void *b)
@@ -315,6 +349,8 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
         return status;
     if (!grad && run_now && !plan->held)
         return release(plan, FASTRMS_NOT_HELD);
+    if (run_now && lacks_rate(plan))
+        return release(plan, FASTRMS_NO_RATE);
     if ((grad || param) && would_overlap(plan, param, grad ? grad : plan->held ? plan->grad : NULL))
         return release(plan, FASTRMS_OVERLAP);
     take_over(plan, param, grad, recipe, hold);
@@ -326,6 +362,9 @@ int fastrms_stream_open(fastrms_plan *plan)
     int status = acquire(plan);
     if (status)
         return status;
+    if (lacks_rate(plan))
+        return release(plan, FASTRMS_NO_RATE);
+    take_rates_of_step(plan);
     plan->streaming = 1;
     plan->streamed = 0;
     would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */

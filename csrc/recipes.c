@@ -221,16 +221,26 @@ static void rprop(fastrms_recipe *recipe, const fastrms_hyper *h)
         {"flip_below", h->zero_on_flip ? 0 : -INFINITY}, {NULL, 0}});
 }
 
-/* does a coefficient overflow the dtype, by itself or after the division at the first step?  Only coefficients that hold lr
- * can. */
+/* the coefficients before correction, those of them multiplied by the learning rate that it multiplies */
+static void rated_values(const fastrms_recipe *recipe, double *value)
+{
+    memcpy(value, recipe->value, sizeof recipe->value);
+    for (unsigned bits = (unsigned)recipe->rated; bits; bits &= bits - 1)
+        value[__builtin_ctz(bits)] *= recipe->lr;
+}
+
+/* does a coefficient overflow the dtype, by itself or after the division at the first step?  Only coefficients that lr
+ * multiplies can. */
 static int overflowing(const fastrms_recipe *recipe)
 {
+    double value[FASTRMS_MAX_COEFFICIENTS];
     int over = 0;
+    rated_values(recipe, value);
     for (int k = 0; k < recipe->coefficients; ++k)
-        over |= isfinite(recipe->value[k]) && !isfinite(rounded(recipe->value[k], recipe->itemsize));
+        over |= isfinite(value[k]) && !isfinite(rounded(value[k], recipe->itemsize));
     for (int k = 0; k < recipe->corrections; ++k) {
         const fastrms_correction *c = &recipe->correction[k];
-        over |= c->operation == DIVIDE && !isfinite(rounded(recipe->value[c->coefficient] / c->weight, recipe->itemsize));
+        over |= c->operation == DIVIDE && !isfinite(rounded(value[c->coefficient] / c->weight, recipe->itemsize));
     }
     return over;
 }
@@ -313,7 +323,7 @@ static double corrected(double value, int operation, double q)
 void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
 {
     double value[FASTRMS_MAX_COEFFICIENTS], q[FASTRMS_MAX_CORRECTIONS];
-    memcpy(value, recipe->value, sizeof value);
+    rated_values(recipe, value);
     value[0] = value[0] * grad_scale;
     all_quantities(recipe, step, q);
     for (int k = 0; k < recipe->corrections; ++k) {
@@ -327,16 +337,29 @@ void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_sc
         memcpy(ready, value, sizeof value);
 }
 
+/* fill a recipe from hyper-parameters without lr: lr multiplies those coefficients that are not the same for 1 and for 2 */
+static void family_by_rate(fastrms_recipe *recipe, const fastrms_hyper *h, void (*family)(fastrms_recipe *, const fastrms_hyper *))
+{
+    fastrms_recipe other = *recipe;
+    fastrms_hyper one = *h, two = *h;
+    one.lr = 1;
+    two.lr = 2;
+    family(recipe, &one);
+    family(&other, &two);
+    for (int k = 0; k < recipe->coefficients; ++k)
+        recipe->rated |= (recipe->value[k] != other.value[k]) << k;
+}
+
 static const char *make(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *h,
                         const char *(*checks)(const fastrms_hyper *, int), void (*family)(fastrms_recipe *, const fastrms_hyper *))
 {
     if (itemsize != 4 && itemsize != 8)
         return "itemsize";
     fastrms_mode mode = fastrms_set_float_mode();
-    fastrms_recipe made = {.itemsize = itemsize};
+    fastrms_recipe made = {.itemsize = itemsize, .lr = h->lr};
     const char *refused = checks(h, itemsize);
     if (!refused) {
-        family(&made, h);
+        family_by_rate(&made, h, family);
         refused = overflowing(&made) ? "lr" : NULL;
     }
     if (!refused)
