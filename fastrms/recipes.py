@@ -110,10 +110,20 @@ def linear(coefficient, operation, decay):
     return Correction(coefficient, operation, decay, 1.0, 0, True)
 
 
-# The families.  The first function of each names every hyper-parameter that can be wrong and says whether it is right; the
-# second gives (whether the general form is needed, the coefficients before correction, their corrections).
+def only_rule(h):
+    return 0
 
+
+# The families.  The first function of each gives the place of the rule that is needed among those of the family.  The second
+# names every hyper-parameter that can be wrong and says whether it is right.  The third gives (whether the general form is
+# needed, the coefficients before correction, their corrections).
+
+RMSPROP_RULES = "rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum"
 RMSPropChecks = namedtuple("RMSPropChecks", "lr weight_decay clip_value eps_root eps rho momentum nesterov bias_correction")
+
+
+def rmsprop_rule(h):
+    return select(h.centered > 0, 2, 0) + select(h.momentum > 0, 1, 0)
 
 
 def rmsprop_checks(h, dtype):
@@ -165,6 +175,10 @@ def adagrad(h, dtype):
 
 
 AdamChecks = namedtuple("AdamChecks", "lr weight_decay clip_value eps_root eps beta1 beta2 amsgrad")
+
+
+def adam_rule(h):
+    return select(h.amsgrad > 0, 1, 0)
 
 
 def adam_checks(h, dtype):
@@ -343,8 +357,10 @@ def many(decay, weight, terms):
 
 
 class Numbers(NamedTuple):
-    """What recipes.py has for one family: its functions and the classes of named tuples that they give."""
+    """What recipes.py has for one family: its rules, its functions and the classes of named tuples that these give."""
 
+    rules: tuple  # their names; the last has every state and coefficient, the first has what all of them have
+    rule: FunctionType
     checks: FunctionType
     recipe: FunctionType
     right: type  # the class of what checks() gives
@@ -352,20 +368,22 @@ class Numbers(NamedTuple):
 
 
 FAMILIES = {
-    "rmsprop": Numbers(rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
-    "adagrad": Numbers(adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
-    "adam": Numbers(adam_checks, adam, AdamChecks, AdamValues),
-    "rprop": Numbers(rprop_checks, rprop, RPropChecks, RPropValues),
+    "rmsprop": Numbers(RMSPROP_RULES, rmsprop_rule, rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
+    "adagrad": Numbers(("adagrad",), only_rule, adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
+    "adam": Numbers(("adam", "adam_amsgrad"), adam_rule, adam_checks, adam, AdamChecks, AdamValues),
+    "rprop": Numbers(("rprop",), only_rule, rprop_checks, rprop, RPropChecks, RPropValues),
 }
 
 
-def recipe(family, rule, h, dtype):
-    """The Recipe of hyper-parameters, each in its range; ValueError where one does not go with dtype or the others."""
+def recipe(family, h, dtype):
+    """The Recipe of hyper-parameters, each in its range, for a family (Numbers); ValueError where one does not go with dtype
+    or the others."""
     numbers = SimpleNamespace(**{name: WORDS.get(value, value) for name, value in vars(h).items()})
-    right = FAMILIES[family].checks(numbers, dtype)
+    right = family.checks(numbers, dtype)
     if not all(right):
         raise ValueError(hyper.forbidden(right._fields[right.index(False)], h, dtype))
-    general, values, corrections = FAMILIES[family].recipe(numbers, dtype)
+    rule = family.rules[family.rule(numbers)]
+    general, values, corrections = family.recipe(numbers, dtype)
     over = overflowing(values, corrections, dtype)
     if over >= 0:
         raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
