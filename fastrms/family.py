@@ -26,7 +26,6 @@ class Family:
     defaults: dict = {}
     checks: dict = {}  # for hyper-parameters whose range differs from that in hyper.CHECKS
     fixed: tuple = ("initial_value",)  # hyper-parameters that are used once, when the state is made
-    given_by: dict = {}  # hyper-parameters that follow, on raw arrays, from whether a state is passed: name -> that state
     _numbers = None  # the Numbers of recipes.py for a family of fastrms; None for own rules
     state_names: tuple = ()
     not_negative: tuple = ()  # states in which a negative number or NaN can only be damage
@@ -64,6 +63,11 @@ class Family:
         """One hyper-parameter's value in the form in which it is kept; TypeError or ValueError where it may not have it."""
         value = cls.check_of(name)(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
+
+    @classmethod
+    def implied(cls):
+        """Name -> state of the flags that, on raw arrays, follow from whether this state is passed."""
+        return {name: state for state, name in cls._numbers.optional.items() if cls.defaults[name] is False}
 
     @staticmethod
     def at_step(values, step=None):

@@ -42,7 +42,7 @@ class Call:
     def __init__(self, optimizer, rule):
         self.optimizer, self.rule = optimizer, rule
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
-        self.given = {name: state in self.names for name, state in optimizer.given_by.items()}
+        self.given = {name: state in self.names for name, state in optimizer.implied().items()}
         self.cache = {}
         self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
 

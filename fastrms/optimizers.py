@@ -108,7 +108,6 @@ class RMSProp(Optimizer):
         "lr": 0.01, "rho": 0.99, "eps": 1e-8, "eps_root": 0.0, "momentum": 0.0, "nesterov": False, "centered": False,
         **COMMON, "initial_value": 0.0, "lr_in_momentum": False, "bias_correction": False,
     }  # fmt: skip
-    given_by = {"centered": "grad_avg"}
     not_negative = ("square_avg",)
 
     @staticmethod
@@ -233,7 +232,6 @@ class Adam(Optimizer):
         "bias_correction": "corrected", **COMMON,
     }  # fmt: skip
     checks = {"nesterov": hyper.choice(False, "dozat", "folded")}
-    given_by = {"amsgrad": "max_exp_avg_sq"}
     not_negative = ("exp_avg_sq", "max_exp_avg_sq")
 
 

@@ -110,20 +110,10 @@ def linear(coefficient, operation, decay):
     return Correction(coefficient, operation, decay, 1.0, 0, True)
 
 
-def only_rule(h):
-    return 0
+# The families.  The first function of each names every hyper-parameter that can be wrong and says whether it is right; the
+# second gives (whether the general form is needed, the coefficients before correction, their corrections).
 
-
-# The families.  The first function of each gives the place of the rule that is needed among those of the family.  The second
-# names every hyper-parameter that can be wrong and says whether it is right.  The third gives (whether the general form is
-# needed, the coefficients before correction, their corrections).
-
-RMSPROP_RULES = "rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum"
 RMSPropChecks = namedtuple("RMSPropChecks", "lr weight_decay clip_value eps_root eps rho momentum nesterov bias_correction")
-
-
-def rmsprop_rule(h):
-    return select(h.centered > 0, 2, 0) + select(h.momentum > 0, 1, 0)
 
 
 def rmsprop_checks(h, dtype):
@@ -175,10 +165,6 @@ def adagrad(h, dtype):
 
 
 AdamChecks = namedtuple("AdamChecks", "lr weight_decay clip_value eps_root eps beta1 beta2 amsgrad")
-
-
-def adam_rule(h):
-    return select(h.amsgrad > 0, 1, 0)
 
 
 def adam_checks(h, dtype):
@@ -359,19 +345,27 @@ def many(decay, weight, terms):
 class Numbers(NamedTuple):
     """What recipes.py has for one family: its rules, its functions and the classes of named tuples that these give."""
 
-    rules: tuple  # their names; the last has every state and coefficient, the first has what all of them have
-    rule: FunctionType
+    rules: dict  # names of states -> the name of the rule that has these; the last has all of them
+    optional: dict  # the name of a state that not every rule has -> the hyper-parameter that is above 0 where it is needed
     checks: FunctionType
     recipe: FunctionType
     right: type  # the class of what checks() gives
     values: type  # the class of its coefficients
 
 
+def by_states(*names):
+    return {rules.state_names(rules.RULES[name]): name for name in names}
+
+
+RMSPROP_RULES = by_states("rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum")
+RMSPROP_OPTIONAL = {"grad_avg": "centered", "momentum_buffer": "momentum"}
+ADAM_RULES = by_states("adam", "adam_amsgrad")
+ADAM_OPTIONAL = {"max_exp_avg_sq": "amsgrad"}
 FAMILIES = {
-    "rmsprop": Numbers(RMSPROP_RULES, rmsprop_rule, rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
-    "adagrad": Numbers(("adagrad",), only_rule, adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
-    "adam": Numbers(("adam", "adam_amsgrad"), adam_rule, adam_checks, adam, AdamChecks, AdamValues),
-    "rprop": Numbers(("rprop",), only_rule, rprop_checks, rprop, RPropChecks, RPropValues),
+    "rmsprop": Numbers(RMSPROP_RULES, RMSPROP_OPTIONAL, rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
+    "adagrad": Numbers(by_states("adagrad"), {}, adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
+    "adam": Numbers(ADAM_RULES, ADAM_OPTIONAL, adam_checks, adam, AdamChecks, AdamValues),
+    "rprop": Numbers(by_states("rprop"), {}, rprop_checks, rprop, RPropChecks, RPropValues),
 }
 
 
@@ -382,7 +376,8 @@ def recipe(family, h, dtype):
     right = family.checks(numbers, dtype)
     if not all(right):
         raise ValueError(hyper.forbidden(right._fields[right.index(False)], h, dtype))
-    rule = family.rules[family.rule(numbers)]
+    unneeded = {state for state, name in family.optional.items() if not getattr(numbers, name) > 0}
+    rule = family.rules[tuple(state for state in [*family.rules][-1] if state not in unneeded)]
     general, values, corrections = family.recipe(numbers, dtype)
     over = overflowing(values, corrections, dtype)
     if over >= 0:
