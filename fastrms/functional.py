@@ -354,7 +354,12 @@ def init_state(optimizer, param, *, dialect=None, **options):
     return {name: host.shaped(flat, buffer) for name, flat in flats.items()}
 
 
-OPTIMIZERS = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}  # the functions and their classes
+OPTIMIZERS = {  # the functions and their classes
+    "rmsprop": RMSProp,
+    "adagrad": AdaGrad,
+    "adam": Adam,
+    "rprop": RProp,
+}
 __all__ = [*OPTIMIZERS, "init_state"]
 
 

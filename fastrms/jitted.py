@@ -157,7 +157,7 @@ def factor(grad_scale):
 
 def function_of(name, text, **names):
     """The function of that name in a text, which knows the names."""
-    exec(text, names)
+    exec(compile(text, "<fastrms.numba>", "exec"), names)
     return names[name]
 
 
