@@ -362,7 +362,7 @@ def numbers_of(optimizer, given):
 
 
 DOCUMENTED = """\
-    lr, eps, ... : optional
+    {first}, {second}, ... : optional
         The hyper-parameters of fastrms.{name}, with its defaults: numbers, True, False or words.
 
     Raises
@@ -378,4 +378,6 @@ def document(function, optimizer):
     """The docstring of an update: that of `function` as far as its hyper-parameters, then what is said in jitted code."""
     common = (function.__doc__ or "").partition("    **options")[0]
     apart = "share no byte; they are contiguous, and only grad may be read-only."
-    return common.replace("share no byte.", apart) + DOCUMENTED.format(name=optimizer.__name__) + "    "
+    first, second, *_ = (name for name in optimizer.defaults if name not in optimizer.fixed)
+    special = DOCUMENTED.format(first=first, second=second, name=optimizer.__name__)
+    return common.replace("share no byte.", apart) + special + "    "
