@@ -1,37 +1,29 @@
 """fastrms: fused in-place RMSProp, AdaGrad, Adam and RProp updates on flat parameter buffers."""
 
-from . import graph_breaks, rules
+from . import functional, graph_breaks, optimizers, rules
 from .backends import available_backends
 from .config import get_include, isa, show_config
 from .family import Family
-from .functional import adagrad, adam, init_state, rmsprop, rprop
+from .functional import *  # noqa: F403
 from .groups import Group
 from .memory.flat import FlatBuffer
 from .names import Names
 from .optimizer import Optimizer, StepInfo
-from .optimizers import AdaGrad, Adam, AdamW, RMSProp, RProp
+from .optimizers import *  # noqa: F403
 from .streaming import Streaming
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaGrad",
-    "Adam",
-    "AdamW",
+    *optimizers.__all__,
+    *functional.__all__,
     "FlatBuffer",
     "Optimizer",
-    "RMSProp",
-    "RProp",
     "StepInfo",
-    "adagrad",
-    "adam",
     "available_backends",
     "get_include",
     "get_num_threads",
-    "init_state",
     "isa",
-    "rmsprop",
-    "rprop",
     "rules",
     "set_num_threads",
     "show_config",
@@ -40,9 +32,6 @@ __all__ = [
 
 _INSTEAD = {  # what other frameworks have: what to write here
     "RMSprop": "fastrms.RMSProp",
-    "Adagrad": "fastrms.AdaGrad",
-    "Rprop": "fastrms.RProp",
-    "Adamw": "fastrms.AdamW",
     "NAdam": 'fastrms.Adam(..., nesterov="dozat" or "folded")',
     "Nadam": 'fastrms.Adam(..., nesterov="dozat" or "folded")',
     "AMSGrad": "fastrms.Adam(..., amsgrad=True)",
@@ -50,6 +39,7 @@ _INSTEAD = {  # what other frameworks have: what to write here
     "AdaMax": "a rule of your own: docs/own-rules.md has it",
     "Lion": "a rule of your own: docs/own-rules.md has it",
     "optim": "fastrms itself: fastrms.RMSProp",
+    **{name.capitalize(): f"fastrms.{name}" for name in optimizers.__all__},  # Adagrad, Rprop
 }
 
 

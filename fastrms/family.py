@@ -4,8 +4,7 @@ from inspect import Parameter, Signature
 from math import isfinite
 from types import SimpleNamespace
 
-from . import dialects, hyper, own_rules
-from .recipes import rounded
+from . import dialects, hyper, own_rules, recipes
 
 OPTIONS = {  # the arguments of every optimizer beside its hyper-parameters
     "groups": None,
@@ -26,14 +25,15 @@ class Family:
 
     defaults: dict = {}
     checks: dict = {}  # for hyper-parameters whose range differs from that in hyper.CHECKS
-    fixed: tuple = ()  # hyper-parameters that are used once, when the state is made
+    fixed: tuple = ("initial_value",)  # hyper-parameters that are used once, when the state is made
+    _numbers = None  # the Numbers of recipes.py for a family of fastrms; None for own rules
     state_names: tuple = ()
     not_negative: tuple = ()  # states in which a negative number or NaN can only be damage
     own_rule = None
 
     def __init_subclass__(cls):
         if "rule" in vars(cls):
-            if getattr(cls.recipe, "__func__", None) is not Family.recipe.__func__:
+            if cls._numbers is not None:
                 raise TypeError(f"{cls.__name__} has a rule of its own; derive it from fastrms.Optimizer itself")
             cls.own_rule = own_rules.rule_of(cls)
         ours = (c.__name__ for c in cls.__mro__ if c.__module__ == "fastrms.optimizers")
@@ -54,10 +54,20 @@ class Family:
         return {name: cls.checked(dialect, name, value) for name, value in values.items()}
 
     @classmethod
+    def check_of(cls, name):
+        """The function that checks a hyper-parameter by itself: check(name, value) gives the value that is kept."""
+        return cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite)
+
+    @classmethod
     def checked(cls, dialect, name, value):
         """One hyper-parameter's value in the form in which it is kept; TypeError or ValueError where it may not have it."""
-        value = (cls.checks.get(name) or hyper.CHECKS.get(name, hyper.finite))(name, value)
+        value = cls.check_of(name)(name, value)
         return dialects.meaning_of_true(dialect, name) if value is True else value
+
+    @classmethod
+    def implied(cls):
+        """Name -> state of the flags that, on raw arrays, follow from whether this state is passed."""
+        return {name: state for state, name in cls._numbers.optional.items() if cls.defaults[name] is False}
 
     @staticmethod
     def at_step(values, step=None):
@@ -71,13 +81,15 @@ class Family:
     def checked_recipe(cls, h, dtype):
         """The recipe of h; ValueError where a number of h is not finite in dtype."""
         for name, value in vars(h).items():
-            if isinstance(value, float) and not isfinite(rounded(value, dtype)):
+            if isinstance(value, float) and not isfinite(recipes.rounded(value, dtype)):
                 raise ValueError(f"{name}={value!r} is not finite in {dtype}")
         return cls.recipe(h, dtype)
 
     @classmethod
     def recipe(cls, h, dtype):
-        """The recipe of a subclass with its own rule; the optimizers of fastrms override this."""
+        """The recipe of h, whose numbers are finite in dtype."""
+        if cls._numbers is not None:
+            return recipes.recipe(cls._numbers, h, dtype)
         if cls.own_rule is None:
             raise TypeError(f"{cls.__name__} has no rule; see help(fastrms.Optimizer)")
         return own_rules.recipe(cls.own_rule, cls.coefficients, vars(h), dtype)

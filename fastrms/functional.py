@@ -34,13 +34,15 @@ class Prepared(NamedTuple):
 
 
 class Call:
-    """The call of one rule on raw arrays.  given: the hyper-parameters that follow from which state arrays are passed."""
+    """The call of one rule on raw arrays.  given: the hyper-parameters that follow from which state arrays are passed, where
+    the caller does not say them."""
 
     __slots__ = ("cache", "given", "last", "names", "optimizer", "rule")
 
-    def __init__(self, optimizer, rule, **given):
-        self.optimizer, self.rule, self.given = optimizer, rule, given
+    def __init__(self, optimizer, rule):
+        self.optimizer, self.rule = optimizer, rule
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
+        self.given = {name: state in self.names for name, state in optimizer.implied().items()}
         self.cache = {}
         self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
 
@@ -48,6 +50,10 @@ class Call:
         """Make the update.  For exact ndarrays and the hyper-parameters of the last call there is a short way, with the same
         checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is misaligned or is
         missing.  Everything else goes through checked()."""
+        if type(step) is not int or not 0 < step <= MOST_STEPS:
+            step = hyper.step_count("step", step, least=1)
+        if grad_scale is not ONE:
+            grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
             last, dtype, recipe = self.last
             if (
@@ -121,20 +127,18 @@ class Call:
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
         """Check the hyper-parameters that the caller gave, and make their Prepared."""
-        for name, value in self.given.items():
-            if options.setdefault(name, value) != value:
-                raise ValueError(f"{name}={options[name]!r} does not fit the state arrays of this call")
-        useless = next((name for name in options if name == "initial_value" or name in self.optimizer.fixed), None)
+        useless = next((name for name in options if name in self.optimizer.fixed), None)
         if useless is not None:
             raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
-        values = self.optimizer.resolve(dialect, options)
+        values = self.optimizer.resolve(dialect, {**self.given, **options})
         if callable(values["lr"]):
             raise TypeError("lr must be a number here; a schedule needs an optimizer object")
         h = SimpleNamespace(**values)
         recipe = self.optimizer.checked_recipe(h, dtype)
         if recipe.rule != self.rule:
             needed, given = ", ".join(rules.state_names(rules.RULES[recipe.rule])), ", ".join(self.names[2:])
-            raise ValueError(f"these hyper-parameters need {needed} (the state of {recipe.rule}); given is {given}")
+            said = "".join(f"with {name}={options[name]!r}, " for name in self.given if name in options)
+            raise ValueError(f"{said}these hyper-parameters need {needed} (the state of {recipe.rule}); given is {given}")
         positive = self.optimizer.needs_positive_state(h, dtype)
         module = backends.choose(backend)
         c_recipe = None
@@ -150,14 +154,13 @@ def _pointer(state, param):
     return _from_buffer(_BYTES, state if like else None, True)
 
 
-_rmsprop = Call(RMSProp, "rmsprop", centered=False)
-_rmsprop_momentum = Call(RMSProp, "rmsprop_momentum", centered=False)
-_rmsprop_centered = Call(RMSProp, "rmsprop_centered", centered=True)
-_rmsprop_centered_momentum = Call(RMSProp, "rmsprop_centered_momentum", centered=True)
+_rmsprop = Call(RMSProp, "rmsprop")
+_rmsprop_momentum = Call(RMSProp, "rmsprop_momentum")
+_rmsprop_centered = Call(RMSProp, "rmsprop_centered")
+_rmsprop_centered_momentum = Call(RMSProp, "rmsprop_centered_momentum")
 _adagrad = Call(AdaGrad, "adagrad")
 _adam = Call(Adam, "adam")
-_adam_amsgrad = Call(Adam, "adam_amsgrad", amsgrad=True)
-_adam_amsgrad_of_options = Call(Adam, "adam_amsgrad")  # where the caller gives amsgrad, which may be "corrected"
+_adam_amsgrad = Call(Adam, "adam_amsgrad")
 _rprop = Call(RProp, "rprop")
 
 
@@ -200,10 +203,6 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
         if "bias_correction" in options and options["bias_correction"]:  # noqa: RUF019  faster where it is missing
             raise ValueError("bias_correction needs step, the number of this update from 1")
         step = 1
-    elif type(step) is not int or not 0 < step <= MOST_STEPS:
-        step = hyper.step_count("step", step, least=1)
-    if grad_scale is not ONE:
-        grad_scale = hyper.scale("grad_scale", grad_scale)
     if grad_avg is None and momentum_buffer is None:
         return _rmsprop.run(options, step, grad_scale, param, grad, square_avg)
     if grad_avg is None:
@@ -243,10 +242,6 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    if type(step) is not int or not 0 < step <= MOST_STEPS:
-        step = hyper.step_count("step", step, least=1)
-    if grad_scale is not ONE:
-        grad_scale = hyper.scale("grad_scale", grad_scale)
     return _adagrad.run(options, step, grad_scale, param, grad, sum)
 
 
@@ -284,14 +279,9 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    if type(step) is not int or not 0 < step <= MOST_STEPS:
-        step = hyper.step_count("step", step, least=1)
-    if grad_scale is not ONE:
-        grad_scale = hyper.scale("grad_scale", grad_scale)
     if max_exp_avg_sq is None:
         return _adam.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
-    call = _adam_amsgrad_of_options if "amsgrad" in options else _adam_amsgrad
-    return call.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+    return _adam_amsgrad.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -324,8 +314,6 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    if grad_scale is not ONE:
-        grad_scale = hyper.scale("grad_scale", grad_scale)
     return _rprop.run(options, 1, grad_scale, param, grad, prev, step_size)
 
 
@@ -355,28 +343,34 @@ def init_state(optimizer, param, *, dialect=None, **options):
     TypeError, ValueError
         With a sentence that names the argument.
     """
-    if not isinstance(optimizer, str) or optimizer not in _BY_NAME:
-        raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, _BY_NAME))}")
-    maker = _BY_NAME[optimizer]
+    if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
+    maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
     buffer = memory.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
-    maker.checked_recipe(h, buffer.dtype)
-    flats = new_state(maker.rule_name(h), lambda name: maker.initial(h, name), buffer, memory)
+    rule = maker.checked_recipe(h, buffer.dtype).rule
+    flats = new_state(rule, lambda name: maker.initial(h, name), buffer, memory)
     return {name: host.shaped(flat, buffer) for name, flat in flats.items()}
 
 
-_BY_NAME = {"rmsprop": RMSProp, "adagrad": AdaGrad, "adam": Adam, "rprop": RProp}
+OPTIMIZERS = {  # the functions and their classes
+    "rmsprop": RMSProp,
+    "adagrad": AdaGrad,
+    "adam": Adam,
+    "rprop": RProp,
+}
+__all__ = [*OPTIMIZERS, "init_state"]
 
 
 def _show_signature(function, optimizer):
     """inspect.signature and help() show every hyper-parameter with its default; editors read __init__.pyi."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-    skip = {"initial_value", "centered", *optimizer.fixed} | {p.name for p in own}
+    skip = {"centered", *optimizer.fixed} | {p.name for p in own}
     rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
     keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]
     function.__signature__ = inspect.Signature([*own, *keyword])
 
 
-for _function in (rmsprop, adagrad, adam, rprop):
-    _show_signature(_function, _BY_NAME[_function.__name__])
+for _name, _optimizer in OPTIMIZERS.items():
+    _show_signature(globals()[_name], _optimizer)

@@ -76,7 +76,7 @@ class Groups:
         """The hyper-parameters of all groups after changes, a list of (group index, name, value)."""
         values = list(self.values)
         for index, name, value in changes:
-            if name in self._family.fixed or name == "initial_value":
+            if name in self._family.fixed:
                 raise ValueError(f"{name} is used once, when the state is made; make a new {self._family.__name__}")
             values[index] = {**values[index], name: self._family.checked(dialect, name, value)}
         return values

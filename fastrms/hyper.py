@@ -89,6 +89,7 @@ def choice(*allowed):
                 return candidate
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
+    check.allowed = allowed
     return check
 
 

@@ -48,5 +48,5 @@ class Names:
         return any(name in vars(c) or name in inspect.get_annotations(c) for c in foreign)
 
     def __dir__(self):
-        hidden = {*vars(Family), *vars(Names), "coefficients", "family", "rule", "rule_name"}
+        hidden = {*vars(Family), *vars(Names), "coefficients", "family", "rule"}
         return sorted(name for name in super().__dir__() if name[:2] == "__" or not (name in hidden or name[0] == "_"))

@@ -8,6 +8,8 @@ from . import hyper, recipes
 from .optimizer import Optimizer
 from .recipes import rounded
 
+__all__ = ["AdaGrad", "Adam", "AdamW", "RMSProp", "RProp"]
+
 COMMON = {
     "weight_decay": 0.0,
     "decoupled": False,
@@ -101,19 +103,12 @@ class RMSProp(Optimizer):
     to 45 (centered, momentum).  Sutskever et al., ICML 2013 (nesterov).  The defaults are those of torch.optim.RMSprop.
     """
 
+    _numbers = recipes.FAMILIES["rmsprop"]
     defaults = {
         "lr": 0.01, "rho": 0.99, "eps": 1e-8, "eps_root": 0.0, "momentum": 0.0, "nesterov": False, "centered": False,
         **COMMON, "initial_value": 0.0, "lr_in_momentum": False, "bias_correction": False,
     }  # fmt: skip
     not_negative = ("square_avg",)
-
-    @staticmethod
-    def rule_name(h):
-        return "rmsprop" + "_centered" * h.centered + "_momentum" * (h.momentum > 0)
-
-    @staticmethod
-    def recipe(h, dtype):
-        return recipes.recipe("rmsprop", RMSProp.rule_name(h), h, dtype)
 
     @staticmethod
     def initial(h, state_name):
@@ -161,16 +156,9 @@ class AdaGrad(Optimizer):
     Duchi, Hazan, Singer, JMLR 12, 2011, the diagonal form.  The defaults and lr_decay are those of torch.optim.Adagrad.
     """
 
+    _numbers = recipes.FAMILIES["adagrad"]
     defaults = {"lr": 0.01, "eps": 1e-10, "eps_root": 0.0, "lr_decay": 0.0, "initial_value": 0.0, **COMMON}
     not_negative = ("sum",)
-
-    @staticmethod
-    def rule_name(h):
-        return "adagrad"
-
-    @staticmethod
-    def recipe(h, dtype):
-        return recipes.recipe("adagrad", "adagrad", h, dtype)
 
     @staticmethod
     def needs_positive_state(h, dtype):
@@ -238,20 +226,13 @@ class Adam(Optimizer):
     are those of torch.optim.Adam.
     """
 
+    _numbers = recipes.FAMILIES["adam"]
     defaults = {
         "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "eps_root": 0.0, "amsgrad": False, "nesterov": False,
         "bias_correction": "corrected", **COMMON,
     }  # fmt: skip
     checks = {"nesterov": hyper.choice(False, "dozat", "folded")}
     not_negative = ("exp_avg_sq", "max_exp_avg_sq")
-
-    @staticmethod
-    def rule_name(h):
-        return "adam_amsgrad" if h.amsgrad else "adam"
-
-    @staticmethod
-    def recipe(h, dtype):
-        return recipes.recipe("adam", Adam.rule_name(h), h, dtype)
 
 
 class AdamW(Adam):
@@ -328,6 +309,7 @@ class RProp(Optimizer):
     Riedmiller, Braun, 1993 (Rprop).  Igel, Huesken, 2000 (iRprop-).  The defaults are those of torch.optim.Rprop.
     """
 
+    _numbers = recipes.FAMILIES["rprop"]
     defaults = {
         "lr": 0.01, "eta_minus": 0.5, "eta_plus": 1.2, "step_min": 1e-6, "step_max": 50.0, "zero_on_flip": True,
         "maximize": False, "clip_value": None,
@@ -335,14 +317,6 @@ class RProp(Optimizer):
     checks = {"lr": hyper.non_negative}
     fixed = ("lr",)
     not_negative = ("step_size",)
-
-    @staticmethod
-    def rule_name(h):
-        return "rprop"
-
-    @staticmethod
-    def recipe(h, dtype):
-        return recipes.recipe("rprop", "rprop", h, dtype)
 
     @staticmethod
     def initial(h, state_name):

@@ -343,29 +343,42 @@ def many(decay, weight, terms):
 
 
 class Numbers(NamedTuple):
-    """What recipes.py has for one family: its functions and the classes of named tuples that they give."""
+    """What recipes.py has for one family: its rules, its functions and the classes of named tuples that these give."""
 
+    rules: dict  # names of states -> the name of the rule that has these; the last has all of them
+    optional: dict  # the name of a state that not every rule has -> the hyper-parameter that is above 0 where it is needed
     checks: FunctionType
     recipe: FunctionType
     right: type  # the class of what checks() gives
     values: type  # the class of its coefficients
 
 
+def by_states(*names):
+    return {rules.state_names(rules.RULES[name]): name for name in names}
+
+
+RMSPROP_RULES = by_states("rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum")
+RMSPROP_OPTIONAL = {"grad_avg": "centered", "momentum_buffer": "momentum"}
+ADAM_RULES = by_states("adam", "adam_amsgrad")
+ADAM_OPTIONAL = {"max_exp_avg_sq": "amsgrad"}
 FAMILIES = {
-    "rmsprop": Numbers(rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
-    "adagrad": Numbers(adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
-    "adam": Numbers(adam_checks, adam, AdamChecks, AdamValues),
-    "rprop": Numbers(rprop_checks, rprop, RPropChecks, RPropValues),
+    "rmsprop": Numbers(RMSPROP_RULES, RMSPROP_OPTIONAL, rmsprop_checks, rmsprop, RMSPropChecks, RMSPropValues),
+    "adagrad": Numbers(by_states("adagrad"), {}, adagrad_checks, adagrad, AdaGradChecks, AdaGradValues),
+    "adam": Numbers(ADAM_RULES, ADAM_OPTIONAL, adam_checks, adam, AdamChecks, AdamValues),
+    "rprop": Numbers(by_states("rprop"), {}, rprop_checks, rprop, RPropChecks, RPropValues),
 }
 
 
-def recipe(family, rule, h, dtype):
-    """The Recipe of hyper-parameters, each in its range; ValueError where one does not go with dtype or the others."""
+def recipe(family, h, dtype):
+    """The Recipe of hyper-parameters, each in its range, for a family (Numbers); ValueError where one does not go with dtype
+    or the others."""
     numbers = SimpleNamespace(**{name: WORDS.get(value, value) for name, value in vars(h).items()})
-    right = FAMILIES[family].checks(numbers, dtype)
+    right = family.checks(numbers, dtype)
     if not all(right):
         raise ValueError(hyper.forbidden(right._fields[right.index(False)], h, dtype))
-    general, values, corrections = FAMILIES[family].recipe(numbers, dtype)
+    unneeded = {state for state, name in family.optional.items() if not getattr(numbers, name) > 0}
+    rule = family.rules[tuple(state for state in [*family.rules][-1] if state not in unneeded)]
+    general, values, corrections = family.recipe(numbers, dtype)
     over = overflowing(values, corrections, dtype)
     if over >= 0:
         raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "

@@ -5,6 +5,8 @@ Exponential, Cosine and Plateau are stored in state_dict() and save(), counters 
 """
 
 import copy
+import functools
+import inspect
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,11 +28,55 @@ def _check(owner, **checks):
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
 
+_OUR_WORD = {  # the parameters of PyTorch's, Keras' and Optax' schedules, and what to write here: alternatives, parted by |
+    "step_size": "every",
+    "gamma": "factor",
+    "T_max": "steps",
+    "eta_min": "end",
+    "learning_rate": "lr",
+    "initial_learning_rate": "lr",
+    "init_value": "start where there is a warm-up, else lr | lr",
+    "peak_value": "lr",
+    "warmup_target": "lr",
+    "decay_steps": "steps, which counts the warm-up in | every",
+    "transition_steps": "every",
+    "decay_rate": "factor",
+    "end_value": "end",
+    "alpha": "end, which is a rate and not a share of lr",
+    "warmup_steps": "warmup",
+    "min_delta": "threshold",
+    "eps": "min_change",
+}
+
+
+def _said_instead(name, known):
+    """The end of a sentence that says what to write for a parameter of another framework, from the names in `known`."""
+    words = [text for text in _OUR_WORD.get(name, "").split(" | ") if text.split(" ")[0].strip(",") in known]
+    return f"; for {name} write {words[0]}" if words else ""
+
+
+def _told(made):
+    """The constructor `made`, with a sentence of ours for a keyword that it does not have."""
+    names = [*inspect.signature(made).parameters][1:]
+
+    @functools.wraps(made)
+    def __init__(self, *values, **options):
+        unknown = next((name for name in options if name not in names), None)
+        if unknown is not None:
+            said = _said_instead(unknown, names)
+            raise TypeError(f"{type(self).__name__} has no parameter {unknown!r}{said}; it has {', '.join(names)}")
+        made(self, *values, **options)
+
+    return __init__
+
+
 def _closed(counters=""):
     """Class decorator: setting an attribute raises AttributeError and says what to do, as nothing would use
-    the value.  counters: what is said of the attributes that the object changes itself.  A subclass may have others."""
+    the value.  counters: what is said of the attributes that the object changes itself.  A subclass may have others.
+    The constructor says what to write for a keyword of another framework."""
 
     def close(cls):
+        cls.__init__ = _told(cls.__init__)
         names = tuple(cls.__annotations__)
 
         def __setattr__(self, name, value):

@@ -75,12 +75,13 @@ def checked(d, kind, tensors, values, patterns, trusted=False):
 
 
 def _group(kind, k, mine, group, dialect):
-    """All hyper-parameters of group k; lr is the present one where the saved group has none."""
-    if group.keys() | {"lr"} != mine.keys():
-        name = next(iter((group.keys() | {"lr"}) ^ mine.keys()))
-        raise ValueError(f"groups[{k}] of the state_dict and {kind.__name__} do not both have {name!r}")
-    new = {name: kind.checked(dialect, name, value) for name, value in group.items()}
-    return {name: new.get(name, mine["lr"]) for name in mine}
+    """All hyper-parameters of group k.  Where the saved group has no lr, the present one stays; where it lacks another one,
+    because it was saved before there was this hyper-parameter, that gets its default."""
+    unknown = next((name for name in group if name not in mine), None)
+    if unknown is not None:
+        raise ValueError(f"groups[{k}] of the state_dict has {unknown!r}; {kind.__name__} has {', '.join(mine)}")
+    new = {**kind.defaults, "lr": mine["lr"], **group}
+    return {name: kind.checked(dialect, name, new[name]) for name in mine}
 
 
 def _count(tensor, by_name):

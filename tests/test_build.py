@@ -1,6 +1,7 @@
 """The build: what the compiler made of the kernels, the flags that make it do so, wheels, and builds without C."""
 
 import collections
+import inspect
 import os
 import re
 import shutil
@@ -81,13 +82,19 @@ def packed(operation, real, isa):
     return PACKED[isa].format(operation, "ps" if real == "float" else "pd")
 
 
+def operations(rule):
+    """What must be packed in the kernels of a rule: roots and quotients, or products where it has neither."""
+    text = inspect.getsource(rules.RULES[rule])
+    return [name for name, sign in (("sqrt", "sqrt("), ("div", " / ")) if sign in text] or ["mul"]
+
+
 def check_kernels(functions):
     """Every kernel of every tier: packed sqrt and div (multiplies where the rule has neither), and no fused multiply-adds or
     estimates but those of one line of roots."""
     for name, rule, real, isa in kernel_names():
         body = functions[name]
         assert body, f"{name} is not in the binary"
-        for operation in ("sqrt", "div") if rule != "rprop" else ("mul",):
+        for operation in operations(rule):
             assert any(re.search(packed(operation, real, isa), line) for line in body), f"{name} has no packed {operation}"
         fused = sum(bool(re.match(r"v?fn?m(add|sub|la\b|ls\b)", line)) for line in body)
         estimates = sum(bool(re.match(r"v?(rsqrt|rcp|frsqrte|frecpe)", line)) for line in body)

@@ -87,6 +87,8 @@ def test_the_jitted_functions_are_described():
             names = described(found["Parameters"])
             wanted = {p.name for p in inspect.signature(function.py_func).parameters.values()}
             assert wanted - {*FUNCTIONS[name].defaults} <= names, wanted - names
+            assert names <= {*inspect.signature(function.py_func).parameters, "..."}, names
+            assert "contiguous" in function.__doc__ and "TypingError" in function.__doc__ and "**" not in names, name
 
 
 def test_the_interface_of_the_memory_modules_is_written_down():

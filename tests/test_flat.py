@@ -160,13 +160,31 @@ class Number(enum.IntEnum):
 EQUAL = [
     ("w", np.str_("w"), Name.W),
     (b"w", np.bytes_(b"w")),
-    (1, np.int64(1), np.float32(1), True, np.True_, Number.ONE, Fraction(1)),
+    (1, np.int64(1), np.float32(1), True, np.True_, Number.ONE, Fraction(1), 1 + 0j, np.complex64(1), complex(1, -0.0)),
+    (1j, np.complex64(1j), complex(-0.0, 1)),
+    ((1 + 0j, "w"), (1, "w"), (True, "w")),
     (0.5, np.float32(0.5), Fraction(1, 2), Decimal("0.5")),
     (("w", 1), (np.str_("w"), np.int32(1)), (Name.W, Number.ONE)),
     (("w",), (np.str_("w"),)),
     (frozenset([0, 8, np.int64(16)]), frozenset([16, 8, 0])),  # which come in the order in which they were put in
 ]
-UNEQUAL = ["w", "1", 1, b"w", ("w",), ("w", 1), 0.5, 2**200, float("inf"), 1e300, frozenset({"w"}), None, "('w',)"]
+UNEQUAL = [
+    "w",
+    "1",
+    1,
+    b"w",
+    ("w",),
+    ("w", 1),
+    0.5,
+    1j,
+    1 + 1j,
+    2**200,
+    float("inf"),
+    1e300,
+    frozenset({"w"}),
+    None,
+    "('w',)",
+]
 
 
 @pytest.mark.parametrize("keys", EQUAL, ids=str)

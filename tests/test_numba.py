@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, DTYPES, THREADS_AT_ONCE, backends, bits, c, raw_recipe
+from conftest import BACKENDS, DTYPES, FUNCTIONS, THREADS_AT_ONCE, backends, bits, c, raw_recipe
+from test_build import operations
 from test_same_bits import scalar_reference, wild_buffers
 
 import fastrms
@@ -128,7 +129,7 @@ def check_code(text, dtype, operations):
 @pytest.mark.parametrize("general, dtype", [(False, DTYPES[0]), (True, DTYPES[0]), (True, DTYPES[1])])
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_every_kernel_is_vectorised_without_fma(rule, general, dtype):
-    check_code(machine_code(rule, general, dtype), dtype, ("sqrt", "div") if rule != "rprop" else ("mul",))
+    check_code(machine_code(rule, general, dtype), dtype, operations(rule))
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the instructions of x86-64 only")
@@ -584,7 +585,7 @@ def test_an_update_inside_users_code(name, options):
 
 
 def test_keywords_and_defaults_are_those_of_fastrms():
-    for name in ("rmsprop", "adagrad", "adam", "rprop"):
+    for name in FUNCTIONS:
         theirs = {p.name: p.default for p in inspect.signature(getattr(fastrms, name)).parameters.values()}
         mine = {p.name: p.default for p in inspect.signature(getattr(jitted, name).py_func).parameters.values()}
         left_out = theirs.keys() - mine.keys()
@@ -601,6 +602,17 @@ def test_what_cannot_be_is_refused():
     for options in ({"momentum": 0.9}, {"momentum_buffer": w.copy()}, {"bias_correction": "folding"}):
         with pytest.raises(ValueError, match="fastrms"):
             jitted.rmsprop(w, w, v, **options)
+    with pytest.raises(numba.errors.TypingError, match="fastrms has no rule of Adam with just the states exp_avg\n"):
+        jitted.adam(w, w, v, None, 1)
+    for name, word, said in (("rmsprop", "momentum", {"momentum": 0.9}), ("adam", "amsgrad", {"amsgrad": True})):
+        with pytest.raises(ValueError, match=f"fastrms: {word} and .* go together"):
+            called(name, [x.copy() for x in (w, w, v, v)[: ARGUMENTS[name]]], **said)
+    for options, words in (
+        ({"nesterov": True}, "nesterov must be one of False, 'dozat', 'folded'"),
+        ({"bias_correction": "folding"}, "bias_correction must be one of False, True, 'corrected', "),
+    ):
+        with pytest.raises(ValueError, match=f"fastrms: {words}"):
+            jitted.adam(w, w, v, v, 1, **options)
     with pytest.raises(ValueError, match="one shape"):
         jitted.rmsprop(w, w[:5], v)
     for options in ({"nesterov": True}, {"amsgrad": True}, {"amsgrad": "corrected"}):

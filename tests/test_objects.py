@@ -136,6 +136,7 @@ WORDS = [
     (lambda o: fastrms.RMSProp(np.ones(2)).groups[0].__setitem__("momentum", 0.9), ValueError, "make a new"),
     (lambda o: fastrms.RMSprop, AttributeError, "RMSProp"),
     (lambda o: fastrms.Adagrad, AttributeError, "AdaGrad"),
+    (lambda o: fastrms.Adamw, AttributeError, "write fastrms.AdamW$"),
 ]
 
 

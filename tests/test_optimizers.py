@@ -198,7 +198,6 @@ def test_state_dict_travels(make, backend):
         ("2..62", lambda d: d["tensors"][0].update(steps=2**63)),
         ("has no params", lambda d: d["tensors"][0].update(name="params['v']")),
         ("dialect", lambda d: d.update(dialect="jax")),
-        ("do not both have", lambda d: d["groups"][0].pop("maximize")),
         ("not a state_dict", lambda d: d["tensors"][0].update(state=[])),
         ("lr", lambda d: d["groups"][0].update(lr=10**400)),
         ("lr", lambda d: d["groups"][0].update(lr=-1.0)),
@@ -224,6 +223,18 @@ def test_state_dict_travels(make, backend):
     state = optimizer.state[first]["w"]
     state[...] = 7  # a live view, in the parameter's shape
     assert (optimizer.state[first]["w"] == 7).all()
+
+
+@pytest.mark.parametrize("make", CLASSES)
+def test_a_hyper_parameter_that_was_not_saved_gets_its_default(make):
+    """The state may have been saved before there was this hyper-parameter; lr stays as it is."""
+    changed = {"maximize": True, "clip_value": 2.0}
+    saved = make(np.ones(3), lr=0.5, **changed).state_dict()
+    for name in make.defaults:
+        other = make(np.ones(3), lr=0.25, **changed)
+        other.load_state_dict({**saved, "groups": [{key: x for key, x in saved["groups"][0].items() if key != name}]})
+        stays = 0.25 if name == "lr" else make.defaults[name]
+        assert dict(other.groups[0]) == {**saved["groups"][0], name: stays}, name
 
 
 def test_a_callable_lr_is_not_saved_and_stays(backend):

@@ -367,3 +367,31 @@ def test_a_subclass_of_ours_is_foreign():
 def test_import_fastrms_does_not_import_schedules():
     code = "import sys, fastrms; assert 'fastrms.schedules' not in sys.modules; fastrms.schedules.Step(0.1, 2)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+THEIRS = [  # (class, parameter of another framework, ours)
+    (Step, "step_size", "every"), (Step, "gamma", "factor"), (Step, "initial_learning_rate", "lr"),
+    (Exponential, "gamma", "factor"), (Exponential, "decay_rate", "factor"), (Exponential, "decay_steps", "every"),
+    (Exponential, "init_value", "lr"), (Exponential, "transition_steps", "every"),
+    (Cosine, "T_max", "steps"), (Cosine, "eta_min", "end"), (Cosine, "warmup_steps", "warmup"),
+    (Cosine, "decay_steps", "steps"),
+    (Cosine, "initial_learning_rate", "lr"), (Cosine, "init_value", "start"), (Cosine, "peak_value", "lr"),
+    (Cosine, "end_value", "end"), (Cosine, "alpha", "end"), (Cosine, "warmup_target", "lr"),
+    (Plateau, "min_delta", "threshold"), (Plateau, "eps", "min_change"), (EarlyStopping, "min_delta", "threshold"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name, ours", THEIRS)
+def test_a_keyword_of_another_framework_gets_our_word(kind, name, ours):
+    with pytest.raises(
+        TypeError, match=rf"^{kind.__name__} has no parameter '{name}'; for {name} write {ours}\b.*; it has "
+    ):
+        kind(0.1, **{name: 5})
+
+
+def test_no_schedule_sends_to_a_parameter_that_it_lacks():
+    with pytest.raises(TypeError, match=r"^Step has no parameter 'T_max'; it has lr, every, factor$"):
+        Step(0.1, 5, T_max=3)
+    with pytest.raises(TypeError, match="'min_delta'; for min_delta write threshold"):
+        Plateau.keras(0.1, min_delta=0.1)
+    assert Step(0.1, factor=0.5, every=3)(6) == 0.1 * 0.5**2

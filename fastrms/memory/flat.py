@@ -92,11 +92,12 @@ def key_text(key):
 
 
 def _plain_number(key):
-    """The int or float that equals a number of any type; the number itself where none does."""
-    for kind in (int, float):
+    """The int, float or complex number that equals a number of any type; the number itself where none does."""
+    real = getattr(key, "real", key)
+    for kind, value in ((int, real), (float, real), (complex, key)):
         try:
-            if kind(key) == key:
-                return kind(key)
+            if kind(value) == key:
+                return kind(value) + 0  # + 0 makes a negative zero positive: the two are equal
         except (TypeError, ValueError, OverflowError):  # not real, not finite, or too large for a float
             pass
     return key
