@@ -118,6 +118,10 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
 int fastrms_step(fastrms_plan *plan);
 int fastrms_step_held(fastrms_plan *plan, int held);
 
+/* fastrms_step_held with another grad_scale, and with clip_norm unless that is negative; *found receives what the step
+ * found, unless found is NULL. */
+int fastrms_step_with(fastrms_plan *plan, int held, double grad_scale, double clip_norm, fastrms_found *found);
+
 /* Take over parameters, gradients and recipes, and make a step, in one call that no other thread and no interrupt can cut in
  * two: all of it is done, or nothing.
  * param, grad: new addresses for every tensor, or NULL; recipe: the new values of all recipes, or NULL; hold: a number other
@@ -129,16 +133,17 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
 
 /* Give every recipe a learning rate: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
  * 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows; this
- * memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE. */
+ * memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE.  New recipes bring rates of
+ * their own, which take the place of these. */
 int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates);
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; recipe: the new values of all recipes, or NULL.  A gradient that shares
+ * FASTRMS_STREAMING.  param: a new address, or NULL; rates: the learning rate of each recipe, or NULL.  A gradient that shares
  * a byte with a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The plan goes on holding the gradients
  * that it held before. */
 int fastrms_stream_open(fastrms_plan *plan);
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const double *rates,
                         double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 

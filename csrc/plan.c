@@ -213,22 +213,50 @@ static int acquire(fastrms_plan *plan)
     return plan->streaming ? release(plan, FASTRMS_STREAMING) : FASTRMS_OK;
 }
 
-int fastrms_step(fastrms_plan *plan)
+/* a step with another grad_scale and clip_norm than those of the plan */
+static int run_with(fastrms_plan *plan, double grad_scale, double clip_norm, fastrms_found *found)
 {
-    if (acquire_part(plan))
-        return FASTRMS_BUSY;
-    if (!plan->held || plan->streaming)
-        return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
-    return release(plan, lacks_rate(plan) ? FASTRMS_NO_RATE : run(plan));
+    double usual_scale = plan->grad_scale, usual_norm = plan->clip_norm;
+    plan->grad_scale = grad_scale;
+    plan->clip_norm = clip_norm;
+    int status = run(plan);
+    plan->grad_scale = usual_scale;
+    plan->clip_norm = usual_norm;
+    if (found)
+        *found = plan->found;
+    return status;
+}
+
+/* why no step can be made from the gradients that are held under this number, FASTRMS_OK where it can */
+static int unready(const fastrms_plan *plan, int held)
+{
+    if (!plan->held || plan->held != held || plan->streaming)
+        return plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD;
+    return lacks_rate(plan) ? FASTRMS_NO_RATE : FASTRMS_OK;
 }
 
 int fastrms_step_held(fastrms_plan *plan, int held)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
-    if (!plan->held || plan->held != held || plan->streaming)
-        return release(plan, plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD);
-    return release(plan, lacks_rate(plan) ? FASTRMS_NO_RATE : run(plan));
+    int status = unready(plan, held);
+    return release(plan, status ? status : run(plan));
+}
+
+int fastrms_step(fastrms_plan *plan)
+{
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    int status = unready(plan, plan->held);
+    return release(plan, status ? status : run(plan));
+}
+
+int fastrms_step_with(fastrms_plan *plan, int held, double grad_scale, double clip_norm, fastrms_found *found)
+{
+    if (acquire_part(plan))
+        return FASTRMS_BUSY;
+    int status = unready(plan, held);
+    return release(plan, status ? status : run_with(plan, grad_scale, clip_norm, found));
 }
 
 int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates)
@@ -309,9 +337,12 @@ static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes
 
 static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
 {
-    for (int k = 0; recipe && k < plan->recipes; ++k)
+    if (!recipe)
+        return;
+    for (int k = 0; k < plan->recipes; ++k)
         plan->recipe[k] = recipe[k];
-    plan->unchanging &= !recipe;
+    plan->unchanging = 0;
+    plan->rate_rows = 0;
 }
 
 static void take_over(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe, int hold)
@@ -325,20 +356,6 @@ static void take_over(fastrms_plan *plan, void *const *param, const void *const 
         plan->grad[k] = grad[k];
     plan->held = hold;
     plan->unchanging = 0;
-}
-
-/* a step with another grad_scale and clip_norm than those of the plan */
-static int run_with(fastrms_plan *plan, double grad_scale, double clip_norm, fastrms_found *found)
-{
-    double usual_scale = plan->grad_scale, usual_norm = plan->clip_norm;
-    plan->grad_scale = grad_scale;
-    plan->clip_norm = clip_norm;
-    int status = run(plan);
-    plan->grad_scale = usual_scale;
-    plan->clip_norm = usual_norm;
-    if (found)
-        *found = plan->found;
-    return status;
 }
 
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
@@ -362,9 +379,6 @@ int fastrms_stream_open(fastrms_plan *plan)
     int status = acquire(plan);
     if (status)
         return status;
-    if (lacks_rate(plan))
-        return release(plan, FASTRMS_NO_RATE);
-    take_rates_of_step(plan);
     plan->streaming = 1;
     plan->streamed = 0;
     would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */
@@ -389,7 +403,7 @@ static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *par
     return FASTRMS_OVERLAP;
 }
 
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const fastrms_recipe *recipe,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const double *rates,
                         double grad_scale)
 {
     if (acquire_part(plan))
@@ -399,7 +413,8 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
     int status = accept_streamed(plan, &plan->tensor[tensor], param, grad);
     if (status)
         return release(plan, status);
-    set_recipes(plan, recipe);
+    if (rates)
+        take_rates(plan, rates);
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,
@@ -434,8 +449,8 @@ int fastrms_copy(fastrms_plan *plan, int64_t count, void *const *to, const void 
 }
 
 /* one step on raw buffers; step is the number of this update, from 1 */
-int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
-                   void *param, const void *grad, void *state0, void *state1, void *state2)
+int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size, int64_t step, double grad_scale,
+                           void *param, const void *grad, void *state0, void *state1, void *state2)
 {
     const void *const buffer[] = {param, grad, state0, state1, state2};
     uintptr_t range[5][2];
@@ -454,9 +469,21 @@ int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, dou
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double ready[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
+    fastrms_recipe rated;
+    if (recipe->lr != lr) {
+        rated = *recipe;
+        rated.lr = lr;
+        recipe = &rated;
+    }
     fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = (fastrms_recipe *)recipe, .grad = &grad, .ready = ready,
                          .starts = starts, .grad_scale = grad_scale, .clip_norm = -1};
     if (size)
         run(&plan);
     return FASTRMS_OK;
+}
+
+int fastrms_update(const fastrms_recipe *recipe, int64_t size, int64_t step, double grad_scale,
+                   void *param, const void *grad, void *state0, void *state1, void *state2)
+{
+    return fastrms_update_at_rate(recipe, recipe->lr, size, step, grad_scale, param, grad, state0, state1, state2);
 }

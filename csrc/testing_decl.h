@@ -28,6 +28,10 @@ void fastrms_set_wait_awake(int allowed);
 
 /* ---- coefficients ---- */
 
+/* fastrms_update with another learning rate than that of the recipe, which threads may share */
+int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size, int64_t step, double grad_scale,
+                           void *param, const void *grad, void *state0, void *state1, void *state2);
+
 /* weight * (1 + decay + ... + decay^(terms-1)) */
 double fastrms_series(double decay, double weight, int64_t terms);
 

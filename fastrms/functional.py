@@ -13,7 +13,7 @@ from .recipes import Recipe
 from .tensors import new_state
 
 _c = backends.load("c")
-_c_update = _c.lib and _c.lib.fastrms_update
+_c_update = _c.lib and _c.lib.fastrms_update_at_rate
 _from_buffer = _c.ffi and _c.ffi.from_buffer
 _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
@@ -22,12 +22,14 @@ _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change 
 ONE, MOST_STEPS = 1.0, hyper.MOST_STEPS
 _WRONG = (AttributeError, BufferError, KeyError, TypeError, ValueError)
 _CACHE_SIZE = 256
+_UNSAID = object()  # the learning rate of the class and the dialect
 
 
 class Prepared(NamedTuple):
-    """What a call needs; it is made once per set of hyper-parameters."""
+    """What a call needs; it is made once per set of hyper-parameters other than lr."""
 
-    recipe: Recipe
+    values: dict  # the hyper-parameters, with the default of lr
+    recipe: Recipe  # with the default of lr
     update: Any  # the backend's update(), which takes flat arrays
     c_recipe: Any  # a fastrms_recipe for C's short way; None on other backends, and where the state is checked for zeros
     positive_state: bool
@@ -44,20 +46,23 @@ class Call:
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.given = {name: state in self.names for name, state in optimizer.implied().items()}
         self.cache = {}
-        self.last = None, None, None  # hyper-parameters of the last call, dtype, fastrms_recipe
+        self.last = None, None, None, None, None  # options of the last call, dtype, fastrms_recipe, its lr, its most_rate
 
-    def run(self, options, step, grad_scale, param, grad, first, second=None, third=None):
-        """Make the update.  For exact ndarrays and the hyper-parameters of the last call there is a short way, with the same
-        checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is misaligned or is
-        missing.  Everything else goes through checked()."""
+    def run(self, rate, options, step, grad_scale, param, grad, first, second=None, third=None):
+        """Make the update.  For exact ndarrays and the hyper-parameters of the last call, but for lr, there is a short way,
+        with the same checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is
+        misaligned or is missing.  Everything else goes through checked()."""
         if type(step) is not int or not 0 < step <= MOST_STEPS:
             step = hyper.step_count("step", step, least=1)
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
-            last, dtype, recipe = self.last
+            last, dtype, recipe, usual, most = self.last
+            lr = usual if rate is _UNSAID else rate
             if (
                 options == last
+                and type(lr) is float
+                and 0 <= lr <= most
                 and type(param) is _ndarray is type(grad)
                 and type(first) is _ndarray
                 and param.dtype is dtype is grad.dtype
@@ -72,6 +77,7 @@ class Call:
                     third_at = _NULL if third is None else _pointer(third, param)
                     if not _c_update(
                         recipe,
+                        lr,
                         param.size,
                         step,
                         grad_scale,
@@ -85,9 +91,9 @@ class Call:
         except _WRONG:
             pass  # checked() says what is wrong
         buffers = param, grad, first, second, third
-        self.checked(options, step, grad_scale, buffers[: len(self.names)])
+        self.checked(rate, options, step, grad_scale, buffers[: len(self.names)])
 
-    def checked(self, options, step, grad_scale, buffers):
+    def checked(self, rate, options, step, grad_scale, buffers):
         """Make the update for any array-likes, or say in an error what is wrong with them."""
         names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
@@ -100,11 +106,12 @@ class Call:
         if memory is not host:
             options = {**options, "backend": "cuda"}
         prepared = self.prepared(param.dtype, options)
+        recipe = prepared.recipe if rate is _UNSAID else self.at_rate(prepared, options.get("dialect"), rate)
         if prepared.positive_state and any((memory.on_host(buffer.flat) == 0).any() for buffer in acquired[2:]):
             raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
         flats = [buffer.flat for buffer in acquired]
         try:
-            prepared.update(prepared.recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+            prepared.update(recipe, step, grad_scale, flats[0], flats[1], flats[2:])
         finally:
             memory.wrote([param, *acquired[2:]])
 
@@ -122,8 +129,17 @@ class Call:
             if plain:
                 self.cache[key] = prepared
         if plain and prepared.c_recipe is not None:
-            self.last = options, dtype, prepared.c_recipe
+            self.last = options, dtype, prepared.c_recipe, prepared.recipe.rate, prepared.recipe.most_rate
         return prepared
+
+    def at_rate(self, prepared, dialect, rate):
+        """The recipe of a call with another learning rate than the default."""
+        rate = self.optimizer.checked(dialect, "lr", rate)
+        if callable(rate):
+            raise TypeError("lr must be a number here; a schedule needs an optimizer object")
+        if rate > prepared.recipe.most_rate:
+            return self.optimizer.checked_recipe(SimpleNamespace(**{**prepared.values, "lr": rate}), prepared.recipe.dtype)
+        return prepared.recipe.at_rate(rate)
 
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
         """Check the hyper-parameters that the caller gave, and make their Prepared."""
@@ -131,8 +147,6 @@ class Call:
         if useless is not None:
             raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
         values = self.optimizer.resolve(dialect, {**self.given, **options})
-        if callable(values["lr"]):
-            raise TypeError("lr must be a number here; a schedule needs an optimizer object")
         h = SimpleNamespace(**values)
         recipe = self.optimizer.checked_recipe(h, dtype)
         if recipe.rule != self.rule:
@@ -145,7 +159,7 @@ class Call:
         if module is _c and not positive:
             c_recipe = _c.ffi.new("fastrms_recipe *")
             _c.fill_recipe(c_recipe, recipe)
-        return Prepared(recipe, module.update, c_recipe, positive)
+        return Prepared(values, recipe, module.update, c_recipe, positive)
 
 
 def _pointer(state, param):
@@ -164,7 +178,9 @@ _adam_amsgrad = Call(Adam, "adam_amsgrad")
 _rprop = Call(RProp, "rprop")
 
 
-def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, **options):
+def rmsprop(
+    param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, step=None, grad_scale=ONE, lr=_UNSAID, **options
+):
     """One RMSProp update of param and its state, in place (Hinton 2012, Coursera lecture 6e).
 
     ::
@@ -204,15 +220,15 @@ def rmsprop(param, grad, square_avg, *, grad_avg=None, momentum_buffer=None, ste
             raise ValueError("bias_correction needs step, the number of this update from 1")
         step = 1
     if grad_avg is None and momentum_buffer is None:
-        return _rmsprop.run(options, step, grad_scale, param, grad, square_avg)
+        return _rmsprop.run(lr, options, step, grad_scale, param, grad, square_avg)
     if grad_avg is None:
-        return _rmsprop_momentum.run(options, step, grad_scale, param, grad, square_avg, momentum_buffer)
+        return _rmsprop_momentum.run(lr, options, step, grad_scale, param, grad, square_avg, momentum_buffer)
     if momentum_buffer is None:
-        return _rmsprop_centered.run(options, step, grad_scale, param, grad, square_avg, grad_avg)
-    return _rmsprop_centered_momentum.run(options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
+        return _rmsprop_centered.run(lr, options, step, grad_scale, param, grad, square_avg, grad_avg)
+    return _rmsprop_centered_momentum.run(lr, options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
-def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
+def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, lr=_UNSAID, **options):
     """One AdaGrad update of param and sum, in place (Duchi, Hazan, Singer 2011).
 
     ::
@@ -242,10 +258,10 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, **options):
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    return _adagrad.run(options, step, grad_scale, param, grad, sum)
+    return _adagrad.run(lr, options, step, grad_scale, param, grad, sum)
 
 
-def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, **options):
+def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_scale=ONE, lr=_UNSAID, **options):
     """One Adam update of param and its state, in place (Kingma, Ba 2015).
 
     ::
@@ -280,8 +296,8 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
         Before anything is written, with a sentence that names the argument.
     """
     if max_exp_avg_sq is None:
-        return _adam.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
-    return _adam_amsgrad.run(options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        return _adam.run(lr, options, step, grad_scale, param, grad, exp_avg, exp_avg_sq)
+    return _adam_amsgrad.run(lr, options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
@@ -314,7 +330,7 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    return _rprop.run(options, 1, grad_scale, param, grad, prev, step_size)
+    return _rprop.run(_UNSAID, options, 1, grad_scale, param, grad, prev, step_size)
 
 
 def init_state(optimizer, param, *, dialect=None, **options):
@@ -365,7 +381,8 @@ __all__ = [*OPTIMIZERS, "init_state"]
 
 def _show_signature(function, optimizer):
     """inspect.signature and help() show every hyper-parameter with its default; editors read __init__.pyi."""
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    given = inspect.signature(function).parameters.values()
+    own = [p for p in given if p.kind != p.VAR_KEYWORD and p.default is not _UNSAID]
     skip = {"centered", *optimizer.fixed} | {p.name for p in own}
     rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
     keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]

@@ -16,13 +16,15 @@ class Gradients:
     ``held`` is None, or the object whose memory the plan holds: ``bound_object``, which bind() was given, or an array or
     FlatBuffer.grads that step() was given twice in a row.  ``number`` names what is held: the backend makes a step by
     number only while it is still this one.  ``held_shape`` is the shape that a held array had, None for anything else.
-    ``bound`` lists the Buffers of bound_object; it is None before bind().
+    ``bound`` lists the Buffers of bound_object; it is None before bind().  ``may_move`` is True where bound gradients are
+    held and one is a torch tensor, which may have been given other memory.
     """
 
     def __init__(self, tensors, zero_grad):
         self._tensors, self._writable = tensors, zero_grad
         self.bound = self.bound_object = None
         self.held = self.held_shape = None
+        self.may_move = False
         self.number = 0
         self._last = None  # a weak reference to the array of the last step
         plain = tensors.memory is host  # only on the host may an ndarray pass without acquire()
@@ -39,6 +41,7 @@ class Gradients:
     def hold(self, held):
         """Note what the plan holds from now on, which may be None."""
         self.held, self.held_shape = held, held.shape if type(held) is np.ndarray else None
+        self.may_move = self.holds_bound and any(map(host.is_torch, self._bound_owners()))
 
     def next_number(self):
         self.number = self.number % MOST + 1
@@ -83,14 +86,10 @@ class Gradients:
     def _accept_bound(self, anew):
         if self.bound is None:
             raise ValueError("there are no gradients: pass grads to step(), or bind() them first")
-        if self.holds_bound and not anew and not self.may_move():
+        if self.holds_bound and not anew and not self.may_move:
             return None, None
         self.bound = self.acquire(self._bound_owners(), self._writable)
         return self.bound, self.bound_object
-
-    def may_move(self):
-        """Whether the plan holds bound gradients and one is a torch tensor, which may have been given other memory."""
-        return self.holds_bound and any(map(host.is_torch, self._bound_owners()))
 
     def held_buffers(self):
         """Writable Buffers of the gradients that are bound, or else held."""

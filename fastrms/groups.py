@@ -3,6 +3,8 @@
 from collections.abc import MutableMapping
 from types import SimpleNamespace
 
+from . import hyper
+
 
 class Group(MutableMapping):
     """The hyper-parameters of one group; setting one checks it and takes effect at the next step."""
@@ -47,26 +49,65 @@ class Group(MutableMapping):
 class Groups:
     """The hyper-parameters of all groups of an optimizer.
 
-    ``values`` lists the hyper-parameters of each group by name, ``rules`` the rule of each RecipeKey of the tensors, and
-    ``scheduled`` the indices of the RecipeKeys whose learning rate is a schedule.
+    ``values`` lists the hyper-parameters of each group by name, and ``rules`` the rule of each RecipeKey of the tensors.
+    ``scheduled`` is True where a learning rate is a schedule, ``foreseen`` where all schedules depend on the step alone.
     """
 
     def __init__(self, family, tensors, values):
         self._family, self._tensors = family, tensors
-        self.take(values)
-        self.rules = [recipe.rule for recipe in self.recipes()]
+        recipes = self.recipes(values)
+        self.take(values, recipes)
+        self.rules = [recipe.rule for recipe in recipes]
 
-    def take(self, values):
-        """Replace the hyper-parameters of all groups."""
+    def take(self, values, recipes=None):
+        """Replace the hyper-parameters of all groups.  recipes: those that they make, None where only a rate has changed."""
         self.values = values
-        self._of_rate = {}  # index of a recipe -> (learning rate, recipe)
-        self.scheduled = [k for k, key in enumerate(self._tensors.keys) if callable(values[key.group]["lr"])]
+        if recipes is not None:
+            self._most_rates = [recipe.most_rate for recipe in recipes]
+            self._free_up_to = -1.0 if "lr" in self._family.fixed else min(self._most_rates)
+        keys = self._tensors.keys
+        self.scheduled = any(callable(values[key.group]["lr"]) for key in keys)
+        self.foreseen = self.scheduled and all(map(is_foreseen, (values[key.group]["lr"] for key in keys)))
 
     def recipes(self, values=None):
-        """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; the next step evaluates it."""
+        """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; each step evaluates it."""
         values = self.values if values is None else values
         keys = self._tensors.keys
         return [self._family.checked_recipe(self._family.at_step(values[key.group]), key.dtype) for key in keys]
+
+    def _checked_rate(self, k, values, rate):
+        """A learning rate of RecipeKey k; ValueError where a coefficient would not be finite in its dtype."""
+        if rate > self._most_rates[k]:
+            key = self._tensors.keys[k]
+            self._family.checked_recipe(SimpleNamespace(**{**values[key.group], "lr": rate}), key.dtype)
+        return rate
+
+    def are_free_for(self, rate):
+        """Whether this learning rate may be set for all groups without another check."""
+        return type(rate) is float and not self.scheduled and 0 <= rate <= self._free_up_to
+
+    def take_rate(self, rate):
+        """Replace the learning rate of all groups."""
+        self.values = [{**values, "lr": rate} for values in self.values]
+
+    def constant_rates(self, values):
+        """The learning rate of each RecipeKey, None where it is a schedule."""
+        rates = [values[key.group]["lr"] for key in self._tensors.keys]
+        return [None if callable(rate) else self._checked_rate(k, values, rate) for k, rate in enumerate(rates)]
+
+    def rates(self, steps, rows):
+        """The learning rate of each RecipeKey for `rows` steps, the first of which comes after `steps` steps, one row after
+        the other; schedules are evaluated."""
+        groups, of_group = [key.group for key in self._tensors.keys], {}
+        for group in set(groups):
+            of_group[group] = self._rates_of(self.values[group]["lr"], range(steps, steps + rows))
+        return [self._checked_rate(k, self.values, of_group[g][r]) for r in range(rows) for k, g in enumerate(groups)]
+
+    @staticmethod
+    def _rates_of(rate, steps):
+        if not callable(rate):
+            return [rate] * len(steps)
+        return [hyper.non_negative(f"lr({step})", rate(step)) for step in steps]
 
     def initial(self, key, name):
         """The value at which a state of this name starts."""
@@ -101,11 +142,7 @@ class Groups:
                 raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {key.dtype}, and the sum of "
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
 
-    def scheduled_recipes(self, steps):
-        """Index -> recipe of the next step, where lr is a schedule; it is made anew only where the rate has changed."""
-        for k in self.scheduled:
-            key = self._tensors.keys[k]
-            h = self._family.at_step(self.values[key.group], steps)
-            if k not in self._of_rate or self._of_rate[k][0] != h.lr:
-                self._of_rate[k] = h.lr, self._family.checked_recipe(h, key.dtype)
-        return {k: self._of_rate[k][1] for k in self.scheduled}
+
+def is_foreseen(rate):
+    """Whether the learning rates of all steps are known: that of a schedule which depends on the step alone."""
+    return not callable(rate) or vars(type(rate)).get("depends_on_step_alone", False)

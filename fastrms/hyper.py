@@ -32,7 +32,8 @@ def within(words, holds):
     """A check that a value is a number for which holds() is true; `words` describe these numbers."""
 
     def check(name, value):
-        value = number(name, value)
+        if type(value) is not float or value != value:
+            value = number(name, value)
         if not holds(value):
             raise ValueError(f"{name}={value!r} must be {words}")
         return value

@@ -94,7 +94,7 @@ class Optimizer(Names, Family):
     """
 
     # what step() reads: 20 ns faster than in the dict
-    __slots__ = ("__dict__", "__weakref__", "_argument", "_call", "_call_held", "_no_grads", "_same_grads")
+    __slots__ = ("__dict__", "__weakref__", "_argument", "_call", "_call_held", "_looking_grads", "_no_grads", "_same_grads")
 
     def __new__(cls, params=None, *positional, **options):
         if cls is Optimizer:
@@ -130,6 +130,7 @@ class Optimizer(Names, Family):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
         self._call, self._call_held, self._argument = plan.bound_step()
         self._gradients = Gradients(self._tensors, self._zero_grad)
+        self._rates_from = self._rates_until = 0  # the steps for which the plan has the rates of foreseen schedules
         self._hold(None)
 
     # hyper-parameters
@@ -137,13 +138,34 @@ class Optimizer(Names, Family):
     def _change(self, changes):
         """Set hyper-parameters, (group, name, value) each: check everything, then hand the new recipes to the plan."""
         values = self._groups.changed(self._dialect, changes)
+        if all(name == "lr" for _, name, _ in changes):
+            return self._change_rates(values)
         recipes = self._groups.recipes_for(values, self._tensors.state, f"setting {changes[0][1]}={changes[0][2]!r}")
         with self._one_thread:
+            self._forget_rates()
             self._change_plan(recipes=recipes, run=False)
-            self._take_values(values)
+            self._take_values(values, recipes)
 
-    def _take_values(self, values):
-        self._groups.take(values)
+    def _change_rates(self, values):
+        """Set learning rates alone: a number in the plan for each recipe, or a schedule, which the next step asks."""
+        groups, rates = self._groups, self._groups.constant_rates(values)
+        asked = groups.scheduled or None in rates
+        with self._one_thread:
+            if asked:
+                self._forget_rates()
+            self._refuse_unless_ok(self._plan.change(run=False)[0] if None in rates else self._plan.set_rates(rates))
+            groups.take(values)
+            if asked:
+                self._forget_rates()
+
+    def _take_values(self, values, recipes):
+        self._groups.take(values, recipes.values())
+        self._forget_rates()
+
+    def _forget_rates(self):
+        """Let the next step ask the schedules again.  This comes before the plan is told anything, as its recipes hold a
+        rate of 0 where there is a schedule, and again where there is one from now on."""
+        self._rates_until = 0
         self._hold(self._gradients.held)
 
     @property
@@ -163,6 +185,12 @@ class Optimizer(Names, Family):
 
     @lr.setter
     def lr(self, value):
+        groups = self._groups
+        if groups.are_free_for(value):
+            with self._one_thread:
+                self._refuse_unless_ok(self._plan.set_rates([value] * len(groups.rules)))
+                groups.take_rate(value)
+            return
         rates = value if isinstance(value, list) else [value] * len(self._groups.values)
         if len(rates) != len(self._groups.values):
             raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._groups.values)} groups")
@@ -196,18 +224,22 @@ class Optimizer(Names, Family):
     # steps
 
     def _hold(self, held):
-        """Note what the plan holds, and whether step() may call the backend at once: no step may need Python, and none may
-        have anything to tell."""
+        """Note what the plan holds, and whether step() may call the backend at once: no step may need Python.  A plain step
+        has nothing to tell either."""
         gradients = self._gradients
         gradients.hold(held)
-        direct = held is not None and self._nonfinite == "propagate" and not self._needs_python()
-        self._no_grads = None if direct and gradients.holds_bound else _NEVER
+        direct = held is not None and not self._needs_python()
         again = direct and type(held) in tree.STEADY and not self._zero_grad  # else it is asked whether it may be written
-        self._same_grads = held if again else _NEVER, gradients.number, gradients.held_shape
+        known = None if direct and gradients.holds_bound else held if again else _NEVER
+        plain = self._nonfinite == "propagate"
+        self._no_grads = None if plain and known is None else _NEVER
+        self._same_grads = held if plain and again else _NEVER, gradients.number, gradients.held_shape
+        self._looking_grads = known, gradients.number, gradients.held_shape
 
     def _needs_python(self):
         """Whether a schedule must be asked, or something may move between steps (torch)."""
-        return bool(self._groups.scheduled or self._tensors.of_torch or self._gradients.may_move())
+        asked = self._groups.scheduled and not self._rates_until
+        return bool(asked or self._tensors.of_torch or self._gradients.may_move)
 
     # grad_scale and clip_norm are for keywords; enforcing that by `*` costs 60 ns of 250 at 64 elements (CPython 3.11)
     def step(self, grads=None, grad_scale=ONE, clip_norm=None):
@@ -251,8 +283,24 @@ class Optimizer(Names, Family):
                     and not self._call_held(self._argument, number)
                 ):
                     return APPLIED
+        info = self._looking_step(grads, grad_scale, clip_norm)
+        if info is not None:
+            return info
         with self._one_thread:
             return self._checked_step(grads, grad_scale, clip_norm)
+
+    def _looking_step(self, grads, grad_scale, clip_norm):
+        """The StepInfo of a step that looks at its gradients first, made at once where the plan holds these; None where
+        there is no such short way."""
+        known, number, shape = self._looking_grads
+        if grads is not known or (known is not None and shape is not None and grads.shape != shape):
+            return None
+        if type(grad_scale) is not float or not 1e-30 <= grad_scale <= 1e30:
+            return None
+        if clip_norm is not None and (type(clip_norm) is not float or not clip_norm > 0):
+            return None
+        status, found = self._plan.step_looking(number, grad_scale, clip_norm)
+        return self._info(found) if found and status in (backends.OK, backends.NONFINITE) else None
 
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
@@ -262,15 +310,17 @@ class Optimizer(Names, Family):
         if clip_norm is not None:
             clip_norm = hyper.above_zero("clip_norm", clip_norm)
         tensors, gradients = self._tensors, self._gradients
-        recipes = self._scheduled_recipes()
+        renewed = self._groups.scheduled and self._renew_rates()
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
         if accepted is not None:
             self._hold(None)
         number = 0 if hold is None else gradients.next_number()
-        found = self._change_plan(params, accepted, recipes, number, True, grad_scale, clip_norm)
+        found = self._change_plan(params, accepted, None, number, True, grad_scale, clip_norm)
         if hold is not None:
             self._hold(hold)
+        elif renewed:
+            self._hold(gradients.held)
         return APPLIED if found is None else self._info(found)
 
     def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
@@ -310,9 +360,22 @@ class Optimizer(Names, Family):
             )
         return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
 
-    def _scheduled_recipes(self):
-        """The recipes of the next step by index, where lr is a schedule."""
-        return self._groups.scheduled_recipes(self.steps) if self._groups.scheduled else None
+    def _renew_rates(self):
+        """Give the plan the learning rates of the next step, and of many where the schedules are foreseen; it may have those
+        already.  Returns whether it has them for later steps from now on."""
+        steps, groups = self._plan.steps, self._groups
+        if self._rates_from <= steps < self._rates_until:
+            return False
+        self._rates_until = 0
+        rows = self._plan.most_rate_rows if groups.foreseen else 1
+        self._refuse_unless_ok(self._plan.set_rates(groups.rates(steps, rows), steps, rows))
+        if rows > 1:
+            self._rates_from, self._rates_until = steps, steps + rows
+        return rows > 1
+
+    def _refuse_unless_ok(self, status):
+        if status != backends.OK:
+            raise self._refusal(status)
 
     def _refusal(self, status):
         if status == backends.STREAMING:
@@ -412,10 +475,10 @@ class Optimizer(Names, Family):
             raise TypeError(f"{tensor.grad_name} is None; a tensor without a gradient is left out of the block")
         buffer = self._tensors.acquire_grad(k, grad, self._zero_grad)
         params = self._tensors.moved([k]) if k in self._tensors.of_torch else None
-        recipes = self._scheduled_recipes() if first else None
+        rates = self._groups.rates(self.steps, 1) if first and self._groups.scheduled else None
         status = None
         try:
-            status = self._plan.stream_step(k, params and params[k], buffer, recipes, grad_scale)
+            status = self._plan.stream_step(k, params and params[k], buffer, rates, grad_scale)
         finally:
             if status in (None, backends.OK):
                 self._memory.wrote([params[k] if params else tensor.param, *([buffer] if self._zero_grad else [])])
@@ -453,7 +516,7 @@ class Optimizer(Names, Family):
             raise RuntimeError(
                 "c_step needs gradients that stay: bind() them first, or again after a step with other gradients"
             )
-        if self._needs_python():
+        if self._groups.scheduled or self._needs_python():
             raise RuntimeError("c_step cannot serve a callable lr or torch tensors, which need Python at every step")
         return self._plan.addresses()
 
@@ -462,7 +525,8 @@ class Optimizer(Names, Family):
         the step and write its coefficients, an lr set since included, to the device."""
         if self._backend != "cuda" or self._gradients.held is None:
             raise RuntimeError("advance() needs backend='cuda', capturable=True and bound gradients: see bind()")
-        self._change_plan(recipes=self._scheduled_recipes(), run=False)
+        if self._groups.scheduled:
+            self._renew_rates()
         self._plan.advance()
 
     # state
@@ -525,11 +589,12 @@ class Optimizer(Names, Family):
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
         recipes = self._groups.recipes_for(loaded.values, loaded.flats, "this state_dict")
         with self._one_thread:
+            self._forget_rates()
             self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))
-            self._take_values(loaded.values)
+            self._take_values(loaded.values, recipes)
 
     def _checked_state_dict(self, d, trusted=False):
         """The contents of a state_dict, checked against this optimizer."""

@@ -56,6 +56,15 @@ class OwnRecipe(NamedTuple):
 
     fixed = False
     ahead = None  # the subclass is asked step by step
+    most_rate = -1.0  # it is asked at every rate, too
+
+    @property
+    def rate(self):
+        return self.hyper["lr"]
+
+    def at_rate(self, rate):
+        """This recipe with another learning rate, as Recipe.at_rate."""
+        return self._replace(hyper={**self.hyper, "lr": rate})
 
     def rescaled(self, grad_rescale):
         """This recipe with a second factor of the gradient, as Recipe.rescaled."""

@@ -292,32 +292,56 @@ def evaluate(values, corrections, step, grad_scale):
 
 class Recipe(NamedTuple):
     """A rule, its form, its coefficients before correction, and the corrections that are not neutral.  The coefficients are
-    in the order of the rule's arguments, and corrections name them by their place in it."""
+    in the order of the rule's arguments, and corrections name them by their place in it.  The learning rate multiplies the
+    coefficients at the places `rated`."""
 
     rule: str
     dtype: np.dtype
     general: bool
     values: dict
     corrections: tuple
+    rate: float
+    rated: tuple
 
     @property
     def fixed(self):
         """Whether no coefficient changes from step to step."""
         return not self.corrections
 
+    @property
+    def most_rate(self):
+        """A learning rate up to which no coefficient overflows the dtype, even after a division at the first step."""
+        weights = dict.fromkeys(self.rated, 1.0)
+        for c in self.corrections:
+            if c.operation == DIVIDE and c.coefficient in weights:
+                weights[c.coefficient] = c.weight
+        values, most = [*self.values.values()], float(np.finfo(self.dtype).max) / 2
+        return min([most, *(most * weight / abs(values[k]) for k, weight in weights.items())])
+
+    def at_rate(self, rate):
+        """This recipe with another learning rate."""
+        return self._replace(rate=rate)
+
     def rescaled(self, grad_rescale):
         """This recipe with a second factor of the gradient, for a step whose one factor would be too small for a float32."""
         return self._replace(general=True, values={**self.values, "grad_rescale": grad_rescale})
 
+    def rated_values(self):
+        """The coefficients before correction, those of them multiplied by the learning rate that it multiplies."""
+        values = list(self.values.values())
+        for k in self.rated:
+            values[k] *= self.rate
+        return values
+
     def at(self, step, grad_scale):
         """The coefficients of update number `step` (from 1), in double."""
-        values = list(self.values.values())
+        values = self.rated_values()
         evaluate(values, self.corrections, step, grad_scale)
         return values
 
     def ahead(self, first, count):
         """at() for `count` updates from number `first`, as (place, values) of each coefficient that changes."""
-        steps, columns, values = np.arange(first, first + count), {}, list(self.values.values())
+        steps, columns, values = np.arange(first, first + count), {}, self.rated_values()
         for c in self.corrections:
             value = columns.get(c.coefficient, values[c.coefficient])
             columns[c.coefficient] = corrected(value, c.operation, quantities(c, steps))
@@ -384,9 +408,16 @@ def recipe(family, h, dtype):
         raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
                          f"the first step, is not finite in {dtype}")  # fmt: skip
     sources, places = layout(rule, values._fields)
-    ordered = {name: constants(dtype)[name] if k is None else values[k] for name, k in sources}
+    one, two = by_rate(family, numbers, dtype)
+    ordered = {name: constants(dtype)[name] if k is None else one[k] for name, k in sources}
     placed = [c._replace(coefficient=places[c.coefficient]) for c in corrections if c.operation]
-    return Recipe(rule, dtype, bool(general), ordered, tuple(placed))
+    rated = [place for place, (_, k) in enumerate(sources) if k is not None and one[k] != two[k]]
+    return Recipe(rule, dtype, bool(general), ordered, tuple(placed), float(h.lr), tuple(rated))
+
+
+def by_rate(family, numbers, dtype):
+    """The coefficients for a learning rate of 1 and of 2: it multiplies those that are not the same."""
+    return [family.recipe(SimpleNamespace(**{**vars(numbers), "lr": rate}), dtype)[1] for rate in (1.0, 2.0)]
 
 
 @cache

@@ -113,6 +113,7 @@ class Step:
         For a value of another kind or range.
     """
 
+    depends_on_step_alone = True  # an optimizer may ask for the rates of many steps at once
     lr: float
     every: int
     factor: float = 0.1
@@ -146,6 +147,7 @@ class Exponential:
         For a value of another kind or range.
     """
 
+    depends_on_step_alone = True  # an optimizer may ask for the rates of many steps at once
     lr: float
     factor: float
     every: int = 1
@@ -188,6 +190,7 @@ class Cosine:
         For a value of another kind or range.
     """
 
+    depends_on_step_alone = True  # an optimizer may ask for the rates of many steps at once
     lr: float
     steps: int
     end: float = 0.0

@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 from ..memory import device, host
 
-OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING = 0, 1, 2, 5, 6, 7  # what a Plan answers, as in csrc/fastrms_decl.h
+OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING, NO_RATE = (
+    0,
+    1,
+    2,
+    5,
+    6,
+    7,
+    9,
+)  # what a Plan answers, as in csrc/fastrms_decl.h
 ON_NONFINITE = ("propagate", "skip", "raise")  # in the order of csrc/fastrms_decl.h
 HOST = ("c", "numba", "numpy")  # in the order of preference
 NAMES = (*HOST, "cuda")
@@ -36,8 +44,9 @@ class Plan:
     The caller has checked all arguments, so a Plan trusts them; only overlapping buffers are found by the Plan itself.  A
     method that answers with a status has done all that it was asked for where this is OK.  Otherwise it has changed nothing:
     BUSY means that another thread is in a method, STREAMING that a streamed step is open (from stream_step, that none is),
-    OVERLAP that two buffers would share a byte, and NOT_HELD that there are no gradients.  NONFINITE is the exception: the
-    step was left out, but change() has taken over what it was given.
+    OVERLAP that two buffers would share a byte, NOT_HELD that there are no gradients, and NO_RATE that set_rates() gave no
+    learning rate for this step.  NONFINITE is the exception: the step was left out, but change() has taken over what it was
+    given.
 
     Parameters
     ----------
@@ -55,12 +64,18 @@ class Plan:
 
     steps: int  #: how many steps were made
     tensor_steps: list  #: how many updates each tensor has had
+    most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
 
     def bound_step(self):
         """(step, step_held, argument) for one step from the held gradients: step(argument) and step_held(argument, number)
         return a status.  step_held makes the step only while the plan holds the gradients that change() was told to hold
         under this number."""
         raise NotImplementedError
+
+    def step_looking(self, number, grad_scale, clip_norm):
+        """A step as change(run=True) makes it, from the gradients that are held under this number: (status, found).  A
+        backend without a short way for it answers NOT_HELD."""
+        return NOT_HELD, None
 
     def addresses(self):
         """The addresses of the C function ``int fastrms_step(fastrms_plan *)`` and of its argument.  C backend only."""
@@ -94,13 +109,26 @@ class Plan:
         """
         raise NotImplementedError
 
+    def set_rates(self, rates, first=0, rows=0):
+        """Give every recipe a learning rate; returns a status.  New recipes, which bring their own, take the place of these.
+
+        Parameters
+        ----------
+        rates : list of float
+            One for each recipe; with rows, one row after the other.
+        first, rows : int
+            With rows, row r is for the step that comes after first + r steps; other steps are answered by NO_RATE.  Without,
+            the rates are for all steps.
+        """
+        raise NotImplementedError
+
     def stream_open(self):
         """Begin a step that is made tensor by tensor; returns a status."""
         raise NotImplementedError
 
-    def stream_step(self, k, param, grad, recipes, grad_scale):
+    def stream_step(self, k, param, grad, rates, grad_scale):
         """Update tensor k from the Buffer grad; returns a status.  The first update counts the step.  param: the Buffer
-        of the parameter where it has moved, else None; recipes: as in change()."""
+        of the parameter where it has moved, else None; rates: the learning rate of each recipe, None for those of before."""
         raise NotImplementedError
 
     def stream_close(self):

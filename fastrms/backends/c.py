@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import backends, rules
 from ..memory import host
-from . import OK, ON_NONFINITE, Found
+from . import NOT_HELD, OK, ON_NONFINITE, Found
 
 try:
     from .._core import ffi, lib
@@ -18,6 +18,7 @@ else:
     import _cffi_backend  # noqa: F401  _core imports it in C, where tools that freeze a program do not see it
 
 RULE_INDEX = {}
+FOUND = ffi and ffi.typeof("fastrms_found *")
 ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
 
@@ -79,6 +80,8 @@ def fill_recipe(slot, recipe):
     slot.rule = RULE_INDEX[recipe.rule]
     slot.itemsize = recipe.dtype.itemsize
     slot.general = recipe.general
+    slot.lr = recipe.rate
+    slot.rated = sum(1 << k for k in recipe.rated)
     slot.coefficients = len(recipe.values)
     slot.value[0 : len(recipe.values)] = list(recipe.values.values())
     slot.corrections = len(recipe.corrections)
@@ -104,6 +107,8 @@ def update(recipe, step, grad_scale, param, grad, states):
 class Plan(backends.Plan):
     """A backends.Plan that consists of a fastrms_plan and the tables that it points to."""
 
+    most_rate_rows = 256
+
     def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
         self._pointers = ffi.typeof("void *[]")
         self._tensor = ffi.new("fastrms_tensor[]", len(params))
@@ -124,12 +129,20 @@ class Plan(backends.Plan):
     def bound_step(self):
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
+    def step_looking(self, number, grad_scale, clip_norm):
+        if clip_norm is None and not self._plan.on_nonfinite:
+            return NOT_HELD, None
+        found = ffi.new(FOUND)
+        norm = -1.0 if clip_norm is None else clip_norm
+        status = lib.fastrms_step_with(self._plan, number, grad_scale, norm, found)
+        return status, self._found(found, clip_norm)
+
     def addresses(self):
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         looks = run and (clip_norm is not None or self._plan.on_nonfinite)
-        found = ffi.new("fastrms_found *") if looks else ffi.NULL
+        found = ffi.new(FOUND) if looks else ffi.NULL
         status = lib.fastrms_change(
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
@@ -150,13 +163,20 @@ class Plan(backends.Plan):
     def stream_open(self):
         return lib.fastrms_stream_open(self._plan)
 
-    def stream_step(self, k, param, grad, recipes, grad_scale):
+    def set_rates(self, rates, first=0, rows=0):
+        made = ffi.new("double[]", rates)
+        status = lib.fastrms_set_rates(self._plan, first, rows, made)
+        if not status:
+            self._rates = made  # the plan reads it
+        return status
+
+    def stream_step(self, k, param, grad, rates, grad_scale):
         return lib.fastrms_stream_step(
             self._plan,
             k,
             ffi.NULL if param is None else pointer(param.address),
             self._address(grad),
-            self._recipes_with(recipes) if recipes else ffi.NULL,
+            ffi.NULL if rates is None else ffi.new("double[]", rates),
             grad_scale,
         )
 

@@ -248,6 +248,19 @@ class Plan(backends.Plan):
         finally:
             self.lock.release()
 
+    def _take_rates(self, rates):
+        for index, (recipe, rate) in enumerate(zip(self.recipes, rates, strict=True)):
+            if recipe.rate != rate:
+                self.recipes[index] = recipe.at_rate(rate)
+                self._stale()
+
+    def set_rates(self, rates, first=0, rows=0):
+        status = self._acquire()
+        if not status:
+            self._take_rates(rates)
+            self.lock.release()
+        return status
+
     # a step in parts
 
     def stream_open(self):
@@ -282,7 +295,7 @@ class Plan(backends.Plan):
         self.params, self._occupied = params, None
         return OK
 
-    def stream_step(self, k, param, grad, recipes, grad_scale):
+    def stream_step(self, k, param, grad, rates, grad_scale):
         status = self._acquire_part()
         if status:
             return status
@@ -293,7 +306,8 @@ class Plan(backends.Plan):
                 return OVERLAP
             grad = self.flat_grad(grad)
             self._stale()  # the step count of this tensor changes
-            self._set_recipes(recipes)
+            if rates is not None:
+                self._take_rates(rates)
             update = self._update(self._coefficients(k), [k], {k: grad})
             update.make_coefficients(self.steps + 1, grad_scale, rows_each(len(self.params)))
             update.run(self.steps + 1)
