@@ -300,8 +300,8 @@ class Recipe(NamedTuple):
     general: bool
     values: dict
     corrections: tuple
-    rate: float
-    rated: tuple
+    rate: float = 0.0
+    rated: tuple = ()
 
     @property
     def fixed(self):
