@@ -704,6 +704,6 @@ class Optimizer(Names, Family):
             if grad is not None and self._memory is host and placement.collide(tensor.param, grad):
                 lines.append(
                     f"{tensor.name} and {tensor.grad_name} start at nearly the same offset modulo 4 KiB and may evict "
-                    f"each other from cache: start one of them some {placement.STEP} bytes further on"
+                    f"each other from cache: start one of them some {placement.FAR} bytes further on"
                 )
         return "\n".join(lines)

@@ -52,6 +52,19 @@ def test_report_names_buffers_that_collide():
     assert "offset" not in apart.report()
 
 
+@pytest.mark.parametrize("size", [4096, 5003, 16384, 50_000])
+@pytest.mark.parametrize("make, options", [
+    (fastrms.RMSProp, {"momentum": 0.9, "centered": True}), (fastrms.Adam, {"amsgrad": True}), (fastrms.RProp, {}),
+])  # fmt: skip
+def test_small_states_lie_256_bytes_apart_modulo_a_page(make, options, size):
+    """Beside parameters that start anywhere in a page."""
+    arena = np.ones(size + 1024, np.float32)
+    for start in range(0, 1024, 37):
+        param = arena[start : start + size]
+        starts = [address(param), *map(address, make(param, **options).state.values())]
+        assert min(placement.distance(a, b) for a, b in itertools.combinations(starts, 2)) >= 256
+
+
 def test_small_buffers_cost_no_slack():
     small = placement.place(64, np.dtype(np.float32), [])
     assert small.base.nbytes <= 64 * 4 + placement.LINE

@@ -1,16 +1,17 @@
 """Where our own buffers start.  Streams that lie at equal distances modulo 4 KiB or a power of two evict each
 other from L1 (hashed way prediction on AMD, 4 KiB and set aliasing elsewhere) and cost up to 5x.
 
-A large buffer starts at the candidate offset that is farthest, modulo 4 KiB, from the buffers it runs beside.
+A buffer that is not very small starts at the candidate offset that is farthest, modulo 4 KiB, from the buffers it runs
+beside: loads and stores of 64 bytes that are less than 256 bytes apart modulo 4 KiB wait for each other.
 """
 
 import numpy as np
 
 LINE = 64
 PAGE = 4096
-STEP = 3 * PAGE + 37 * LINE  # successive candidates differ in the page and in the line within it
-CANDIDATES = 16
-LARGE = 1 << 18  # bytes; below it the buffers of a step fit in L2 and the slack would cost more than it saves
+LARGE, SMALL = 1 << 18, 1 << 14  # bytes; below LARGE the buffers of a step fit in L2, below SMALL slack costs too much
+FAR = 3 * PAGE + 37 * LINE  # successive candidates differ in the page and in the line within it
+CLOSE = 5 * LINE  # nine of these leave a place beside any four buffers
 NEAR = 6 * LINE  # streams closer than this, modulo 4 KiB, count as colliding
 
 
@@ -30,14 +31,19 @@ def place(size, dtype, beside):
 
 def slack(nbytes):
     """How much longer than a buffer of nbytes its memory has to be."""
-    return LINE + (STEP * CANDIDATES if nbytes >= LARGE else 0)
+    return LINE + candidates(nbytes)[-1]
+
+
+def candidates(nbytes):
+    """The offsets at which a buffer of nbytes may start."""
+    return range(0, 16 * FAR, FAR) if nbytes >= LARGE else range(0, 9 * CLOSE if nbytes >= SMALL else 1, CLOSE)
 
 
 def within(memory, nbytes, beside):
     """The part of an array of bytes that lies best beside these addresses."""
     start = memory.__array_interface__["data"][0]
     first = -start % LINE
-    offsets = [first + k * STEP for k in range(CANDIDATES if nbytes >= LARGE else 1)]
+    offsets = [first + offset for offset in candidates(nbytes)]
     best = max(offsets, key=lambda offset: min((distance(start + offset, other) for other in beside), default=PAGE))
     return memory[best : best + nbytes]
 
