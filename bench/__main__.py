@@ -18,19 +18,20 @@ except ModuleNotFoundError as error:
 import fastrms
 
 from . import first_step, machine, peers, timing
-from .check import WrongContender, check
-from .contenders import CEILINGS, contenders
-from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
+from .check import WrongContender
+from .contenders import CEILINGS
+from .measure import measure
+from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED
 from .report import PAGE
 from .results import Results
 
-QUICK_SIZES = [2**k for k in range(6, 25, 2)]
+QUICK_SIZES = [2**k for k in range(6, 25, 3)]
 FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
 QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing for each rule and size
-QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
-QUICK_LIMIT = 36.0  # seconds after which a quick run begins nothing more,
-AGAIN_LIMIT = 42.0  # and after which it measures nothing again
+QUICK_PLACEMENTS = 2**21  # the largest size at which a quick run compares placements
+QUICK_LIMIT = 34.0  # seconds after which a quick run begins nothing more,
+AGAIN_LIMIT = 38.0  # and after which it measures nothing again
 MOST_AGAIN = 4  # how often a contender that was faster than a ceiling is measured again, with the ceiling
 PIPE_WIDTH = 150  # columns where the output is not a terminal
 
@@ -101,21 +102,13 @@ class Run:
     def measure_one(self, where, size, rule):
         """Time all contenders, and time again, with the ceilings and in new buffers, those that were faster than a ceiling:
         the ceiling may have been disturbed in all of its rounds, or its pages may have been slower."""
-        self.time_one(where, size, rule)
+        results = self.results[where]
+        measure(results, rule, size, self.seconds, peers=self.rivals)
         for _ in range(MOST_AGAIN):
-            faster = {name for *cell, name in self.results[where].above_ceiling() if cell == [rule, size]}
+            faster = {name for *cell, name in results.above_ceiling() if cell == [rule, size]}
             if not faster or self.is_late(AGAIN_LIMIT):
                 break
-            self.time_one(where, size, rule, faster.union(CEILINGS))
-
-    def time_one(self, where, size, rule, names=None):
-        """Check the contenders of these names, or all, and add their timings to the results."""
-        problem = Problem(rule, size, self.options.dtype, where)
-        made, reasons = contenders(problem, fastrms.get_num_threads(), names, self.rivals)
-        check(problem, made)
-        calls = {(contender.name, contender.way): contender.step for contender in made}
-        pause = peers.PAUSE if self.rivals else 0.0
-        self.results[where].add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
+            measure(results, rule, size, self.seconds, faster.union(CEILINGS), self.rivals)
 
     def is_late(self, limit=QUICK_LIMIT):
         """Whether this is a quick run and has lasted longer than limit."""

@@ -21,7 +21,6 @@ import numpy as np
 from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
-PAUSE = 0.005  # seconds before a measurement, since OpenMP's threads spin for some milliseconds after their last loop
 INSTALL = "pip install -e '.[peers]'"
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
