@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -226,21 +227,22 @@ def test_small_buffers_lie_at_several_places():
 
 def test_each_place_is_measured_and_the_peers_at_the_first(monkeypatch):
     """All buffers of a cell live as long as it is timed: the ceilings keep addresses only."""
-    seen, kept = {}, []
+    seen, at, kept = {}, [], []
 
     def timed(calls, seconds):
+        assert all(reference() for reference in kept)
         seen.update({key: len(places) for key, places in calls.items()})
         return {key: Timing(1.0, 1.0, 1, 1) for key in calls}
 
     def peer(problem):
-        problems.append(problem.place)
+        at.append(problem.place)
         return Contender("peer", None, None)
 
     monkeypatch.setattr(measure.timing, "at_places", timed)
-    monkeypatch.setattr(measure, "check", lambda problem, made: None)
+    monkeypatch.setattr(measure, "check", lambda _, made: kept.extend(weakref.ref(c.read) for c in made if c.read))
     results = Results("float32", WELL_PLACED)
     measure.measure(results, "rmsprop", 64, 0.0, peers={"peer": peer})
-    assert problems == [0] and seen.pop(("peer", "")) == 1 and set(seen.values()) == {PLACES}
+    assert at == [0] and seen.pop(("peer", "")) == 1 and set(seen.values()) == {PLACES} and kept
     assert ("rmsprop", 64, "peer") in results.timings
 
 
