@@ -29,6 +29,11 @@ TORCH = {  # class, settings
     "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
     "rprop": ("Rprop", {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),
 }
+VARIANTS = {  # of torch.optim, and the rules that they have
+    "torch for-loop": ({"foreach": False}, tuple(TORCH)),
+    "torch foreach": ({"foreach": True}, tuple(TORCH)),
+    "torch fused": ({"fused": True}, ("adagrad", "adam")),
+}
 TORCH_STATES = {
     "rmsprop": ["square_avg"],
     "adagrad": ["sum"],
@@ -158,23 +163,6 @@ def of_torch(name, problem, **setting):
     rule, settings = TORCH[problem.rule]
     make = partial(getattr(torch.optim, rule), **{**settings, **setting})
     return optimizing(name, problem, make, torch.tensor(0.0), TORCH_STATES[problem.rule])
-
-
-def torch_on_many(rule, params, grads):
-    """One step of each variant of torch.optim on many tensors: name -> function without arguments."""
-    torch = load("torch")
-    class_name, settings = TORCH[rule]
-    variants = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}, "torch.compile": {"foreach": True}}
-    if rule in ("adagrad", "adam"):
-        variants["torch fused"] = {"fused": True}
-    steps = {}
-    for name, setting in variants.items():
-        tensors = [torch.nn.Parameter(torch.from_numpy(param.copy())) for param in params]
-        for tensor, grad in zip(tensors, grads, strict=True):
-            tensor.grad = torch.from_numpy(grad)
-        steps[name] = getattr(torch.optim, class_name)(tensors, **{**settings, **setting}).step
-    steps["torch.compile"] = torch.compile(steps["torch.compile"], dynamic=False)
-    return steps
 
 
 def optimizing(name, problem, make, step, state_names):

@@ -36,7 +36,7 @@ class Problem:
 
     def __init__(self, rule, size, dtype, placement=WELL_PLACED, place=0):
         self.rule, self.size, self.dtype, self.placement, self.place = rule, size, np.dtype(dtype), placement, place
-        self.state_names = rules.state_names(rules.RULES[rule])
+        self.state_names = state_names(rule)
         random = np.random.default_rng(size)
         self.grad = random.standard_normal(size, dtype=self.dtype)
         self.start = random.standard_normal(size, dtype=self.dtype)
@@ -56,6 +56,11 @@ class Problem:
         """Change the sign of every second gradient, in all contenders' buffers."""
         for grad in self.grads:
             grad[::2] *= -1
+
+
+def state_names(rule):
+    """The names of the rule's states, in the order of its arguments."""
+    return rules.state_names(rules.RULES[rule])
 
 
 def first_value(state_name):
@@ -102,12 +107,12 @@ def arena(size, dtypes):
 
 def bytes_per_element(rule, dtype):
     """The bytes that an update has to move: the gradient is read, the parameter and the states are read and written."""
-    return (3 + 2 * len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
+    return (3 + 2 * len(state_names(rule))) * np.dtype(dtype).itemsize
 
 
 def held_per_element(rule, dtype):
     """The bytes that must fit into a cache: parameter, gradient and states."""
-    return (2 + len(rules.state_names(rules.RULES[rule]))) * np.dtype(dtype).itemsize
+    return (2 + len(state_names(rule))) * np.dtype(dtype).itemsize
 
 
 def divides(rule):

@@ -34,9 +34,14 @@ def at_places(calls, seconds, least_rounds=3, before=lambda key: None):
     samples, repetitions = sampled(calls, seconds, least_rounds, before)
     timings = {}
     for key, places in samples.items():
-        taken = sorted(places, key=min)[len(places) // 2]
+        taken = middle(places)
         timings[key] = Timing(min(taken), median(taken), len(taken), repetitions[key])
     return timings
+
+
+def middle(places):
+    """Of the samples at each place those of the place whose minimum is the median."""
+    return sorted(places, key=min)[len(places) // 2]
 
 
 def paired(calls, seconds, least_rounds=3, before=lambda key: None):
