@@ -1,4 +1,4 @@
-"""The peers: PyTorch four times, optax, DeepSpeed, bitsandbytes and Thinc, each one function of a Problem.
+"""The peers: PyTorch four times, optax, DeepSpeed, prime-rl, bitsandbytes and Thinc, each one function of a Problem.
 
 Each runs at the best setting that its documentation shows.  Importing this module imports none of the libraries.
 """
@@ -22,6 +22,7 @@ from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
 INSTALL = "pip install -e '.[peers]'"
+BY_HAND = {"cpu_adam": "docs/performance.md says how it is found"}  # what no registry has
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
     "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.99, "eps": 1e-8}),
@@ -110,7 +111,8 @@ def available(names=None):
                 load(LIBRARIES[name])
                 found[name] = peer
             except ModuleNotFoundError as error:
-                reasons[name] = f"not installed: {INSTALL}" if error.name == LIBRARIES[name] else f"lacks {error.name}"
+                install = BY_HAND.get(error.name, INSTALL)
+                reasons[name] = f"not installed: {install}" if error.name == LIBRARIES[name] else f"lacks {error.name}"
             except Exception as error:  # whatever a broken installation raises
                 reasons[name] = f"fails to import: {error}"
     return found, reasons
@@ -228,9 +230,7 @@ def deepspeed(problem):
     """DeepSpeed, which compiles its kernels at first use with g++ and ninja, and keeps them in ~/.cache/torch_extensions."""
     require(problem, "DeepSpeed on a CPU", DEEPSPEED_STATES)
     load("deepspeed")
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ["PATH"]:  # where pip puts ninja, unless the virtual environment is activated
-        os.environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+    find_ninja()
     rule, settings = TORCH[problem.rule]
     optimizers = importlib.import_module(f"deepspeed.ops.{problem.rule}")
     make = partial(getattr(optimizers, f"DeepSpeedCPU{rule}"), **settings)
@@ -244,6 +244,13 @@ def deepspeed(problem):
     return made._replace(tolerance=ROUGH)  # 1 - 0.999**step is made in float32, and off by 1e-5
 
 
+def find_ninja():
+    """Put the folder in which pip installs ninja on the path, where it is not: the virtual environment may be inactive."""
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"]:
+        os.environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+
+
 def restoring(problem, made):
     """Restore the gradient, which DeepSpeed's AdaGrad overwrites where it does not use vectors."""
     if platform.machine() == "x86_64" and problem.size % VECTOR == 0:
@@ -254,6 +261,25 @@ def restoring(problem, made):
         made.changed()
 
     return made._replace(step=step)
+
+
+def prime_rl(problem):
+    """The kernel of prime-rl's AdamW on the CPU, without decay; the module compiles it at first use."""
+    require(problem, "prime-rl", ("adam",))
+    torch, library = load("torch"), load("cpu_adam")
+    find_ninja()
+    settings = {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "gradient_scale": 1.0}
+    try:
+        library.adamw_step([], [], [], [], [], **settings)
+    except (ImportError, OSError, RuntimeError) as error:
+        first = str(error).split("\n")[0]
+        raise CannotDo(f"prime-rl's kernel cannot be built: {first}") from error
+    grad, *buffers = tensors(problem, None)
+    param, mean, square = buffers
+    step = partial(library.adamw_step, [param], [grad], [mean], [square], [torch.zeros(())], **settings)
+    read = [buffer.numpy() for buffer in buffers]
+    changed = partial(grad.copy_, torch.from_numpy(problem.grad))
+    return Contender("prime-rl", step, lambda: read, changed=changed, tolerance=ROUGH)  # it makes 1 - 0.999 in float32
 
 
 def bitsandbytes(problem):
@@ -289,12 +315,14 @@ PEERS = {
     "torch.compile": torch_compile,
     "optax": optax,
     "DeepSpeed": deepspeed,
+    "prime-rl": prime_rl,
     "bitsandbytes 8-bit": bitsandbytes,
     "Thinc": thinc,
 }
 LIBRARIES = dict.fromkeys(PEERS, "torch") | {
     "optax": "optax",
     "DeepSpeed": "deepspeed",
+    "prime-rl": "cpu_adam",
     "bitsandbytes 8-bit": "bitsandbytes",
     "Thinc": "thinc",
 }
