@@ -64,7 +64,7 @@ def over(results, what, target, rivals):
     fastest = min(found, key=lambda name: results.nanoseconds(rule, size, name))
     times = results.times(rule, size, fastest, OURS)
     most = results.times(rule, size, fastest, results.nearer_ceiling(rule, size))
-    return at_least(what, times, target)._replace(at_most=times_as_fast(most), beside=fastest if len(rivals) > 1 else "")
+    return at_least(what, times, target)._replace(at_most=times_as_fast(most), beside="" if fastest in what else fastest)
 
 
 def against_the_fastest():
