@@ -30,8 +30,6 @@ from . import machine, machines, report
 from .check import WrongContender
 from .timing import clock
 
-CAPTION = "float32; times: minima of interleaved rounds; between numbers of threads: the median of the ratios of each round"
-
 
 class Figure(NamedTuple):
     """One row: what was measured, the target and the measurement in words, and whether the target is reached.  at_most:
@@ -109,7 +107,7 @@ def table(figures):
     """Rows in red where the target is missed; a column for what the hardware allows where that is known."""
     known = any(figure.at_most for figure in figures)
     titles = ("what", "target", "measured", *["at most"] * known, "ok")
-    shown = Table(*titles, caption=CAPTION)
+    shown = Table(*titles, caption="float32; times: minima of interleaved rounds")
     for figure in figures:
         measured = figure.measured + (f" ({figure.beside})" if figure.beside else "")
         cells = (figure.what, figure.target, measured, *[figure.at_most] * known, "yes" if figure.ok else "NO")

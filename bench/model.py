@@ -90,18 +90,18 @@ def naive(model):
 
 def optimizer(backend, name, model, assigned=False):
     """An optimizer of fastrms.  assigned: opt.lr is set before each step, in place of a schedule."""
-    sets, rates = cycle(model.sets), model.rates()
-    options = {"clip_norm": CLIP} if model.asked.clip else {}
+    rates, options = model.rates(), {"clip_norm": CLIP} if model.asked.clip else {}
     on_torch = Tensors(model) if model.asked.how == "torch" else None
+    gradients = on_torch.backward if on_torch else partial(next, cycle(model.sets))
     params = on_torch.params if on_torch else model.params
     opt = OPTIMIZERS[model.rule](params, backend=backend, lr=LR[model.rule] if assigned else model.lr)
+
+    def step():
+        opt.step(gradients(), **options)
+
     if model.asked.how == "bound":
         opt.bind(model.sets[0])
         step = partial(opt.step, **options) if options else opt.step
-    elif on_torch:
-        step = lambda: opt.step(on_torch.backward(), **options)  # noqa: E731
-    else:
-        step = lambda: opt.step(next(sets), **options)  # noqa: E731
 
     def assigning():
         opt.lr = next(rates)["lr"]
