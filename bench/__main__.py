@@ -28,7 +28,7 @@ from .results import Results
 QUICK_SIZES = [2**k for k in range(6, 25, 3)]
 FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
-QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing for each rule and size
+QUICK_SECONDS, FULL_SECONDS = 0.5, 4.0  # of timing for each rule and size
 QUICK_PLACEMENTS = 2**21  # the largest size at which a quick run compares placements
 QUICK_LIMIT = 34.0  # seconds after which a quick run begins nothing more,
 AGAIN_LIMIT = 38.0  # and after which it measures nothing again
