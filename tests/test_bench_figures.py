@@ -124,12 +124,14 @@ def test_machines_stand_side_by_side(page):
     machines.store(
         FACTS, [Figure("a", ">= 2x", "1.50x", False, "1.60x"), Figure("b", ">= 1x", "3.0x", True, "4x", "optax")], "c"
     )
-    other = FACTS | {"cpu": "Other CPU"}
+    (old,) = machines.FOLDER.glob("*.json")
+    old.write_text(re.sub(r'"date": "[\d-]+"', '"date": "2020-01-01"', old.read_text()))
+    other = FACTS | {"cpu": "Yet Another CPU"}
     path = machines.store(other, [Figure("a", ">= 2x", "2.5x", True), Figure("c", ">= 1x", "not measured: x", False)], "d")
-    assert path.name == "other-cpu-2-cores-l2-1-mib.json"
+    assert path.name == "yet-another-cpu-2-cores-l2-1-mib.json"
     figures.main(["machine", "--docs", "--stored"])
     lines = page.read_text().splitlines()
-    assert lines[2] == "| what | target | Other CPU, 2 cores, L2 1 MiB | Some(R) CPU, 2 cores, L2 1 MiB |"
+    assert lines[2] == "| what | target | Yet Another CPU, 2 cores, L2 1 MiB | Some(R) CPU, 2 cores, L2 1 MiB |"
     assert lines[4:7] == [
         "| a | >= 2x | 2.5x | **1.50x, missed; at most 1.60x** |",
         "| c | >= 1x | not measured: x |  |",

@@ -76,7 +76,9 @@ def test_a_model_is_printed_and_stored(short, capsys):
         (["--shapes", "3", "--how", "slowly"], "argument --how: invalid choice: 'slowly'"),
     ],
 )
-def test_wrong_words_are_refused_in_one_sentence(arguments, sentence, capsys):
+def test_wrong_words_are_refused_in_one_sentence(monkeypatch, arguments, sentence, capsys):
+    monkeypatch.setattr(command, "Run", None)  # nothing is measured
+    monkeypatch.setattr(model_command, "run", None)
     with pytest.raises(SystemExit):
         command.main(arguments)
     last = capsys.readouterr().err.splitlines()[-1]
