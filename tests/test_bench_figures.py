@@ -10,8 +10,9 @@ from conftest import BACKENDS
 import fastrms
 
 pytest.importorskip("rich")
-from bench import contenders, figures, figures_machine, machine, machines, model, peers, report, timing
+from bench import contenders, figures, figures_machine, figures_numpy, machine, machines, model, peers, report, timing
 from bench.figures import Figure
+from bench.problem import PLACES
 from bench.results import Results
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -172,3 +173,22 @@ def test_the_rates_are_over_plain_naive_numpy():
     assert model.Asked("rmsprop", ((1000,),)) == figures_machine.SMALL
     for asked, *_ in figures_machine.RATES.values():
         assert asked.elements() == 1000 and (asked.clip or asked.schedule)
+
+
+@needs_c
+def test_small_figures_against_numpy_are_those_of_several_places(monkeypatch):
+    places = []
+
+    def timed(calls, seconds):
+        places.append({len(several) for several in calls.values()})
+        return {key: timing.Timing(1.0, 1.0, 1, 1) for key in calls}
+
+    monkeypatch.setattr(timing, "at_places", timed)
+    made = [*figures_numpy.functional(), *figures_numpy.bound()]
+    assert places == [{PLACES}] * 3
+    assert [figure.what for figure in made] == [
+        "fastrms.rmsprop(w, g, v, lr=0.01), 64: over naive",
+        "bound step(), 64, RMSProp: over naive",
+        "bound step(), 1024, RMSProp: over naive",
+    ]
+    assert {figure.measured for figure in made} == {"1.00x"}
