@@ -163,9 +163,15 @@ def test_only_a_machines_figures_are_stored(arguments, capsys):
 
 
 def test_the_gap_is_not_timed(monkeypatch):
-    waits = []
-    assert figures_machine.after(lambda: waits.append(figures_machine.busy()), lambda: None) < figures_machine.GAP
-    assert len(waits) == 1 and figures_machine.GAP == 1e-3
+    now = [0.0]
+
+    def spend(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(figures_machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(figures_machine.time, "sleep", spend)
+    assert figures_machine.after(figures_machine.asleep, lambda: spend(2.0)) == 2.0
+    assert now == [2.0 + figures_machine.GAP] and figures_machine.GAP == 1e-3
 
 
 @needs_c
