@@ -91,13 +91,15 @@ def two_over_one():
 
 
 def back_to_back(what, made, threads, target):
-    """The median of the ratios of each round.  At most: one thread's time over that of the ceiling on all."""
+    """The median of the ratios of each round.  At most: one thread's time over that of the ceiling on all, each of which has
+    a divider of its own."""
     ours, *limits = made
     calls = {"one": [ours.step], "all": [ours.step], **{(limit.name, limit.way): [limit.step] for limit in limits}}
     samples, _ = sampled(calls, SECONDS / 2, 5, lambda key: fastrms.set_num_threads(1 if key == "one" else threads))
     fastrms.set_num_threads(threads)
     ((one,), (every,)) = samples["one"], samples["all"]
     ways = {limit.name: [min(samples[key][0]) for key in samples if key[0] == limit.name] for limit in limits}
+    ways[DIVIDER].append(min(samples[DIVIDER, "alone"][0]) / threads)
     ratio = median(slow / fast for slow, fast in zip(one, every, strict=True))
     return at_least(what, ratio, target)._replace(at_most=times_as_fast(min(one) / max(map(min, ways.values()))))
 
