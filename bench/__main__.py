@@ -17,21 +17,23 @@ except ModuleNotFoundError as error:
 
 import fastrms
 
-from . import first_step, machine, peers, timing
-from .check import WrongContender, check
-from .contenders import CEILINGS, contenders
-from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED, Problem
+from . import first_step, machine, model, model_command, peers, timing
+from .check import WrongContender
+from .contenders import CEILINGS
+from .measure import measure
+from .problem import AS_ALLOCATED, BACK_TO_BACK, RULES, WELL_PLACED
 from .report import PAGE
 from .results import Results
 
-QUICK_SIZES = [2**k for k in range(6, 25, 2)]
+QUICK_SIZES = [2**k for k in range(6, 25, 3)]
 FULL_SIZES = [2**k for k in range(6, 27)]
 QUICK_RULES = ("rmsprop", "adagrad", "adam")
-QUICK_SECONDS, FULL_SECONDS = 0.35, 2.0  # of timing for each rule and size
-QUICK_PLACEMENTS = 2**22  # the largest size at which a quick run compares placements
-QUICK_LIMIT = 36.0  # seconds after which a quick run begins nothing more,
-AGAIN_LIMIT = 42.0  # and after which it measures nothing again
+QUICK_SECONDS, FULL_SECONDS = 0.5, 4.0  # of timing for each rule and size
+QUICK_PLACEMENTS = 2**21  # the largest size at which a quick run compares placements
+QUICK_LIMIT = 34.0  # seconds after which a quick run begins nothing more,
+AGAIN_LIMIT = 38.0  # and after which it measures nothing again
 MOST_AGAIN = 4  # how often a contender that was faster than a ceiling is measured again, with the ceiling
+HOW = "gradients bound once (default), other arrays at each step, one call for each tensor, or torch tensors"
 PIPE_WIDTH = 150  # columns where the output is not a terminal
 
 
@@ -45,10 +47,39 @@ def parse(arguments):
     parser.add_argument("--peers", action="store_true", help="torch, Optax, DeepSpeed, ...: those that are installed")
     parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite the table in {PAGE}")
+    own = parser.add_argument_group("a model of your own", "in place of the tables: microseconds of a step")
+    own.add_argument("--shapes", type=known_shapes, help="of its tensors: 784x512,512,512x10")
+    own.add_argument("--how", choices=model.HOWS, help=HOW)
+    own.add_argument("--clip", action="store_true", help=f"each step clips the norm of all gradients to {model.CLIP}")
+    own.add_argument("--schedule", action="store_true", help="the rate changes at each step, by a cosine")
     options = parser.parse_args(arguments)
+    refuse(parser, options)
     options.sizes = options.sizes or (QUICK_SIZES if options.quick else FULL_SIZES)
-    options.rules = options.rules or (QUICK_RULES if options.quick else RULES)
+    options.how = options.how or "bound"
+    options.rules = options.rules or (QUICK_RULES if options.quick or options.shapes else RULES)
     return options
+
+
+def refuse(parser, options):
+    """Exit with a sentence where options do not go together."""
+    if not options.shapes:
+        useless = [name for name in ("how", "clip", "schedule") if getattr(options, name)]
+        if useless:
+            parser.error(f"--{useless[0]} needs --shapes, the tensors of your model")
+    elif options.sizes:
+        parser.error("--sizes is for the tables, --shapes for a model: give one of the two")
+    elif options.schedule and "rprop" in (options.rules or ()):
+        parser.error("--schedule is not for rprop, which uses its lr once")
+
+
+def known_shapes(text):
+    try:
+        shapes = tuple(tuple(int(side) for side in part.split("x")) for part in text.split(","))
+    except ValueError:
+        shapes = ((0,),)
+    if any(side < 1 for shape in shapes for side in shape):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shapes of numbers above 0, such as 784x512,512")
+    return shapes
 
 
 def positive_numbers(text):
@@ -101,21 +132,13 @@ class Run:
     def measure_one(self, where, size, rule):
         """Time all contenders, and time again, with the ceilings and in new buffers, those that were faster than a ceiling:
         the ceiling may have been disturbed in all of its rounds, or its pages may have been slower."""
-        self.time_one(where, size, rule)
+        results = self.results[where]
+        measure(results, rule, size, self.seconds, peers=self.rivals)
         for _ in range(MOST_AGAIN):
-            faster = {name for *cell, name in self.results[where].above_ceiling() if cell == [rule, size]}
+            faster = {name for *cell, name in results.above_ceiling() if cell == [rule, size]}
             if not faster or self.is_late(AGAIN_LIMIT):
                 break
-            self.time_one(where, size, rule, faster.union(CEILINGS))
-
-    def time_one(self, where, size, rule, names=None):
-        """Check the contenders of these names, or all, and add their timings to the results."""
-        problem = Problem(rule, size, self.options.dtype, where)
-        made, reasons = contenders(problem, fastrms.get_num_threads(), names, self.rivals)
-        check(problem, made)
-        calls = {(contender.name, contender.way): contender.step for contender in made}
-        pause = peers.PAUSE if self.rivals else 0.0
-        self.results[where].add(rule, size, made, timing.interleaved(calls, self.seconds, pause=pause), reasons)
+            measure(results, rule, size, self.seconds, faster.union(CEILINGS), self.rivals)
 
     def is_late(self, limit=QUICK_LIMIT):
         """Whether this is a quick run and has lasted longer than limit."""
@@ -133,7 +156,7 @@ def show(results, reasons, console):
     for line in report.footnotes(placed):
         console.print(line)
     for name, reason in reasons.items():
-        console.print(f"{name}: {reason}")
+        console.print(f"{name}: {reason}", markup=False)
     for line in report.complaints(placed):
         console.print(f"[bold]{line}")
 
@@ -146,6 +169,11 @@ def main(arguments=None):
         fastrms.set_num_threads(options.threads)
     except ValueError as error:
         sys.exit(f"--threads: {error}")
+    if options.shapes:
+        try:
+            return model_command.run(options, command, console)
+        except (ValueError, WrongContender) as error:
+            sys.exit(str(error))
     rivals, reasons = gather_peers(options)
     facts = machine.describe() | ({"peers": peers.versions()} if rivals else {})
     try:

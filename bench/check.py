@@ -19,21 +19,21 @@ class WrongContender(Exception):
     """A contender whose result is not that of the formula."""
 
 
-def rmsprop(step, grad, param, square_avg):
+def rmsprop(step, grad, param, square_avg, lr=LR["rmsprop"]):
     square_avg = 0.99 * square_avg + (1 - 0.99) * grad**2
-    return param - LR["rmsprop"] * grad / (np.sqrt(square_avg) + 1e-8), square_avg
+    return param - lr * grad / (np.sqrt(square_avg) + 1e-8), square_avg
 
 
-def adagrad(step, grad, param, total):
+def adagrad(step, grad, param, total, lr=LR["adagrad"]):
     total = total + grad**2
-    return param - LR["adagrad"] * grad / (np.sqrt(total) + 1e-10), total
+    return param - lr * grad / (np.sqrt(total) + 1e-10), total
 
 
-def adam(step, grad, param, mean, square):
+def adam(step, grad, param, mean, square, lr=LR["adam"]):
     mean = 0.9 * mean + (1 - 0.9) * grad
     square = 0.999 * square + (1 - 0.999) * grad**2
     corrected = np.sqrt(square / (1 - 0.999**step))
-    return param - LR["adam"] * mean / (1 - 0.9**step) / (corrected + 1e-8), mean, square
+    return param - lr * mean / (1 - 0.9**step) / (corrected + 1e-8), mean, square
 
 
 def rprop(step, grad, param, previous, size):

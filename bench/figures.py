@@ -1,6 +1,7 @@
 """The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--docs]`.
 
-numpy: against NumPy, one thread.   machine: on all cores, against the ceilings and the other libraries installed.
+numpy: against NumPy, one thread.   machine: on two threads, against the ceilings, the other libraries installed and naive
+NumPy; what it measures is stored for each machine in bench/machines, and --docs writes the table of all machines.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 try:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
     from rich.table import Table
 except ModuleNotFoundError as error:
@@ -24,22 +26,29 @@ except ModuleNotFoundError as error:
 
 import fastrms
 
-from . import machine, report
+from . import machine, machines, report
 from .check import WrongContender
 from .timing import clock
 
 
 class Figure(NamedTuple):
-    """One row: what was measured, the target and the measurement in words, and whether the target is reached."""
+    """One row: what was measured, the target and the measurement in words, and whether the target is reached.  at_most:
+    the measurement that the hardware would allow.  beside: what was compared, where that differs between machines."""
 
     what: str
     target: str
     measured: str
     ok: bool
+    at_most: str = ""
+    beside: str = ""
+
+
+def times_as_fast(times):
+    return f"{times:.2f}x" if times < 2 else f"{times:.1f}x"
 
 
 def at_least(what, times, target):
-    return Figure(what, f">= {target}x", f"{times:.2f}x" if times < 2 else f"{times:.1f}x", times >= target)
+    return Figure(what, f">= {target}x", times_as_fast(times), times >= target)
 
 
 def at_most(what, times, target):
@@ -50,18 +59,31 @@ def share(what, percent, target):
     return Figure(what, f">= {target} %", f"{percent:.1f} %", percent >= target)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
     sets = ("numpy", "machine", "step", "flat", "numba")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
-    options = parser.parse_args()
+    parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")
+    options = parser.parse_args(arguments)
+    if options.stored and not (options.set == "machine" and options.docs):
+        parser.error("--stored goes with machine --docs: only those figures are stored")
+    if not options.stored:
+        measured = measure_set(options)
+    if options.docs:
+        text = machines.markdown() if options.set == "machine" else markdown(options.set, *measured)
+        report.write_page(report.PAGE, f"figures-{options.set}", text)
+
+
+def measure_set(options):
+    """Measure and print the set that the options name, and store it; returns (facts of the machine, figures)."""
     if "c" not in fastrms.available_backends():
         sys.exit("the figures are those of the C backend, and fastrms was built without its C extension")
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     facts, figures = measure(options.set, console)
-    if options.docs:
-        report.write_page(report.PAGE, f"figures-{options.set}", markdown(options.set, facts, figures))
+    if options.set == "machine":
+        console.print(f"wrote {machines.store(facts, figures, 'python -m bench.figures machine')}", soft_wrap=True)
+    return facts, figures
 
 
 def measure(name, console):
@@ -69,19 +91,28 @@ def measure(name, console):
     chosen = import_module(f".figures_{name}", __package__)
     facts = machine.describe() | chosen.prepare()
     start, first_clock, figures = time.perf_counter(), clock(), []
-    console.print(f"{machine.in_words(facts)}\n{machine.software(facts)}\nplacement: {chosen.PLACED}")
+    console.print(f"{machine.in_words(facts)}\n{machine.software(facts)}\nplacement: {chosen.PLACED}", markup=False)
     try:
         for measurement in track(chosen.MEASUREMENTS, "measuring", console=console, transient=True):
             figures += measurement()
     except WrongContender as error:
         sys.exit(str(error))
-    table = Table("what", "target", "measured", "ok", caption="float32; times: minima of interleaved rounds")
-    for figure in figures:
-        table.add_row(*figure[:3], "yes" if figure.ok else "NO", style=None if figure.ok else "bold red")
-    console.print(table)
+    console.print(table(figures))
     console.print(f"empty Python call: {first_clock:.0f} ns at the start, {clock():.0f} ns at the end")
     console.print(f"{time.perf_counter() - start:.0f} s")
     return facts, figures
+
+
+def table(figures):
+    """Rows in red where the target is missed; a column for what the hardware allows where that is known."""
+    known = any(figure.at_most for figure in figures)
+    titles = ("what", "target", "measured", *["at most"] * known, "ok")
+    shown = Table(*titles, caption="float32; times: minima of interleaved rounds")
+    for figure in figures:
+        measured = figure.measured + (f" ({figure.beside})" if figure.beside else "")
+        cells = (figure.what, figure.target, measured, *[figure.at_most] * known, "yes" if figure.ok else "NO")
+        shown.add_row(*map(escape, cells), style=None if figure.ok else "bold red")
+    return shown
 
 
 def markdown(name, facts, figures):

@@ -12,7 +12,6 @@ from .report import size_name
 from .timing import paired
 
 SECONDS = 3.0  # of timing for each rule at each size
-PAUSE = 0.02  # seconds before a measurement on several threads, in which OpenMP's threads stop spinning on the cores
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**25)
 SLOWER = {"one thread": 1.05, "all threads": 1.10}  # the targets: at most so many times C's time
 PLACED = f"{IN_WORDS[WELL_PLACED]}; both backends update the same parameter and states from the same gradient"
@@ -35,14 +34,13 @@ def over_c():
     for name, most in SLOWER.items():
         fastrms.set_num_threads(1 if name == "one thread" else before)
         for size in SIZES:
-            pause = PAUSE if fastrms.get_num_threads() > 1 else 0.0
-            slower = {rule: time_over_c(rule, size, pause) for rule in OPTIMIZERS}
+            slower = {rule: time_over_c(rule, size) for rule in OPTIMIZERS}
             measured = ", ".join(f"{rule} {times:.2f}x" for rule, times in slower.items())
             yield Figure(f"{size_name(size)}, {name}: time over C", f"<= {most}x", measured, max(slower.values()) <= most)
     fastrms.set_num_threads(before)
 
 
-def time_over_c(rule, size, pause):
+def time_over_c(rule, size):
     """Time bound steps of both backends over the same memory, since one set of pages is up to 10 % faster than another."""
     grad, param = Problem(rule, size, "float32").new_buffers(states=0)
     one, other = (OPTIMIZERS[rule](param, backend=backend) for backend in ("c", "numba"))
@@ -53,7 +51,7 @@ def time_over_c(rule, size, pause):
         optimizer.bind(grad)
         optimizer.step()  # Numba compiles
         calls[backend] = optimizer.step
-    return paired(calls, SECONDS, pause)
+    return paired(calls, SECONDS)
 
 
 def first():

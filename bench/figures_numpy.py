@@ -14,16 +14,19 @@ import numpy as np
 
 import fastrms
 
+from . import timing
 from .baselines import Naive
 from .check import WrongContender, check
 from .contenders import FASTRMS, IN_PLACE, NAIVE, OPTIMIZERS, Contender, contenders
 from .figures import Figure, at_least, at_most
-from .problem import WELL_PLACED, Problem, allocate
+from .measure import measure
+from .problem import WELL_PLACED, allocate, at_places
 from .report import size_name
+from .results import Results
 from .timing import interleaved
 
 SECONDS = 3.0  # of timing for each figure
-LARGE = 2**24
+OURS, LARGE = FASTRMS["c"], 2**24
 TENSORS, TENSOR_SIZE, GRADIENT_SETS = 100, 64, 50
 IMPORTS = 9
 PLACED = "staggered modulo 4 KiB, save for small tensors in lists (as NumPy allocates them) and where it says back to back"
@@ -48,28 +51,32 @@ def ratio(calls, slow, fast):
     return timings[slow].minimum / timings[fast].minimum
 
 
-def against_numpy(rule, size):
-    """The timings of both baselines and of the C backend, all checked first."""
-    problem = Problem(rule, size, "float32")
-    made, _ = contenders(problem, 1, names=[NAIVE, IN_PLACE, FASTRMS["c"]])
-    check(problem, made)
-    return {contender.name: contender.step for contender in made}
+def against_numpy(rule, size, seconds):
+    """The Results of both baselines and of the C backend, all checked first."""
+    results = Results("float32", WELL_PLACED)
+    measure(results, rule, size, seconds, [NAIVE, IN_PLACE, OURS])
+    return results
 
 
 def functional():
-    problem = Problem("rmsprop", 64, "float32")
-    g, w, v = problem.new_buffers()
-    made, _ = contenders(problem, 1, names=[NAIVE])
-    made.append(Contender("functional", lambda: fastrms.rmsprop(w, g, v, lr=0.01), lambda: [w, v]))
-    check(problem, made)
-    calls = {contender.name: contender.step for contender in made}
-    yield at_least("fastrms.rmsprop(w, g, v, lr=0.01), 64: over naive", ratio(calls, NAIVE, "functional"), 2.5)
+    calls = {NAIVE: [], "functional": []}
+    for problem in at_places("rmsprop", 64, "float32"):
+        g, w, v = problem.new_buffers()
+        made, _ = contenders(problem, 1, names=[NAIVE])
+        call = partial(fastrms.rmsprop, w, g, v, lr=0.01)
+        made.append(Contender("functional", call, lambda w=w, v=v: [w, v]))
+        check(problem, made)
+        for contender in made:
+            calls[contender.name].append(contender.step)
+    timings = timing.at_places(calls, SECONDS)
+    times = timings[NAIVE].minimum / timings["functional"].minimum
+    yield at_least("fastrms.rmsprop(w, g, v, lr=0.01), 64: over naive", times, 2.5)
 
 
 def bound():
     for size, target in ((64, 20), (1024, 12)):
-        what = f"bound step(), {size}, RMSProp: over naive"
-        yield at_least(what, ratio(against_numpy("rmsprop", size), NAIVE, FASTRMS["c"]), target)
+        results = against_numpy("rmsprop", size, SECONDS)
+        yield at_least(f"bound step(), {size}, RMSProp: over naive", results.over_naive("rmsprop", size, OURS), target)
 
 
 def many_arrays(seed):
@@ -119,11 +126,10 @@ def many_pair():
 
 def large():
     for rule, target in (("rmsprop", 5), ("adagrad", 5), ("adam", 6)):
-        timings = interleaved(against_numpy(rule, LARGE), 2 * SECONDS)
-        fast = timings[FASTRMS["c"]].minimum
+        results = against_numpy(rule, LARGE, 2 * SECONDS)
         what = f"{OPTIMIZERS[rule].__name__}, {size_name(LARGE)}"
-        yield at_least(f"{what}: over naive NumPy", timings[NAIVE].minimum / fast, target)
-        yield at_least(f"{what}: over in-place NumPy", timings[IN_PLACE].minimum / fast, 3)
+        yield at_least(f"{what}: over naive NumPy", results.over_naive(rule, LARGE, OURS), target)
+        yield at_least(f"{what}: over in-place NumPy", results.over_in_place(rule, LARGE, OURS), 3)
 
 
 def importing():

@@ -19,6 +19,7 @@ def describe():
         "numpy": np.__version__,
         "fastrms": fastrms.__version__,
         "isa": fastrms.isa() or "none (no C extension)",
+        "isas": fastrms.backends.load("c").isas(),
         "compiler": fastrms.backends.load("c").compiler(),
         "threads": fastrms.get_num_threads(),
     }
@@ -33,8 +34,13 @@ def software(machine):
     others = "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items())
     return (
         f"Python {machine['python']}, NumPy {machine['numpy']}, fastrms {machine['fastrms']} ({machine['compiler']}), "
-        f"instruction set {machine['isa']}, {threads(machine)}{others}"
+        f"{instruction_sets(machine)}, {threads(machine)}{others}"
     )
+
+
+def instruction_sets(machine):
+    """The one that the kernels run, and all of fastrms' that this CPU has, best first."""
+    return f"instruction set {machine['isa']} (of {', '.join(machine['isas']) or 'none'})"
 
 
 def threads(machine):

@@ -1,4 +1,4 @@
-"""The peers: PyTorch four times, optax, DeepSpeed, bitsandbytes and Thinc, each one function of a Problem.
+"""The peers: PyTorch four times, optax, DeepSpeed, prime-rl, bitsandbytes and Thinc, each one function of a Problem.
 
 Each runs at the best setting that its documentation shows.  Importing this module imports none of the libraries.
 """
@@ -21,14 +21,19 @@ import numpy as np
 from .contenders import OPTIMIZERS, Contender
 from .problem import AS_ALLOCATED, CannotDo
 
-PAUSE = 0.005  # seconds before a measurement, since OpenMP's threads spin for some milliseconds after their last loop
 INSTALL = "pip install -e '.[peers]'"
+BY_HAND = {"cpu_adam": "docs/performance.md says how it is found"}  # what no registry has
 DISTRIBUTIONS = ("torch", "jax", "optax", "deepspeed", "bitsandbytes", "thinc")
 TORCH = {  # class, settings
     "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.99, "eps": 1e-8}),
     "adagrad": ("Adagrad", {"lr": 0.01, "eps": 1e-10}),
     "adam": ("Adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
     "rprop": ("Rprop", {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),
+}
+VARIANTS = {  # of torch.optim, and the rules that they have
+    "torch for-loop": ({"foreach": False}, tuple(TORCH)),
+    "torch foreach": ({"foreach": True}, tuple(TORCH)),
+    "torch fused": ({"fused": True}, ("adagrad", "adam")),
 }
 TORCH_STATES = {
     "rmsprop": ["square_avg"],
@@ -106,7 +111,8 @@ def available(names=None):
                 load(LIBRARIES[name])
                 found[name] = peer
             except ModuleNotFoundError as error:
-                reasons[name] = f"not installed: {INSTALL}" if error.name == LIBRARIES[name] else f"lacks {error.name}"
+                install = BY_HAND.get(error.name, INSTALL)
+                reasons[name] = f"not installed: {install}" if error.name == LIBRARIES[name] else f"lacks {error.name}"
             except Exception as error:  # whatever a broken installation raises
                 reasons[name] = f"fails to import: {error}"
     return found, reasons
@@ -159,23 +165,6 @@ def of_torch(name, problem, **setting):
     rule, settings = TORCH[problem.rule]
     make = partial(getattr(torch.optim, rule), **{**settings, **setting})
     return optimizing(name, problem, make, torch.tensor(0.0), TORCH_STATES[problem.rule])
-
-
-def torch_on_many(rule, params, grads):
-    """One step of each variant of torch.optim on many tensors: name -> function without arguments."""
-    torch = load("torch")
-    class_name, settings = TORCH[rule]
-    variants = {"torch for-loop": {"foreach": False}, "torch foreach": {"foreach": True}, "torch.compile": {"foreach": True}}
-    if rule in ("adagrad", "adam"):
-        variants["torch fused"] = {"fused": True}
-    steps = {}
-    for name, setting in variants.items():
-        tensors = [torch.nn.Parameter(torch.from_numpy(param.copy())) for param in params]
-        for tensor, grad in zip(tensors, grads, strict=True):
-            tensor.grad = torch.from_numpy(grad)
-        steps[name] = getattr(torch.optim, class_name)(tensors, **{**settings, **setting}).step
-    steps["torch.compile"] = torch.compile(steps["torch.compile"], dynamic=False)
-    return steps
 
 
 def optimizing(name, problem, make, step, state_names):
@@ -241,9 +230,7 @@ def deepspeed(problem):
     """DeepSpeed, which compiles its kernels at first use with g++ and ninja, and keeps them in ~/.cache/torch_extensions."""
     require(problem, "DeepSpeed on a CPU", DEEPSPEED_STATES)
     load("deepspeed")
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ["PATH"]:  # where pip puts ninja, unless the virtual environment is activated
-        os.environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+    find_ninja()
     rule, settings = TORCH[problem.rule]
     optimizers = importlib.import_module(f"deepspeed.ops.{problem.rule}")
     make = partial(getattr(optimizers, f"DeepSpeedCPU{rule}"), **settings)
@@ -257,6 +244,13 @@ def deepspeed(problem):
     return made._replace(tolerance=ROUGH)  # 1 - 0.999**step is made in float32, and off by 1e-5
 
 
+def find_ninja():
+    """Put the folder in which pip installs ninja on the path, where it is not: the virtual environment may be inactive."""
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"]:
+        os.environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+
+
 def restoring(problem, made):
     """Restore the gradient, which DeepSpeed's AdaGrad overwrites where it does not use vectors."""
     if platform.machine() == "x86_64" and problem.size % VECTOR == 0:
@@ -267,6 +261,25 @@ def restoring(problem, made):
         made.changed()
 
     return made._replace(step=step)
+
+
+def prime_rl(problem):
+    """The kernel of prime-rl's AdamW on the CPU, without decay; the module compiles it at first use."""
+    require(problem, "prime-rl", ("adam",))
+    torch, library = load("torch"), load("cpu_adam")
+    find_ninja()
+    settings = {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "gradient_scale": 1.0}
+    try:
+        library.adamw_step([], [], [], [], [], **settings)
+    except (ImportError, OSError, RuntimeError) as error:
+        first = str(error).split("\n")[0]
+        raise CannotDo(f"prime-rl's kernel cannot be built: {first}") from error
+    grad, *buffers = tensors(problem, None)
+    param, mean, square = buffers
+    step = partial(library.adamw_step, [param], [grad], [mean], [square], [torch.zeros(())], **settings)
+    read = [buffer.numpy() for buffer in buffers]
+    changed = partial(grad.copy_, torch.from_numpy(problem.grad))
+    return Contender("prime-rl", step, lambda: read, changed=changed, tolerance=ROUGH)  # it makes 1 - 0.999 in float32
 
 
 def bitsandbytes(problem):
@@ -302,12 +315,14 @@ PEERS = {
     "torch.compile": torch_compile,
     "optax": optax,
     "DeepSpeed": deepspeed,
+    "prime-rl": prime_rl,
     "bitsandbytes 8-bit": bitsandbytes,
     "Thinc": thinc,
 }
 LIBRARIES = dict.fromkeys(PEERS, "torch") | {
     "optax": "optax",
     "DeepSpeed": "deepspeed",
+    "prime-rl": "cpu_adam",
     "bitsandbytes 8-bit": "bitsandbytes",
     "Thinc": "thinc",
 }

@@ -96,8 +96,8 @@ def footnotes(results):
     return [f"{name}: {note}." for name, note in peers.NOTES.items() if name in results.peers()]
 
 
-def header(machine):
-    return f"{in_words(machine)}\n{software(machine)}\nplacement: {IN_WORDS[WELL_PLACED]}"
+def header(machine, placed=IN_WORDS[WELL_PLACED]):
+    return f"{in_words(machine)}\n{software(machine)}\nplacement: {placed}"
 
 
 def complaints(results):

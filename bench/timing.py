@@ -8,6 +8,7 @@ from typing import NamedTuple
 MEASUREMENT = 1e-3  # seconds; one measurement lasts at least this long
 MOST_ROUNDS = 400
 WARM_UP = 2e-2  # seconds; a shorter call is first made once untimed, to bring its data into the caches
+REST = 1e-2  # seconds before each contender: GNU OpenMP's threads use a processor for 2.5 to 7.5 ms after their last loop
 
 
 class Timing(NamedTuple):
@@ -19,37 +20,56 @@ class Timing(NamedTuple):
     repetitions: int
 
 
-def interleaved(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
+def interleaved(calls, seconds, least_rounds=3, before=lambda key: None):
     """Timings of `calls` (key -> function without arguments), in rounds until `seconds` are over.
 
-    pause: seconds to sleep before each measurement, so that another library's threads stop spinning.
     before(key): is called before each measurement of key, untimed.
     """
-    samples, repetitions = sampled(calls, seconds, least_rounds, pause, before)
-    return {key: Timing(min(taken), median(taken), len(taken), repetitions[key]) for key, taken in samples.items()}
+    return at_places({key: [call] for key, call in calls.items()}, seconds, least_rounds, before)
 
 
-def paired(calls, seconds, pause=0.0):
+def at_places(calls, seconds, least_rounds=3, before=lambda key: None):
+    """The same for calls that work on buffers at several places (key -> functions, one for each place): the timing of the
+    place whose minimum is the median of the places."""
+    samples, repetitions = sampled(calls, seconds, least_rounds, before)
+    timings = {}
+    for key, places in samples.items():
+        taken = middle(places)
+        timings[key] = Timing(min(taken), median(taken), len(taken), repetitions[key])
+    return timings
+
+
+def middle(places):
+    """Of the samples at each place those of the place whose minimum is the median."""
+    return sorted(places, key=min)[len(places) // 2]
+
+
+def paired(calls, seconds, least_rounds=3, before=lambda key: None):
     """The time of the second of two calls over that of the first: the median of the ratios of each round, in which the
     machine is in one state for both."""
-    first, second = sampled(calls, seconds, pause=pause)[0].values()
+    samples, _ = sampled({key: [call] for key, call in calls.items()}, seconds, least_rounds, before)
+    (first,), (second,) = samples.values()
     return median(b / a for a, b in zip(first, second, strict=True))
 
 
-def sampled(calls, seconds, least_rounds=3, pause=0.0, before=lambda key: None):
-    """(key -> nanoseconds of a call in each round, key -> how many calls made one measurement)."""
-    timers = {key: Timer(call) for key, call in calls.items()}
+def sampled(calls, seconds, least_rounds=3, before=lambda key: None):
+    """(key -> nanoseconds of a call in each round, in a list for each place; key -> how many calls made one measurement).
+
+    The threads of other libraries rest before each key, so that no contender pays for what another has left running.
+    """
+    timers = {key: [Timer(call) for call in places] for key, places in calls.items()}
     end = time.perf_counter() + seconds
-    calibrated = {key: calibrate(timer) for key, timer in timers.items()}
-    samples = {key: [] for key in calls}
+    calibrated = {key: calibrate(places[0]) for key, places in timers.items()}
+    samples = {key: [[] for _ in places] for key, places in calls.items()}
     rounds = 0
     while rounds < least_rounds or (rounds < MOST_ROUNDS and time.perf_counter() < end):
         for key, (repetitions, short) in calibrated.items():
-            time.sleep(pause)
+            time.sleep(REST)
             before(key)
-            if short:
-                calls[key]()
-            samples[key].append(timers[key].timeit(repetitions) / repetitions * 1e9)
+            for call, timer, taken in zip(calls[key], timers[key], samples[key], strict=True):
+                if short:
+                    call()
+                taken.append(timer.timeit(repetitions) / repetitions * 1e9)
         rounds += 1
     return samples, {key: repetitions for key, (repetitions, _) in calibrated.items()}
 

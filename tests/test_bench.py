@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,21 @@ import fastrms
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from bench import __main__ as command
-from bench import check, machine, report
+from bench import check, machine, measure, report, timing
 from bench.contenders import CEILINGS, DIVIDER, FASTRMS, IN_PLACE, NAIVE, STREAMS, Contender, contenders
 from bench.picture import STYLES
-from bench.problem import BACK_TO_BACK, PLACEMENTS, RULES, WELL_PLACED, Problem, allocate, bytes_per_element, divides
+from bench.problem import (
+    BACK_TO_BACK,
+    PLACEMENTS,
+    PLACES,
+    RULES,
+    WELL_PLACED,
+    Problem,
+    allocate,
+    at_places,
+    bytes_per_element,
+    divides,
+)
 from bench.results import Results
 from bench.timing import Timing, interleaved
 
@@ -94,12 +107,12 @@ def test_the_ceilings_take_every_way():
 
 
 class Disturbed:
-    """Stands for timing.interleaved: the ceilings take longer than fastrms c in the first `times` measurements."""
+    """Stands for timing.at_places: the ceilings take longer than fastrms c in the first `times` measurements."""
 
     def __init__(self, times):
         self.times, self.measured = times, []
 
-    def __call__(self, calls, seconds, pause):
+    def __call__(self, calls, seconds):
         self.measured.append({name for name, _ in calls})
         disturbed = len(self.measured) <= self.times
         speeds = dict.fromkeys(CEILINGS, 1e6 if disturbed else 1e3) | {FASTRMS["c"]: 1e4}
@@ -118,7 +131,7 @@ def only_timings(small_run, monkeypatch):
 @pytest.mark.parametrize("times", [0, 1, 3, 100])
 def test_a_disturbed_ceiling_is_measured_again_and_never_fails_the_run(only_timings, monkeypatch, capsys, times):
     disturbed = Disturbed(times)
-    monkeypatch.setattr(command.timing, "interleaved", disturbed)
+    monkeypatch.setattr(command.timing, "at_places", disturbed)
     command.main(["--quick", "--sizes", "4096", "--rules", "rmsprop", "--json", "out.json"])
     out = capsys.readouterr().out
     of_placed = [names for names in disturbed.measured if STREAMS in names]
@@ -131,7 +144,7 @@ def test_a_disturbed_ceiling_is_measured_again_and_never_fails_the_run(only_timi
 @needs_c
 def test_a_quick_run_that_is_late_measures_nothing_again(only_timings, monkeypatch, capsys):
     disturbed = Disturbed(100)
-    monkeypatch.setattr(command.timing, "interleaved", disturbed)
+    monkeypatch.setattr(command.timing, "at_places", disturbed)
     monkeypatch.setattr(command.Run, "is_late", lambda run, limit=0: bool(disturbed.measured))
     command.main(["--quick", "--sizes", "4096", "--rules", "rmsprop"])
     assert len(disturbed.measured) == 1 and "no time left" in capsys.readouterr().out
@@ -141,7 +154,7 @@ def test_a_wrong_result_fails_the_run(only_timings, monkeypatch):
     def wrong(problem, made):
         raise check.WrongContender("naive NumPy is wrong")
 
-    monkeypatch.setattr(command, "check", wrong)
+    monkeypatch.setattr(measure, "check", wrong)
     with pytest.raises(SystemExit) as info:
         command.main(["--quick", "--sizes", "64", "--rules", "rmsprop"])
     assert info.value.code == "naive NumPy is wrong"  # which Python prints, and ends with status 1
@@ -185,6 +198,61 @@ def test_rounds_are_interleaved():
     assert [timing.rounds for timing in timings.values()] == [4, 4]
     changes = sum(first != second for first, second in itertools.pairwise(order))
     assert changes >= 2 * 4 - 1  # a, b for the calibration, then a, b in every round
+
+
+def test_every_contender_begins_after_a_rest_and_its_places_follow_each_other(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing.time, "sleep", events.append)
+    monkeypatch.setattr(timing, "calibrate", lambda timer: (1, False))
+    calls = {name: [partial(events.append, f"{name}{place}") for place in range(2)] for name in "ab"}
+    timings = timing.at_places(calls, 0.0, least_rounds=2)
+    assert events == [timing.REST, "a0", "a1", timing.REST, "b0", "b1"] * 2
+    assert [taken.rounds for taken in timings.values()] == [2, 2] and timing.REST >= 0.01
+
+
+def test_of_several_places_the_median_counts(monkeypatch):
+    taken = {"x": [[3.0, 4.0], [9.0, 9.0], [1.0, 1.0]]}
+    monkeypatch.setattr(timing, "sampled", lambda *arguments: (taken, {"x": 7}))
+    assert timing.at_places({"x": [None] * 3}, 0.0) == {"x": Timing(3.0, 3.5, 2, 7)}
+
+
+def test_small_buffers_lie_at_several_places():
+    problems = at_places("adam", 1000, "float32")
+    lines = {tuple(buffer.ctypes.data % 4096 // 64 for buffer in problem.new_buffers()) for problem in problems}
+    assert len(problems) == len(lines) == PLACES >= 5
+    assert len(at_places("adam", 2**16, "float32")) == len(at_places("adam", 1000, "float32", BACK_TO_BACK)) == 1
+    buffers = problems[0].new_buffers(scratch=[bool])
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(buffers, 2))
+
+
+def test_each_place_is_measured_and_the_peers_at_the_first(monkeypatch):
+    """All buffers of a cell live as long as it is timed: the ceilings keep addresses only."""
+    seen, at, kept = {}, [], []
+
+    def timed(calls, seconds):
+        assert all(reference() for reference in kept)
+        seen.update({key: len(places) for key, places in calls.items()})
+        return {key: Timing(1.0, 1.0, 1, 1) for key in calls}
+
+    def peer(problem):
+        at.append(problem.place)
+        return Contender("peer", None, None)
+
+    monkeypatch.setattr(measure.timing, "at_places", timed)
+    monkeypatch.setattr(measure, "check", lambda _, made: kept.extend(weakref.ref(c.read) for c in made if c.read))
+    results = Results("float32", WELL_PLACED)
+    measure.measure(results, "rmsprop", 64, 0.0, peers={"peer": peer})
+    assert at == [0] and seen.pop(("peer", "")) == 1 and set(seen.values()) == {PLACES} and kept
+    assert ("rmsprop", 64, "peer") in results.timings
+
+
+def test_the_header_names_every_instruction_set_of_the_cpu_and_the_one_that_ran():
+    facts = machine.describe()
+    assert facts["isas"] == fastrms.backends.load("c").isas()
+    named = f"instruction set {facts['isa']} (of {', '.join(facts['isas']) or 'none'})"
+    assert named in machine.software(facts) and named in report.header(facts)
+    both = machine.software(facts | {"isa": "middle", "isas": ["best", "middle", "least"]})
+    assert "instruction set middle (of best, middle, least)" in both
 
 
 def test_bytes_and_divisions_come_from_the_rule():

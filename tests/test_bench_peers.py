@@ -25,6 +25,7 @@ TAKES_PART = {
     "torch.compile": BOTH,
     "optax": {pair for pair in BOTH if pair[0] != "rprop"},
     "DeepSpeed": {("adagrad", "float32"), ("adam", "float32")},
+    "prime-rl": {("adam", "float32")},
     "bitsandbytes 8-bit": {("rmsprop", "float32"), ("adagrad", "float32"), ("adam", "float32")},
     "Thinc": {("adam", "float32")},
 }
@@ -112,6 +113,11 @@ def test_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "thinc", None)
     found, reasons = peers.available(["Thinc", "fastrms c"])
     assert (found, reasons) == ({}, {"Thinc": f"not installed: {peers.INSTALL}"})
+
+
+def test_what_no_registry_has_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cpu_adam", None)
+    assert peers.available(["prime-rl"])[1] == {"prime-rl": "not installed: docs/performance.md says how it is found"}
 
 
 def test_broken_library(monkeypatch):
