@@ -4,8 +4,9 @@ A contender is one function of a Problem, which raises CannotDo with the reason 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import count
+from timeit import Timer
 from typing import NamedTuple
 
 import numpy as np
@@ -132,14 +133,31 @@ def divider(problem, way, settings):
 
     values, quotients = allocate(min(IN_L1, problem.size), [problem.dtype] * 2, WELL_PLACED)
     np.abs(problem.grad[:IN_L1], out=values)
+    settings = settings | {"isa": fastest_divider(problem.dtype)}
     step = partial(lib.fastrms_divider, job(problem, quotients, values, [], settings))
     return Contender(DIVIDER, step, lambda kept_alive=values: [quotients], way, DIVIDER)
 
 
-def job(problem, param, grad, states, settings):
-    from fastrms._core import ffi
+@cache
+def fastest_divider(dtype):
+    """The number of the instruction set that is fastest at divisions and square roots, as kernels are taken from the fastest."""
+    from fastrms._core import ffi, lib
 
-    pointers = {"param": ffi.from_buffer(param), "grad": ffi.from_buffer(grad)}
+    values, quotients = np.ones(IN_L1, dtype), np.ones(IN_L1, dtype)
+    fields = {"size": 64 * IN_L1, "chunk": CHUNK, "itemsize": dtype.itemsize}
+    fields |= {"param": ffi.from_buffer(quotients), "grad": ffi.from_buffer(values)}
+    jobs = {
+        isa: ffi.new("fastrms_ceiling *", fields | {"isa": isa})
+        for isa in range(lib.fastrms_isa_count())
+        if lib.fastrms_isa_supported(isa)
+    }
+    return min(jobs, key=lambda isa: min(Timer(partial(lib.fastrms_divider, jobs[isa])).repeat(9, 1)))
+
+
+def job(problem, param, grad, states, settings):
+    from fastrms._core import ffi, lib
+
+    pointers = {"isa": lib.fastrms_isa_get(), "param": ffi.from_buffer(param), "grad": ffi.from_buffer(grad)}
     made = ffi.new("fastrms_ceiling *", {"size": problem.size, "itemsize": problem.dtype.itemsize, "states": len(states)})
     made.state = [ffi.from_buffer(state) for state in states]
     for name, value in (pointers | settings).items():

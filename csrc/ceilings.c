@@ -92,7 +92,7 @@ TIERS(OF_TIER, )
 
 static void streams_part(const fastrms_ceiling *job, int64_t begin, int64_t size)
 {
-    const fastrms_ceiling_loops *loops = fastrms_current_tier()->ceilings;
+    const fastrms_ceiling_loops *loops = fastrms_tier_of(job->isa)->ceilings;
     int turn = job->block > 0;
     int64_t bytes = begin * job->itemsize;
     char *param = (char *)job->param + bytes, *state[FASTRMS_MAX_STATES];
@@ -119,7 +119,7 @@ static void divider_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_ceiling *job = context;
     union { float floats[IN_L1]; double doubles[IN_L1]; } to, from;
-    const fastrms_ceiling_loops *loops = fastrms_current_tier()->ceilings;
+    const fastrms_ceiling_loops *loops = fastrms_tier_of(job->isa)->ceilings;
     int first = begin == 0;
     int64_t used = job->size < IN_L1 ? job->size : IN_L1;
     memcpy(&from, job->grad, (size_t)(used * job->itemsize));

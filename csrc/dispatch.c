@@ -20,6 +20,8 @@ int fastrms_isa_count(void) { return COUNT; }
 const char *fastrms_isa_name(int isa) { return tiers[isa].name; }
 int fastrms_isa_supported(int isa) { return tiers[isa].supported(); }
 
+const fastrms_tier *fastrms_tier_of(int isa) { return &tiers[isa]; }
+
 int fastrms_isa_set(int isa)
 {
     if (isa >= COUNT || (isa >= 0 && !tiers[isa].supported()))
@@ -85,7 +87,7 @@ static const fastrms_tier *find_fastest(int rule, int wide, int general)
     return found;
 }
 
-static const fastrms_tier *tier_of(int rule, int wide, int general)
+static const fastrms_tier *tier_of_kernel(int rule, int wide, int general)
 {
     const fastrms_tier *tier = atomic_load_explicit(&forced, memory_order_relaxed);
     if (tier)
@@ -100,10 +102,10 @@ static const fastrms_tier *tier_of(int rule, int wide, int general)
 
 fastrms_kernel *fastrms_kernel_of(int rule, int wide, int general)
 {
-    return tier_of(rule, wide, general)->kernels[rule][wide][general];
+    return tier_of_kernel(rule, wide, general)->kernels[rule][wide][general];
 }
 
-int fastrms_isa_of(int rule, int itemsize, int general) { return (int)(tier_of(rule, itemsize == 8, general) - tiers); }
+int fastrms_isa_of(int rule, int itemsize, int general) { return (int)(tier_of_kernel(rule, itemsize == 8, general) - tiers); }
 
 const char *fastrms_compiler(void)
 {

@@ -72,6 +72,7 @@ TIERS(DECLARE_TIER, )
 /* dispatch.c: the kernel of a rule, in float or double, in the neutral or the general form; and the tier for everything else */
 fastrms_kernel *fastrms_kernel_of(int rule, int wide, int general);
 const fastrms_tier *fastrms_current_tier(void);
+const fastrms_tier *fastrms_tier_of(int isa);
 extern const fastrms_tier *_Atomic fastrms_fastest[][2][2];      /* kernels.c; NULL until a kernel is first used */
 
 /* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */

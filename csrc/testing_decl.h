@@ -41,10 +41,10 @@ double fastrms_series(double decay, double weight, int64_t terms);
  * where block > 0, to one after the other within blocks of `block` elements.  fastrms_divider makes `size` divisions and
  * square roots, over and over from the first elements of grad, which stay in L1, and leaves
  * param[i] = grad[i] / sqrt(grad[i]) for these.
- * shared: whether all threads of the pool share the work, in chunks, however small it is. */
+ * shared: whether all threads of the pool share the work, in chunks, however small it is; isa: the tier that runs it. */
 typedef struct {
     int64_t size, block, chunk;
-    int32_t itemsize, states, shared, reserved;
+    int32_t itemsize, states, shared, isa;
     void *param;
     const void *grad;
     void *state[FASTRMS_MAX_STATES];
