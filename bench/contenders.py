@@ -140,7 +140,7 @@ def divider(problem, way, settings):
 
 @cache
 def fastest_divider(dtype):
-    """The number of the instruction set that is fastest at divisions and square roots, as kernels are taken from the fastest."""
+    """The number of the instruction set that is fastest at divisions and square roots, as kernels take the fastest, too."""
     from fastrms._core import ffi, lib
 
     values, quotients = np.ones(IN_L1, dtype), np.ones(IN_L1, dtype)
