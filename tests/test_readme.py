@@ -268,7 +268,20 @@ def summary():
             cells[2:4] = [f"{cells[2]} ({best})", f"**{cells[3]}**"]
             lines.append(f"| {FAMILIES[rule].__name__} | {size} | {' | '.join(cells)} |")
     machine = re.search(r"^(.*?, \d+ cores).*(\d{4}-\d\d-\d\d);", block(page("performance"), "bench"), re.M)
-    return "\n".join([*lines, "", f"{machine[1]}, {machine[2]}; two threads (NumPy: one)."])
+    return "\n".join([*lines, "", f"{machine[1]}, {machine[2]}; two threads (NumPy: one).", called_as_a_trainer_does()])
+
+
+def called_as_a_trainer_does():
+    """The README's sentence on a whole model, from the table of a reader's own model in docs/performance.md."""
+    table = block(page("performance"), "model")
+    elements = re.search(r"\(([\d,]+) elements\), step, clip_norm=1.0, lr=Cosine", table)[1]
+    times = {tuple(row[:2]): row[2] for row in re.findall(r"^\| (\w+) \| ([^|]+) \| (\d+) \|", table, re.M)}
+    said = [
+        f"{FAMILIES[rule].__name__} {times[rule, 'fastrms c']} us, naive NumPy {times[rule, 'naive NumPy']} us"
+        for rule, name in times
+        if name == "naive NumPy"
+    ]
+    return f"A step with fresh gradients, `clip_norm` and a `Cosine` lr, {elements} elements: {'; '.join(said)}."
 
 
 def test_the_readmes_table_is_the_benchmarks():
