@@ -508,3 +508,16 @@ def test_sanitized_c_programs(tmp_path, sanitizer, runs):
                              env={"TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0"})  # fmt: skip
         assert run.returncode == 0 and run.stdout.startswith("faults 0"), run.stdout + run.stderr
         assert "Sanitizer" not in run.stderr, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or threads.usable_cpus() < 2, reason="one CPU, or no affinity here")
+def test_what_is_shared_and_with_whom(tmp_path):
+    """Which jobs wake workers, which workers they wake, and which CPUs these use: tests/c/pool.c says what is wrong."""
+    program = str(tmp_path / "pool")
+    source = str(ROOT / "tests" / "c" / "pool.c")
+    command = ["gcc", "-g", "-O1", f"-I{ROOT / 'csrc'}", source, *SOURCES, "-lm", "-pthread", "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    for arguments in ([], ["threads"]):
+        run = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=WATCHDOG)
+        assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr
