@@ -38,7 +38,7 @@ const fastrms_tier *fastrms_current_tier(void)
 
 int fastrms_isa_get(void) { return (int)(fastrms_current_tier() - tiers); }
 
-enum { ELEMENTS = 512, CALLS = 8, ROUNDS = 6 };
+enum { ELEMENTS = 512, APART = 40, CALLS = 8, ROUNDS = 6 };
 
 static void fill_with_ones(int count, void *to, int wide)
 {
@@ -50,10 +50,12 @@ static void fill_with_ones(int count, void *to, int wide)
 }
 
 /* The nanoseconds of some calls of a kernel, on numbers that stay finite and at least 1: with all coefficients 1, a gradient
- * of 1 adds at most 1 to what a state holds. */
+ * of 1 adds at most 1 to what a state holds.  The buffers start at multiples of a line, at different places modulo 4 KiB:
+ * else wide loads and stores hinder each other at some places of the stack, and the widest tier may seem the slowest. */
 static int64_t time_of(fastrms_kernel *kernel, int wide)
 {
-    double buffer[2 + FASTRMS_MAX_STATES][ELEMENTS], ones[FASTRMS_MAX_COEFFICIENTS];
+    __attribute__((aligned(FASTRMS_LINE))) double buffer[2 + FASTRMS_MAX_STATES][ELEMENTS + APART];
+    double ones[FASTRMS_MAX_COEFFICIENTS];
     void *state[FASTRMS_MAX_STATES];
     struct timespec begin, end;
     for (int k = 0; k < 2 + FASTRMS_MAX_STATES; ++k)
