@@ -1,5 +1,5 @@
-/* Which jobs the pool shares, and what its workers do: tests/test_threads.py builds this with csrc/ and runs it on Linux with
- * at least two CPUs.  Prints what does not hold, and nothing where all is well. */
+/* Which jobs the pool shares, what its workers do, and what stack a step needs.  tests/test_threads.py builds this with csrc/
+ * and runs it on Linux with at least two CPUs.  Prints what does not hold, and nothing where all is well. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <pthread.h>
@@ -175,6 +175,29 @@ static void *workers_stay_on_the_cpus_of_the_caller(void *cpu)
     return NULL;
 }
 
+static void *make_first_steps(void *nothing)
+{
+    static double buffer[4][64];
+    fastrms_recipe recipe;
+    for (int itemsize = 4; itemsize <= 8; itemsize += 4) {
+        fastrms_adam_recipe(&recipe, itemsize, &fastrms_adam_defaults);
+        fastrms_update(&recipe, 64, 1, 1, buffer[0], buffer[1], buffer[2], buffer[3], NULL);
+    }
+    return nothing;
+}
+
+/* it crashes where the stack does not suffice */
+static void a_first_step_needs_little_stack(void)
+{
+    pthread_attr_t small;
+    pthread_t thread;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 28 * 1024);
+    pthread_create(&thread, &small, make_first_steps, NULL);
+    pthread_join(thread, NULL);
+    pthread_attr_destroy(&small);
+}
+
 int main(int count, char **arguments)
 {
     cpu_set_t all, one;
@@ -197,6 +220,7 @@ int main(int count, char **arguments)
         pthread_join(thread, NULL);
         return 0;
     }
+    a_first_step_needs_little_stack();
     a_step_of_two_jobs_is_no_loop();
     workers_without_a_part_sleep();
     a_worker_that_is_awaited_for_long_is_left_alone();
