@@ -15,17 +15,12 @@
 
 enum { SMALL = 32 * 1024, LARGE = 192 * 1024, COUNT = 64 };
 
-static pthread_t first;
-static _Atomic int pieces, delay, helped;                 /* delay: us that every other thread takes for a piece */
+static _Atomic int pieces;
 
 static void task(void *context, int64_t begin, int64_t end)
 {
     (void)context;
     atomic_fetch_add(&pieces, begin != 0 || end != COUNT);
-    if (delay && !pthread_equal(pthread_self(), first)) {
-        atomic_store(&helped, 1);
-        usleep((useconds_t)delay);
-    }
 }
 
 /* run a job, and answer whether it was shared */
@@ -138,24 +133,6 @@ static void a_caller_with_one_cpu_shares_no_small_jobs(void)
     sched_setaffinity(0, sizeof all, &all);
 }
 
-static void a_worker_that_is_awaited_for_long_is_left_alone(void)
-{
-    int most = 0;
-    for (int try = 0; try < 50 && most < 100; ++try) {
-        int alone = 0;
-        delay = 1000;
-        helped = 0;
-        while (!helped)
-            is_shared(SMALL);
-        delay = 0;
-        while (alone < 100 && !is_shared(SMALL))
-            ++alone;
-        most = alone > most ? alone : most;
-        usleep(1000);
-    }
-    expect(most == 100, "the job after one that waited for a worker was shared");
-}
-
 /* in a thread of its own, limited to one CPU, in a process whose first thread is limited to another */
 static void *workers_stay_on_the_cpus_of_the_caller(void *cpu)
 {
@@ -202,7 +179,6 @@ int main(int count, char **arguments)
 {
     cpu_set_t all, one;
     pthread_t thread;
-    first = pthread_self();
     sched_getaffinity(0, sizeof all, &all);
     int cpu[2], found = 0;
     for (int k = 0; k < CPU_SETSIZE && found < 2; ++k)
@@ -223,7 +199,6 @@ int main(int count, char **arguments)
     a_first_step_needs_little_stack();
     a_step_of_two_jobs_is_no_loop();
     workers_without_a_part_sleep();
-    a_worker_that_is_awaited_for_long_is_left_alone();
     a_caller_with_one_cpu_shares_no_small_jobs();
     return 0;
 }
