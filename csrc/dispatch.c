@@ -40,7 +40,7 @@ const fastrms_tier *fastrms_current_tier(void)
 
 int fastrms_isa_get(void) { return (int)(fastrms_current_tier() - tiers); }
 
-enum { ELEMENTS = 512, CALLS = 8, ROUNDS = 6 };
+enum { DOUBLES = 256, APART = 40, CALLS = 8, ROUNDS = 6 };
 
 static void fill_with_ones(int count, void *to, int wide)
 {
@@ -52,21 +52,25 @@ static void fill_with_ones(int count, void *to, int wide)
 }
 
 /* The nanoseconds of some calls of a kernel, on numbers that stay finite and at least 1: with all coefficients 1, a gradient
- * of 1 adds at most 1 to what a state holds. */
+ * of 1 adds at most 1 to what a state holds.  The buffers start at multiples of a line, at different places modulo 4 KiB:
+ * else wide loads and stores hinder each other at some places of the stack, and the widest tier may seem the slowest.  They
+ * are short, since the stack of the calling thread may be small. */
 static int64_t time_of(fastrms_kernel *kernel, int wide)
 {
-    double buffer[2 + FASTRMS_MAX_STATES][ELEMENTS], ones[FASTRMS_MAX_COEFFICIENTS];
+    __attribute__((aligned(FASTRMS_LINE))) double buffer[2 + FASTRMS_MAX_STATES][DOUBLES + APART];
+    int count = wide ? DOUBLES : 2 * DOUBLES;
+    double ones[FASTRMS_MAX_COEFFICIENTS];
     void *state[FASTRMS_MAX_STATES];
     struct timespec begin, end;
     for (int k = 0; k < 2 + FASTRMS_MAX_STATES; ++k)
-        fill_with_ones(ELEMENTS, buffer[k], wide);
+        fill_with_ones(count, buffer[k], wide);
     fill_with_ones(FASTRMS_MAX_COEFFICIENTS, ones, wide);
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = buffer[2 + s];
-    kernel(ELEMENTS, buffer[0], buffer[1], state, ones);
+    kernel(count, buffer[0], buffer[1], state, ones);
     clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int k = 0; k < CALLS; ++k)
-        kernel(ELEMENTS, buffer[0], buffer[1], state, ones);
+        kernel(count, buffer[0], buffer[1], state, ones);
     clock_gettime(CLOCK_MONOTONIC, &end);
     return (end.tv_sec - begin.tv_sec) * INT64_C(1000000000) + (end.tv_nsec - begin.tv_nsec);
 }

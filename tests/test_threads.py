@@ -508,3 +508,27 @@ def test_sanitized_c_programs(tmp_path, sanitizer, runs):
                              env={"TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0"})  # fmt: skip
         assert run.returncode == 0 and run.stdout.startswith("faults 0"), run.stdout + run.stderr
         assert "Sanitizer" not in run.stderr, run.stderr
+
+
+def compiled(name, folder, sources=SOURCES):
+    """The program tests/c/<name>.c, built with csrc/."""
+    program, source = str(folder / name), str(ROOT / "tests" / "c" / f"{name}.c")
+    command = ["gcc", "-g", "-O1", f"-I{ROOT / 'csrc'}", source, *sources, "-lm", "-pthread", "-o", program]
+    subprocess.run(command, check=True, capture_output=True)
+    return program
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or threads.usable_cpus() < 2, reason="one CPU, or no affinity here")
+def test_what_is_shared_and_with_whom(tmp_path):
+    """Which jobs wake workers, which workers they wake, and which CPUs these use: the program prints what is wrong."""
+    program = compiled("sharing", tmp_path)
+    for arguments in ([], ["threads"]):
+        run = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=WATCHDOG)
+        assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+def test_a_child_forks_although_a_thread_came_to_a_step_during_the_fork(tmp_path):
+    program = compiled("fork", tmp_path, [source for source in SOURCES if not source.endswith("pool.c")])
+    assert subprocess.run([program], capture_output=True, text=True, timeout=WATCHDOG).stdout == "fine\n"
