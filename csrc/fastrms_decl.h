@@ -52,10 +52,10 @@ typedef struct {
 /* ---- plans: all tensors of an optimizer ---- */
 
 /* One parameter and its states.  size: in elements; steps: how many updates it has had; recipe: index into the recipes of
- * the plan; ready: for the plan's own use. */
+ * the plan; set: for the plan's own use. */
 typedef struct {
     int64_t size, steps;
-    int32_t recipe, ready;
+    int32_t recipe, set;
     void *param;
     void *state[FASTRMS_MAX_STATES];
 } fastrms_tensor;
@@ -92,7 +92,7 @@ typedef struct {
     fastrms_tensor *tensor;
     fastrms_recipe *recipe;
     const void **grad;
-    double *ready;
+    double *made;
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;

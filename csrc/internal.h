@@ -41,8 +41,8 @@ int fastrms_roots_are_right(void);                        /* roots.c */
 
 /* Large buffers are prefetched ahead of their use: the processor's own prefetching leaves the divider waiting.  A tile is
  * short, so that the requests of all streams mix with the arithmetic, and of constant length, so that it has no tail. */
-enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_AHEAD = 24 * FASTRMS_LINE };      /* bytes */
-#define FASTRMS_PREFETCH(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_AHEAD + (line));
+enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_PREFETCHED = 24 * FASTRMS_LINE };      /* bytes */
+#define FASTRMS_PREFETCH(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_PREFETCHED + (line));
 
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 
@@ -76,7 +76,7 @@ const fastrms_tier *fastrms_tier_of(int isa);
 extern const fastrms_tier *_Atomic fastrms_fastest[][2][2];      /* kernels.c; NULL until a kernel is first used */
 
 /* recipes.c: the coefficients of update number `step`, rounded once to the compute dtype */
-void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready);
+void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *made);
 
 /* pool.c: run task over [0, count), in chunks by all threads where the step has enough elements and the pool is free, else
  * in one piece by the caller */

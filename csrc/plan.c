@@ -14,7 +14,7 @@ enum {
 };
 
 /* the coefficients of step number `step`, with both parts of the factor of the gradient */
-static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *ready)
+static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fastrms_factor scale, double *made)
 {
     fastrms_recipe rescaled;
     if (scale.grad_rescale != 1) {
@@ -22,11 +22,11 @@ static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fast
         rescaled.value[1] = scale.grad_rescale;
         recipe = &rescaled;
     }
-    fastrms_evaluate(recipe, step, scale.grad_scale, ready);
+    fastrms_evaluate(recipe, step, scale.grad_scale, made);
 }
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
-static void prepare(fastrms_plan *plan, fastrms_factor scale)
+static void make_coefficients(fastrms_plan *plan, fastrms_factor scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
@@ -39,11 +39,11 @@ static void prepare(fastrms_plan *plan, fastrms_factor scale)
         if (!plan->grad[k])
             continue;
         if (last && last->recipe == tensor->recipe && last->steps == tensor->steps) {
-            tensor->ready = last->ready;
+            tensor->set = last->set;
         } else {
-            tensor->ready = sets++;
+            tensor->set = sets++;
             scaled_coefficients(&plan->recipe[tensor->recipe], tensor->steps + 1, scale,
-                                plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+                                plan->made + (int64_t)tensor->set * FASTRMS_MAX_COEFFICIENTS);
         }
         plan->unchanging &= plan->recipe[tensor->recipe].corrections == 0;
         last = tensor;
@@ -61,7 +61,7 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     int general = recipe->general || plan->rescaled;
     fastrms_kernel *kernel = fastrms_kernel_of(recipe->rule, recipe->itemsize == 8, general);
     kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
-           plan->ready + (int64_t)tensor->ready * FASTRMS_MAX_COEFFICIENTS);
+           plan->made + (int64_t)tensor->set * FASTRMS_MAX_COEFFICIENTS);
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
@@ -108,7 +108,7 @@ static void update_range(void *context, int64_t begin, int64_t end)
 static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
 {
     if (!plan->unchanging || scale.grad_scale != 1)
-        prepare(plan, scale);
+        make_coefficients(plan, scale);
     int64_t elements = plan->starts[plan->tensors];
     fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
     for (int64_t k = 0; k < plan->tensors; ++k)
@@ -185,8 +185,8 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
                        const void **grad, void *scratch)
 {
     *plan = (fastrms_plan){.tensors = tensors, .tensor = tensor, .recipes = recipes, .recipe = recipe, .grad = grad,
-                           .ready = scratch, .grad_scale = 1, .clip_norm = -1};
-    plan->starts = (int64_t *)(plan->ready + tensors * FASTRMS_MAX_COEFFICIENTS);
+                           .made = scratch, .grad_scale = 1, .clip_norm = -1};
+    plan->starts = (int64_t *)(plan->made + tensors * FASTRMS_MAX_COEFFICIENTS);
     plan->ranges = (uintptr_t *)(plan->starts + tensors + 1);
     plan->segments = (fastrms_squares *)(plan->ranges + tensors * MOST_RANGES * 2);
     for (int k = 0; k < recipes; ++k)
@@ -228,7 +228,7 @@ static int run_with(fastrms_plan *plan, double grad_scale, double clip_norm, fas
 }
 
 /* why no step can be made from the gradients that are held under this number, FASTRMS_OK where it can */
-static int unready(const fastrms_plan *plan, int held)
+static int refused(const fastrms_plan *plan, int held)
 {
     if (!plan->held || plan->held != held || plan->streaming)
         return plan->streaming ? FASTRMS_STREAMING : FASTRMS_NOT_HELD;
@@ -239,7 +239,7 @@ int fastrms_step_held(fastrms_plan *plan, int held)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
-    int status = unready(plan, held);
+    int status = refused(plan, held);
     return release(plan, status ? status : run(plan));
 }
 
@@ -247,7 +247,7 @@ int fastrms_step(fastrms_plan *plan)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
-    int status = unready(plan, plan->held);
+    int status = refused(plan, plan->held);
     return release(plan, status ? status : run(plan));
 }
 
@@ -255,7 +255,7 @@ int fastrms_step_with(fastrms_plan *plan, int held, double grad_scale, double cl
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
-    int status = unready(plan, held);
+    int status = refused(plan, held);
     return release(plan, status ? status : run_with(plan, grad_scale, clip_norm, found));
 }
 
@@ -415,9 +415,9 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
         return release(plan, status);
     if (rates)
         take_rates(plan, rates);
-    double ready[FASTRMS_MAX_COEFFICIENTS];
+    double made[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
-    fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .ready = ready,
+    fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .made = made,
                         .starts = starts, .grad_scale = grad_scale, .clip_norm = -1, .zero_grad = plan->zero_grad};
     run(&one);
     plan->steps += !plan->streamed;
@@ -467,7 +467,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
     if (overlap(range, count))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
-    double ready[FASTRMS_MAX_COEFFICIENTS];
+    double made[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
     fastrms_recipe rated;
     if (recipe->lr != lr) {
@@ -475,7 +475,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
         rated.lr = lr;
         recipe = &rated;
     }
-    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = (fastrms_recipe *)recipe, .grad = &grad, .ready = ready,
+    fastrms_plan plan = {.tensors = 1, .tensor = &tensor, .recipe = (fastrms_recipe *)recipe, .grad = &grad, .made = made,
                          .starts = starts, .grad_scale = grad_scale, .clip_norm = -1};
     if (size)
         run(&plan);

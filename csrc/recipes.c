@@ -320,7 +320,7 @@ static double corrected(double value, int operation, double q)
 
 /* The coefficients of update number `step`, from 1, rounded once to the compute dtype.  All places are converted, since the
  * compiler makes vectors of a constant number of them. */
-void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *ready)
+void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_scale, double *made)
 {
     double value[FASTRMS_MAX_COEFFICIENTS], q[FASTRMS_MAX_CORRECTIONS];
     rated_values(recipe, value);
@@ -332,9 +332,9 @@ void fastrms_evaluate(const fastrms_recipe *recipe, int64_t step, double grad_sc
     }
     if (recipe->itemsize == 4)
         for (int k = 0; k < FASTRMS_MAX_COEFFICIENTS; ++k)
-            ((float *)ready)[k] = (float)value[k];
+            ((float *)made)[k] = (float)value[k];
     else
-        memcpy(ready, value, sizeof value);
+        memcpy(made, value, sizeof value);
 }
 
 /* fill a recipe from hyper-parameters without lr: lr multiplies those coefficients that are not the same for 1 and for 2 */
