@@ -1,6 +1,7 @@
 """Groups of parameters with hyper-parameters of their own, and the recipes that these make for the tensors."""
 
 from collections.abc import MutableMapping
+from math import inf
 from types import SimpleNamespace
 
 from . import hyper
@@ -98,16 +99,22 @@ class Groups:
     def rates(self, steps, rows):
         """The learning rate of each RecipeKey for `rows` steps, the first of which comes after `steps` steps, one row after
         the other; schedules are evaluated."""
-        groups, of_group = [key.group for key in self._tensors.keys], {}
-        for group in set(groups):
-            of_group[group] = self._rates_of(self.values[group]["lr"], range(steps, steps + rows))
-        return [self._checked_rate(k, self.values, of_group[g][r]) for r in range(rows) for k, g in enumerate(groups)]
+        rates, keys = [], self._tensors.keys
+        for step in range(steps, steps + rows):
+            of_group = {}
+            for k, key in enumerate(keys):
+                if key.group not in of_group:
+                    of_group[key.group] = self._rate_at(self.values[key.group]["lr"], step)
+                rates.append(self._checked_rate(k, self.values, of_group[key.group]))
+        return rates
 
     @staticmethod
-    def _rates_of(rate, steps):
-        if not callable(rate):
-            return [rate] * len(steps)
-        return [hyper.non_negative(f"lr({step})", rate(step)) for step in steps]
+    def _rate_at(rate, step):
+        if callable(rate):
+            rate = rate(step)
+            if type(rate) is not float or not 0 <= rate < inf:
+                rate = hyper.non_negative(f"lr({step})", rate)
+        return rate
 
     def initial(self, key, name):
         """The value at which a state of this name starts."""

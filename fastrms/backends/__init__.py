@@ -73,8 +73,8 @@ class Plan:
         raise NotImplementedError
 
     def step_looking(self, number, grad_scale, clip_norm):
-        """A step as change(run=True) makes it, from the gradients that are held under this number: (status, found).  A
-        backend without a short way for it answers NOT_HELD."""
+        """A step as change(run=True) makes it, from the gradients that are held under this number: (status, found), where
+        found is a plain tuple in place of Found.  A backend without a short way for it answers NOT_HELD."""
         return NOT_HELD, None
 
     def addresses(self):

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import backends, rules
 from ..memory import host
-from . import NOT_HELD, OK, ON_NONFINITE, Found
+from . import OK, ON_NONFINITE, Found
 
 try:
     from .._core import ffi, lib
@@ -19,6 +19,7 @@ else:
 
 RULE_INDEX = {}
 FOUND = ffi and ffi.typeof("fastrms_found *")
+DOUBLES = ffi and ffi.typeof("double[]")
 ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
 
@@ -125,23 +126,28 @@ class Plan(backends.Plan):
         tables = len(params), self._tensor, len(recipes), self._recipe, self._grad
         lib.fastrms_plan_init(self._plan, *tables, self._scratch)
         self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
+        self._watches = nonfinite != "propagate"
 
     def bound_step(self):
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
     def step_looking(self, number, grad_scale, clip_norm):
-        if clip_norm is None and not self._plan.on_nonfinite:
-            return NOT_HELD, None
+        if clip_norm is None and not self._watches:
+            return lib.fastrms_step_with(self._plan, number, grad_scale, -1.0, ffi.NULL), None
         found = ffi.new(FOUND)
         norm = -1.0 if clip_norm is None else clip_norm
         status = lib.fastrms_step_with(self._plan, number, grad_scale, norm, found)
-        return status, self._found(found, clip_norm)
+        return status, (
+            None if clip_norm is None else found.grad_norm,
+            found.nonfinite if self._watches else None,
+            found.tensor,
+        )
 
     def addresses(self):
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        looks = run and (clip_norm is not None or self._plan.on_nonfinite)
+        looks = run and (clip_norm is not None or self._watches)
         found = ffi.new(FOUND) if looks else ffi.NULL
         status = lib.fastrms_change(
             self._plan,
@@ -158,13 +164,13 @@ class Plan(backends.Plan):
 
     def _found(self, found, clip_norm):
         norm = None if clip_norm is None else found.grad_norm
-        return Found(norm, found.nonfinite if self._plan.on_nonfinite else None, found.tensor)
+        return Found(norm, found.nonfinite if self._watches else None, found.tensor)
 
     def stream_open(self):
         return lib.fastrms_stream_open(self._plan)
 
     def set_rates(self, rates, first=0, rows=0):
-        made = ffi.new("double[]", rates)
+        made = ffi.new(DOUBLES, rates)
         status = lib.fastrms_set_rates(self._plan, first, rows, made)
         if not status:
             self._rates = made  # the plan reads it
@@ -176,7 +182,7 @@ class Plan(backends.Plan):
             k,
             ffi.NULL if param is None else pointer(param.address),
             self._address(grad),
-            ffi.NULL if rates is None else ffi.new("double[]", rates),
+            ffi.NULL if rates is None else ffi.new(DOUBLES, rates),
             grad_scale,
         )
 
