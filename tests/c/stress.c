@@ -72,16 +72,26 @@ static void drop(problem *p)
     free(p);
 }
 
-static void *caller(void *argument)
+static void step(problem *p, int steps)
 {
-    int steps = (int)(intptr_t)argument;
-    problem *p = make();
     for (int t = 0; t < steps; ++t)
         if (fastrms_step(&p->plan))
             abort();
-    long bad = faults(p, steps);
-    drop(p);
-    return (void *)bad;
+}
+
+static void *caller(void *argument)
+{
+    step(argument, STEPS);
+    return NULL;
+}
+
+/* what a child does: its exit status */
+static int child(void)
+{
+    alarm(30);
+    problem *p = make();
+    step(p, 3);
+    return faults(p, 3) || fastrms_workers() < 1;
 }
 
 int main(int count, char **arguments)
@@ -89,25 +99,26 @@ int main(int count, char **arguments)
     int callers = count > 1 ? atoi(arguments[1]) : 3, forks = count > 2 ? atoi(arguments[2]) : 0;
     long bad = 0;
     pthread_t thread[64];
+    problem *made[64];
     alarm(120);
     fastrms_set_num_threads(3);
     fastrms_set_chunks(1000, 1);
+    for (int k = 0; k < callers; ++k)                     /* no thread allocates while another forks: a child of a */
+        made[k] = make();                                 /* program under a sanitizer may find the allocator locked */
     for (int k = 0; k < callers; ++k)
-        pthread_create(&thread[k], NULL, caller, (void *)(intptr_t)STEPS);
+        pthread_create(&thread[k], NULL, caller, made[k]);
     for (int f = 0; f < forks; ++f) {
-        pid_t child = fork();
-        if (!child) {
-            alarm(30);
-            _exit(caller((void *)(intptr_t)3) != NULL || fastrms_workers() < 1);
-        }
+        pid_t pid = fork();
+        if (!pid)
+            _exit(child());
         int status;
-        waitpid(child, &status, 0);
+        waitpid(pid, &status, 0);
         bad += status != 0;
     }
     for (int k = 0; k < callers; ++k) {
-        void *result;
-        pthread_join(thread[k], &result);
-        bad += (long)result;
+        pthread_join(thread[k], NULL);
+        bad += faults(made[k], STEPS);
+        drop(made[k]);
     }
     printf("faults %ld, callers %d, forks %d, workers %d\n", bad, callers, forks, fastrms_workers());
     return bad != 0;
