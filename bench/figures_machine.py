@@ -20,6 +20,7 @@ from .timing import at_places, interleaved, sampled
 
 SECONDS = 4.0  # of timing for each cell
 ROUNDS, STEPS, GAP = 10, 30, 1e-3  # of steps with a gap of so many seconds before each
+LOOP = 5e-3  # seconds of steps back to back
 OURS, STREAMED = FASTRMS["c"], 2**25
 SIZES = (2**16, 2**18, 2**20)
 OVER_FASTEST = {"rmsprop": 1.3, "adagrad": 1.2, "adam": 1.15, "rprop": 1.3}
@@ -91,11 +92,12 @@ def two_over_one():
 
 
 def back_to_back(what, made, threads, target):
-    """The median of the ratios of each round.  At most: one thread's time over that of the ceiling on all, each of which has
-    a divider of its own."""
+    """The median of the ratios of each round, in loops so long that what precedes them does not count.  At most: one thread's
+    time over that of the ceiling on all, each of which has a divider of its own."""
     ours, *limits = made
     calls = {"one": [ours.step], "all": [ours.step], **{(limit.name, limit.way): [limit.step] for limit in limits}}
-    samples, _ = sampled(calls, SECONDS / 2, 5, lambda key: fastrms.set_num_threads(1 if key == "one" else threads))
+    threads_of = lambda key: fastrms.set_num_threads(1 if key == "one" else threads)  # noqa: E731
+    samples, _ = sampled(calls, SECONDS / 2, 5, threads_of, LOOP)
     fastrms.set_num_threads(threads)
     ((one,), (every,)) = samples["one"], samples["all"]
     ways = {limit.name: [min(samples[key][0]) for key in samples if key[0] == limit.name] for limit in limits}

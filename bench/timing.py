@@ -52,14 +52,14 @@ def paired(calls, seconds, least_rounds=3, before=lambda key: None):
     return median(b / a for a, b in zip(first, second, strict=True))
 
 
-def sampled(calls, seconds, least_rounds=3, before=lambda key: None):
+def sampled(calls, seconds, least_rounds=3, before=lambda key: None, measurement=MEASUREMENT):
     """(key -> nanoseconds of a call in each round, in a list for each place; key -> how many calls made one measurement).
 
     The threads of other libraries rest before each key, so that no contender pays for what another has left running.
     """
     timers = {key: [Timer(call) for call in places] for key, places in calls.items()}
     end = time.perf_counter() + seconds
-    calibrated = {key: calibrate(places[0]) for key, places in timers.items()}
+    calibrated = {key: calibrate(places[0], measurement) for key, places in timers.items()}
     samples = {key: [[] for _ in places] for key, places in calls.items()}
     rounds = 0
     while rounds < least_rounds or (rounds < MOST_ROUNDS and time.perf_counter() < end):
@@ -74,11 +74,11 @@ def sampled(calls, seconds, least_rounds=3, before=lambda key: None):
     return samples, {key: repetitions for key, (repetitions, _) in calibrated.items()}
 
 
-def calibrate(timer):
+def calibrate(timer, measurement=MEASUREMENT):
     """(how many calls make one measurement, whether one call is short enough for a warm-up)."""
     repetitions = 1
-    while (taken := timer.timeit(repetitions)) < MEASUREMENT:
-        repetitions = max(2 * repetitions, int(1.1 * MEASUREMENT / max(taken, 1e-7) * repetitions))
+    while (taken := timer.timeit(repetitions)) < measurement:
+        repetitions = max(2 * repetitions, int(1.1 * measurement / max(taken, 1e-7) * repetitions))
     return repetitions, taken < WARM_UP
 
 

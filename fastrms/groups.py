@@ -89,7 +89,8 @@ class Groups:
 
     def take_rate(self, rate):
         """Replace the learning rate of all groups."""
-        self.values = [{**values, "lr": rate} for values in self.values]
+        for values in self.values:
+            values["lr"] = rate
 
     def constant_rates(self, values):
         """The learning rate of each RecipeKey, None where it is a schedule."""

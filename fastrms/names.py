@@ -32,8 +32,8 @@ class Names:
     learning_rate = Instead("the learning rate is opt.lr")
 
     def __setattr__(self, name, value):
-        if name.startswith("_") or name == "lr" or self._declares(name):
-            return super().__setattr__(name, value)
+        if name == "lr" or name[:1] == "_" or self._declares(name):
+            return object.__setattr__(self, name, value)
         if name in self.defaults:
             raise AttributeError(f"set {name} of a group: opt.groups[0][{name!r}] = {value!r}")
         if any(name in vars(c) for c in type(self).__mro__):

@@ -75,7 +75,7 @@ def test_same_bits_of_a_large_step(pool, dtype):
 
 
 def test_small_steps_start_no_thread():
-    """A single step wakes workers from 192 Ki elements on, a step that follows closely on another shares from 32 Ki on."""
+    """A single step wakes workers from 320 Ki elements on, a step that follows closely on another shares from 32 Ki on."""
     assert in_process("""
         import time
         import numpy as np, fastrms
@@ -91,7 +91,7 @@ def test_small_steps_start_no_thread():
                 opt.step()
             return c.lib.fastrms_workers()
 
-        assert workers_after(196607, 1) == 0
+        assert workers_after(327679, 1) == 0
         assert workers_after(32767, 100) == 0
         assert workers_after(32768, 1) == 0
         assert workers_after(32768, 100) == 3
@@ -101,7 +101,7 @@ def test_small_steps_start_no_thread():
         import numpy as np, fastrms
         from fastrms.backends import c
         fastrms.set_num_threads(4)
-        w = np.ones(196608, np.float32)
+        w = np.ones(327680, np.float32)
         fastrms.RMSProp(w).step(w + 1)
         assert c.lib.fastrms_workers() == 3
         print("fine")
