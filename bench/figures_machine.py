@@ -92,8 +92,8 @@ def two_over_one():
 
 
 def back_to_back(what, made, threads, target):
-    """The median of the ratios of each round, in loops so long that what precedes them does not count.  At most: one thread's
-    time over that of the ceiling on all, each of which has a divider of its own."""
+    """The median of the ratios of each round, in loops so long that what precedes them does not count.  At most: the time of
+    one thread over that of the ceiling on all, each of which has a divider of its own."""
     ours, *limits = made
     calls = {"one": [ours.step], "all": [ours.step], **{(limit.name, limit.way): [limit.step] for limit in limits}}
     threads_of = lambda key: fastrms.set_num_threads(1 if key == "one" else threads)  # noqa: E731

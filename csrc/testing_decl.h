@@ -18,8 +18,8 @@ const char *fastrms_compiler(void);
 
 /* ---- threads ---- */
 
-/* A step of at least least_elements elements is shared among threads, chunk elements at a time; where it does not follow
- * closely on a few others, it must have ten times as many. */
+/* A step of at least least_elements elements is shared among threads, chunk elements at a time; it and those
+ * on which it follows closely must have ten times as many. */
 void fastrms_set_chunks(int64_t chunk, int64_t least_elements);
 int fastrms_workers(void);
 

@@ -16,7 +16,7 @@ def set_num_threads(n):
     """Let large steps use several threads, for the whole process.
 
     On the C backend these are steps of 320 Ki elements and more, and in a loop in which at most 50 us lie between two steps,
-    once it has had a few, of 32 Ki elements and more.  In such a loop, threads that have nothing to do wait awake for up to
+    once it has had 320 Ki elements, of 32 Ki and more.  In such a loop, threads that have nothing to do wait awake for up to
     50 us after a step, so that the next one finds them ready; they never do so on the CPU that the caller runs on.
 
     Parameters

@@ -13,7 +13,7 @@
 #include <unistd.h>
 #include "internal.h"
 
-enum { SMALL = 32 * 1024, LARGE = 192 * 1024, COUNT = 64 };
+enum { SMALL = 32 * 1024, LARGE = 320 * 1024, COUNT = 64 };
 
 static _Atomic int pieces;
 
