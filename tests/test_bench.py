@@ -203,7 +203,7 @@ def test_rounds_are_interleaved():
 def test_every_contender_begins_after_a_rest_and_its_places_follow_each_other(monkeypatch):
     events = []
     monkeypatch.setattr(timing.time, "sleep", events.append)
-    monkeypatch.setattr(timing, "calibrate", lambda timer: (1, False))
+    monkeypatch.setattr(timing, "calibrate", lambda timer, measurement: (1, False))
     calls = {name: [partial(events.append, f"{name}{place}") for place in range(2)] for name in "ab"}
     timings = timing.at_places(calls, 0.0, least_rounds=2)
     assert events == [timing.REST, "a0", "a1", timing.REST, "b0", "b1"] * 2
