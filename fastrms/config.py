@@ -10,12 +10,14 @@ from . import backends, threads
 
 
 def isa():
-    """The instruction set that the C kernels use here.
+    """The instruction set that FASTRMS_ISA forces, or else the most able that this CPU has and a C kernel may use.
+
+    Unforced, each kernel is taken from the set that is fastest at it here; that is measured when it is first used.
 
     Returns
     -------
     str or None
-        "avx2" or "baseline"; None without the C extension.
+        "avx512", "avx512fma" (square roots by fused multiply-adds), "avx2" or "baseline"; None without the C extension.
     """
     return backends.load("c").isa()
 

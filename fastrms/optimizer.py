@@ -163,13 +163,20 @@ class Optimizer(Names, Family):
         with self._one_thread:
             if asked:
                 self._forget_rates()
-            self._refuse_unless_ok(self._plan.change(run=False)[0] if None in rates else self._plan.set_rates(rates))
+            none = (
+                [0.0] * len(rates),
+                -1,
+                1,
+            )  # for a step that no plan makes: a step from C has no rate until Python makes one
+            self._refuse_unless_ok(self._plan.set_rates(*(none if None in rates else (rates,))))
             groups.take(values)
             if asked:
                 self._forget_rates()
 
     def _take_values(self, values, recipes):
         self._groups.take(values, recipes.values())
+        if self._groups.scheduled:  # a step from C has no rate until Python has made one
+            self._plan.set_rates([0.0] * len(recipes), -1, 1)
         self._forget_rates()
 
     def _forget_rates(self):
@@ -522,8 +529,9 @@ class Optimizer(Names, Family):
         by ``int step(void *plan)``.
 
         It answers FASTRMS_OK (0) when the step was made, FASTRMS_NONFINITE (6) when ``nonfinite="skip"`` or ``"raise"`` left
-        it out, FASTRMS_BUSY (1) when another thread is in a step, FASTRMS_STREAMING (7) when a streaming block is open; only
-        with FASTRMS_OK was anything updated.  Good while this optimizer, the gradients and the parameters live where they
+        it out, FASTRMS_BUSY (1) when another thread is in a step, FASTRMS_STREAMING (7) when a streaming block is open, and
+        FASTRMS_NO_RATE (9) where lr has become a schedule; only with FASTRMS_OK was anything updated.  Good while this
+        optimizer, the gradients and the parameters live where they
         are.  RuntimeError on other backends than C and where a step needs Python.
         """
         if self._backend != "c":

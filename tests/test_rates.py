@@ -337,3 +337,30 @@ def test_rates_in_c():
     assert lib.fastrms_set_rates(plan, 0, 0, table) == lib.FASTRMS_STREAMING
     lib.fastrms_stream_close(plan)
     both(0.75)
+
+
+@needs_c
+def test_a_step_from_c_has_no_rate_once_there_is_a_schedule():
+    """Not the rate of before, and not 0."""
+    import ctypes
+
+    params, grads = problem()
+    optimizer = fastrms.AdaGrad(params, lr=0.5, backend="c")
+    optimizer.bind(grads)
+    function, plan = optimizer.c_step
+    step = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(function)
+    assert step(plan) == c.lib.FASTRMS_OK
+    changes = [
+        lambda: setattr(optimizer, "lr", Cosine(0.5, 100)),
+        lambda: optimizer.groups[0].update(lr=lambda step: 0.1, eps=1e-9),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ]
+    for change in changes:
+        change()
+        before = [bits(x).copy() for x in params]
+        assert step(plan) == c.lib.FASTRMS_NO_RATE
+        assert all(np.array_equal(bits(x), y) for x, y in zip(params, before, strict=True))
+        optimizer.step()
+        assert not np.array_equal(bits(params[0]), before[0])
+    optimizer.lr = 0.25
+    assert step(plan) == c.lib.FASTRMS_OK

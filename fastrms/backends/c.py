@@ -1,6 +1,7 @@
 """The C kernels through cffi: buffers are bound in C structs, and a step is one call for all tensors and groups."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +25,8 @@ ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_
 
 
 def available():
-    return None if lib else "fastrms was built without its C extension (FASTRMS_NO_EXT=1)"
+    built = "fastrms was built without its C extension (FASTRMS_NO_EXT=1)"
+    return None if lib else f"{built}, or {Path(__file__).parents[2]} is a source tree: run `pip install -e .` there"
 
 
 def isas():
