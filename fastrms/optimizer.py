@@ -163,21 +163,21 @@ class Optimizer(Names, Family):
         with self._one_thread:
             if asked:
                 self._forget_rates()
-            none = (
-                [0.0] * len(rates),
-                -1,
-                1,
-            )  # for a step that no plan makes: a step from C has no rate until Python makes one
-            self._refuse_unless_ok(self._plan.set_rates(*(none if None in rates else (rates,))))
+            self._refuse_unless_ok(self._withhold_rates() if None in rates else self._plan.set_rates(rates))
             groups.take(values)
             if asked:
                 self._forget_rates()
 
     def _take_values(self, values, recipes):
         self._groups.take(values, recipes.values())
-        if self._groups.scheduled:  # a step from C has no rate until Python has made one
-            self._plan.set_rates([0.0] * len(recipes), -1, 1)
+        if self._groups.scheduled:
+            self._withhold_rates()
         self._forget_rates()
+
+    def _withhold_rates(self):
+        """Let a step from C find no learning rate until Python has asked the schedules: the plan gets rates for a step that
+        never comes.  Returns a status."""
+        return self._plan.set_rates([0.0] * len(self._groups.rules), -1, 1)
 
     def _forget_rates(self):
         """Let the next step ask the schedules again.  This comes before the plan is told anything, as its recipes hold a

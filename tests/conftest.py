@@ -70,6 +70,17 @@ def forced(isa):
             c.use_isa(os.environ.get("FASTRMS_ISA"))
 
 
+@contextlib.contextmanager
+def folder_with_page(path, monkeypatch, block):
+    """An empty folder to work in, with a page that has this block of tables; restores the number of threads."""
+    monkeypatch.chdir(path)
+    (path / "docs").mkdir()
+    (path / "docs/performance.md").write_text(f"before\n<!-- {block}:begin -->\nold\n<!-- {block}:end -->\nafter\n")
+    threads = fastrms.get_num_threads()
+    yield path
+    fastrms.set_num_threads(threads)
+
+
 @pytest.fixture(params=WAYS, ids=[isa or name for name, isa in WAYS])
 def tier(request):
     """The backend module with one instruction set forced."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, folder_with_page
 
 import fastrms
 
@@ -43,12 +43,8 @@ needs_c = pytest.mark.skipif("c" not in BACKENDS, reason="the ceilings are C loo
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     """The command in an empty folder with the page of its tables; restores the number of threads."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/performance.md").write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    threads = fastrms.get_num_threads()
-    yield tmp_path
-    fastrms.set_num_threads(threads)
+    with folder_with_page(tmp_path, monkeypatch, "bench") as folder:
+        yield folder
 
 
 def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):

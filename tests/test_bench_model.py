@@ -5,9 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
-
-import fastrms
+from conftest import BACKENDS, folder_with_page
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -24,15 +22,11 @@ SHAPES = ((7, 3), (3,), (3, 2, 1))
 @pytest.fixture
 def short(tmp_path, monkeypatch):
     """The command in an empty folder with the page of its table, without the time that it takes, and without frameworks."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_command, "SECONDS", 0.0)
     monkeypatch.setattr(model, "PLACES", 2)
     monkeypatch.setattr(peers, "available", lambda names: ({}, dict.fromkeys(names, f"not installed: {peers.INSTALL}")))
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/performance.md").write_text("before\n<!-- model:begin -->\nold\n<!-- model:end -->\nafter\n")
-    threads = fastrms.get_num_threads()
-    yield tmp_path
-    fastrms.set_num_threads(threads)
+    with folder_with_page(tmp_path, monkeypatch, "model") as folder:
+        yield folder
 
 
 def test_a_model_is_printed_and_stored(short, capsys):

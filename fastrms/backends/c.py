@@ -139,11 +139,7 @@ class Plan(backends.Plan):
         found = ffi.new(FOUND)
         norm = -1.0 if clip_norm is None else clip_norm
         status = lib.fastrms_step_with(self._plan, number, grad_scale, norm, found)
-        return status, (
-            None if clip_norm is None else found.grad_norm,
-            found.nonfinite if self._watches else None,
-            found.tensor,
-        )
+        return status, self._seen(found, clip_norm)
 
     def addresses(self):
         return tuple(int(ffi.cast("uintptr_t", x)) for x in (ffi.addressof(lib, "fastrms_step"), self._plan))
@@ -162,11 +158,12 @@ class Plan(backends.Plan):
             -1.0 if clip_norm is None else clip_norm,
             found,
         )
-        return status, self._found(found, clip_norm) if looks else None
+        return status, Found._make(self._seen(found, clip_norm)) if looks else None
 
-    def _found(self, found, clip_norm):
+    def _seen(self, found, clip_norm):
+        """The fields of a Found, None for what the step did not look for."""
         norm = None if clip_norm is None else found.grad_norm
-        return Found(norm, found.nonfinite if self._watches else None, found.tensor)
+        return norm, found.nonfinite if self._watches else None, found.tensor
 
     def stream_open(self):
         return lib.fastrms_stream_open(self._plan)
