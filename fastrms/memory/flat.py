@@ -73,6 +73,17 @@ class Views(ReadOnlyDict):
         super().__init__({name: flat[span].reshape(shapes[name]) for name, span in zip(shapes, spans, strict=True)})
 
 
+class Joined:
+    """Buffers that lie one after the other in memory, as one 1-D array that keeps all of them alive."""
+
+    def __init__(self, buffers):
+        first = next((buffer for buffer in buffers if buffer.size), buffers[0])
+        size = sum(buffer.size for buffer in buffers)
+        data = (first.address, False)
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": first.dtype.str, "data": data}
+        self._buffers = buffers
+
+
 def _shape_of(x):
     return getattr(x, "shape", x)
 
