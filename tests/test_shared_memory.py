@@ -1,6 +1,7 @@
 """State that the caller gives, buffers that processes share, and steps of many processes on them at once."""
 
 import mmap
+import weakref
 
 import numpy as np
 import pytest
@@ -327,11 +328,24 @@ def test_a_torch_state_of_a_flat_buffer():
     flat.grad[...], before = 1.0, state._version
     optimizer.step(flat.grad)
     assert state.all() and state._version > before
-    with pytest.raises(ValueError, match="one array"):
-        fastrms.RMSProp(flat, state={"square_avg": {name: torch.zeros(x.shape) for name, x in flat.params.items()}})
+    parts = torch.split(state, [x.size for x in flat.params.values()])
+    named = {name: part.reshape(x.shape) for part, (name, x) in zip(parts, flat.params.items(), strict=True)}
+    with pytest.raises(ValueError, match="one array"):  # nobody would look whether these get other memory
+        fastrms.RMSProp(flat, state={"square_avg": named})
 
 
 # memory that processes share
+
+
+def test_the_views_that_make_up_a_state_stay():
+    """Each of them, as they need not be of one array."""
+    views = dict(fastrms.FlatBuffer({"a": 3, "b": 2}).params)
+    left = [weakref.ref(view) for view in views.values()]
+    optimizer = fastrms.RMSProp(fastrms.FlatBuffer({"a": 3, "b": 2}), state={"square_avg": views})
+    del views
+    assert all(ref() is not None for ref in left)
+    del optimizer
+    assert all(ref() is None for ref in left)
 
 
 def test_the_memory_of_the_state_stays_while_it_is_used():
