@@ -342,6 +342,15 @@ def test_a_torch_state_of_a_flat_buffer():
 # memory that processes share
 
 
+def test_the_report_names_a_state_that_lies_badly():
+    memory, size = mmap.mmap(-1, 1 << 20), 1 << 16
+    flat = fastrms.FlatBuffer({"w": size}, data=memory)
+    for start, bad in ((4 * size, True), (4 * size + 1024, False)):
+        state = np.frombuffer(memory, np.float32, size, offset=start)
+        text = fastrms.RMSProp(flat, state={"square_avg": state}).report()
+        assert ("params and state['square_avg'] of params start at nearly the same offset" in text) is bad
+
+
 def test_the_views_that_make_up_a_state_stay():
     """Each of them, as they need not be of one array."""
     views = dict(fastrms.FlatBuffer({"a": 3, "b": 2}).params)
