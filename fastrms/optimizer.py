@@ -733,7 +733,8 @@ class Optimizer(Names, Family):
                 f"elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
             )
         grads = self._gradients.bound or [None] * len(self._tensors)
-        for name, other in self._tensors.collisions(grads) if self._memory is host else ():
+        arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
+        for name, other in (pair for named in arrays for pair in placement.collisions(named)):
             lines.append(
                 f"{name} and {other} start at nearly the same offset modulo 4 KiB and may evict each other from cache: "
                 f"start one of them some {placement.FAR} bytes further on"

@@ -1,10 +1,9 @@
 """What an optimizer knows of each of its tensors: the parameter, the state and the names."""
 
-from itertools import combinations
 from typing import Any, NamedTuple
 
 from . import given_state, rules
-from .memory import host, placement
+from .memory import host
 
 
 class RecipeKey(NamedTuple):
@@ -91,14 +90,11 @@ class Tensors(list):
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
 
-    def collisions(self, grads):
-        """(name, name) of each two arrays of the caller that lie badly beside each other; grads: Buffers or None."""
+    def of_the_caller(self, grads):
+        """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
         for tensor, grad in zip(self, grads, strict=True):
             state = [(f"state[{name!r}] of {tensor.name}", buffer) for name, buffer in tensor.given.items()]
-            named = [(tensor.name, tensor.param), *([(tensor.grad_name, grad)] if grad is not None else []), *state]
-            for (name, first), (other, second) in combinations(named, 2):
-                if placement.collide(first, second):
-                    yield name, other
+            yield [(tensor.name, tensor.param), *([(tensor.grad_name, grad)] if grad is not None else []), *state]
 
     def acquire_grad(self, k, grad, writable):
         """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""
