@@ -91,7 +91,7 @@ class Optimizer(Names, Family):
     initial : callable(h, state_name) -> float, optional
         The value at which a state starts; 0.0 unless it is given.
 
-    The options nonfinite, zero_grad and backend are those of fastrms.RMSProp.
+    The options state, nonfinite, zero_grad and backend are those of fastrms.RMSProp.
     """
 
     # what step() reads: 20 ns faster than in the dict
@@ -118,7 +118,7 @@ class Optimizer(Names, Family):
                             f"{cls.__name__}([w, b], lr=0.01)")  # fmt: skip
         return super().__new__(cls)
 
-    def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
+    def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
                  backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
@@ -129,13 +129,16 @@ class Optimizer(Names, Family):
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module))
         values = [self.resolve(dialect, {**options, **extra}) for extra in overrides]
         self._groups = Groups(type(self), self._tensors, values)
-        self._tensors.make_state(self._groups.initial, self._groups.rules)
+        if state is None:
+            self._tensors.make_state(self._groups.initial, self._groups.rules)
+        else:
+            self._tensors.take_state(state, self._groups.rules, self.not_negative)
         self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)
-        state = [list(flats.values()) for flats in self._tensors.state]
+        flats = [list(flats.values()) for flats in self._tensors.state]
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
-        self._bind_plan(module.Plan(self._tensors.params, state, which, self._groups.recipes(), *gradients, *extra))
+        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes(), *gradients, *extra))
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
@@ -370,7 +373,8 @@ class Optimizer(Names, Family):
         gradients = self._gradients
         if grads is None:  # those that are held, or one array for all
             grads = gradients.bound if gradients.holds_bound else params
-        written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        rows = zip(self._tensors, params, grads, strict=True)
+        written = [buffer for tensor, param, grad in rows if grad is not None for buffer in (param, *tensor.lent.values())]
         zeroed = [grad for grad in grads if self._zero_grad and hasattr(grad, "owner")]
         if status in (None, backends.OK):
             self._memory.wrote(written + zeroed)
@@ -508,7 +512,8 @@ class Optimizer(Names, Family):
             status = self._plan.stream_step(k, params and params[k], buffer, rates, grad_scale)
         finally:
             if status in (None, backends.OK):
-                self._memory.wrote([params[k] if params else tensor.param, *([buffer] if self._zero_grad else [])])
+                written = [params[k] if params else tensor.param, *tensor.lent.values()]
+                self._memory.wrote([*written, buffer] if self._zero_grad else written)
         if status == backends.OVERLAP:
             self._tensors.refuse_overlap(params, [(k, buffer)])
         if status != backends.OK:
@@ -563,8 +568,10 @@ class Optimizer(Names, Family):
     def state(self):
         """Mapping: state name -> the state arrays, in the structure of params (None where a tensor has no such state).
 
-        The arrays are those of the optimizer: write into them.  The mapping itself cannot be changed.
+        The arrays are those in use, the caller's own memory where ``state=`` was given: write into them.  The mapping itself
+        cannot be changed.
         """
+        self._tensors.refuse_moved_state()
         return states.mapping(self._tensors)
 
     def state_dict(self):
@@ -619,6 +626,7 @@ class Optimizer(Names, Family):
         with self._one_thread:
             self._forget_rates()
             self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
+            self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))
@@ -728,10 +736,11 @@ class Optimizer(Names, Family):
                 f"group {key.group}: rule {recipe.rule}, {form} form, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} "
                 f"elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
             )
-        for tensor, grad in zip(self._tensors, self._gradients.bound or (), strict=False):
-            if grad is not None and self._memory is host and placement.collide(tensor.param, grad):
-                lines.append(
-                    f"{tensor.name} and {tensor.grad_name} start at nearly the same offset modulo 4 KiB and may evict "
-                    f"each other from cache: start one of them some {placement.FAR} bytes further on"
-                )
+        grads = self._gradients.bound or [None] * len(self._tensors)
+        arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
+        for name, other in (pair for named in arrays for pair in placement.collisions(named)):
+            lines.append(
+                f"{name} and {other} start at nearly the same offset modulo 4 KiB and may evict each other from cache: "
+                f"start one of them some {placement.FAR} bytes further on"
+            )
         return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import rules
+from . import given_state, rules
 from .memory import host
 
 
@@ -18,14 +18,16 @@ class Tensor:
 
     ``name`` and ``grad_name`` are what error sentences call the parameter and its gradient, ``parts`` the named arrays
     inside it: (name, Part) pairs.  ``param`` is its Buffer, ``recipe`` the index of its RecipeKey, and ``state`` maps the
-    name of a state to a flat array in the memory order of the parameter.
+    name of a state to a flat array in the memory order of the parameter.  ``given`` has the Buffers of a state that the
+    caller gave, by name, and ``lent`` those of them that are torch tensors: they must learn that they were written, and must
+    not be given other memory.
     """
 
-    __slots__ = ("grad_name", "name", "param", "parts", "recipe", "state")
+    __slots__ = ("given", "grad_name", "lent", "name", "param", "parts", "recipe", "state")
 
     def __init__(self, name, grad_name, parts, param, recipe):
         self.name, self.grad_name, self.parts, self.param, self.recipe = name, grad_name, parts, param, recipe
-        self.state = {}
+        self.state, self.given, self.lent = {}, {}, {}
 
     def shaped(self, flat):
         """A flat state array in the shape and memory order of the parameter."""
@@ -57,6 +59,7 @@ class Tensors(list):
 
     @property
     def state(self):
+        self.refuse_moved_state()
         return [tensor.state for tensor in self]
 
     def holds_zero(self, flat):
@@ -69,6 +72,30 @@ class Tensors(list):
             rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
             tensor.state = new_state(rule, lambda name, key=key: initial_of(key, name), tensor.param, self.memory, twin)
 
+    def take_state(self, state, rules_of_keys, not_negative):
+        """Use arrays of the caller as the state, in place; see given_state.acquired, which checks them."""
+        given = given_state.acquired(self, rules_of_keys, state, not_negative)
+        for tensor, buffers in zip(self, given, strict=True):
+            tensor.state = {name: buffer.flat for name, buffer in buffers.items()}
+            tensor.given = buffers
+            tensor.lent = {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
+        self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]
+
+    def refuse_moved_state(self):
+        """ValueError where torch has given a state tensor of the caller other memory: the old memory may be gone."""
+        for tensor in self:
+            for name, buffer in tensor.lent.items():
+                label = f"state[{name!r}] of {tensor.name}"
+                if self.memory.again(buffer, label).address != buffer.address:
+                    raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
+                                     f"optimizer had been made; make a new one with state=")  # fmt: skip
+
+    def of_the_caller(self, grads):
+        """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
+        for tensor, grad in zip(self, grads, strict=True):
+            state = [(f"state[{name!r}] of {tensor.name}", buffer) for name, buffer in tensor.given.items()]
+            yield [(tensor.name, tensor.param), *([(tensor.grad_name, grad)] if grad is not None else []), *state]
+
     def acquire_grad(self, k, grad, writable):
         """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""
         if grad is None:
@@ -80,10 +107,12 @@ class Tensors(list):
 
     def moved(self, which):
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        self.refuse_moved_state()
         params, memory = self.params, self.memory
         for k in which:
             tensor = self[k]
-            params[k] = memory.again(tensor.param, tensor.name)
+            if host.is_torch(tensor.param.owner):
+                params[k] = memory.again(tensor.param, tensor.name)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
         moved = any(params[k].address != self[k].param.address for k in which)
         return params if moved else None

@@ -33,16 +33,6 @@ class DeviceBuffer:
     def fill(self, value):
         copy(self, np.full(self.size, value, self.dtype))
 
-
-class DeviceArray(DeviceBuffer):
-    """A state array of ours.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
-
-    @property
-    def __cuda_array_interface__(self):
-        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
-        data = (self.address, False)
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
-
     def to_host(self):
         """A NumPy array with the numbers in memory order."""
         host = np.empty(self.size, self.dtype)
@@ -52,6 +42,16 @@ class DeviceArray(DeviceBuffer):
     def shaped(self, like):
         """The same memory in the shape and memory order of a Buffer."""
         return DeviceArray(self.owner, self.address, like.shape, like.strides, self.dtype, self.device)
+
+
+class DeviceArray(DeviceBuffer):
+    """A state array as people get it.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
+
+    @property
+    def __cuda_array_interface__(self):
+        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
+        data = (self.address, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
 
 
 def is_device_array(x):

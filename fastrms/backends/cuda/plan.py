@@ -59,7 +59,8 @@ class Plan(plan.Plan):
         self._source = device.stream_source(params[0])
         self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
         self._entered, self._several = threading.local(), device.count() > 1
-        self._entered.once = True  # making the state has entered the device
+        device.wait(self._device)  # this enters the device, and what filled the arrays of a caller's state is finished
+        self._entered.once = True
 
     flat_grad = ours = staticmethod(device.ours)
     assign = staticmethod(device.copy)
