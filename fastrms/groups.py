@@ -50,37 +50,45 @@ class Group(MutableMapping):
 class Groups:
     """The hyper-parameters of all groups of an optimizer.
 
-    ``values`` lists the hyper-parameters of each group by name, and ``rules`` the rule of each RecipeKey of the tensors.
-    ``scheduled`` is True where a learning rate is a schedule, ``foreseen`` where all schedules depend on the step alone.
+    ``values`` lists the hyper-parameters of each group by name, and ``recipes`` the recipe of each RecipeKey of the tensors,
+    whose learning rate may have changed since; ``rules`` has their rules.  ``scheduled`` is True where a learning rate is a
+    schedule, ``foreseen`` where all schedules depend on the step alone.
     """
 
     def __init__(self, family, tensors, values):
         self._family, self._tensors = family, tensors
-        recipes = self.recipes(values)
-        self.take(values, recipes)
-        self.rules = [recipe.rule for recipe in recipes]
+        self.take(values, self._made(values))
+        self.rules = [recipe.rule for recipe in self.recipes]
 
     def take(self, values, recipes=None):
         """Replace the hyper-parameters of all groups.  recipes: those that they make, None where only a rate has changed."""
         self.values = values
         if recipes is not None:
-            self._most_rates = [recipe.most_rate for recipe in recipes]
+            self.recipes = list(recipes)
+            self._most_rates = [recipe.most_rate for recipe in self.recipes]
             self._free_up_to = -1.0 if "lr" in self._family.fixed else min(self._most_rates)
         keys = self._tensors.keys
         self.scheduled = any(callable(values[key.group]["lr"]) for key in keys)
         self.foreseen = self.scheduled and all(map(is_foreseen, (values[key.group]["lr"] for key in keys)))
 
-    def recipes(self, values=None):
+    def _made(self, values):
         """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; each step evaluates it."""
-        values = self.values if values is None else values
-        keys = self._tensors.keys
-        return [self._family.checked_recipe(self._family.at_step(values[key.group]), key.dtype) for key in keys]
+        return [self._recipe(key, values, values[key.group]["lr"]) for key in self._tensors.keys]
 
-    def _checked_rate(self, k, values, rate):
+    def _recipe(self, key, values, rate, step=None):
+        """The recipe of a RecipeKey for a learning rate, that of a schedule after `step` steps; ValueError where a
+        coefficient would not be finite in its dtype."""
+        h = self._family.at_step({**values[key.group], "lr": rate})
+        try:
+            return self._family.checked_recipe(h, key.dtype)
+        except (TypeError, ValueError) as error:
+            locate(error, "" if step is None else f"lr({step})", key.group, values)
+            raise
+
+    def _checked_rate(self, k, values, rate, step=None):
         """A learning rate of RecipeKey k; ValueError where a coefficient would not be finite in its dtype."""
         if rate > self._most_rates[k]:
-            key = self._tensors.keys[k]
-            self._family.checked_recipe(SimpleNamespace(**{**values[key.group], "lr": rate}), key.dtype)
+            self._recipe(self._tensors.keys[k], values, rate, step)
         return rate
 
     def are_free_for(self, rate):
@@ -102,19 +110,19 @@ class Groups:
         the other; schedules are evaluated."""
         rates, keys = [], self._tensors.keys
         for step in range(steps, steps + rows):
-            of_group = {}
+            rate_of = {}
             for k, key in enumerate(keys):
-                if key.group not in of_group:
-                    of_group[key.group] = self._rate_at(self.values[key.group]["lr"], step)
-                rates.append(self._checked_rate(k, self.values, of_group[key.group]))
+                if key.group not in rate_of:
+                    rate_of[key.group] = self._rate_at(key.group, step)
+                rates.append(self._checked_rate(k, self.values, rate_of[key.group], step))
         return rates
 
-    @staticmethod
-    def _rate_at(rate, step):
+    def _rate_at(self, group, step):
+        rate = self.values[group]["lr"]
         if callable(rate):
             rate = rate(step)
             if type(rate) is not float or not 0 <= rate < inf:
-                rate = hyper.non_negative(f"lr({step})", rate)
+                return checked_in(group, self.values, hyper.non_negative, f"lr({step})", rate)
         return rate
 
     def initial(self, key, name):
@@ -127,13 +135,14 @@ class Groups:
         for index, name, value in changes:
             if name in self._family.fixed:
                 raise ValueError(f"{name} is used once, when the state is made; make a new {self._family.__name__}")
-            values[index] = {**values[index], name: self._family.checked(dialect, name, value)}
+            checked = checked_in(index, values, self._family.checked, dialect, name, value)
+            values[index] = {**values[index], name: checked}
         return values
 
     def recipes_for(self, values, state, source):
         """Index -> recipe for new hyper-parameters of all groups; ValueError where they do not fit the state.  source: what
         the error says they come from."""
-        recipes = self.recipes(values)
+        recipes = self._made(values)
         for recipe, rule in zip(recipes, self.rules, strict=True):
             if recipe.rule != rule:
                 raise ValueError(f"{source} turns {rule} into {recipe.rule}, which has other state; "
@@ -149,6 +158,27 @@ class Groups:
             if self._family.needs_positive_state(h, key.dtype) and any(map(self._tensors.holds_zero, flats.values())):
                 raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {key.dtype}, and the sum of "
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
+
+
+def resolved(family, dialect, given):
+    """The hyper-parameters of all groups, checked.  given: for each group the options that it was given, by name."""
+    return [checked_in(index, given, family.resolve, dialect, options) for index, options in enumerate(given)]
+
+
+def checked_in(index, groups, check, *arguments):
+    """check(*arguments) for the group with this index; its errors say which of the groups they are about."""
+    try:
+        return check(*arguments)
+    except (TypeError, ValueError) as error:
+        locate(error, "", index, groups)
+        raise
+
+
+def locate(error, at, index, groups):
+    """Put `at` and, where there are several groups, the index of one in front of the sentence of an error."""
+    where = " of ".join(filter(None, (at, f"group {index}" if len(groups) > 1 else "")))
+    if where:
+        error.args = (f"{where}: {error}",)
 
 
 def is_foreseen(rate):

@@ -405,8 +405,8 @@ def recipe(family, h, dtype):
     general, values, corrections = family.recipe(numbers, dtype)
     over = overflowing(values, corrections, dtype)
     if over >= 0:
-        raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
-                         f"the first step, is not finite in {dtype}")  # fmt: skip
+        raise ValueError(f"lr={h.lr!r} is too large: the coefficient {values._fields[over]}={values[over]!r}, or what "
+                         f"bias_correction makes of it at the first step, is not finite in {dtype}")  # fmt: skip
     sources, places = layout(rule, values._fields)
     one, two = by_rate(family, numbers, dtype)
     ordered = {name: constants(dtype)[name] if k is None else one[k] for name, k in sources}
