@@ -16,15 +16,24 @@ from .results import ABOVE
 PAGE = Path("docs/performance.md")
 LABELS_WIDTH, COLUMN_WIDTH = 36, 9
 PAGE_SIZES = 6
-LEGEND = """\
-Minima over interleaved rounds.  GB/s: the bytes that the rule must move, over the time taken.
-streams: a C loop of one addition per stream, the fastest of several orders.  divider: the rule's square root and
-division on data in L1.  No update can be faster than the slower of the two; "% of ceiling" is the share of that."""
+LEGEND = f"""\
+naive NumPy: the formula of the textbook, which makes temporary arrays.  in-place NumPy: the same with out= and scratch arrays.
+fastrms c, numba, numpy: opt.step() on this backend, with bound gradients.  The NumPy backend is for machines without C and
+Numba; in cache it is slower than naive NumPy.
+streams: a C loop of one addition per stream, the fastest of several orders.  divider: the rule's square root and division on
+data in L1.  No update can be faster than the slower of the two, which is the ceiling; up to {100 * ABOVE:.0f} % of it are noise.
+All times are minima over interleaved rounds, and "times naive" and "times in-place" are ratios of these minima.  GB/s: the
+bytes that the rule must move, over the time taken."""
 
 
 def size_name(size):
     """A large power of two as 2^20, any other size as the number itself."""
     return f"2^{size.bit_length() - 1}" if size >= 4096 and size & (size - 1) == 0 else str(size)
+
+
+def clocks_in_words(clocks):
+    """What an empty Python call took, before and after what was measured."""
+    return f"{clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end; where they differ, the machine changed its speed"
 
 
 def number(value):
