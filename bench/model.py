@@ -28,7 +28,10 @@ SETS = 4  # of gradients, which follow each other
 CHECKED, TIMED = 8, 10**7  # steps of the schedule: where it is checked the rate falls visibly, where it is timed for long
 STEPS, GROWTH = 3, -3.0  # how many steps are checked, and by what the gradients are multiplied after each
 TOLERANCE = 0.01  # of lr
-PLACED = f"every tensor lies where NumPy allocates it; a model below {placement.LARGE >> 10} KiB is made {PLACES} times, and the median of these places counts"
+PLACED = (
+    f"every tensor lies where NumPy allocates it; a model below {placement.LARGE >> 10} KiB is made {PLACES} times, and the "
+    "median of these places counts"
+)
 
 
 class Asked(NamedTuple):

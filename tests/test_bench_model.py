@@ -152,7 +152,7 @@ def test_times_naive_is_what_the_caption_says(short, capsys):
     """The median of the ratios of the rounds: here 10, where the ratio of the medians is 20/3."""
     _, row = model.rows({NAIVE: [10.0, 20.0, 30.0], "other": [1.0, 10.0, 3.0]})
     assert row.over_naive == 10
-    command.main("--shapes 3 --rules rmsprop --docs".split())
+    command.main(["--shapes", "3", "--rules", "rmsprop", "--docs"])
     caption = "times naive: naive NumPy's time over that of the row, the median of these ratios over the rounds"
     assert caption in " ".join(capsys.readouterr().out.split())
     assert caption in (short / "docs/performance.md").read_text()
