@@ -78,12 +78,8 @@ class Groups:
     def _recipe(self, key, values, rate, step=None):
         """The recipe of a RecipeKey for a learning rate, that of a schedule after `step` steps; ValueError where a
         coefficient would not be finite in its dtype."""
-        h = self._family.at_step({**values[key.group], "lr": rate})
-        try:
-            return self._family.checked_recipe(h, key.dtype)
-        except (TypeError, ValueError) as error:
-            locate(error, "" if step is None else f"lr({step})", key.group, values)
-            raise
+        h, at = self._family.at_step({**values[key.group], "lr": rate}), "" if step is None else f"lr({step})"
+        return checked_in(key.group, values, self._family.checked_recipe, h, key.dtype, at=at)
 
     def _checked_rate(self, k, values, rate, step=None):
         """A learning rate of RecipeKey k; ValueError where a coefficient would not be finite in its dtype."""
@@ -165,20 +161,16 @@ def resolved(family, dialect, given):
     return [checked_in(index, given, family.resolve, dialect, options) for index, options in enumerate(given)]
 
 
-def checked_in(index, groups, check, *arguments):
-    """check(*arguments) for the group with this index; its errors say which of the groups they are about."""
+def checked_in(index, groups, check, *arguments, at=""):
+    """check(*arguments) for the group with this index.  In front of its errors stand `at` and, where there are several
+    groups, the index."""
     try:
         return check(*arguments)
     except (TypeError, ValueError) as error:
-        locate(error, "", index, groups)
+        where = " of ".join(filter(None, (at, f"group {index}" if len(groups) > 1 else "")))
+        if where:
+            error.args = (f"{where}: {error}",)
         raise
-
-
-def locate(error, at, index, groups):
-    """Put `at` and, where there are several groups, the index of one in front of the sentence of an error."""
-    where = " of ".join(filter(None, (at, f"group {index}" if len(groups) > 1 else "")))
-    if where:
-        error.args = (f"{where}: {error}",)
 
 
 def is_foreseen(rate):
