@@ -285,7 +285,7 @@ BEYOND = [  # a gradient whose square overflows: whether its parameter is NaN af
 
 @pytest.mark.parametrize("make, options, size, at_once, later", BEYOND)
 def test_what_the_guide_says_of_a_square_that_overflows(backend, make, options, size, at_once, later):
-    """The element stays where it is for ever, or becomes NaN in two cases; a step that looks at its gradients is left out."""
+    """The element stays where it is for ever, or becomes NaN in two cases; a step that looks at gradients is left out."""
     w, kept, other = (np.ones(2, np.float32) for _ in range(3))
     optimizer = make(w, backend=backend, **options)
     optimizer.step(np.array([size, 1.0], np.float32))
