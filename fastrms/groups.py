@@ -148,11 +148,12 @@ class Groups:
 
     def refuse_zero_state(self, values, state):
         """AdaGrad without eps divides by the root of its sum: a zero in it would give 0/0."""
+        keys = [(SimpleNamespace(**values[key.group]), key.dtype) for key in self._tensors.keys]
+        needs = [self._family.needs_positive_state(h, dtype) for h, dtype in keys]
         for tensor, flats in zip(self._tensors, state, strict=True):
-            key = self._tensors.keys[tensor.recipe]
-            h = SimpleNamespace(**values[key.group])
-            if self._family.needs_positive_state(h, key.dtype) and any(map(self._tensors.holds_zero, flats.values())):
-                raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {key.dtype}, and the sum of "
+            if needs[tensor.recipe] and any(map(self._tensors.holds_zero, flats.values())):
+                h, dtype = keys[tensor.recipe]
+                raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}, and the sum of "
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
 
 
