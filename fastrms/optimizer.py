@@ -733,13 +733,7 @@ class Optimizer(Names, Family):
         without_c = backends.load("c").available()
         if without_c and self._backend in backends.HOST and not self.own_rule:
             lines.append(f"The C backend is not available: {without_c}")
-        for k, (key, recipe) in enumerate(zip(self._tensors.keys, self._groups.recipes, strict=True)):
-            sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
-            count = len(rules.state_names(rules.find(recipe.rule)))
-            lines.append(
-                f"group {key.group}: rule {recipe.rule}{self._kernel(recipe)}, {key.dtype}, {len(sizes)} tensor(s), "
-                f"{sum(sizes)} elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
-            )
+        lines += map(self._line_of, range(len(self._groups.recipes)))
         if not self.own_rule:
             lines.append("The general form of a rule also computes clip_value, L2 weight_decay, eps_root, nesterov and "
                          "RMSProp's bias_correction=\"corrected\"; the neutral form serves steps without them.")  # fmt: skip
@@ -751,14 +745,18 @@ class Optimizer(Names, Family):
                 )
         return "\n".join(lines)
 
-    def _kernel(self, recipe):
-        """The form of a rule of ours that a recipe takes, and where C makes the steps the instruction set of its kernel."""
-        if self.own_rule:
-            return ""
-        form = f", {'general' if recipe.general else 'neutral'} form"
-        if self._backend != "c":
-            return form
-        return f"{form} by {backends.load('c').isa_of(recipe.rule, recipe.dtype, recipe.general)}"
+    def _line_of(self, k):
+        """The line of report() on the tensors of recipe k."""
+        key, recipe = self._tensors.keys[k], self._groups.recipes[k]
+        sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
+        moved = (3 + 2 * len(rules.state_names(rules.find(recipe.rule)))) * key.dtype.itemsize
+        form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"
+        if self._backend == "c":
+            form += f" by {backends.load('c').isa_of(recipe.rule, key.dtype, recipe.general)}"
+        return (
+            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} elements, "
+            f"{moved} bytes moved per element"
+        )
 
 
 Optimizer.step.__signature__ = signature(lambda self, grads=None, *, grad_scale=ONE, clip_norm=None: None)
