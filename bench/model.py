@@ -26,6 +26,7 @@ HOWS = ("bound", "step", "functional", "torch")
 CLIP = 1.0  # the norm; that of the gradients is larger, so that every step clips
 SETS = 4  # of gradients, which follow each other
 CHECKED, TIMED = 8, 10**7  # steps of the schedule: where it is checked the rate falls visibly, where it is timed for long
+RATES = 256  # learning rates of a caller who changes them
 STEPS, GROWTH = 3, -3.0  # how many steps are checked, and by what the gradients are multiplied after each
 TOLERANCE = 0.01  # of lr
 PLACED = (
@@ -73,8 +74,9 @@ class Model:
         return [[np.full_like(param, value) for value in values] for param in self.params]
 
     def rates(self):
-        """The options with which a function is called at each step: with a schedule the rate, else none."""
-        return ({"lr": self.lr(step)} for step in count()) if self.asked.schedule else cycle([{}])
+        """The options with which a function is called at each step: with a schedule the rate, else none.  The rates are
+        computed beforehand, since the schedule is the caller's; they come again after RATES steps."""
+        return cycle([{"lr": self.lr(step)} for step in range(RATES)] if self.asked.schedule else [{}])
 
 
 def naive(model):
@@ -120,9 +122,11 @@ def functional(backend, name, model):
     """The functions on raw arrays; the caller takes the norm."""
     update, sets, rates, numbers = getattr(fastrms, model.rule), cycle(model.sets), model.rates(), count(1)
     tensors = list(zip(model.params, model.states(), strict=True))
+    if backend != fastrms.available_backends()[0]:  # which is taken where none is named
+        update = partial(update, backend=backend)
 
     def step():
-        grads, options = next(sets), {"backend": backend, **next(rates)}
+        grads, options = next(sets), next(rates)
         if model.rule == "adam":
             options["step"] = next(numbers)
         if model.asked.clip:

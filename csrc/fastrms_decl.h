@@ -122,6 +122,9 @@ int fastrms_step_held(fastrms_plan *plan, int held);
  * found, unless found is NULL. */
 int fastrms_step_with(fastrms_plan *plan, int held, double grad_scale, double clip_norm, fastrms_found *found);
 
+/* The same where on_nonfinite is FASTRMS_PROPAGATE and clip_norm is not negative: the norm, or the status times -1. */
+double fastrms_step_clipped(fastrms_plan *plan, int held, double grad_scale, double clip_norm);
+
 /* Take over parameters, gradients and recipes, and make a step, in one call that no other thread and no interrupt can cut in
  * two: all of it is done, or nothing.
  * param, grad: new addresses for every tensor, or NULL; recipe: the new values of all recipes, or NULL; hold: a number other
@@ -131,10 +134,12 @@ int fastrms_step_with(fastrms_plan *plan, int held, double grad_scale, double cl
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
 
-/* Give every recipe a learning rate: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
+/* fastrms_set_rate gives every recipe one learning rate for all steps from now on.
+ * fastrms_set_rates gives each its own: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
  * 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows; this
  * memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE.  New recipes bring rates of
  * their own, which take the place of these. */
+int fastrms_set_rate(fastrms_plan *plan, double rate);
 int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates);
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor

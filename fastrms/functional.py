@@ -14,13 +14,14 @@ from .tensors import new_state
 
 _c = backends.load("c")
 _c_update = _c.lib and _c.lib.fastrms_update_at_rate
+_c_one = _c.lib and _c.lib.fastrms_update_one_state
 _from_buffer = _c.ffi and _c.ffi.from_buffer
 _BYTES = _c.ffi and _c.ffi.typeof("char[]")
 _NULL = _c.ffi and _c.ffi.NULL  # for the states that a rule lacks
 _ndarray = np.ndarray
 _PLAIN_KINDS = {float, int, bool, str, type(None)}  # values that cannot change behind the cache
 ONE, MOST_STEPS = 1.0, hyper.MOST_STEPS
-_WRONG = (AttributeError, BufferError, KeyError, TypeError, ValueError)
+_WRONG = (AttributeError, BufferError, KeyError, OverflowError, TypeError, ValueError)
 _CACHE_SIZE = 256
 _UNSAID = object()  # the learning rate of the class and the dialect
 
@@ -46,50 +47,41 @@ class Call:
         self.names = ("param", "grad", *rules.state_names(rules.RULES[rule]))
         self.given = {name: state in self.names for name, state in optimizer.implied().items()}
         self.cache = {}
-        self.last = None, None, None, None, None  # options of the last call, dtype, fastrms_recipe, its lr, its most_rate
+        # of the last call: options, kinds of their values where these matter, dtype, fastrms_recipe, its lr, its most_rate
+        self.last = (None,) * 6
 
     def run(self, rate, options, step, grad_scale, param, grad, first, second=None, third=None):
         """Make the update.  For exact ndarrays and the hyper-parameters of the last call, but for lr, there is a short way,
         with the same checks in less Python: from_buffer refuses what is strided or read-only, and C what overlaps, is
         misaligned or is missing.  Everything else goes through checked()."""
-        if type(step) is not int or not 0 < step <= MOST_STEPS:
-            step = hyper.step_count("step", step, least=1)
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
-            last, dtype, recipe, usual, most = self.last
+            last, kinds, dtype, recipe, usual, most = self.last
             lr = usual if rate is _UNSAID else rate
             if (
                 options == last
+                and (kinds is None or kinds == [*map(type, options.values())])
+                and type(step) is int
                 and type(lr) is float
-                and 0 <= lr <= most
-                and type(param) is _ndarray is type(grad)
-                and type(first) is _ndarray
-                and param.dtype is dtype is grad.dtype
-                and first.dtype is dtype
+                and 0.0 <= lr <= most
+                and type(param) is type(grad) is type(first) is _ndarray
+                and param.dtype is grad.dtype is first.dtype is dtype
                 and param.shape == grad.shape == first.shape
             ):
-                for name in options:
-                    if type(options[name]) is not type(last[name]):  # equal values may differ in kind: True == 1.0
-                        break
+                param_at, first_at = _from_buffer(_BYTES, param, True), _from_buffer(_BYTES, first, True)
+                if second is None:
+                    if not _c_one(recipe, lr, param.size, step, grad_scale, param_at, _from_buffer(grad), first_at):
+                        return
                 else:
-                    second_at = _NULL if second is None else _pointer(second, param)
-                    third_at = _NULL if third is None else _pointer(third, param)
+                    second_at, third_at = _pointer(second, param), _NULL if third is None else _pointer(third, param)
                     if not _c_update(
-                        recipe,
-                        lr,
-                        param.size,
-                        step,
-                        grad_scale,
-                        _from_buffer(_BYTES, param, True),
-                        _from_buffer(grad),
-                        _from_buffer(_BYTES, first, True),
-                        second_at,
-                        third_at,
+                        recipe, lr, param.size, step, grad_scale, param_at, _from_buffer(grad), first_at, second_at, third_at
                     ):
                         return
         except _WRONG:
             pass  # checked() says what is wrong
+        step = hyper.step_count("step", step, least=1)
         buffers = param, grad, first, second, third
         self.checked(rate, options, step, grad_scale, buffers[: len(self.names)])
 
@@ -129,7 +121,10 @@ class Call:
             if plain:
                 self.cache[key] = prepared
         if plain and prepared.c_recipe is not None:
-            self.last = options, dtype, prepared.c_recipe, prepared.recipe.rate, prepared.recipe.most_rate
+            # only whole numbers have equals of another kind, which may be refused (True == 1.0)
+            numbers = [value for value in options.values() if isinstance(value, (int, float))]
+            kinds = kinds if any(value == value // 1 for value in numbers) else None
+            self.last = options, kinds, dtype, prepared.c_recipe, prepared.recipe.rate, prepared.recipe.most_rate
         return prepared
 
     def at_rate(self, prepared, dialect, rate):

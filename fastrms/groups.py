@@ -52,7 +52,8 @@ class Groups:
 
     ``values`` lists the hyper-parameters of each group by name, and ``recipes`` the recipe of each RecipeKey of the tensors,
     whose learning rate may have changed since; ``rules`` has their rules.  ``scheduled`` is True where a learning rate is a
-    schedule, ``foreseen`` where all schedules depend on the step alone.
+    schedule, ``foreseen`` where all schedules depend on the step alone.  Up to ``free_up_to``, a learning rate may be set
+    for all groups without another check; it is negative where none may.
     """
 
     def __init__(self, family, tensors, values):
@@ -66,10 +67,10 @@ class Groups:
         if recipes is not None:
             self.recipes = list(recipes)
             self._most_rates = [recipe.most_rate for recipe in self.recipes]
-            self._free_up_to = -1.0 if "lr" in self._family.fixed else min(self._most_rates)
         keys = self._tensors.keys
         self.scheduled = any(callable(values[key.group]["lr"]) for key in keys)
         self.foreseen = self.scheduled and all(map(is_foreseen, (values[key.group]["lr"] for key in keys)))
+        self.free_up_to = -1.0 if self.scheduled or "lr" in self._family.fixed else min(self._most_rates)
 
     def _made(self, values):
         """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; each step evaluates it."""
@@ -86,15 +87,6 @@ class Groups:
         if rate > self._most_rates[k]:
             self._recipe(self._tensors.keys[k], values, rate, step)
         return rate
-
-    def are_free_for(self, rate):
-        """Whether this learning rate may be set for all groups without another check."""
-        return type(rate) is float and not self.scheduled and 0 <= rate <= self._free_up_to
-
-    def take_rate(self, rate):
-        """Replace the learning rate of all groups."""
-        for values in self.values:
-            values["lr"] = rate
 
     def constant_rates(self, values):
         """The learning rate of each RecipeKey, None where it is a schedule."""

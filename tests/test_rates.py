@@ -327,14 +327,19 @@ def test_rates_in_c():
     number = optimizer._gradients.number
     for step in (lambda: lib.fastrms_step(plan), lambda: lib.fastrms_step_held(plan, number),
                  lambda: lib.fastrms_step_with(plan, number, 1.0, -1.0, ffi.NULL),
+                 lambda: -lib.fastrms_step_clipped(plan, number, 1.0, 1.0),
                  lambda: lib.fastrms_change(plan, ffi.NULL, ffi.NULL, ffi.NULL, 0, 1, 1.0, -1.0, ffi.NULL)):  # fmt: skip
         assert step() == lib.FASTRMS_NO_RATE == backends.NO_RATE
     assert plan.steps == 4 and np.array_equal(bits(params[0]), bits(same))
     assert lib.fastrms_set_rates(plan, 9, 1, table) == lib.FASTRMS_OK and lib.fastrms_step(plan) == lib.FASTRMS_NO_RATE
     assert lib.fastrms_set_rates(plan, 0, 0, ffi.new("double[]", [0.75])) == lib.FASTRMS_OK
     both(0.75)
+    assert lib.fastrms_set_rate(plan, 0.5) == lib.FASTRMS_OK
+    both(0.5)
+    assert lib.fastrms_set_rates(plan, 9, 1, table) == lib.fastrms_set_rate(plan, 0.75) == lib.FASTRMS_OK
+    both(0.75)
     lib.fastrms_stream_open(plan)
-    assert lib.fastrms_set_rates(plan, 0, 0, table) == lib.FASTRMS_STREAMING
+    assert lib.fastrms_set_rates(plan, 0, 0, table) == lib.fastrms_set_rate(plan, 0.5) == lib.FASTRMS_STREAMING
     lib.fastrms_stream_close(plan)
     both(0.75)
 

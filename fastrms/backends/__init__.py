@@ -109,6 +109,10 @@ class Plan:
         """
         raise NotImplementedError
 
+    def set_rate(self, rate):
+        """Give every recipe this learning rate for all steps from now on; returns a status."""
+        raise NotImplementedError
+
     def set_rates(self, rates, first=0, rows=0):
         """Give every recipe a learning rate; returns a status.  New recipes, which bring their own, take the place of these.
 

@@ -134,8 +134,11 @@ class Plan(backends.Plan):
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
     def step_looking(self, number, grad_scale, clip_norm):
-        if clip_norm is None and not self._watches:
-            return lib.fastrms_step_with(self._plan, number, grad_scale, -1.0, ffi.NULL), None
+        if not self._watches:
+            if clip_norm is None:
+                return lib.fastrms_step_with(self._plan, number, grad_scale, -1.0, ffi.NULL), None
+            norm = lib.fastrms_step_clipped(self._plan, number, grad_scale, clip_norm)
+            return (-int(norm), None) if norm < 0.0 else (OK, (norm, None, None))
         found = ffi.new(FOUND)
         norm = -1.0 if clip_norm is None else clip_norm
         status = lib.fastrms_step_with(self._plan, number, grad_scale, norm, found)
@@ -167,6 +170,9 @@ class Plan(backends.Plan):
 
     def stream_open(self):
         return lib.fastrms_stream_open(self._plan)
+
+    def set_rate(self, rate):
+        return lib.fastrms_set_rate(self._plan, rate)
 
     def set_rates(self, rates, first=0, rows=0):
         made = ffi.new(DOUBLES, rates)

@@ -254,6 +254,9 @@ class Plan(backends.Plan):
                 self.recipes[index] = recipe.at_rate(rate)
                 self._stale()
 
+    def set_rate(self, rate):
+        return self.set_rates([rate] * len(self.recipes))
+
     def set_rates(self, rates, first=0, rows=0):
         status = self._acquire()
         if not status:
