@@ -123,7 +123,8 @@ class Run:
             for where, size, rule in cells:
                 progress.update(task, description=f"{rule} {report.size_name(size)} {where}")
                 if self.is_late():
-                    self.console.print(f"no time left in --quick: {rule}, {size} elements, {where} is left out")
+                    left_out = f"{rule}, {report.size_name(size)} elements, {where}"
+                    self.console.print(f"no time left in --quick, which ends within a minute; left out: {left_out}")
                 else:
                     self.measure_one(where, size, rule)
                 progress.advance(task)
