@@ -45,7 +45,7 @@ def parse(arguments):
     parser.add_argument("--threads", type=int, default=1, help="of fastrms and the peers (default: 1); NumPy has one")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--peers", action="store_true", help="torch, Optax, DeepSpeed, ...: those that are installed")
-    parser.add_argument("--json", metavar="FILE", help="write every minimum and median to FILE")
+    parser.add_argument("--json", metavar="FILE", help="write all that was measured to FILE")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite the table in {PAGE}")
     own = parser.add_argument_group("a model of your own", "in place of the tables: microseconds of a step")
     own.add_argument("--shapes", type=known_shapes, help="of its tensors: 784x512,512,512x10")
@@ -123,7 +123,8 @@ class Run:
             for where, size, rule in cells:
                 progress.update(task, description=f"{rule} {report.size_name(size)} {where}")
                 if self.is_late():
-                    self.console.print(f"no time left in --quick: {rule}, {size} elements, {where} is left out")
+                    left_out = f"{rule}, {report.size_name(size)} elements, {where}"
+                    self.console.print(f"no time left in --quick, which ends within a minute; left out: {left_out}")
                 else:
                     self.measure_one(where, size, rule)
                 progress.advance(task)
@@ -189,7 +190,7 @@ def main(arguments=None):
     show(results, reasons, console)
     if compiling:
         console.print(compiling)
-    console.print(f"empty Python call: {clocks[0]:.0f} ns at the start, {clocks[1]:.0f} ns at the end")
+    console.print(f"empty Python call: {report.clocks_in_words(clocks)}")
     console.print(f"wrote {', '.join(write(options, results, facts, clocks, command))}")
 
 

@@ -1,7 +1,8 @@
 """The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--docs]`.
 
-numpy: against NumPy, one thread.   machine: on two threads, against the ceilings, the other libraries installed and naive
-NumPy; what it measures is stored for each machine in bench/machines, and --docs writes the table of all machines.
+numpy: against NumPy, one thread, in rounds with NumPy alone.   machine: on two threads, against the ceilings, the other
+libraries installed and naive NumPy, in rounds with all of them; what it measures is stored for each machine in
+bench/machines, and --docs writes the table of all machines.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
@@ -60,7 +61,8 @@ def share(what, percent, target):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
+    in_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__, formatter_class=in_lines)
     sets = ("numpy", "machine", "step", "flat", "numba")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
@@ -98,7 +100,7 @@ def measure(name, console):
     except WrongContender as error:
         sys.exit(str(error))
     console.print(table(figures))
-    console.print(f"empty Python call: {first_clock:.0f} ns at the start, {clock():.0f} ns at the end")
+    console.print(f"empty Python call: {report.clocks_in_words([first_clock, clock()])}")
     console.print(f"{time.perf_counter() - start:.0f} s")
     return facts, figures
 

@@ -29,7 +29,10 @@ CHECKED, TIMED = 8, 10**7  # steps of the schedule: where it is checked the rate
 RATES = 256  # learning rates of a caller who changes them
 STEPS, GROWTH = 3, -3.0  # how many steps are checked, and by what the gradients are multiplied after each
 TOLERANCE = 0.01  # of lr
-PLACED = f"every tensor lies where NumPy allocates it; a model below {placement.LARGE >> 10} KiB is made {PLACES} times"
+PLACED = (
+    f"every tensor lies where NumPy allocates it; a model below {placement.LARGE >> 10} KiB is made {PLACES} times, and the "
+    "median of these places counts"
+)
 
 
 class Asked(NamedTuple):
@@ -48,7 +51,10 @@ class Asked(NamedTuple):
 
     def in_words(self):
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes[:6]) + ", ..." * (len(self.shapes) > 6)
-        options = f", clip_norm={CLIP}" * self.clip + ", lr=Cosine(...)" * self.schedule
+        clip, schedule = f", clip_norm={CLIP}", ", lr=Cosine(...)"
+        if self.how == "functional":  # these calls have neither
+            clip, schedule = f", the norm of all gradients clipped to {CLIP} by grad_scale", ", another lr at each step"
+        options = clip * self.clip + schedule * self.schedule
         return f"{self.rule}, {self.dtype}, {shapes} ({self.elements():,} elements), {self.how}{options}"
 
 

@@ -32,6 +32,12 @@ def get_include():
     return str(Path(__file__).parent / "include")
 
 
+def available():
+    """The backends that work here, and why C does not where it is missing."""
+    without_c = backends.load("c").available()
+    return ", ".join(backends.available_backends()) + (f"; no c: {without_c}" if without_c else "")
+
+
 def show_config():
     """Print the versions, backends, instruction sets and threads of this installation.  What cannot be found out is shown
     as unknown, with the reason."""
@@ -42,7 +48,7 @@ def show_config():
         "python": platform.python_version,
         "numpy": lambda: np.__version__,
         "machine": lambda: f"{platform.system()} {platform.machine()}",
-        "backends": lambda: ", ".join(backends.available_backends()),
+        "backends": available,
         "auto": lambda: backends.name_of(backends.choose("auto")),
         "isa": isa,
         "isas": lambda: ", ".join(backends.load("c").isas()),

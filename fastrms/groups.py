@@ -50,38 +50,42 @@ class Group(MutableMapping):
 class Groups:
     """The hyper-parameters of all groups of an optimizer.
 
-    ``values`` lists the hyper-parameters of each group by name, and ``rules`` the rule of each RecipeKey of the tensors.
-    ``scheduled`` is True where a learning rate is a schedule, ``foreseen`` where all schedules depend on the step alone.
-    Up to ``free_up_to``, a learning rate may be set for all groups without another check; it is negative where none may.
+    ``values`` lists the hyper-parameters of each group by name, and ``recipes`` the recipe of each RecipeKey of the tensors,
+    whose learning rate may have changed since; ``rules`` has their rules.  ``scheduled`` is True where a learning rate is a
+    schedule, ``foreseen`` where all schedules depend on the step alone.  Up to ``free_up_to``, a learning rate may be set
+    for all groups without another check; it is negative where none may.
     """
 
     def __init__(self, family, tensors, values):
         self._family, self._tensors = family, tensors
-        recipes = self.recipes(values)
-        self.take(values, recipes)
-        self.rules = [recipe.rule for recipe in recipes]
+        self.take(values, self._made(values))
+        self.rules = [recipe.rule for recipe in self.recipes]
 
     def take(self, values, recipes=None):
         """Replace the hyper-parameters of all groups.  recipes: those that they make, None where only a rate has changed."""
         self.values = values
         if recipes is not None:
-            self._most_rates = [recipe.most_rate for recipe in recipes]
+            self.recipes = list(recipes)
+            self._most_rates = [recipe.most_rate for recipe in self.recipes]
         keys = self._tensors.keys
         self.scheduled = any(callable(values[key.group]["lr"]) for key in keys)
         self.foreseen = self.scheduled and all(map(is_foreseen, (values[key.group]["lr"] for key in keys)))
         self.free_up_to = -1.0 if self.scheduled or "lr" in self._family.fixed else min(self._most_rates)
 
-    def recipes(self, values=None):
+    def _made(self, values):
         """The recipe of each RecipeKey.  A learning rate that is a schedule counts as 0 here; each step evaluates it."""
-        values = self.values if values is None else values
-        keys = self._tensors.keys
-        return [self._family.checked_recipe(self._family.at_step(values[key.group]), key.dtype) for key in keys]
+        return [self._recipe(key, values, values[key.group]["lr"]) for key in self._tensors.keys]
 
-    def _checked_rate(self, k, values, rate):
+    def _recipe(self, key, values, rate, step=None):
+        """The recipe of a RecipeKey for a learning rate, that of a schedule after `step` steps; ValueError where a
+        coefficient would not be finite in its dtype."""
+        h, at = self._family.at_step({**values[key.group], "lr": rate}), "" if step is None else f"lr({step})"
+        return checked_in(key.group, values, self._family.checked_recipe, h, key.dtype, at=at)
+
+    def _checked_rate(self, k, values, rate, step=None):
         """A learning rate of RecipeKey k; ValueError where a coefficient would not be finite in its dtype."""
         if rate > self._most_rates[k]:
-            key = self._tensors.keys[k]
-            self._family.checked_recipe(SimpleNamespace(**{**values[key.group], "lr": rate}), key.dtype)
+            self._recipe(self._tensors.keys[k], values, rate, step)
         return rate
 
     def constant_rates(self, values):
@@ -94,19 +98,19 @@ class Groups:
         the other; schedules are evaluated."""
         rates, keys = [], self._tensors.keys
         for step in range(steps, steps + rows):
-            of_group = {}
+            rate_of = {}
             for k, key in enumerate(keys):
-                if key.group not in of_group:
-                    of_group[key.group] = self._rate_at(self.values[key.group]["lr"], step)
-                rates.append(self._checked_rate(k, self.values, of_group[key.group]))
+                if key.group not in rate_of:
+                    rate_of[key.group] = self._rate_at(key.group, step)
+                rates.append(self._checked_rate(k, self.values, rate_of[key.group], step))
         return rates
 
-    @staticmethod
-    def _rate_at(rate, step):
+    def _rate_at(self, group, step):
+        rate = self.values[group]["lr"]
         if callable(rate):
             rate = rate(step)
             if type(rate) is not float or not 0 <= rate < inf:
-                rate = hyper.non_negative(f"lr({step})", rate)
+                return checked_in(group, self.values, hyper.non_negative, f"lr({step})", rate)
         return rate
 
     def initial(self, key, name):
@@ -119,13 +123,14 @@ class Groups:
         for index, name, value in changes:
             if name in self._family.fixed:
                 raise ValueError(f"{name} is used once, when the state is made; make a new {self._family.__name__}")
-            values[index] = {**values[index], name: self._family.checked(dialect, name, value)}
+            checked = checked_in(index, values, self._family.checked, dialect, name, value)
+            values[index] = {**values[index], name: checked}
         return values
 
     def recipes_for(self, values, state, source):
         """Index -> recipe for new hyper-parameters of all groups; ValueError where they do not fit the state.  source: what
         the error says they come from."""
-        recipes = self.recipes(values)
+        recipes = self._made(values)
         for recipe, rule in zip(recipes, self.rules, strict=True):
             if recipe.rule != rule:
                 raise ValueError(f"{source} turns {rule} into {recipe.rule}, which has other state; "
@@ -135,12 +140,30 @@ class Groups:
 
     def refuse_zero_state(self, values, state):
         """AdaGrad without eps divides by the root of its sum: a zero in it would give 0/0."""
+        keys = [(SimpleNamespace(**values[key.group]), key.dtype) for key in self._tensors.keys]
+        needs = [self._family.needs_positive_state(h, dtype) for h, dtype in keys]
         for tensor, flats in zip(self._tensors, state, strict=True):
-            key = self._tensors.keys[tensor.recipe]
-            h = SimpleNamespace(**values[key.group])
-            if self._family.needs_positive_state(h, key.dtype) and any(map(self._tensors.holds_zero, flats.values())):
-                raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {key.dtype}, and the sum of "
+            if needs[tensor.recipe] and any(map(self._tensors.holds_zero, flats.values())):
+                h, dtype = keys[tensor.recipe]
+                raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}, and the sum of "
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
+
+
+def resolved(family, dialect, given):
+    """The hyper-parameters of all groups, checked.  given: for each group the options that it was given, by name."""
+    return [checked_in(index, given, family.resolve, dialect, options) for index, options in enumerate(given)]
+
+
+def checked_in(index, groups, check, *arguments, at=""):
+    """check(*arguments) for the group with this index.  In front of its errors stand `at` and, where there are several
+    groups, the index."""
+    try:
+        return check(*arguments)
+    except (TypeError, ValueError) as error:
+        where = " of ".join(filter(None, (at, f"group {index}" if len(groups) > 1 else "")))
+        if where:
+            error.args = (f"{where}: {error}",)
+        raise
 
 
 def is_foreseen(rate):

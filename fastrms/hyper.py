@@ -75,6 +75,8 @@ def flag(name, value):
 
 
 def rate_or_schedule(name, value):
+    if isinstance(value, type):
+        raise TypeError(f"{name}={value.__name__} is a class; a schedule is an object of it: {name}={value.__name__}(...)")
     return value if callable(value) else non_negative(name, value)
 
 

@@ -1,7 +1,9 @@
 """Optimizer, the base of them all: parameters in groups, their hyper-parameters, and steps over all of them in one call."""
 
+import numbers
 import os
 import threading
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ from . import backends, hyper, rules
 from . import state as states
 from .family import Family
 from .gradients import Gradients
-from .groups import Group, Groups
+from .groups import Group, Groups, resolved
 from .memory import host, placement, tree
 from .names import Names
 from .streaming import Streaming
@@ -63,6 +65,16 @@ class OneThread:
 
     def __exit__(self, *error):
         self._lock.release()
+
+
+def misplaced(value):
+    """The error for what step() was given beside grads, by its place or as a closure."""
+    if callable(value):
+        return TypeError("step() calls no closure: compute the loss and the gradients first, then call opt.step(grads)")
+    if isinstance(value, numbers.Real):
+        return TypeError(f"grad_scale and clip_norm are given by name, {value!r} was not: write "
+                         f"opt.step(grads, grad_scale={value!r})")  # fmt: skip
+    return TypeError("step() takes the gradients in one argument, in the structure of params: opt.step([gw, gb])")
 
 
 def in_use(name):
@@ -127,7 +139,7 @@ class Optimizer(Names, Family):
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module))
-        values = [self.resolve(dialect, {**options, **extra}) for extra in overrides]
+        values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
         if state is None:
             self._tensors.make_state(self._groups.initial, self._groups.rules)
@@ -138,7 +150,7 @@ class Optimizer(Names, Family):
         flats = [list(flats.values()) for flats in self._tensors.state]
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
-        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes(), *gradients, *extra))
+        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients, *extra))
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
@@ -266,8 +278,9 @@ class Optimizer(Names, Family):
         """Whether a schedule must be asked at the next step."""
         return self._groups.scheduled and not self._rates_until
 
-    # grad_scale and clip_norm are for keywords; enforcing that by `*` costs 60 ns of 250 at 64 elements (CPython 3.11)
-    def step(self, grads=None, grad_scale=ONE, clip_norm=None):
+    # grad_scale and clip_norm are given by name, and closure takes what is not: a `*` in their place costs 28 ns of 156 at
+    # 64 elements, `**` for all other names 20 ns, this 1 ns (CPython 3.11)
+    def step(self, grads=None, closure=None, grad_scale=None, clip_norm=None):
         """Update all parameters in place from grads, or from the bound gradients where grads is None.
 
         In this order: nonfinite elements are counted, the norm is taken, the rule clips, decays and updates, gradients are
@@ -296,7 +309,7 @@ class Optimizer(Names, Family):
         RuntimeError
             When another thread uses this optimizer or a streaming block is open.
         """
-        if grad_scale is ONE and clip_norm is None:
+        if grad_scale is None and clip_norm is None and closure is None:
             if grads is self._no_grads:
                 if not self._call(self._argument):
                     return APPLIED
@@ -308,6 +321,9 @@ class Optimizer(Names, Family):
                     and not self._call_held(self._argument, number)
                 ):
                     return APPLIED
+        if closure is not None:
+            raise misplaced(closure)
+        grad_scale = ONE if grad_scale is None else grad_scale
         info = self._looking_step(self._looking_grads, grads, grad_scale, clip_norm)
         if info is not None:
             return info
@@ -331,8 +347,6 @@ class Optimizer(Names, Family):
 
     def _checked_step(self, grads, grad_scale, clip_norm):
         if grad_scale is not ONE:
-            if isinstance(grad_scale, (list, tuple, dict)) or getattr(grad_scale, "shape", ()) != ():
-                raise TypeError("step() takes the gradients in one argument, in the structure of params: opt.step([gw, gb])")
             grad_scale = hyper.scale("grad_scale", grad_scale)
         if clip_norm is not None:
             clip_norm = hyper.above_zero("clip_norm", clip_norm)
@@ -728,14 +742,13 @@ class Optimizer(Names, Family):
         """
         said = f", dialect {self._dialect!r}" if self._dialect else ""
         lines = [f"{type(self).__name__} on backend {self._backend!r}{said}"]
-        for k, (key, recipe) in enumerate(zip(self._tensors.keys, self._groups.recipes(), strict=True)):
-            sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
-            form = "general" if recipe.general else "neutral"
-            count = len(rules.state_names(rules.find(recipe.rule)))
-            lines.append(
-                f"group {key.group}: rule {recipe.rule}, {form} form, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} "
-                f"elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
-            )
+        without_c = backends.load("c").available()
+        if without_c and self._backend in backends.HOST and not self.own_rule:
+            lines.append(f"The C backend is not available: {without_c}")
+        lines += map(self._line_of, range(len(self._groups.recipes)))
+        if not self.own_rule:
+            lines.append("The general form of a rule also computes clip_value, L2 weight_decay, eps_root, nesterov and "
+                         "RMSProp's bias_correction=\"corrected\"; the neutral form serves steps without them.")  # fmt: skip
         grads = self._gradients.bound or [None] * len(self._tensors)
         arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
         for name, other in (pair for named in arrays for pair in placement.collisions(named)):
@@ -744,3 +757,19 @@ class Optimizer(Names, Family):
                 f"start one of them some {placement.FAR} bytes further on"
             )
         return "\n".join(lines)
+
+    def _line_of(self, k):
+        """The line of report() on the tensors of recipe k."""
+        key, recipe = self._tensors.keys[k], self._groups.recipes[k]
+        sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
+        moved = (3 + 2 * len(rules.state_names(rules.find(recipe.rule)))) * key.dtype.itemsize
+        form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"
+        if self._backend == "c":
+            form += f" by {backends.load('c').isa_of(recipe.rule, key.dtype, recipe.general)}"
+        return (
+            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} elements, "
+            f"{moved} bytes moved per element"
+        )
+
+
+Optimizer.step.__signature__ = signature(lambda self, grads=None, *, grad_scale=ONE, clip_norm=None: None)

@@ -402,22 +402,22 @@ def recipe(family, h, dtype):
         raise ValueError(hyper.forbidden(right._fields[right.index(False)], h, dtype))
     unneeded = {state for state, name in family.optional.items() if not getattr(numbers, name) > 0}
     rule = family.rules[tuple(state for state in [*family.rules][-1] if state not in unneeded)]
-    general, values, corrections = family.recipe(numbers, dtype)
-    over = overflowing(values, corrections, dtype)
-    if over >= 0:
-        raise ValueError(f"the coefficient {values._fields[over]}={values[over]!r}, or what bias_correction makes of it at "
-                         f"the first step, is not finite in {dtype}")  # fmt: skip
-    sources, places = layout(rule, values._fields)
-    one, two = by_rate(family, numbers, dtype)
+    (general, one, corrections), (_, two, _) = by_rate(family, numbers, dtype)
+    sources, places = layout(rule, one._fields)
     ordered = {name: constants(dtype)[name] if k is None else one[k] for name, k in sources}
     placed = [c._replace(coefficient=places[c.coefficient]) for c in corrections if c.operation]
     rated = [place for place, (_, k) in enumerate(sources) if k is not None and one[k] != two[k]]
-    return Recipe(rule, dtype, bool(general), ordered, tuple(placed), float(h.lr), tuple(rated))
+    made = Recipe(rule, dtype, bool(general), ordered, tuple(placed), float(h.lr), tuple(rated))
+    over = overflowing(made.rated_values(), placed, dtype)
+    if over >= 0:
+        raise ValueError(f"lr={h.lr!r} is too large: the coefficient {[*ordered][over]}={made.rated_values()[over]!r}, or "
+                         f"what bias_correction makes of it at the first step, is not finite in {dtype}")  # fmt: skip
+    return made
 
 
 def by_rate(family, numbers, dtype):
-    """The coefficients for a learning rate of 1 and of 2: it multiplies those that are not the same."""
-    return [family.recipe(SimpleNamespace(**{**vars(numbers), "lr": rate}), dtype)[1] for rate in (1.0, 2.0)]
+    """What a family makes of a learning rate of 1 and of 2: it multiplies the coefficients that are not the same."""
+    return [family.recipe(SimpleNamespace(**{**vars(numbers), "lr": rate}), dtype) for rate in (1.0, 2.0)]
 
 
 @cache

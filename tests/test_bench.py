@@ -64,6 +64,15 @@ def test_a_small_run_writes_tables_pictures_and_json(small_run, capsys):
     check_json(json.loads((small_run / "out.json").read_text()))
 
 
+def test_every_name_in_the_tables_is_explained_below_them():
+    for name in (NAIVE, IN_PLACE, *CEILINGS, "fastrms c, numba, numpy"):
+        assert f"{name}:" in report.LEGEND
+    for title in ("times naive", "times in-place", "GB/s", "ceiling"):
+        assert title in report.LEGEND
+    caption = report.placement_table({where: Results("float32", where) for where in PLACEMENTS}).caption
+    assert all(f"{where}: " in caption for where in PLACEMENTS if where != WELL_PLACED)
+
+
 def check_json(content):
     timed = {(row["placement"], row["rule"], row["size"], row["contender"]) for row in content["results"]}
     names = [NAIVE, IN_PLACE, *(FASTRMS[backend] for backend in BACKENDS)]

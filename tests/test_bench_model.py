@@ -138,3 +138,21 @@ def test_the_rate_changes_at_every_step_that_is_timed():
     made = model.Model(model.Asked("rmsprop", SHAPES, schedule=True), model.TIMED)
     rates = [rate["lr"] for rate, _ in zip(made.rates(), range(1000), strict=False)]
     assert np.all(np.diff(rates) != 0) and rates[0] == rates[model.RATES] and made.lr(10**6) > 0
+
+
+def test_a_functional_call_is_not_said_to_have_what_only_a_step_has():
+    asked = model.Asked("adam", SHAPES, "functional", clip=True, schedule=True)
+    said = asked.in_words()
+    assert said.endswith("functional, the norm of all gradients clipped to 1.0 by grad_scale, another lr at each step")
+    assert "clip_norm" not in said and "Cosine" not in said
+    assert asked._replace(clip=False, schedule=False).in_words().endswith("(30 elements), functional")
+
+
+def test_times_naive_is_what_the_caption_says(short, capsys):
+    """The median of the ratios of the rounds: here 10, where the ratio of the medians is 20/3."""
+    _, row = model.rows({NAIVE: [10.0, 20.0, 30.0], "other": [1.0, 10.0, 3.0]})
+    assert row.over_naive == 10
+    command.main(["--shapes", "3", "--rules", "rmsprop", "--docs"])
+    caption = "times naive: naive NumPy's time over that of the row, the median of these ratios over the rounds"
+    assert caption in " ".join(capsys.readouterr().out.split())
+    assert caption in (short / "docs/performance.md").read_text()

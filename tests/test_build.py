@@ -311,6 +311,21 @@ def test_show_config_and_available_backends():
     assert repr(BACKENDS) in out and BACKENDS[-1] == "numpy" and ("c" in BACKENDS) == bool(c.lib)
 
 
+def test_an_import_without_the_extension_says_so():
+    """No warning, but a line where people look: a source tree in which nothing was built runs on another backend."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('error'); sys.modules['fastrms._core'] = None;"
+        "import numpy as np, fastrms; fastrms.show_config(); optimizer = fastrms.RMSProp(np.ones(3));"
+        "print(optimizer.report()); print(fastrms.RMSProp(np.ones(3), backend='c'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    config, report = run.stdout.split("RMSProp on backend ")
+    reason = "fastrms was built without its C extension"
+    assert re.search(rf"^backends .*numpy; no c: {reason}", config, re.M)
+    assert f"The C backend is not available: {reason}" in report
+    assert f"RuntimeError: backend='c' is not available: {reason}" in run.stderr
+
+
 def test_every_backend_is_found_from_the_import_statements():
     """As tools that freeze a program (PyInstaller, cx_Freeze) look for it."""
     outside = ["numpy", "numba", "torch", "cuda", "safetensors", "threadpoolctl", "llvmlite", "cffi"]

@@ -270,6 +270,36 @@ def test_finite_gradients_of_any_size_leave_parameters_finite(backend, make, opt
         assert np.isfinite(w).all(), (lr, w)
 
 
+LARGEST = float(np.finfo(np.float32).max)
+BEYOND = [  # a gradient whose square overflows: whether its parameter is NaN after it, and after the next gradient
+    (fastrms.RMSProp, {}, 1e21, False, False), (fastrms.AdaGrad, {}, 2e19, False, False),
+    (fastrms.Adam, {}, 1e21, False, False), (fastrms.Adam, {"beta1": 0.0}, 1e21, False, False),
+    (fastrms.RMSProp, {"rho": 0.0}, 2e19, False, True), (fastrms.Adam, {"beta2": 0.0}, 2e19, False, True),
+    (fastrms.RMSProp, {"centered": True, "rho": 0.0}, 2e19, False, True),
+    *[(make, {"lr": 2.0}, LARGEST, True, True) for make in (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam)],
+    (fastrms.Adam, {"nesterov": "dozat"}, LARGEST * 0.7, True, True),
+    (fastrms.Adam, {"nesterov": "dozat"}, LARGEST * 0.66, False, False),
+    *[(make, {"lr": 0.99}, LARGEST, False, False) for make in (fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, options, size, at_once, later", BEYOND)
+def test_what_the_guide_says_of_a_square_that_overflows(backend, make, options, size, at_once, later):
+    """The element stays where it is for ever, or becomes NaN in two cases; a step that looks at gradients is left out."""
+    w, kept, other = (np.ones(2, np.float32) for _ in range(3))
+    optimizer = make(w, backend=backend, **options)
+    optimizer.step(np.array([size, 1.0], np.float32))
+    assert np.isnan(w[0]) == at_once and (at_once or w[0] == 1)
+    for _ in range(3):
+        optimizer.step(np.ones(2, np.float32))
+    assert np.isnan(w[0]) == later and (later or w[0] == 1) and w[1] < 1
+    looking, plain = (make(x, backend=backend, nonfinite=n, **options) for x, n in ((kept, "skip"), (other, "propagate")))
+    assert looking.step(np.array([size, 1.0], np.float32)) == (False, None, 1) and (kept == 1).all()
+    for optimizer in (looking, plain):
+        optimizer.step(np.ones(2, np.float32))
+    assert np.array_equal(kept, other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"bias_correction": "corrected"}, {"eps_root": 1e-8}])
 def test_centered_rmsprop_shows_a_nan_gradient(backend, options, dtype):

@@ -122,6 +122,9 @@ def test_attributes_of_a_subclass_are_its_own():
 WORDS = [
     (lambda o: o.zero_grad(), ValueError, "zero_grad=True"),
     (lambda o: o.step(lambda: 1.0), TypeError, "closure"),
+    (lambda o: o.step(closure=lambda: 1.0), TypeError, r"no closure.*opt\.step\(grads\)"),
+    (lambda o: o.step(np.ones(3), 0.5), TypeError, r"by name, 0\.5 was not: write opt\.step\(grads, grad_scale=0\.5\)"),
+    (lambda o: o.step(np.ones(3), np.ones(3)), TypeError, r"in one argument.*opt\.step\(\[gw, gb\]\)"),
     (lambda o: o.param_groups, AttributeError, "opt.groups"),
     (lambda o: o.add_param_group({"params": np.ones(2)}), AttributeError, "make a new"),
     (lambda o: o.apply_gradients([]), AttributeError, r"opt\.step\(grads\)"),

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import CLASSES, FUNCTIONS, bits
+from conftest import CLASSES, FUNCTIONS, bits, c
 
 import fastrms
 from fastrms import dialects
@@ -78,10 +78,21 @@ def test_structures_that_do_not_match(backend):
     grouped = fastrms.Adam([{"params": w}, {"params": [b]}], backend=backend)
     with pytest.raises(ValueError, match="one entry for each of the 2 groups"):
         grouped.step([w + 1])
+    single = fastrms.Adam(w, backend=backend)
+    for grads, words in [
+        ([w + 1], r"^grads is a list; it must be one array, as params is: pass grads\[0\]$"),
+        ({"w": w + 1}, r"^grads is a dict; it must be one array, as params is: pass grads\['w'\]$"),
+        ((w + 1, b + 1), "^grads is a tuple; it must be one array, as params is$"),
+        ([1.0, 2.0], r"np\.array\(grads"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            single.step(grads)
+    with pytest.raises(TypeError, match=r"^grads\[0\] is a list; it must be one array.*: pass grads\[0\]\[0\]$"):
+        grouped.step([[w + 1], [b + 1]])
     for empty in ([], {}, (), [{"params": []}]):
         with pytest.raises(ValueError, match="empty"):
             fastrms.Adam(empty, backend=backend)
-    assert mapped.steps == listed.steps == grouped.steps == 0
+    assert mapped.steps == listed.steps == grouped.steps == single.steps == 0
 
 
 def test_none_skips_a_tensor_and_its_count(backend):
@@ -499,6 +510,22 @@ def test_report_says_what_runs(backend):
     text = optimizer.report()
     for words in (backend, "keras", "rmsprop_momentum", "general", "float32", "float64", "28 bytes", "56 bytes"):
         assert words in text
+
+
+def test_report_names_the_kernel_and_explains_its_form(backend):
+    for options, form in (({}, "neutral"), ({"eps_root": 1e-8}, "general")):
+        text = fastrms.RMSProp(np.ones(5, np.float32), backend=backend, **options).report()
+        by = f" by {c.isa_of('rmsprop', 'float32', form == 'general')}" if backend == "c" else ""
+        assert f"rule rmsprop, {form} form{by}, float32" in text
+        assert "general form of a rule also computes clip_value" in text and ("not available" in text) == (not c.lib)
+
+
+def test_a_rate_that_has_changed_is_not_in_the_way_of_a_report():
+    optimizer = fastrms.Adam(np.ones(3), weight_decay=0.1)
+    optimizer.lr = 0.5
+    assert "rule adam, general form" in optimizer.report()
+    optimizer.groups[0]["weight_decay"] = 0.0
+    assert "rule adam, neutral form" in optimizer.report()
 
 
 def test_zero_dimensional_and_empty(backend):

@@ -186,6 +186,23 @@ def test_a_wrong_definition_is_named(backend):
         make(rule=rule, coefficients=lambda step, lr: {"rate": float("nan")})(np.ones(3), backend=backend)
 
 
+def test_coefficients_are_asked_once_when_an_optimizer_is_made(backend):
+    asked = []
+
+    class Counted(fastrms.Optimizer):
+        defaults = {"lr": 0.1}
+
+        def coefficients(step, lr):
+            asked.append((step, lr))
+            return {"lr": lr}
+
+        def rule(param, grad, lr):
+            return (param - lr * grad,)
+
+    optimizer = Counted(np.ones(3), backend=backend)
+    assert asked == [(1, 0.1)] and optimizer.report() and len(asked) == 1
+
+
 def test_a_late_error_of_coefficients_changes_nothing(backend):
     rule = staticmethod(lambda param, grad, rate: (param - rate * grad,))
     mine = make(rule=rule, coefficients=lambda step, lr: {"rate": lr / (3 - step)})

@@ -9,7 +9,7 @@ from conftest import BACKENDS, CLASSES, backends, bits, c
 from test_build import needs_c
 
 import fastrms
-from fastrms.schedules import Cosine, Exponential, Step
+from fastrms.schedules import Cosine, Exponential, Plateau, Step
 
 RATED = [made for made in CLASSES if "lr" not in made.fixed]
 OPTIONS = {"weight_decay": 0.1, "decoupled": True}
@@ -243,7 +243,7 @@ def test_a_step_that_looks_at_held_gradients_tells_the_same(backend, nonfinite):
         for k, clip_norm in enumerate([None, 1.0, np.inf, 1e-30, 0.5, None]):
             if k == 4 and nonfinite == "skip":
                 grads[1][0] = np.nan
-            infos.append(optimizer.step(None if short else [g for g in grads], 0.5, clip_norm))
+            infos.append(optimizer.step(None if short else [g for g in grads], grad_scale=0.5, clip_norm=clip_norm))
         results.append((infos, [bits(x) for x in params], optimizer.steps))
     assert str(results[0][0]) == str(results[1][0]) and results[0][2] == results[1][2]
     assert all(np.array_equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
@@ -369,3 +369,65 @@ def test_a_step_from_c_has_no_rate_once_there_is_a_schedule():
         assert not np.array_equal(bits(params[0]), before[0])
     optimizer.lr = 0.25
     assert step(plan) == c.lib.FASTRMS_OK
+
+
+def two_groups(**of_the_second):
+    w, b = np.ones(4, np.float32), np.ones(3, np.float32)
+    optimizer = fastrms.RMSProp([{"params": [w]}, {"params": b, **of_the_second}])
+    return optimizer, [[np.ones_like(w)], np.ones_like(b)]
+
+
+def at_17(rate):
+    return lambda step: rate if step == 17 else 0.1
+
+
+@pytest.mark.parametrize("rate, error, said", [
+    (-1.0, ValueError, r"^group 1: lr\(17\)=-1.0 must be finite"),
+    ("x", TypeError, r"^group 1: lr\(17\)='x' is a str"),
+    (1e39, ValueError, r"^lr\(17\) of group 1: lr=1e\+39 is not finite in float32"),
+])  # fmt: skip
+def test_an_error_of_a_schedule_names_the_step_and_the_group(rate, error, said):
+    optimizer, grads = two_groups(lr=at_17(rate))
+    for _ in range(17):
+        optimizer.step(grads)
+    state = optimizer.state["square_avg"]
+    before = bits(state[1]).copy()
+    with pytest.raises(error, match=said):
+        optimizer.step(grads)
+    assert optimizer.steps == 17 and np.array_equal(bits(state[1]), before)
+
+
+def test_an_error_of_a_rate_names_the_group_where_there_are_several():
+    with pytest.raises(ValueError, match=r"^group 1: lr=-1.0 must be"):
+        two_groups(lr=-1)
+    with pytest.raises(ValueError, match=r"^group 1: lr=1e\+39 is not finite"):
+        two_groups(lr=1e39)
+    optimizer, _ = two_groups()
+    for rate, said in ((-1, r"^group 1: lr=-1.0 must be"), (1e39, r"^group 1: lr=1e\+39 is not finite")):
+        with pytest.raises(ValueError, match=said):
+            optimizer.lr = [0.1, rate]
+        with pytest.raises(ValueError, match=said):
+            optimizer.groups[1]["lr"] = rate
+    assert optimizer.lr == 0.01
+    alone = fastrms.RMSProp(np.ones(3, np.float32), lr=lambda step: -1.0)
+    with pytest.raises(ValueError, match=r"^lr\(0\)=-1.0 must be"):
+        alone.step(np.ones(3, np.float32))
+    with pytest.raises(ValueError, match=r"^lr=-1.0 must be"):
+        alone.lr = -1
+
+
+def test_a_rate_that_is_too_large_is_named():
+    """Adam divides its rate at the first step by 1 - beta1: what overflows is a coefficient."""
+    with pytest.raises(ValueError, match=r"^lr=1e\+38 is too large: the coefficient step_size"):
+        fastrms.Adam(np.ones(3, np.float32), lr=1e38)
+
+
+@pytest.mark.parametrize("schedule", [Cosine, Step, Plateau])
+def test_the_class_of_a_schedule_is_no_schedule(schedule):
+    said = rf"lr={schedule.__name__} is a class.*lr={schedule.__name__}\(\.\.\.\)"
+    with pytest.raises(TypeError, match=said):
+        fastrms.RMSProp(np.ones(3, np.float32), lr=schedule)
+    optimizer = fastrms.RMSProp(np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=said):
+        optimizer.lr = schedule
+    assert optimizer.lr == 0.01

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CLASSES, FAMILIES
+from test_build import COMPILER
 
 import fastrms
 from fastrms import dialects
@@ -197,6 +198,17 @@ def test_an_own_rule_is_short():
 def test_the_readmes_lines_of_c_are_those_of_the_program():
     short = re.search(r"```c\n(.*?)```", README, re.S)[1]
     assert short and all(line.rstrip(";") in page("c") for line in short.splitlines())
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_the_readmes_lines_of_c_compile(tmp_path):
+    """In a function whose arguments are what the lines are about; the program of docs/c.md: tests/test_c_library.py."""
+    (short,) = re.findall(r"```c\n(.*?)```", README, re.S)
+    given = "int64_t step, float *param, float *grad, float *square_avg"
+    (tmp_path / "lines.c").write_text(f"#include <fastrms.h>\nvoid lines({given});\nvoid lines({given})\n{{\n{short}}}\n")
+    flags = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    run = subprocess.run([COMPILER, *flags, str(tmp_path / "lines.c")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_output_of_the_program_in_c_is_what_python_computes():

@@ -191,7 +191,8 @@ def available_backends():
     Returns
     -------
     tuple of str
-        Their names, in the order in which "auto" prefers them; "cuda", which "auto" takes for device arrays, is last.
+        Their names, in the order in which "auto" prefers them; "cuda", which "auto" takes for device arrays, is last.  Why
+        one is missing is said by an optimizer that is made with ``backend=`` its name, and for C by show_config().
     """
     return tuple(name for name in NAMES if load(name).available() is None)
 

@@ -34,6 +34,19 @@ def is_module(x):
     return callable(getattr(x, "parameters", None))
 
 
+def holds_arrays(x):
+    """Whether x is a list or tuple of something else than numbers."""
+    return isinstance(x, (list, tuple)) and len(x) > 0 and not isinstance(x[0], (list, tuple, *NUMBERS))
+
+
+def refuse_collection(grads, name):
+    """TypeError where gradients are a collection of arrays, and params is one array."""
+    if isinstance(grads, dict) or holds_arrays(grads):
+        first = next(iter(grads), None) if isinstance(grads, dict) else 0
+        remedy = f": pass {name}[{first!r}]" if len(grads) == 1 else ""
+        raise TypeError(f"{name} is a {type(grads).__name__}; it must be one array, as params is{remedy}")
+
+
 def of_non_array(x, name):
     """The remedy for a container or a number where an array should be."""
     if isinstance(x, Mapping):
@@ -43,7 +56,7 @@ def of_non_array(x, name):
         )
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
         return ", a (name, array) pair: pass dict(params), for a torch module dict(model.named_parameters())"
-    if isinstance(x, (list, tuple)) and x and not isinstance(x[0], (list, tuple, *NUMBERS)):
+    if holds_arrays(x):
         return "; nested sequences are not flattened: pass one list of arrays, such as [*layer1, *layer2]"
     if isinstance(x, (list, tuple, *NUMBERS)):
         return f", which has no buffer to use in place: pass np.array({name}, np.float32), and keep that array"

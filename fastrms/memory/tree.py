@@ -164,6 +164,7 @@ class One(Structure):
         return [what]
 
     def leaves(self, value, what):
+        remedies.refuse_collection(value, what)
         return [value]
 
     def build(self, leaves):
