@@ -130,8 +130,7 @@ class Call:
     def at_rate(self, prepared, dialect, rate):
         """The recipe of a call with another learning rate than the default."""
         rate = self.optimizer.checked(dialect, "lr", rate)
-        if callable(rate):
-            raise TypeError("lr must be a number here; a schedule needs an optimizer object")
+        refuse_schedule(rate)
         if rate > prepared.recipe.most_rate:
             return self.optimizer.checked_recipe(SimpleNamespace(**{**prepared.values, "lr": rate}), prepared.recipe.dtype)
         return prepared.recipe.at_rate(rate)
@@ -155,6 +154,11 @@ class Call:
             c_recipe = _c.ffi.new("fastrms_recipe *")
             _c.fill_recipe(c_recipe, recipe)
         return Prepared(values, recipe, module.update, c_recipe, positive)
+
+
+def refuse_schedule(rate):
+    if callable(rate):
+        raise TypeError(f"lr={rate!r} must be a number here; a schedule needs an optimizer object")
 
 
 def _pointer(state, param):
@@ -360,6 +364,7 @@ def init_state(optimizer, param, *, dialect=None, **options):
     memory = device if device.is_device_array(param) else host
     buffer = memory.acquire(param, "param", writable=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
+    refuse_schedule(h.lr)
     rule = maker.checked_recipe(h, buffer.dtype).rule
     flats = new_state(rule, lambda name: maker.initial(h, name), buffer, memory)
     return {name: host.shaped(flat, buffer) for name, flat in flats.items()}

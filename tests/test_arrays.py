@@ -648,3 +648,14 @@ def test_the_c_interface_refuses_by_itself():
     assert all((b == 1).all() for b in buffers)
     assert update(group, 7, 1, 1.0, *addresses, null) == c.lib.FASTRMS_OK
     assert (buffers[0][:7] != 1).all() and buffers[0][7] == 1
+
+
+@pytest.mark.parametrize("optimizer", sorted(FUNCTIONS))
+def test_a_schedule_needs_an_optimizer(optimizer):
+    w, rate = good(0), fastrms.schedules.Cosine(0.1, 10)
+    with pytest.raises(TypeError, match=r"lr=Cosine.*must be a number"):
+        fastrms.init_state(optimizer, w, lr=rate)
+    states = fastrms.init_state(optimizer, w).values()
+    if optimizer != "rprop":
+        with pytest.raises(TypeError, match=r"lr=.*must be a number here"):
+            getattr(fastrms, optimizer)(w, good(1), *states, lr=rate, **({"step": 1} if optimizer == "adam" else {}))
