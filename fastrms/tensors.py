@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import given_state, rules
+from . import exchange, given_state, rules
 from .memory import host
 
 
@@ -41,6 +41,7 @@ class Tensors(list):
 
     def __init__(self, structure, leaves, groups, memory):
         self.structure, self.memory = structure, memory
+        self._reader = None
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
         params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
@@ -109,8 +110,16 @@ class Tensors(list):
         moved = any(params[k].address != self[k].param.address for k in which)
         return params if moved else None
 
+    @property
+    def reader(self):
+        """The exchange.Reader of these tensors, or None where they cannot be read so."""
+        if self._reader is None:
+            self._reader = exchange.reader_of(self) or False
+        return self._reader or None
+
     def take(self, params):
         """Note where the parameters lie now."""
+        self._reader = None
         for tensor, param in zip(self, params, strict=True):
             tensor.param = param
 
