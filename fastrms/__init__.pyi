@@ -86,9 +86,18 @@ class FlatBuffer:
     grad: NDArray[Any]
     params: _Views
     grads: _Views
-    def __init__(self, shapes: Mapping[Any, _Shape] | Sequence[_Shape], dtype: DTypeLike = ...) -> None: ...
+    def __init__(
+        self,
+        shapes: Mapping[Any, _Shape] | Sequence[_Shape],
+        dtype: DTypeLike = ...,
+        *,
+        data: _Array | None = None,
+        grad: _Array | None = None,
+    ) -> None: ...
     @classmethod
-    def like(cls, params: Mapping[Any, _Array] | Sequence[_Array]) -> Self: ...
+    def like(
+        cls, params: Mapping[Any, _Array] | Sequence[_Array], *, data: _Array | None = None, grad: _Array | None = None
+    ) -> Self: ...
 
 class Optimizer:
     defaults: ClassVar[dict[str, Any]]

@@ -14,25 +14,26 @@ def acquired(tensors, rules_of_keys, state, not_negative):
     TypeError or ValueError where something does not fit.
     """
     kept = [rules.state_names(rules.find(rules_of_keys[tensor.recipe])) for tensor in tensors]
-    names = dict.fromkeys(name for names in kept for name in names)
+    names = dict.fromkeys(name for wanted in kept for name in wanted)
     refuse_other_names(state, names)
-    found, labelled = [{} for _ in tensors], [(tensor.name, tensor.param) for tensor in tensors]
+    found = {}  # (index of a tensor, state name) -> (what error sentences call the array, Buffer)
     for name in names:
-        what = f"state[{name!r}]"
-        rows = zip(tensors, found, kept, tensors.structure.state_leaves(state[name], what),
-                   tensors.structure.names(what), strict=True)  # fmt: skip
-        for tensor, buffers, wanted, array, label in rows:
-            if name in wanted:
-                buffers[name] = checked(tensors.memory, tensor, array, label, name in not_negative)
-                labelled.append((label, buffers[name]))
+        for k, label, array in leaves(tensors.structure, state, name):
+            if name in kept[k]:
+                found[k, name] = label, acquired_one(tensors, k, array, label)
             elif array is not None:
-                raise ValueError(f"{label} is given, and the rule of {tensor.name} has no {name}: pass None in its place")
-    host.refuse_overlap(labelled)
-    return [{name: buffers[name] for name in wanted} for buffers, wanted in zip(found, kept, strict=True)]
+                raise ValueError(
+                    f"{label} is given, and the rule of {tensors[k].name} has no {name}: pass None in its place"
+                )
+    host.refuse_overlap([*found.values(), *((tensor.name, tensor.param) for tensor in tensors)])
+    for (_, name), labelled in found.items():
+        if name in not_negative:
+            refuse_negative(tensors.memory, *labelled)
+    return [{name: found[k, name][1] for name in wanted} for k, wanted in enumerate(kept)]
 
 
 def refuse_other_names(state, names):
-    """Refuse a state that is no mapping with exactly these names."""
+    """TypeError or ValueError unless state is a mapping with exactly these names."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is a {type(state).__name__}; it must be a mapping: state name -> arrays in the structure of "
                         f"params, as opt.state is")  # fmt: skip
@@ -44,12 +45,24 @@ def refuse_other_names(state, names):
         raise ValueError(f"state {fault}; with these hyper-parameters there must be exactly: {wanted}")
 
 
-def checked(memory, tensor, array, name, not_negative):
-    """The Buffer of one state array of a tensor, which error sentences call `name`."""
+def leaves(structure, state, name):
+    """(index, what error sentences call it, array or None) of the given state of this name, for each tensor."""
+    what = f"state[{name!r}]"
+    labels, arrays = structure.names(what), structure.state_leaves(state[name], what)
+    return [(k, *pair) for k, pair in enumerate(zip(labels, arrays, strict=True))]
+
+
+def acquired_one(tensors, k, array, name):
+    """The Buffer of a state array of tensor k, which error sentences call `name`."""
+    like, memory = tensors[k], tensors.memory
     if array is None:
-        raise ValueError(f"{name} is None, and the rule of {tensor.name} needs it: pass an array like {tensor.name}")
+        raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
     buffer = memory.acquire(array, name, writable=True)
-    memory.same_layout(buffer, name, tensor.param, tensor.name)
-    if not_negative and not (memory.on_host(buffer.flat) >= 0).all():
-        raise ValueError(f"{name} holds a negative number or NaN; means and sums of squares, and step sizes, are at least 0")
+    memory.same_layout(buffer, name, like.param, like.name)
     return buffer
+
+
+def refuse_negative(memory, name, buffer):
+    """ValueError where a state array holds a negative number or NaN."""
+    if not (memory.on_host(buffer.flat) >= 0).all():
+        raise ValueError(f"{name} holds a negative number or NaN; means and sums of squares, and step sizes, are at least 0")

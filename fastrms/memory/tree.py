@@ -68,7 +68,7 @@ def of(params, owner=None):
     """(structure, leaves) of one array, a sequence, a mapping or a FlatBuffer; owner: the group of each of its names."""
     if isinstance(params, FlatBuffer):
         structure = FlatOf(params, owner or dict.fromkeys(params.params, 0))
-        return structure, structure.cut(params.data)
+        return structure, structure.cut(params._owner)
     if isinstance(params, Mapping):
         keys = list(params)
         leaves = [params[key] for key in keys]
