@@ -340,8 +340,9 @@ class Optimizer(Names, Family):
             return info
         if tensors.of_torch:
             grads = gradients.listed(grads)
-            info = self._read_step(grads, grad_scale, clip_norm)
-            if info is not None:
+            leaves = gradients.torch_leaves(grads)
+            info = leaves and self._read_step(leaves, grad_scale, clip_norm)
+            if info:
                 return info
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
@@ -353,9 +354,10 @@ class Optimizer(Names, Family):
             self._hold(hold)
         return APPLIED if found is None else self._info(found)
 
-    def _read_step(self, grads, grad_scale, clip_norm):
-        """The StepInfo of a step from torch tensors whose addresses C has read; None where it cannot be made so."""
-        reader = self._gradients.read(grads, self._plan)
+    def _read_step(self, leaves, grad_scale, clip_norm):
+        """The StepInfo of a step from gradients that are torch tensors, a list with one for each tensor or None, whose
+        addresses C reads; None where it cannot be made so."""
+        reader = self._gradients.read(leaves, self._plan)
         if reader is None:
             return None
         if self._gradients.held is not None:
@@ -387,11 +389,11 @@ class Optimizer(Names, Family):
 
     def _tell_owners(self, status, params, grads, reader):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
-        gradients, params = self._gradients, params or self._tensors.params
         stepped = status in (None, backends.OK)
         zeroes = self._zero_grad and (stepped or (status == backends.NONFINITE and self._nonfinite == "skip"))
         if reader is not None:
             return reader.wrote(stepped, zeroes)
+        gradients, params = self._gradients, params or self._tensors.params
         if grads is None:  # those that are held, or one array for all
             grads = gradients.bound if gradients.holds_bound else params
         rows = zip(self._tensors, params, grads, strict=True)
