@@ -89,12 +89,6 @@ class Gradients:
         plain = type(grads) in PLAIN or host.is_torch(grads)
         return self._tensors.structure.leaves(grads, "grads") if plain else None
 
-    def read(self, leaves, plan):
-        """The exchange.Reader that has read where these gradients lie, None where acquire() must look at them."""
-        on_device = self._tensors.memory is not host  # a plan of the host that takes no pointers needs arrays
-        reader = self._tensors.reader if plan.takes_pointers or on_device else None
-        return reader if reader is not None and reader.read(leaves) else None
-
     def _is_held(self, grads):
         """Whether the plan holds this array as it is.  An array that the step will zero is always checked again, since it
         may have become read-only, and so is an array that was reshaped in place."""

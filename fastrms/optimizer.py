@@ -357,14 +357,13 @@ class Optimizer(Names, Family):
     def _read_step(self, leaves, grad_scale, clip_norm):
         """The StepInfo of a step from gradients that are torch tensors, a list with one for each tensor or None, whose
         addresses C reads; None where it cannot be made so."""
-        reader = self._gradients.read(leaves, self._plan)
-        if reader is None:
+        reader = self._tensors.reader(self._plan)
+        if reader is None or not reader.read(leaves):
             return None
         if self._gradients.held is not None:
             self._hold(None)
         try:
-            given = reader.given(self._plan)
-            found = self._change_plan(None, given, None, 0, True, grad_scale, clip_norm, reader)
+            found = self._change_plan(None, reader.given(), None, 0, True, grad_scale, clip_norm, reader)
         finally:
             reader.done()
         return APPLIED if found is None else self._info(found)
@@ -518,6 +517,26 @@ class Optimizer(Names, Family):
                 f"cannot do: it needs nonfinite='propagate'"
             )
         return Streaming(self, hyper.scale("grad_scale", grad_scale))
+
+    def _open_stream(self):
+        self._refuse_unless_ok(self._plan.stream_open())
+
+    def _stream_read(self, k, grad):
+        """_stream() of a torch tensor whose address C reads, from constant learning rates; False where it cannot."""
+        reader = self._tensors.reader(self._plan)
+        address = reader.read_one(k, grad) if reader and not self._zero_grad else 0
+        if not address:
+            return False
+        status = None
+        try:
+            status = self._plan.stream_step(k, None, self._tensors[k].param._replace(address=address), None, 1.0)
+        finally:
+            if status in (None, backends.OK):
+                reader.wrote_one(k)
+        if status == backends.OVERLAP:
+            self._tensors.refuse_overlap(None, [(k, grad)])
+        self._refuse_unless_ok(status)
+        return True
 
     def _stream(self, k, grad, grad_scale, first):
         """Update tensor k alone, within a streamed step."""

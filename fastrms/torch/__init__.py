@@ -8,9 +8,10 @@ try:
 except ImportError:
     raise ImportError("fastrms.torch needs torch: pip install fastrms[torch]") from None
 
+from .backward import step_in_backward
 from .base import Optimizer, arguments
 
-__all__ = ["Adagrad", "Adam", "AdamW", "RMSprop", "Rprop"]
+__all__ = ["Adagrad", "Adam", "AdamW", "RMSprop", "Rprop", "step_in_backward"]
 
 
 class RMSprop(Optimizer):

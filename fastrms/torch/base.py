@@ -10,9 +10,9 @@ from torch.optim import optimizer as of_torch
 from .. import hyper
 from ..dialects import meaning_of_true, preset
 from ..memory import device, host
-from ..optimizer import APPLIED
-from ..torch_state import NAMES
-from .core import KINDS, Core, Member, Note, State, complete, state_names
+from ..optimizer import APPLIED, StepInfo
+from ..torch_state import FLAGS, NAMES
+from .core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
@@ -21,6 +21,13 @@ REASONS = {
 }
 OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad")  # arguments of an optimizer that belong to no group
 GRAD = attrgetter("grad")
+NOTHING = {type(None)}
+BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
+profiling = torch.autograd._profiler_enabled
+
+
+def nothing():
+    """None."""
 
 
 def arguments(init):
@@ -37,30 +44,11 @@ def arguments(init):
     return wrapper
 
 
-def hooked(step):
-    """step() with torch's step hooks and the entry of its profiler, which cost 5 us, only where there are any."""
-    profiled = torch.optim.Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def wrapper(self, *args, **named):
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or of_torch._global_optimizer_pre_hooks
-            or of_torch._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        ):
-            return profiled(self, *args, **named)
-        return step(self, *args, **named)
-
-    wrapper.hooked = True  # torch shall not wrap it again
-    return wrapper
-
-
 class Optimizer(torch.optim.Optimizer):
     """The base of RMSprop, Adagrad, Adam, AdamW and Rprop, each of which names a ``kind``, its class in fastrms."""
 
     kind = ""
+    in_backward = staticmethod(nothing)  # gives what step_in_backward() has made
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to step()
 
     def _start(self, params, given, defaults):
@@ -125,21 +113,38 @@ class Optimizer(torch.optim.Optimizer):
     # what each step looks at
 
     def _is_known(self):
-        """Whether groups, hyper-parameters and states are those for which the cores were made."""
+        """Whether groups, hyper-parameters and states are those for which the cores were made, or only learning rates, the
+        first of the values of each group, are others; the cores then take them over."""
         if self._cores is None or self._note.changed or len(self.param_groups) != len(self._known):
             return False
-        for group, (params, getter, values) in zip(self.param_groups, self._known, strict=True):
-            mine = group["params"]
-            if len(mine) != len(params) or not all(map(is_, mine, params)) or getter(group) != values:
+        rates = {}
+        for number, (group, (params, getter, known)) in enumerate(zip(self.param_groups, self._known, strict=True)):
+            mine, values = group["params"], getter(group)
+            if len(mine) != len(params) or not all(map(is_, mine, params)):
                 return False
+            if values != known:
+                if values[1:] != known[1:] or type(values[0]) is not float:
+                    return False
+                rates[number] = values[0]
         if len(self.state) != len(self._states) or not all(map(is_, self.state.values(), self._states)):
             return False
-        return not self._idle or all(grad is None for grad in map(GRAD, self._idle))
+        if self._idle and any(grad is not None for grad in map(GRAD, self._idle)):
+            return False
+        return not rates or self._takes_rates(rates)
 
-    def _renew(self):
+    def _takes_rates(self, rates):
+        """Give the cores new learning rates of some groups, which are all that has changed."""
+        for core in self._cores:
+            core.set_rates(rates)
+        for number, rate in rates.items():
+            params, getter, known = self._known[number]
+            self._known[number] = params, getter, (rate, *known[1:])
+        return True
+
+    def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
         values = [self._checked(group) for group in self.param_groups]
-        members = self._members(values)
+        members = self._members(values, needs_state)
         if not self._has_same(members) or not self._takes(values):
             self._cores = None
             by_device = {}
@@ -149,12 +154,12 @@ class Optimizer(torch.optim.Optimizer):
             self._cores = [Core(self.kind, some, values, options) for some in by_device.values()]
         self._know()
 
-    def _members(self, values):
-        """A Member for every parameter that has a gradient or a state; what its state lacks is made."""
+    def _members(self, values, needs_state):
+        """A Member for every parameter that has a state or needs one; what its state lacks is made."""
         members = []
         for number, group in enumerate(self.param_groups):
             for label, param in labelled(group):
-                if param.grad is None and not self.state.get(param):
+                if not needs_state(param) and not self.state.get(param):
                     continue
                 state = self.state[param]
                 if type(state) is not State or state.note is not self._note:
@@ -169,7 +174,7 @@ class Optimizer(torch.optim.Optimizer):
             return False
         mine = [member for core in self._cores for member in core.members]
         key = lambda member: (member.group, id(member.param))  # noqa: E731
-        return sorted(map(key, mine)) == sorted(map(key, members)) and all(core.stays() for core in self._cores)
+        return sorted(map(key, mine)) == sorted(map(key, members))
 
     def _takes(self, values):
         """Give the cores new hyper-parameters; False where these ask for other states."""
@@ -184,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         """Note what _is_known() compares with."""
         self._known = []
         for group in self.param_groups:
-            names = [name for name in self.defaults if name in group]
+            names = [name for name in self.defaults if name not in FLAGS and name in group]
             values = tuple(frozen(name, group[name]) for name in names)
             self._known.append((list(group["params"]), itemgetter(*names), values))
         self._states = list(self.state.values())
@@ -194,7 +199,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # a step
 
-    @hooked
     def step(self, closure=None):
         """Make a step from the gradients that the parameters have.
 
@@ -208,6 +212,15 @@ class Optimizer(torch.optim.Optimizer):
         loss : tensor or None
             What closure returned.
         """
+        if BEFORE_ALL or AFTER_ALL or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or profiling():
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        if closure is not None:
+            return self._plain_step(closure)
+        self._update()
+
+    step.hooked = True  # torch shall not add its hooks and the entry of its profiler, 5 us, to every step
+
+    def _plain_step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -215,25 +228,82 @@ class Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
     def _update(self):
         """Make a step from the gradients that the parameters have."""
         grad_scale = 1.0
         if "found_inf" in self.__dict__:  # a GradScaler calls
             if self.found_inf is not None and self.found_inf.item():
+                self.step_info = StepInfo(False, None, None)
                 return
             if self.grad_scale is not None:
                 grad_scale = 1.0 / self.grad_scale.item()
+        if self.in_backward is not nothing and self.in_backward():
+            self.in_backward().finish()
+        self._be_known()
+        self.step_info = self._step_cores(grad_scale)
+
+    def _be_known(self):
+        """Make sure that the cores are those of the present groups, hyper-parameters and states."""
         if not self._is_known():
             self._renew()
-        self.step_info = self._step_cores(grad_scale)
 
     def _step_cores(self, grad_scale):
         info = APPLIED
-        for core in self._cores:
+        for number, core in enumerate(self._cores):
             grads = list(map(GRAD, core.params))
-            if any(grad is not None for grad in grads):
-                info = core.step(grads, grad_scale, self.clip_norm)
+            kinds = {*map(type, grads)}
+            if kinds == NOTHING:
+                continue
+            info = core.step(grads, type(None) in kinds, grad_scale, self.clip_norm)
+            if info is None:
+                core = self._cores[number] = core.present()
+                info = core.checked_step(grads, grad_scale, self.clip_norm)
         return info
+
+    # the state
+
+    def make_state(self):
+        """Make the states of all parameters that require a gradient now, and not at their first step with one."""
+        self._renew(lambda param: param.requires_grad)
+
+    def share_memory(self):
+        """Move all states, the numbers of steps included, into memory that processes share; torch's Adagrad has this."""
+        self.make_state()
+        for state in self._states:
+            for name, value in state.items():
+                if name != "step" and torch.is_tensor(value):
+                    value.share_memory_()
+        for core in self._cores:
+            core.share_counts()
+        self._note.changed = True  # the states have moved
+
+    def load_state_dict(self, state_dict):
+        """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
+
+        The numbers are copied.  Hyper-parameters that torch does not have keep their values.
+
+        Parameters
+        ----------
+        state_dict : dict
+
+        Raises
+        ------
+        ValueError
+            With nothing changed, where it does not fit this optimizer.
+        """
+        before = dict(vars(self))
+        try:
+            super().load_state_dict(state_dict)
+            for number, group in enumerate(self.param_groups):
+                self._checked(group)
+                for label, param in labelled(group):
+                    if param in self.state:
+                        self.state[param] = copied(param, self.state[param], f"params[{number}][{label!r}]")
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def __getstate__(self):
         kept = ("dialect", "clip_norm", "nonfinite", "zeroes_grad", "step_info")
@@ -277,6 +347,20 @@ def labelled(group):
     """(label, parameter) pairs of a group: what error sentences call each, its name or else its index."""
     names = group.get("param_names") or range(len(group["params"]))
     return zip(names, group["params"], strict=True)
+
+
+def copied(param, state, name):
+    """A loaded state in memory of its own, in the layout of the parameter, which error sentences call `name`."""
+    made = {}
+    for key, value in state.items():
+        if key == "step" or not torch.is_tensor(value) or key not in STATES:
+            made[key] = value.clone() if torch.is_tensor(value) else value
+            continue
+        if value.shape != param.shape:
+            raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
+                             f"{tuple(param.shape)}")  # fmt: skip
+        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0).copy_(value)
+    return made
 
 
 def memory_of(param):

@@ -16,6 +16,7 @@ def trusting(kind):
     return type(kind.__name__, (kind,), {"not_negative": ()})
 
 
+STATES = {name for rule in rules.RULES.values() for name in rules.state_names(rule)}
 KINDS = {name: trusting(vars(optimizers)[name]) for name in optimizers.__all__ if name[:1].isupper()}
 
 
@@ -76,7 +77,8 @@ def state_names(kind, values):
 def complete(kind, values, param, state):
     """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` ask for."""
     h = KINDS[kind].at_step(values)
-    state.setdefault("step", torch.tensor(0.0))
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
     for name in state_names(kind, values):
         if name not in state:
             beside = [x for x in state.values() if torch.is_tensor(x) and x.dim()]
@@ -84,7 +86,7 @@ def complete(kind, values, param, state):
 
 
 def laid_out(param, grad):
-    """A gradient in the memory order of its parameter: itself, or a temporary copy where it is a dense one of another order."""
+    """A gradient in the memory order of its parameter: itself, or a temporary copy where it has another order."""
     if grad is None or grad.layout is not torch.strided or grad.stride() == param.stride():
         return grad
     if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
@@ -109,6 +111,7 @@ class Core:
     """
 
     def __init__(self, kind, members, values, options):
+        self._made_from = kind, members, values, options
         self.members, self.params = members, [member.param for member in members]
         self.groups = sorted({member.group for member in members})
         of_group = [[m for m in members if m.group == group] for group in self.groups]
@@ -124,16 +127,30 @@ class Core:
             for group, some in zip(self.groups, of_group, strict=True)
         ]
         self.optimizer = KINDS[kind](groups, state=state, **options)
+        self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
         self._take_counts()
 
     def _take_counts(self):
         """Make the step tensors of all members parts of one array, which a step advances at once."""
-        counts = [float(member.state["step"]) for member in self.members]
+        steps = [member.state["step"] for member in self.members]
+        counts = [float(step) for step in steps]
         self._most = max(counts)
-        self._counts = np.array(counts, np.float64 if self._most >= EXACT else np.float32)
-        for member, step in zip(self.members, torch.from_numpy(self._counts), strict=True):
-            dict.__setitem__(member.state, "step", step)
+        array = in_a_row(steps)
+        if array is None:
+            array = torch.tensor(counts, dtype=torch.float64 if self._most >= EXACT else torch.float32)
+        self._show(array)
         self._tell_plan()
+
+    def _show(self, array):
+        """Let the step tensors of the members be the elements of this tensor."""
+        for member, step in zip(self.members, array, strict=True):
+            dict.__setitem__(member.state, "step", step)
+        self._counts = array.numpy()
+        self._all = np.ones_like(self._counts)
+
+    def share_counts(self):
+        """Move the step tensors into memory that processes share."""
+        self._show(torch.from_numpy(self._counts).clone().share_memory_())
 
     def _tell_plan(self):
         """Give the plan the counts that the step tensors show."""
@@ -141,40 +158,80 @@ class Core:
         self.optimizer._copy([], [], steps=[max(counts), *counts])
         self._seen = self._counts.tobytes()
 
-    def step(self, grads, grad_scale, clip_norm):
-        """Make a step from the gradients of all members, None where there is none.  Returns a StepInfo."""
+    def step(self, grads, absent, grad_scale, clip_norm):
+        """Make a step from the gradients of all members; absent: whether a None is among them.  Returns a StepInfo, or None
+        where a tensor is not what it was, or its gradient is not like it."""
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
-        optimizer = self.optimizer
-        with optimizer._one_thread:
-            info = optimizer._read_step(grads, grad_scale, clip_norm)
-        if info is None:
-            info = optimizer.step(self._arranged(grads), grad_scale, clip_norm)
-        if info.applied:
-            self._count(grads)
+        with self.optimizer._one_thread:
+            info = self.optimizer._read_step(grads, grad_scale, clip_norm)
+        if info and info.applied:
+            self._count([grad is not None for grad in grads] if absent else self._all)
         return info
 
+    def checked_step(self, grads, grad_scale, clip_norm):
+        """step(), with all checks and their sentences."""
+        info = self.optimizer.step(self._arranged(grads), grad_scale, clip_norm)
+        if info.applied:
+            self._count([grad is not None for grad in grads])
+        return info
+
+    def present(self):
+        """This core, or one made anew where torch has given a state other memory."""
+        lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
+        return self if all(b.owner.data_ptr() == b.address for b in lent) else Core(*self._made_from)
+
     def set_values(self, values):
-        """Take over new hyper-parameters of all groups; ValueError where they ask for another state."""
+        """Take over new hyper-parameters of all groups, which ask for the same states."""
+        kind, members, _, options = self._made_from
+        self._made_from = kind, members, values, options
         for mine, group in zip(self.optimizer.groups, self.groups, strict=True):
-            changed = {name: value for name, value in values[group].items() if mine[name] != value}
+            new = values[group].items()
+            changed = {name: x for name, x in new if name not in self.optimizer.fixed and mine[name] != x}
             if changed:
                 mine.update(changed)
 
-    def stays(self):
-        """Whether every state tensor is where it was when this was made."""
-        lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
-        return all(b.owner.data_ptr() == b.address for b in lent)
+    def set_rates(self, rates):
+        """Take over the learning rates of some groups: rates by the number of the group."""
+        if "lr" not in self.optimizer.fixed:
+            changes = [(k, "lr", rates[group]) for k, group in enumerate(self.groups) if group in rates]
+            self.optimizer._change(changes)
 
     def _arranged(self, grads):
         """The gradients in the structure of the groups, each in the layout of its parameter."""
         grads = iter(map(laid_out, self.params, grads))
         return [{key: next(grads) for key in keys} for keys in self._keys]
 
-    def _count(self, grads):
-        present = [grad is not None for grad in grads]
-        self._counts += 1 if all(present) else present
+    def stream_open(self):
+        """Begin a step that is made member by member."""
+        if self._counts.tobytes() != self._seen:
+            self._tell_plan()
+        self.optimizer._open_stream()
+
+    def stream_step(self, k, grad):
+        """Update member k from its gradient, within such a step."""
+        if not self.optimizer._stream_read(k, grad):
+            self.optimizer._stream(k, laid_out(self.params[k], grad), 1.0, first=False)
+        self._counts[k] += 1
+
+    def stream_close(self):
+        self.optimizer._plan.stream_close()
+        self._count(0)
+
+    def _count(self, stepped):
+        """Count a step of the members for which `stepped` has a 1."""
+        np.add(self._counts, stepped, self._counts)
         self._most += 1
         if self._most >= EXACT and self._counts.dtype == np.float32:
-            self._take_counts()
+            self._show(torch.from_numpy(self._counts.astype(np.float64)))
         self._seen = self._counts.tobytes()
+
+
+def in_a_row(steps):
+    """One tensor over step tensors that processes share and that follow on each other in memory; None where they do not."""
+    first, size = steps[0], 4
+    if not all(torch.is_tensor(step) and step.is_shared() and step.dtype == torch.float32 for step in steps):
+        return None
+    if [step.data_ptr() for step in steps] != [first.data_ptr() + size * k for k in range(len(steps))]:
+        return None
+    return first.as_strided((len(steps),), (1,))
