@@ -179,7 +179,7 @@ class Core:
     def present(self):
         """This core, or one made anew where torch has given a state other memory."""
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
-        return self if all(b.owner.data_ptr() == b.address for b in lent) else Core(*self._made_from)
+        return self if all(b.owner.data_ptr() == b.address for b in lent if b.size) else Core(*self._made_from)
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""
