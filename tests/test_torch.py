@@ -168,16 +168,15 @@ def test_states_go_to_torch_and_back(case, dtype):
     name, options = case
     theirs, ours, params, mine = twins(name, options, dtype)
     other = getattr(torch.optim, name)(params, **options)
-    for optimizer in (theirs, ours, other):
-        if optimizer is not theirs:
-            optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
-        before = optimizer
+    for optimizer, source in ((theirs, None), (ours, theirs), (other, ours)):
+        if source is not None:
+            optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
         for _ in range(3):
             give_grads(params, mine)
             optimizer.step()
-            source, to = (mine, params) if optimizer is ours else (params, mine)
+            of, to = (mine, params) if optimizer is ours else (params, mine)
             with torch.no_grad():
-                for param, twin in zip(source, to, strict=True):
+                for param, twin in zip(of, to, strict=True):
                     twin.copy_(param)
     state = other.state[params[0]]
     assert state["step"] == 9 and all(torch.isfinite(value).all() for value in state.values())
@@ -241,7 +240,8 @@ def test_tensor_hyper_parameters(name, dtype):
 
 
 @pytest.mark.parametrize("name, argument, value", [
-    *[(name, "capturable", True) for name in NAMES if name != "Adagrad"], *[(name, "differentiable", True) for name in NAMES],
+    *[(name, "capturable", True) for name in NAMES if name != "Adagrad"],
+    *[(name, "differentiable", True) for name in NAMES],
     ("Adam", "foreach", "yes"), ("RMSprop", "lr", -1.0), ("RMSprop", "alpha", 1.5), ("RMSprop", "momentum", -0.1),
     ("Adam", "betas", (1.0, 0.9)), ("Adam", "betas", (0.9,)), ("Adam", "eps", float("nan")), ("Adagrad", "lr_decay", -1),
     ("Rprop", "etas", (1.1, 1.2)), ("Rprop", "step_sizes", (1.0, 0.5)), ("AdamW", "weight_decay", -1),

@@ -173,8 +173,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._cores is None or self._note.changed:
             return False
         mine = [member for core in self._cores for member in core.members]
-        key = lambda member: (member.group, id(member.param))  # noqa: E731
-        return sorted(map(key, mine)) == sorted(map(key, members))
+        keys = [sorted((member.group, id(member.param), id(member.state)) for member in some) for some in (mine, members)]
+        return keys[0] == keys[1]
 
     def _takes(self, values):
         """Give the cores new hyper-parameters; False where these ask for other states."""

@@ -133,11 +133,10 @@ class Core:
     def _take_counts(self):
         """Make the step tensors of all members parts of one array, which a step advances at once."""
         steps = [member.state["step"] for member in self.members]
-        counts = [float(step) for step in steps]
-        self._most = max(counts)
         array = in_a_row(steps)
         if array is None:
-            array = torch.tensor(counts, dtype=torch.float64 if self._most >= EXACT else torch.float32)
+            counts = [float(step) for step in steps]
+            array = torch.tensor(counts, dtype=torch.float64 if max(counts) >= EXACT else torch.float32)
         self._show(array)
         self._tell_plan()
 
@@ -155,8 +154,15 @@ class Core:
     def _tell_plan(self):
         """Give the plan the counts that the step tensors show."""
         counts = [int(count) for count in self._counts]
-        self.optimizer._copy([], [], steps=[max(counts), *counts])
+        self._most = max(counts)
+        self._keep_exact()
+        self.optimizer._copy([], [], steps=[self._most, *counts])
         self._seen = self._counts.tobytes()
+
+    def _keep_exact(self):
+        """Count in float64 where float32, which torch counts in, could not count the next step."""
+        if self._most >= EXACT and self._counts.dtype == np.float32:
+            self._show(torch.from_numpy(self._counts.astype(np.float64)))
 
     def step(self, grads, absent, grad_scale, clip_norm):
         """Make a step from the gradients of all members; absent: whether a None is among them.  Returns a StepInfo, or None
@@ -222,8 +228,7 @@ class Core:
         """Count a step of the members for which `stepped` has a 1."""
         np.add(self._counts, stepped, self._counts)
         self._most += 1
-        if self._most >= EXACT and self._counts.dtype == np.float32:
-            self._show(torch.from_numpy(self._counts.astype(np.float64)))
+        self._keep_exact()
         self._seen = self._counts.tobytes()
 
 
