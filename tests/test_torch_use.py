@@ -101,7 +101,7 @@ def test_a_new_rate_takes_effect_without_new_cores(monkeypatch):
     model = net()
     optimizer = ft.RMSprop(model.parameters())
     train(model, optimizer, 1)
-    monkeypatch.setattr(ft.base, "Core", None)
+    monkeypatch.setattr(fastrms.torch_base, "Core", None)
     for rate in (0.5, 0.25, torch.tensor(0.125), 1):
         optimizer.param_groups[0]["lr"] = rate
         train(model, optimizer, 1)
@@ -648,7 +648,7 @@ def test_the_usual_step_takes_the_short_way(monkeypatch):
     model = net()
     optimizer = ft.Adam(model.parameters())
     train(model, optimizer, 1)
-    monkeypatch.setattr(ft.core.Core, "checked_step", None)
+    monkeypatch.setattr(fastrms.torch_core.Core, "checked_step", None)
     train(model, optimizer, 3)
     plain = fastrms.RMSProp(list(model.parameters()))
     monkeypatch.setattr(fastrms.optimizer.Tensors, "moved", None)

@@ -8,8 +8,8 @@ try:
 except ImportError:
     raise ImportError("fastrms.torch needs torch: pip install fastrms[torch]") from None
 
-from .backward import step_in_backward
-from .base import Optimizer, arguments
+from .torch_backward import step_in_backward
+from .torch_base import Optimizer, arguments
 
 __all__ = ["Adagrad", "Adam", "AdamW", "RMSprop", "Rprop", "step_in_backward"]
 

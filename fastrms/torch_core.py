@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import optimizers, rules
-from ..memory import placement
+from . import optimizers, rules
+from .memory import placement
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
 

@@ -7,12 +7,12 @@ from operator import attrgetter, is_, itemgetter
 import torch
 from torch.optim import optimizer as of_torch
 
-from .. import hyper
-from ..dialects import meaning_of_true, preset
-from ..memory import device, host
-from ..optimizer import APPLIED, StepInfo
-from ..torch_state import FLAGS, NAMES
-from .core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+from . import hyper
+from .dialects import meaning_of_true, preset
+from .memory import device, host
+from .optimizer import APPLIED, StepInfo
+from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+from .torch_state import FLAGS, NAMES
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
