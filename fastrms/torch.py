@@ -98,8 +98,8 @@ class Adagrad(Optimizer):
     eps : float >= 0, default 1e-10
         Added to the root.
     params, weight_decay, foreach, fused, maximize, differentiable, decoupled, eps_root, clip_value, clip_norm, nonfinite, \
-zero_grad, dialect :
-        As in RMSprop.
+zero_grad, dialect : see RMSprop
+        As there.
 
     Raises
     ------
@@ -134,8 +134,8 @@ class Adam(Optimizer):
     decoupled_weight_decay : bool, default False
         Whether this is AdamW.
     params, foreach, fused, maximize, capturable, differentiable, eps_root, clip_value, clip_norm, nonfinite, zero_grad, \
-dialect :
-        As in RMSprop.
+dialect : see RMSprop
+        As there.
 
     Raises
     ------
@@ -161,8 +161,8 @@ class AdamW(Adam):
     weight_decay : float >= 0, default 0.01
         Share of the parameter, times lr, that is taken from it at each step.
     params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused, eps_root, clip_value, clip_norm, \
-nonfinite, zero_grad, dialect :
-        As in Adam.
+nonfinite, zero_grad, dialect : see Adam
+        As there.
 
     Raises
     ------
@@ -190,8 +190,8 @@ class Rprop(Optimizer):
         Factors by which step_size shrinks and grows: 0 < etas[0] < 1 < etas[1].
     step_sizes : pair of float, default (1e-6, 50)
         Bounds of step_size.
-    params, capturable, foreach, maximize, differentiable, clip_value, clip_norm, nonfinite, zero_grad, dialect :
-        As in RMSprop.
+    params, capturable, foreach, maximize, differentiable, clip_value, clip_norm, nonfinite, zero_grad, dialect : see RMSprop
+        As there.
 
     Raises
     ------
