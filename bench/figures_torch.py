@@ -5,7 +5,7 @@ time, measured by itself, is taken off again.
 """
 
 import sys
-from itertools import cycle
+from itertools import cycle, pairwise
 
 try:
     import torch
@@ -47,7 +47,7 @@ def listed(optimizer, params):
 
 
 def net():
-    layers = [torch.nn.Linear(*sizes) for sizes in zip(NET, NET[1:], strict=False)]
+    layers = [torch.nn.Linear(*sizes) for sizes in pairwise(NET)]
     return [param for layer in layers for param in layer.parameters()]
 
 
