@@ -54,23 +54,24 @@ static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layou
         && (!wanted->address || *address == wanted->address);
 }
 
-int64_t fastrms_read_tensors(const fastrms_torch *torch, int64_t count, void *const *object, const fastrms_layout *wanted,
-                             void **address, int64_t *absent)
+int64_t fastrms_read_tensors(const fastrms_torch *torch, void *list, int64_t first, int64_t count,
+                             const fastrms_layout *wanted, void **address)
 {
-    *absent = 0;
+    char *const *object = *(char *const **)((char *)list + torch->items_at) + first;
+    int64_t absent = 0;
     for (int64_t k = 0; k < count; ++k) {
-        char *at = object[k];
         address[k] = NULL;
-        if (at == torch->none) {
-            ++*absent;
+        if (object[k] == torch->none) {
+            ++absent;
             continue;
         }
-        const void *kind = *(const void **)(at + torch->kind_at);
-        if ((kind != torch->kinds[0] && kind != torch->kinds[1]) || !is_like(torch, at + torch->tensor_at, &wanted[k],
-                                                                             &address[k]))
-            return k;
+        const void *kind = *(const void **)(object[k] + torch->kind_at);
+        if (kind != torch->kinds[0] && kind != torch->kinds[1])
+            return -1;
+        if (!is_like(torch, object[k] + torch->tensor_at, &wanted[k], &address[k]))
+            return -1;
         if (!wanted[k].size)
             address[k] = address;                         /* an empty tensor may lie at 0, which means "none" */
     }
-    return count;
+    return absent;
 }
