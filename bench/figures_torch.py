@@ -6,6 +6,7 @@ time, measured by itself, is taken off again.
 
 import sys
 from itertools import cycle, pairwise
+from statistics import median
 
 try:
     import torch
@@ -17,9 +18,10 @@ import fastrms.torch
 
 from .check import WrongContender
 from .figures import Figure
-from .timing import interleaved
+from .timing import sampled
 
-SECONDS = 5.0  # of timing for each cell
+SECONDS = 10.0  # of timing for each cell
+MEASUREMENT = 2e-2  # seconds: ten steps of the slowest, after the rest that the threads of torch need
 NET, TENSORS, SIZE, LARGE, SETS = (64, 64, 64, 10), 100, 1000, 2**25, 20
 DEPTH, WIDTH = 24, 256  # of the network whose gradients are counted
 PLACED = "parameters and gradients where torch allocates them"
@@ -85,10 +87,10 @@ def times(make, names, new_gradients):
         calls[name] = with_new_gradients(step, params) if new_gradients else step
     if new_gradients:
         calls[SETTING] = with_new_gradients(lambda: None, make())
-    timings = interleaved(calls, SECONDS)
-    taken = timings.pop(SETTING, None)
-    off = (taken.minimum, taken.median) if taken else (0.0, 0.0)
-    return {name: ((t.minimum - off[0]) / 1e3, (t.median - off[1]) / 1e3) for name, t in timings.items()}
+    samples, _ = sampled({name: [call] for name, call in calls.items()}, SECONDS, measurement=MEASUREMENT)
+    found = {name: (min(taken) / 1e3, median(taken) / 1e3) for name, (taken,) in samples.items()}
+    off = found.pop(SETTING, (0.0, 0.0))
+    return {name: (least - off[0], middle - off[1]) for name, (least, middle) in found.items()}
 
 
 def with_new_gradients(step, params):
@@ -110,8 +112,8 @@ def rows(what, make, targets, names=tuple(CONTENDERS), new_gradients=False):
         if name.startswith("fastrms"):
             kind = "Adam" if "Adam" in name else "RMS"
             rival = RIVALS[kind] if RIVALS[kind] in found else "torch RMSprop, foreach"
-            (mine, my_median), (theirs, median) = found[name], found[rival]
-            measured = f"{theirs / mine:.1f}x: {microseconds(mine, my_median)} against {microseconds(theirs, median)}"
+            (mine, my_median), (theirs, their_median) = found[name], found[rival]
+            measured = f"{theirs / mine:.1f}x: {microseconds(mine, my_median)} against {microseconds(theirs, their_median)}"
             yield Figure(f"{what}: {name} over {rival}", f">= {targets[kind]}x", measured, theirs / mine >= targets[kind])
 
 
