@@ -1,12 +1,14 @@
 """Which gradients an optimizer knows: those of a step, those that are bound, and those given to two steps in a row."""
 
 import weakref
+from types import GeneratorType
 
 import numpy as np
 
 from .memory import host
-from .memory.tree import STEADY
+from .memory.tree import STEADY, SequenceOf
 
+PLAIN = {list, tuple, dict}  # types of gradients that can be looked at twice
 MOST = 2**31 - 1  # a number of held gradients is an int32 in C
 
 
@@ -75,6 +77,17 @@ class Gradients:
         came_twice = self._last is not None and self._last() is grads
         self._last = weakref.ref(grads)
         return accepted, grads if came_twice else None
+
+    def listed(self, grads):
+        """grads, a generator of them as a list where params is a sequence: they may have to be looked at twice."""
+        return list(grads) if type(grads) is GeneratorType and isinstance(self._tensors.structure, SequenceOf) else grads
+
+    def torch_leaves(self, grads):
+        """The gradients of a step as a list, those that are bound for None; None where they can be looked at only once."""
+        if grads is None:
+            return None if self.bound is None else self._bound_owners()
+        plain = type(grads) in PLAIN or host.is_torch(grads)
+        return self._tensors.structure.leaves(grads, "grads") if plain else None
 
     def _is_held(self, grads):
         """Whether the plan holds this array as it is.  An array that the step will zero is always checked again, since it

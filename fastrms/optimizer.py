@@ -356,6 +356,12 @@ class Optimizer(Names, Family):
         info = self._looking_step(self._steady_grads, grads, grad_scale, clip_norm)
         if info is not None:
             return info
+        if tensors.of_torch:
+            grads = gradients.listed(grads)
+            leaves = gradients.torch_leaves(grads)
+            info = leaves and self._read_step(leaves, grad_scale, clip_norm)
+            if info:
+                return info
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
         if accepted is not None:
@@ -366,34 +372,51 @@ class Optimizer(Names, Family):
             self._hold(hold)
         return APPLIED if found is None else self._info(found)
 
-    def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        """plan.change, with the sentence where it refuses; the owners of the memory learn of what it wrote."""
+    def _read_step(self, leaves, grad_scale, clip_norm):
+        """The StepInfo of a step from gradients that are torch tensors, a list with one for each tensor or None, whose
+        addresses C reads; None where it cannot be made so."""
+        reader = self._tensors.reader(self._plan)
+        if reader is None or not reader.read(leaves):
+            return None
+        if self._gradients.held is not None:
+            self._hold(None)
+        try:
+            found = self._change_plan(None, reader.given(), None, 0, True, grad_scale, clip_norm, reader)
+        finally:
+            reader.done()
+        return APPLIED if found is None else self._info(found)
+
+    def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None,
+                     reader=None):  # fmt: skip
+        """plan.change, with the sentence where it refuses; the owners of the memory learn of what it wrote.  reader: the
+        Reader that has read grads."""
         status = None  # stays so where an interrupt cuts the step
         try:
             status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
         finally:
             if run and (self._tensors.of_torch or self._zero_grad):
-                self._tell_owners(status, params or self._tensors.params, grads)
+                self._tell_owners(status, params, grads, reader)
         if status == backends.OVERLAP:
-            self._tensors.refuse_overlap(params, enumerate(grads or ()))
+            self._tensors.refuse_overlap(params, enumerate(reader.leaves if reader else grads or ()))
         if status not in (backends.OK, backends.NONFINITE):
             raise self._refusal(status)
         if params is not None:
             self._tensors.take(params)
         return found
 
-    def _tell_owners(self, status, params, grads):
+    def _tell_owners(self, status, params, grads, reader):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
-        gradients = self._gradients
+        stepped = status in (None, backends.OK)
+        zeroes = self._zero_grad and (stepped or (status == backends.NONFINITE and self._nonfinite == "skip"))
+        if reader is not None:
+            return reader.wrote(stepped, zeroes)
+        gradients, params = self._gradients, params or self._tensors.params
         if grads is None:  # those that are held, or one array for all
             grads = gradients.bound if gradients.holds_bound else params
         rows = zip(self._tensors, params, grads, strict=True)
         written = [buffer for tensor, param, grad in rows if grad is not None for buffer in (param, *tensor.lent.values())]
-        zeroed = [grad for grad in grads if self._zero_grad and hasattr(grad, "owner")]
-        if status in (None, backends.OK):
-            self._memory.wrote(written + zeroed)
-        elif status == backends.NONFINITE and self._nonfinite == "skip":
-            self._memory.wrote(zeroed)
+        zeroed = [grad for grad in grads if hasattr(grad, "owner")]
+        self._memory.wrote((written if stepped else []) + (zeroed if zeroes else []))
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
@@ -512,6 +535,26 @@ class Optimizer(Names, Family):
                 f"cannot do: it needs nonfinite='propagate'"
             )
         return Streaming(self, hyper.scale("grad_scale", grad_scale))
+
+    def _open_stream(self):
+        self._refuse_unless_ok(self._plan.stream_open())
+
+    def _stream_read(self, k, grad):
+        """_stream() of a torch tensor whose address C reads, from constant learning rates; False where it cannot."""
+        reader = self._tensors.reader(self._plan)
+        address = reader.read_one(k, grad) if reader and not self._zero_grad else 0
+        if not address:
+            return False
+        status = None
+        try:
+            status = self._plan.stream_step(k, None, self._tensors[k].param._replace(address=address), None, 1.0)
+        finally:
+            if status in (None, backends.OK):
+                reader.wrote_one(k)
+        if status == backends.OVERLAP:
+            self._tensors.refuse_overlap(None, [(k, grad)])
+        self._refuse_unless_ok(status)
+        return True
 
     def _stream(self, k, grad, grad_scale, first):
         """Update tensor k alone, within a streamed step."""

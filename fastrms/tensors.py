@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import given_state, rules
+from . import exchange, given_state, rules
 from .memory import host
 
 
@@ -38,10 +38,12 @@ class Tensors(list):
     """All tensors of an optimizer, a list of Tensor in the order of its structure.
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
+    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.
     """
 
     def __init__(self, structure, leaves, groups, memory):
         self.structure, self.memory = structure, memory
+        self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
         params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
@@ -86,7 +88,7 @@ class Tensors(list):
         for tensor in self:
             for name, buffer in tensor.lent.items():
                 label = f"state[{name!r}] of {tensor.name}"
-                if self.memory.again(buffer, label).address != buffer.address:
+                if self.memory.again(buffer, label).address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
 
@@ -114,11 +116,18 @@ class Tensors(list):
             if host.is_torch(tensor.param.owner):
                 params[k] = memory.again(tensor.param, tensor.name)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
-        moved = any(params[k].address != self[k].param.address for k in which)
+        moved = any(params[k].address != self[k].param.address for k in which if params[k].size)
         return params if moved else None
+
+    def reader(self, plan):
+        """The exchange.Reader of these tensors for a Plan, or None where they cannot be read so."""
+        if self._reader is None:
+            self._reader = exchange.reader_of(self, plan) or False
+        return self._reader or None
 
     def take(self, params):
         """Note where the parameters lie now."""
+        self._reader = None
         for tensor, param in zip(self, params, strict=True):
             tensor.param = param
 

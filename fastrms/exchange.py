@@ -1,0 +1,174 @@
+"""Where torch tensors lie at each step, read in one call of C, and only as long as each of them is what it was.
+
+torch may give a tensor other memory at any time.  acquire() of fastrms.memory, which checks all there is, takes microseconds
+for a tensor; here a tensor is only compared with what acquire() once accepted.  Where the comparison fails, for whatever
+reason, acquire() is asked again, and its sentence says what is wrong.
+"""
+
+import ctypes
+import sys
+from copy import copy
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+
+from .backends import c
+from .memory import host
+
+READ = ("device_type", "device_index", "layout", "dtype", "dim", "sizes", "strides", "data_ptr", "storage_offset",
+        "storage_size")  # fmt: skip
+FILES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+
+
+@cache
+def library():
+    """The Library of the torch that is loaded; None where it, or this build of fastrms, lacks what that needs."""
+    try:
+        return Library(sys.modules["torch"]) if c.lib else None
+    except (AttributeError, LookupError, OSError, StopIteration, TypeError):
+        return None
+
+
+class Library:
+    """What is used of torch: two of its functions, and a struct with which C reads its tensors.  Making it raises where this
+    torch is another than is expected here."""
+
+    def __init__(self, torch):
+        self.is_neg, self.increment_version = torch.Tensor.is_neg, torch.autograd.graph.increment_version
+        folder = Path(torch.__file__).parent / "lib"
+        functions = ctypes.CDLL(next(str(folder / name) for name in FILES if (folder / name).exists()))
+        self.devices = {name: functions[f"aoti_torch_device_type_{name}"]() for name in ("cpu", "cuda")}
+        self.dtypes = {size: functions[f"aoti_torch_dtype_float{8 * size}"]() for size in (4, 8)}
+        self.struct = c.ffi.new("fastrms_torch *")
+        for name in READ:
+            address = ctypes.cast(functions[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
+            setattr(self.struct, f"get_{name}", c.pointer(address))
+        self.struct.strided, self.struct.none = functions.aoti_torch_layout_strided(), c.pointer(id(None))
+        samples = torch.ones(2, 3)[1:], torch.nn.Parameter(torch.ones(2, 3)[1:])
+        self.increment_version(samples)
+        self.struct.kinds = [c.pointer(id(type(sample))) for sample in samples]
+        self.struct.kind_at = place([(sample, id(type(sample))) for sample in samples])
+        self.struct.tensor_at = place([(sample, sample._cdata) for sample in samples])
+        self.struct.items_at = place_of_items([*samples])
+
+
+def place(pairs):
+    """How many bytes after the start of an object a pointer stands, from (object, pointer) pairs; LookupError where it does
+    not stand at one place in all of them."""
+    for offset in range(8, type(pairs[0][0]).__basicsize__, 8):
+        if all(ctypes.c_void_p.from_address(id(x) + offset).value == wanted for x, wanted in pairs):
+            return offset
+    raise LookupError("torch has another layout of its objects")
+
+
+def place_of_items(items):
+    """How many bytes after the start of a list the pointer to its items stands: it is the last but one of its fields, behind
+    their number.  LookupError where this list shows another layout."""
+    offset = list.__basicsize__ - 16
+    size, pointer = (ctypes.c_void_p.from_address(id(items) + offset - back).value for back in (8, 0))
+    if size != len(items) or [ctypes.c_void_p.from_address(pointer + 8 * k).value for k in range(size)] != [*map(id, items)]:
+        raise LookupError("this Python has another layout of its lists")
+    return offset
+
+
+def reader_of(tensors, plan):
+    """A Reader for these Tensors; None where one of them is no tensor of torch, where torch cannot be read in C, and where
+    the Plan needs arrays, as those of the host do that take no pointers."""
+    if not plan.takes_pointers and tensors.memory is host:
+        return None
+    owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
+    known = library() if all(map(host.is_torch, owners)) else None
+    return known and Reader(known, tensors, plan.takes_pointers)
+
+
+class Reader:
+    """Reads where the gradients of a step lie, and sees whether the parameters and the caller's states lie where they did.
+
+    ``pointers`` is a C array with the address of each gradient, NULL where there is none, ``leaves`` lists the gradients
+    themselves, and ``absent`` says whether there is a None among them.  They are good from read() to done().
+    """
+
+    def __init__(self, known, tensors, gives_pointers):
+        self._known, self._tensors, self._gives_pointers = known, tensors, gives_pointers
+        buffers = [buffer for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
+        self._rows = [1 + len(tensor.lent) for tensor in tensors]
+        told = [(t.param, *(t.lent.values() if tensors.tells_of_state else ())) for t in tensors]
+        self._counted = [[b.owner for b in row if not b.owner.is_inference()] for row in told]
+        self._all_counted = [owner for owners in self._counted for owner in owners]
+        wanted = [*((buffer, buffer.address) for buffer in buffers), *((tensor.param, 0) for tensor in tensors)]
+        self._kept = []
+        self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
+        self._addresses = c.ffi.new("void *[]", len(wanted))
+        self._objects, self._firsts = [buffer.owner for buffer in buffers], [*accumulate([0, *self._rows])]
+        layouts, fixed = self._layouts, len(buffers)
+        self.pointers = self._addresses + fixed
+        self._stay = known.struct, c.pointer(id(self._objects)), 0, fixed, layouts, self._addresses
+        self._given = 0, len(tensors), layouts + fixed, self.pointers
+
+    def _layout(self, buffer, address):
+        """What C shall compare a tensor with."""
+        self._kept += c.ffi.new("int64_t[]", buffer.shape), c.ffi.new("int64_t[]", buffer.strides)
+        shape, strides = self._kept[-2:]
+        device, size = buffer.owner.device, buffer.dtype.itemsize
+        kind, index, dtype = self._known.devices[device.type], device.index, self._known.dtypes[size]
+        index = -1 if index is None else index
+        return {"device_type": kind, "device_index": index, "dtype": dtype, "itemsize": size, "axes": len(buffer.shape),
+                "size": buffer.size, "address": c.pointer(address), "shape": shape, "strides": strides}  # fmt: skip
+
+    def read(self, leaves):
+        """Whether every tensor is what it was, and every gradient like its parameter, so that a step may use pointers."""
+        leaves = leaves if type(leaves) is list else list(leaves)
+        read = c.lib.fastrms_read_tensors
+        absent = read(self._known.struct, c.pointer(id(leaves)), *self._given)
+        if absent < 0 or read(*self._stay):
+            return False
+        self.leaves, self.absent = leaves, absent
+        there = [leaf for leaf in leaves if leaf is not None] if absent else leaves
+        return not any(map(self._known.is_neg, there))
+
+    def read_one(self, k, grad):
+        """The address of the gradient of tensor k, as read() has all of them; 0 where a tensor is not as it should be."""
+        grads, read, (_, _, layouts, pointers) = [grad], c.lib.fastrms_read_tensors, self._given
+        if read(self._known.struct, c.pointer(id(grads)), 0, 1, layouts + k, pointers + k) or grad.is_neg():
+            return 0
+        known, stay, _, _, layouts, addresses = self._stay
+        first, count = self._firsts[k], self._rows[k]
+        if read(known, stay, first, count, layouts + first, addresses + first):
+            return 0
+        return int(c.ffi.cast("uintptr_t", self.pointers[k]))
+
+    def wrote_one(self, k):
+        """Tell torch that a step has written parameter k and its states."""
+        self._known.increment_version(self._counted[k])
+
+    def given(self):
+        """The gradients as the plan takes them: as pointers, or as Buffers."""
+        if self._gives_pointers:
+            return self
+        pointers = (int(c.ffi.cast("uintptr_t", self.pointers[k])) for k in range(len(self.leaves)))
+        rows = zip(self._tensors, self.leaves, pointers, strict=True)
+        return [None if leaf is None else at(tensor.param, leaf, pointer) for tensor, leaf, pointer in rows]
+
+    def wrote(self, params, grads):
+        """Tell torch what a step has written.  params: whether it is the parameters that have a gradient, with their states;
+        grads: whether it is the gradients."""
+        if not params:
+            written = []
+        elif self.absent:
+            written = [x for row, leaf in zip(self._counted, self.leaves, strict=True) if leaf is not None for x in row]
+        else:
+            written = self._all_counted
+        if grads:
+            written = written + [leaf for leaf in self.leaves if leaf is not None and not leaf.is_inference()]
+        self._known.increment_version(written)
+
+    def done(self):
+        """Let go of the gradients."""
+        self.leaves = None
+
+
+def at(buffer, owner, address):
+    """A Buffer of the device like this one, of another owner and at another address."""
+    made = copy(buffer)
+    made.owner, made.address, made.end = owner, address, address + buffer.nbytes
+    return made
