@@ -77,10 +77,11 @@ def expected(recipe, buffers):
 
 
 class Tensor:
-    """Guarded copies of buffers, the first element `offset` elements behind a 16-byte boundary."""
+    """Guarded copies of buffers, the first element `offset` elements behind a 16-byte boundary; with `apart`, that of the
+    gradient one element further on, so that there are no vectors."""
 
-    def __init__(self, buffers, offset=0):
-        self.guarded = [self.at(values, offset) for values in buffers]
+    def __init__(self, buffers, offset=0, apart=False):
+        self.guarded = [self.at(values, offset + (apart and k == 1)) for k, values in enumerate(buffers)]
         self.buffers = [execute.Buffer(guarded.array) for guarded in self.guarded]
         self.addresses, self.size = [buffer.address for buffer in self.buffers], buffers[0].size
 

@@ -61,6 +61,12 @@ class Double:
         self.library.double_counts(text, len(text))
         return {name: int(calls) for name, calls in (line.split() for line in text.value.decode().splitlines())}
 
+    def waits(self):
+        """(stream that waits, stream that it waits for) of each wait since the last call."""
+        pairs = (ctypes.c_uint64 * 128)()
+        many = self.library.double_waits(pairs)
+        return [tuple(pairs[2 * k : 2 * k + 2]) for k in range(many)]
+
     def census(self, step):
         """The driver calls of a step."""
         self.library.double_reset()

@@ -2,21 +2,28 @@
 
 cuda.core and fastrms run as they are; only libcuda.so.1 is a double, whose launches execute the PTX on the CPU."""
 
+import ctypes
 import gc
+import sys
 import threading
+import types
 import weakref
 
 import double
 
 DRIVER = double.start()  # before anything asks for a driver
 
+import cuda.core  # noqa: E402
 import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import bits  # noqa: E402
 
 import fastrms  # noqa: E402
-from fastrms.backends.cuda import kernel, toolchain  # noqa: E402
+from fastrms.backends.cuda import kernel, table, toolchain  # noqa: E402
+from fastrms.backends.cuda import launch as launching  # noqa: E402
+from fastrms.backends.cuda.driver import stream_of  # noqa: E402
+from fastrms.memory import device  # noqa: E402
 from fastrms.rules import select  # noqa: E402
 
 LEGACY = 1
@@ -43,6 +50,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(compiler, "compiled", compiled)
     DRIVER.regions, DRIVER.fail, DRIVER.errors = [], 0, []
     DRIVER.library.double_capturing(0)
+    DRIVER.library.double_busy(0)
     yield DRIVER
     assert not DRIVER.errors
 
@@ -71,6 +79,14 @@ class Stream:
 
 def numbers(*shape, dtype=np.float32, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def aligned(size, seed=0):
+    """Numbers that start at a multiple of 16 bytes, as device memory does."""
+    memory = np.empty(size + 4, np.float32)
+    array = memory[-memory.ctypes.data % 16 // 4 :][:size]
+    array[:] = numbers(size, seed=seed)
+    return array
 
 
 def same(a, b):
@@ -122,12 +138,31 @@ def test_many_tensors_are_one_driver_call(driver):
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_misaligned_buffers_take_no_vectors(driver, offset):
-    memory, theirs, grad = numbers(1004), numbers(1004), numbers(1004, seed=1)
+    """Where the parameter and the gradient do not share the offset to a multiple of 16 bytes."""
+    memory, theirs, grad = aligned(1004), aligned(1004), aligned(1004, seed=1)
     ours = memory[offset:1001]
     optimizer, reference = fastrms.RMSProp(OnDevice(ours)), fastrms.RMSProp(theirs[offset:1001], backend="numpy")
-    optimizer.step(OnDevice(grad[offset:1001]))
-    reference.step(grad[offset:1001])
+    optimizer.step(OnDevice(grad[: 1001 - offset]))
+    reference.step(grad[: 1001 - offset])
     assert driver.launches[-1][1] == (1 if offset == 0 else 4) and same(memory, theirs)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 1000])
+def test_views_that_share_an_offset_take_vectors(driver, offset, size, many):
+    """The states are placed at the offset of their parameter."""
+    memory = [aligned(1004, seed=k) for k in range(3 * many)]
+    want = [array.copy() for array in memory]
+    views, expected = ([array[offset:][:size] for array in arrays] for arrays in (memory, want))
+    optimizer = fastrms.RMSProp([OnDevice(view) for view in views[:many]])
+    optimizer.step([OnDevice(view) for view in views[many : 2 * many]])
+    fastrms.RMSProp(expected[:many], backend="numpy").step(expected[many : 2 * many])
+    assert all(same(a, b) for a, b in zip(memory, want, strict=True)) and driver.launches[-1][1] == many
+    state = optimizer._tensors[0].state["square_avg"]
+    assert (
+        table.vectors([view.ctypes.data for view in views[:2]] + [state.address], size, 4) == max(0, size - -offset % 4) // 4
+    )
 
 
 def test_the_stream_is_the_callers_or_the_producers(driver):
@@ -163,11 +198,207 @@ def test_capturable_reads_a_changed_lr_from_the_device(driver):
     optimizer.lr = reference.lr = 0.25
     assert driver.census(optimizer.advance) == {"cuMemcpyHtoDAsync_v2": 1}
     (launch,) = optimizer._plan._updates
-    launch.run(optimizer._plan.steps, optimizer._plan._explicit)  # the graph, launched again
+    launch.run(optimizer._plan.steps, stream_of(optimizer._plan._explicit))  # the graph, launched again
     reference.step(grad)
     assert same(ours, theirs) and optimizer.steps == 2
     with pytest.raises(ValueError, match="a captured CUDA graph does not launch"):
         optimizer.groups[0]["clip_value"] = 1.0
+
+
+def captured(driver, call):
+    """What a capture refuses, refused before anything is launched or counted."""
+    driver.library.double_capturing(1)
+    driver.launches.clear()
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured") as refusal:
+        call()
+    driver.library.double_capturing(0)
+    assert not driver.launches
+    return str(refusal.value)
+
+
+def test_a_capture_of_gradients_that_are_not_bound_is_refused(driver):
+    """It would always read the gradients of the step before.  Gradients bound in the capture are read by the graph."""
+    ours, theirs, grads, new = ([numbers(33, seed=j + k) for k in range(3)] for j in (0, 0, 3, 6))
+    optimizer = fastrms.Adam([OnDevice(x) for x in ours], capturable=True, stream=0x7770)
+    reference = fastrms.Adam(theirs, backend="numpy")
+    there = [OnDevice(g) for g in new]
+    for grad in (grads, new):
+        optimizer.step([OnDevice(g) for g in grad])
+        reference.step(grad)
+        assert "bind(grads) them in the capture" in captured(driver, lambda: optimizer.step(there))
+    assert optimizer.steps == 2
+    optimizer.step([OnDevice(g) for g in grads])
+    reference.step(grads)
+    driver.library.double_capturing(1)
+    driver.run = False
+    optimizer.bind(there)
+    assert driver.census(optimizer.step) == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1}
+    driver.library.double_capturing(0)
+    driver.run = True
+    optimizer.advance()
+    optimizer._plan._updates[0].run(optimizer.steps, stream_of(0x7770))  # the graph, launched again
+    reference.step(new)
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True)) and optimizer.steps == reference.steps == 4
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_a_capture_without_capturable_is_refused(driver, many):
+    optimizer = fastrms.Adam([OnDevice(numbers(33)) for _ in range(many)], stream=0x7770)
+    grads = [OnDevice(numbers(33)) for _ in range(many)]
+    optimizer.bind(grads)
+    optimizer.step()
+    optimizer.step()
+    assert "capturable=True" in captured(driver, optimizer.step)  # though nothing has changed
+    assert "capturable=True" in captured(driver, lambda: optimizer.step([OnDevice(numbers(33)) for _ in range(many)]))
+    assert optimizer.steps == 2
+    waiting = fastrms.RMSProp(OnDevice(numbers(9)), stream=0x7770, capturable=True, check=True)
+    waiting.bind(OnDevice(numbers(9)))
+    waiting.step()
+    assert "check" in captured(driver, waiting.step)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_a_first_step_in_a_capture_is_refused_before_it_asks_for_memory(driver, many):
+    optimizer = fastrms.Adam([OnDevice(numbers(33)) for _ in range(many)], stream=0x7770, capturable=True)
+    optimizer.bind([OnDevice(numbers(33)) for _ in range(many)])
+    calls = driver.census(lambda: captured(driver, optimizer.step))
+    assert set(calls) == {"cuStreamIsCapturing"} and optimizer.steps == 0
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
+def test_the_device_of_the_caller_is_restored(driver, monkeypatch):
+    """Where there are several; they are counted by the driver, which sees only those that this process may use."""
+    monkeypatch.setattr(cuda.core.Device, "get_all_devices", None, raising=False)
+    driver.library.double_devices(2)
+    assert device.count() == 2
+    current, of_caller = ctypes.c_void_p(), 0x101
+    driver.library.cuCtxSetCurrent(ctypes.c_void_p(of_caller))
+    optimizer = fastrms.Adam([OnDevice(numbers(9)), OnDevice(numbers(9))], capturable=True)
+    made = [lambda: optimizer.bind([OnDevice(numbers(9)) for _ in range(2)]), optimizer.step, optimizer.advance, optimizer.state_dict, lambda: optimizer.load_state_dict(optimizer.state_dict()),
+            lambda: fastrms.init_state("rmsprop", OnDevice(numbers(9)))]  # fmt: skip
+    for call in made:
+        call()
+        driver.library.cuCtxGetCurrent(ctypes.byref(current))
+        assert current.value == of_caller
+    driver.fail = 700
+    with pytest.raises(RuntimeError, match="launching"):
+        optimizer.step()
+    driver.library.cuCtxGetCurrent(ctypes.byref(current))
+    assert current.value == of_caller
+    driver.library.double_devices(1)
+
+
+class OfCuPy(OnDevice):
+    """As an array of CuPy, which is used on the stream that is CuPy's current one."""
+
+
+OfCuPy.__module__ = "cupy._core.core"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A stand-in for CuPy with a current stream."""
+    library = types.ModuleType("cupy")
+    library.current = types.SimpleNamespace(ptr=0x7770)
+    library.cuda = types.SimpleNamespace(get_current_stream=lambda: library.current)
+    monkeypatch.setitem(sys.modules, "cupy", library)
+    return library
+
+
+def test_a_stream_of_yours_and_that_of_the_library_wait_for_each_other(driver, cupy):
+    optimizer = fastrms.RMSProp(OfCuPy(numbers(64)))
+    optimizer.bind(OfCuPy(numbers(64)))
+    optimizer.step()
+    assert driver.census(optimizer.step) == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1}
+    assert driver.launches[-1][3] == 0x7770
+    optimizer = fastrms.RMSProp(OfCuPy(numbers(64)), stream=0x8880)
+    optimizer.bind(OfCuPy(numbers(64)))
+    optimizer.step()
+    driver.waits()
+    calls = driver.census(optimizer.step)
+    assert driver.waits() == [(0x8880, 0x7770), (0x7770, 0x8880)] and not any("Synchronize" in name for name in calls)
+    assert driver.launches[-1][3] == 0x8880
+    cupy.current.ptr = 0x8880
+    optimizer.step()
+    assert driver.waits() == []
+
+
+def test_memory_is_freed_when_no_kernel_can_use_it(driver):
+    optimizer = fastrms.Adam([OnDevice(numbers(33)) for _ in range(3)], stream=0x7770, capturable=True)
+    optimizer.step([OnDevice(numbers(33)) for _ in range(3)])
+    left = [optimizer]
+    del optimizer
+    freed = driver.census(left.clear)
+    assert freed["cuMemFreeAsync"] >= 7 and driver.library.double_freed_in_use() == 0
+
+
+def test_what_the_driver_may_not_have_read_is_kept(driver):
+    optimizer = fastrms.RMSProp([OnDevice(numbers(9)) for _ in range(3)])
+    driver.library.double_busy(1)
+    for _ in range(5):
+        optimizer.step([OnDevice(numbers(9)) for _ in range(3)])
+    (launch,) = optimizer._plan._updates
+    assert len(launch.reading) == 6  # five times the rows, once the tensors of the blocks
+    driver.library.double_busy(0)
+    optimizer.step([OnDevice(numbers(9)) for _ in range(3)])
+    assert len(launch.reading) == 1
+
+
+def test_gradients_at_the_same_addresses_need_nothing_new(driver, monkeypatch):
+    """As those of a backward pass, which are other objects at each step, but mostly lie where those before were."""
+    made = lambda calls: {name: count for name, count in calls.items() if "PointerGet" not in name}  # noqa: E731
+    aimed, aim = [], launching.Launch.aim
+    monkeypatch.setattr(launching.Launch, "aim", lambda self, *rest: (aimed.append(self), aim(self, *rest)))
+    params, grads = [numbers(33, seed=k) for k in range(3)], [numbers(33, seed=k) for k in range(3)]
+    theirs = [p.copy() for p in params]
+    optimizer, reference = fastrms.Adam([OnDevice(p) for p in params]), fastrms.Adam(theirs, backend="numpy")
+    for step in range(4):
+        there = [OnDevice(g) for g in grads]
+        calls = driver.census(lambda there=there: optimizer.step(there))
+        reference.step(grads)
+        assert step == 0 or made(calls) == {"cuLaunchKernelEx": 1}
+    assert len(aimed) == 1
+    grads[1] = grads[1].copy()
+    calls = driver.census(lambda: optimizer.step([OnDevice(g) for g in grads]))
+    reference.step(grads)
+    assert len(aimed) == 2 and calls["cuMemcpyHtoDAsync_v2"] == 1  # the rows of the table, not the tensors of the blocks
+    calls = driver.census(lambda: optimizer.step([OnDevice(g, stream=0x9990) for g in grads]))
+    reference.step(grads)
+    assert calls["cuStreamWaitEvent"] == 1
+    optimizer.step([None, *map(OnDevice, grads[1:])])
+    reference.step([None, *grads[1:]])
+    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+
+
+def test_a_dtype_that_numpy_does_not_have_is_named(driver, monkeypatch):
+    class View:
+        @property
+        def dtype(self):
+            raise NotImplementedError("Unsupported AOTI dtype code")
+
+    monkeypatch.setattr(device, "_view", lambda x, name: View())
+    with pytest.raises(TypeError, match="params has a dtype that NumPy does not have; fastrms updates float32 and float64"):
+        fastrms.RMSProp(OnDevice(numbers(9)))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 0.1, np.nan])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_memory_is_filled_with_any_number(driver, dtype, value):
+    array = device.allocate(5, np.dtype(dtype), 0)
+    array.fill(value)
+    assert same(array.to_host(), np.full(5, value, dtype))
+
+
+def test_the_table_of_a_launch():
+    """Each block has its tensor, each tensor the blocks from first_block on."""
+    sizes = [1, 0, 2049, 1024, 7, 262_144]
+    rows, tensor_of = table.table([([4096 + 4 * k, 8192 + 4 * k], size) for k, size in enumerate(sizes)], 4)
+    rows = rows.reshape(-1, 5)
+    assert rows.dtype == np.uint64 and tensor_of.dtype == np.uint32
+    for k, (_, _, size, vectors, first) in enumerate(rows.tolist()):
+        count = table.blocks(size, vectors, 4)
+        assert size == sizes[k] and (tensor_of[first : first + count] == k).all() and (tensor_of == k).sum() == count
 
 
 def test_state_goes_to_the_host_and_back(driver):

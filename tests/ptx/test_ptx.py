@@ -50,7 +50,7 @@ def test_every_kernel_has_the_bits_of_numpy_and_c(rule, general, dtype, cc):
         buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary)
         want = cases.expected(recipe, buffers)
         for count, size in enumerate(cases.LENGTHS):
-            tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4)
+            tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4, apart=count % 7 == 3)
             cases.launch(kernel, Kind(), recipe, [tensor], backwards=count % 2)
             tensor.check(want, buffers[1])
 
@@ -62,7 +62,7 @@ def test_many_tensors_and_capturable_kernels(rule, dtype, kind, cc):
     buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary=False)
     want = cases.expected(recipe, buffers)
     sizes = (1, 0, 3, 17, 1024, 4099, 5, 2048) if kind.many else (4099,)
-    tensors = [cases.Tensor([b[:size] for b in buffers], offset=k % 3 % 2) for k, size in enumerate(sizes)]
+    tensors = [cases.Tensor([b[:size] for b in buffers], k % 3, apart=k == 5) for k, size in enumerate(sizes)]
     cases.launch(kernel, kind, recipe, tensors)
     for tensor in tensors:
         tensor.check(want, buffers[1])
@@ -81,34 +81,57 @@ def test_several_steps_in_a_row(dtype):
         tensor.check(want, buffers[1])
 
 
-def elements_of(threads, vectors, size):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_every_length_at_every_offset(dtype, many):
+    """The elements before the first vector, the vectors and the elements behind the last one meet without a gap."""
+    kernel, recipe = cases.kernel("adam", False, dtype, Kind(many), (9, 0)), cases.recipe_of("adam", False, dtype, True)
+    buffers = cases.buffers_of("adam", dtype, 20, ordinary=True)
+    want = cases.expected(recipe, buffers)
+    for apart in (False, True):
+        for offset in range(4):
+            tensors = [cases.Tensor([b[:size] for b in buffers], offset, apart) for size in range(1, 20)]
+            for each in [tensors] if many else [[tensor] for tensor in tensors]:
+                cases.launch(kernel, Kind(many), recipe, each)
+            for tensor in tensors:
+                tensor.check(want, buffers[1])
+                count = table.vectors(tensor.addresses, tensor.size, dtype.itemsize)
+                head = -offset % table.width(dtype)
+                assert count == (0 if apart else max(0, tensor.size - head) // table.width(dtype))
+
+
+def elements_of(threads, vectors, size, head):
     """Which elements the threads of a grid update."""
-    lanes = (threads[threads < vectors][:, None] * 4 + np.arange(4)).reshape(-1)
-    singles = threads[threads >= vectors] + 3 * vectors
+    lanes = (threads[threads < vectors][:, None] * 4 + np.arange(4)).reshape(-1) + head
+    singles = threads[threads >= vectors] - vectors
+    singles = np.where(singles < head, singles, singles + 4 * vectors)
     return np.concatenate([lanes, singles[singles < size]])
 
 
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("offset", [0, 1, "apart"])
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
 def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
     """Only their threads run; the memory in front of them is reserved and never touched."""
     dtype, size = DTYPES[0], (1 << 31) + 4099
     kernel, recipe = cases.kernel("rmsprop", False, dtype, Kind(), cc), cases.recipe_of("rmsprop", False, dtype, True)
-    memory = [mmap.mmap(-1, 4 * size + 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | RESERVED) for _ in range(3)]
-    flats = [np.frombuffer(m, dtype)[offset:][:size] for m in memory]
+    memory = [mmap.mmap(-1, 4 * size + 8, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | RESERVED) for _ in range(3)]
+    offsets = [0, 1, 2] if offset == "apart" else [offset] * 3
+    flats = [np.frombuffer(m, dtype)[o:][:size] for m, o in zip(memory, offsets, strict=True)]
     vectors = table.vectors([flat.ctypes.data for flat in flats], size, 4)
     grid = table.blocks(size, vectors, 4)
-    touched = elements_of(np.arange((grid - 2) * table.THREADS, grid * table.THREADS), vectors, size)
-    start = touched.min()
-    for flat, values in zip(flats, cases.buffers_of("rmsprop", dtype, size - start, True), strict=True):
-        flat[start:] = values
-    want = cases.expected(recipe, [flat[start:].copy() for flat in flats])
-    regions = (execute.Region * 3)(*[execute.Region(f.ctypes.data + 4 * start, f.ctypes.data + 4 * size) for f in flats])
+    threads = np.arange((grid - 2) * table.THREADS, grid * table.THREADS)
+    touched = elements_of(threads, vectors, size, head=3 if offset == 1 else 0)
+    start = touched[touched > 3].min()  # the elements before the first vector are updated by the last threads, too
+    for flat, values in zip(flats, cases.buffers_of("rmsprop", dtype, touched.size, True), strict=True):
+        flat[touched] = values
+    want = cases.expected(recipe, [flat[touched] for flat in flats])
+    ends = [(f.ctypes.data + 4 * a, f.ctypes.data + 4 * b) for f in flats for a, b in ((0, 4), (start, size))]
+    regions = (execute.Region * 6)(*[execute.Region(*pair) for pair in ends])
     words = [*(flat.ctypes.data for flat in flats), size, vectors, *map(execute.word, cases.coefficients_of(recipe))]
-    kernel.launch_words(grid, table.THREADS, words, regions, 3, blocks=(grid - 2, grid))
-    assert touched.max() == size - 1 and (vectors == 0) == (offset == 1)
+    kernel.launch_words(grid, table.THREADS, words, regions, 6, blocks=(grid - 2, grid))
+    assert touched.max() == size - 1 and (vectors == 0) == (offset == "apart")
     for flat, result in zip((flats[0], flats[2]), want, strict=True):
-        assert np.array_equal(cases.bits(flat[touched]), result[touched - start])
+        assert np.array_equal(cases.bits(flat[touched]), result)
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)

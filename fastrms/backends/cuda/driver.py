@@ -28,7 +28,8 @@ def stream_of(handle):
 
 
 def write(address, array, stream):
-    """Copy a NumPy array to the device on a stream; the driver has read it when this returns."""
+    """Copy a NumPy array to the device on a stream.  It must stay as it is until then: the driver may read it only when the
+    stream comes to it."""
     where = address, array.ctypes.data, array.nbytes, int(stream.handle)
     call_driver("writing tables or coefficients", "cuMemcpyHtoDAsync", *where)
 

@@ -1,14 +1,15 @@
 """The text of a CUDA kernel around a rule.
 
-A kernel is told how many vectors it may use (table.py); what they leave is updated one element per thread, by the same
-rule.  There is no loop, hence no limit at 2^31 elements, and every index is a uint64 compared with a uint64 (with an
-int64 Numba would compare doubles).
+A kernel is told how many vectors it may use (table.py).  They begin at the first element whose address is a multiple of
+their size; the elements before it, the head, and those that the vectors leave behind them are updated one per thread, by
+the same rule.  There is no loop, hence no limit at 2^31 elements, and every index is a uint64 compared with a uint64 (with
+an int64 Numba would compare doubles).
 """
 
 from typing import NamedTuple
 
 from ... import own_rules, rules
-from .table import BEHIND, THREADS, width
+from .table import BEHIND, THREADS, VECTOR, width
 
 
 class Kind(NamedTuple):
@@ -32,12 +33,14 @@ def kernel({arguments}):
     block = uint64(cuda.blockIdx.x)
 {head}\
     thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
+    head = (uint64(0) - start) % uint64({vector}) // uint64({itemsize})
     if thread < vectors:
-        first = thread * uint64({width})
+        first = thread * uint64({width}) + head
         {lanes} = rule({loads})
 {stores}\
     else:
-        at = thread + vectors * uint64({width} - 1)
+        single = thread - vectors
+        at = single if single < head else single + vectors * uint64({width})
         if at < size:
             {results} = rule({elements})
 """
@@ -65,8 +68,10 @@ def kernel_text(rule, dtype, kind):
     buffers, updated = ["param", "grad", *states], ["param", *states]
     return KERNEL.format(
         arguments=", ".join(arguments(rule, kind)),
-        head="".join(f"    {line}\n" for line in [*_row(buffers, kind), *_coefficients(names, kind)]),
+        head="".join(f"    {line}\n" for line in [*_tensor(buffers, kind), *_coefficients(names, kind)]),
         threads=THREADS,
+        vector=VECTOR,
+        itemsize=dtype.itemsize,
         width=width(dtype),
         lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
         loads=", ".join([f"load({name}, first)" for name in buffers] + names),
@@ -76,13 +81,18 @@ def kernel_text(rule, dtype, kind):
     )
 
 
-def _row(buffers, kind):
-    """The lines by which a block of a launch over many tensors finds its tensor."""
+def _tensor(buffers, kind):
+    """The lines that note where the parameter starts; in a launch over many tensors a block finds its tensor first."""
     if not kind.many:
-        return []
+        return ["start = address(param)"]
     row = [*(f"{name} = pointer(table[row + uint64({k})])" for k, name in enumerate(buffers)),
            *(f"{name} = table[row + uint64({k})]" for k, name in enumerate(BEHIND, len(buffers)))]  # fmt: skip
-    return [f"row = uint64(tensor_of[block]) * uint64({len(row)})", *row, "block = block - first_block"]
+    return [
+        f"row = uint64(tensor_of[block]) * uint64({len(row)})",
+        "start = table[row]",
+        *row,
+        "block = block - first_block",
+    ]
 
 
 def _coefficients(names, kind):

@@ -5,13 +5,22 @@ import threading
 from typing import Any, NamedTuple
 
 from ...memory import device
+from ...memory.device import LEGACY_STREAM
 from .. import OK, plan
 from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, stream_of, zero
+from .kernel import Kind
 from .launch import Launch
 
 NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
 BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
+NOT_CAPTURABLE = ("a CUDA graph is being captured, in which this step would always have the coefficients of now: make the "
+                  "optimizer with capturable=True")  # fmt: skip
+UNBOUND = ("a CUDA graph is being captured, which always reads the same gradients: bind(grads) them in the capture, then call "
+           "step() without grads")  # fmt: skip
+WAITS = "a CUDA graph is being captured, and check=True waits for each step: make the optimizer without check"
+STEP_FIRST = ("a CUDA graph is being captured, in which no memory can be allocated: make one step of these gradients before the "
+              "capture")  # fmt: skip
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
                 "other than its neutral one from the start")  # fmt: skip
 
@@ -37,11 +46,11 @@ class Options(NamedTuple):
 def update(recipe, step, grad_scale, param, grad, states):
     """One step on DeviceBuffers, in place."""
     if param.size:
-        device.current(param.device)
-        made = Launch(recipe, False, False, param.device)
-        made.aim(Coefficients(recipe), 0, [(param, grad, states)])
-        made.make_coefficients(step, grad_scale)
-        made.run(step, stream_of(device.stream_source(param)()))
+        with device.entered(param.device):
+            made = Launch(recipe, Kind(), param.device, device.allocate)
+            made.aim(Coefficients(recipe), 0, [(param, grad, states)], device.allocate)
+            made.make_coefficients(step, grad_scale)
+            made.run(step, stream_of(device.stream_source(param)()))
 
 
 class Plan(plan.Plan):
@@ -55,11 +64,13 @@ class Plan(plan.Plan):
             raise ValueError(f"nonfinite={nonfinite!r} {BLIND}")
         super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad)
         self._options, self._device, self._process = options, params[0].device, os.getpid()
-        self._explicit = None if options.stream is None else stream_of(stream_handle(options.stream))
         self._source = device.stream_source(params[0])
+        self._explicit = None if options.stream is None else stream_handle(options.stream)
+        self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
         self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
+        self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
         self._entered, self._several = threading.local(), device.count() > 1
-        self._entered.once = True  # making the state has entered the device
+        self._on_device(bool)
 
     flat_grad = ours = staticmethod(device.ours)
     assign = staticmethod(device.copy)
@@ -72,65 +83,115 @@ class Plan(plan.Plan):
                 raise ValueError(OTHER_KERNEL)
         return super().change(params, grads, recipes, hold, run, grad_scale)
 
+    def _lies_as_before(self, params, grads):
+        """Whether the tables of the last step serve this one, too."""
+        if grads is None or (params is not self.params and [p.address for p in params] != [p.address for p in self.params]):
+            return False
+        return all(
+            new is old or (new and old and new.address == old.address and new.stream == old.stream)
+            for new, old in zip(grads, self.grads, strict=True)
+        )
+
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
         key = self.recipe_of[first], recipe.general, *members
         if key not in self._launches:
-            self._launches[key] = Launch(recipe, len(members) > 1, self._options.capturable, self._device)
+            kind = Kind(len(members) > 1, self._options.capturable)
+            self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
-        launch.aim(coefficients, self.missed[first], [(self.params[k], grads[k], self.states[k]) for k in members])
+        tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
+        launch.aim(coefficients, self.missed[first], tensors, self._allocate)
         return launch
 
+    def _allocate(self, size, dtype, index):
+        if self._recorded:
+            raise RuntimeError(STEP_FIRST)
+        return device.allocate(size, dtype, index)
+
     def _run(self, grad_scale, clip_norm):
-        number, stream = self._next_launch(grad_scale)
-        recorded = self._options.capturable and capturing(stream)
-        for handle in self._waits:
-            if handle != int(stream.handle):
-                stream.wait(stream_of(handle))
-        if not recorded:
+        self._on_device(self._launch_step, grad_scale)
+        return OK, None
+
+    def advance(self):
+        """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
+        self._on_device(self._advance)
+
+    def _on_device(self, work, *arguments):
+        """Call work while the device is the current one.  Where there is one device, each thread makes it so once; else the
+        device of the caller is restored.  A threading.local notes the threads, since their idents are given again."""
+        if os.getpid() != self._process:
+            raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
+        if self._several:
+            with device.entered(self._device):
+                return work(*arguments)
+        if not hasattr(self._entered, "once"):
+            device.current(self._device)
+            self._entered.once = True
+        return work(*arguments)
+
+    def _launch_step(self, grad_scale):
+        number, handle, library = self.steps + 1, self._handle(), self._library()
+        stream = stream_of(handle)
+        self._recorded = self._is_recorded({handle, library})
+        self._prepare(number, grad_scale)
+        for other in self._waits if library == handle else {*self._waits, library}:
+            if other != handle:
+                stream.wait(stream_of(other))
+        if not self._recorded:
             self._send(stream, number)
         for launch in self._updates:
             launch.run(number, stream)
         if self.zero_grad:
             for grad in filter(None, self.grads):
                 zero(grad.address, grad.nbytes, stream)
-        if not recorded:
+        if library != handle:  # what follows on the stream of the library may free the gradients
+            stream_of(library).wait(stream)
+        if not self._recorded:
             self._count(number)
         if self._options.check:
             stream.sync()
-        return OK, None
 
-    def advance(self):
-        """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
-        number, stream = self._next_launch(1.0)
+    def _advance(self):
+        number, stream = self.steps + 1, stream_of(self._handle())
+        self._recorded = False
+        self._prepare(number, 1.0)
         self._send(stream, number)
         self._count(number)
+
+    def _handle(self):
+        """The handle of the stream on which to launch now."""
+        return self._explicit or self._source()
+
+    def _library(self):
+        """The handle of the stream on which the library of the arrays works now, where it has one."""
+        return self._source() if self._joins else self._handle()
+
+    def _is_recorded(self, handles):
+        """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
+        if not any(handle != LEGACY_STREAM and capturing(stream_of(handle)) for handle in handles):
+            return False
+        for missing, text in (
+            (not self._options.capturable, NOT_CAPTURABLE),
+            (not self.held, UNBOUND),
+            (self._options.check, WAITS),
+        ):
+            if missing:
+                raise RuntimeError(text)
+        return True
+
+    def _prepare(self, number, grad_scale):
+        """Make the launches and the coefficients of this step, where there are none."""
+        if number >= self._until or grad_scale != self._scale:
+            if self._updates is None:
+                self._waits, self._unsent = self._foreign_streams(), True
+            self._make_updates(number, grad_scale)
+            self._plain_until = 0  # a launch needs its stream
 
     def _send(self, stream, number):
         if self._unsent:
             for launch in self._updates:
                 launch.send(stream, number)
             self._unsent = self._options.capturable  # its coefficients may change at each step
-
-    def _next_launch(self, grad_scale):
-        """(number of the step, stream).  Makes the device current, and the launches and coefficients of this step."""
-        if self._several or os.getpid() != self._process or not hasattr(self._entered, "once"):
-            self._enter_device()
-        number = self.steps + 1
-        if number >= self._until or grad_scale != self._scale:
-            if self._updates is None:
-                self._waits, self._unsent = self._foreign_streams(), True
-            self._make_updates(number, grad_scale)
-            self._plain_until = 0  # a launch needs its stream
-        return number, self._explicit or stream_of(self._source())
-
-    def _enter_device(self):
-        """Make the device current: once per thread, or at each step where there are several devices.  A threading.local
-        notes the threads, since their idents are given again."""
-        if os.getpid() != self._process:
-            raise RuntimeError("CUDA does not survive a fork: make this optimizer in the child")
-        device.current(self._device)
-        self._entered.once = True
 
     def _foreign_streams(self):
         """The streams that arrays name; the stream of a launch waits for them, the host does not."""
