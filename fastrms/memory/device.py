@@ -6,7 +6,6 @@ synchronises.  CUDA is imported at the first array.
 
 import contextlib
 import math
-import os
 import sys
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,6 +32,10 @@ class DeviceBuffer:
     @property
     def flat(self):
         return self
+
+    def at(self, address):
+        """A DeviceBuffer like this one at another address, whose memory somebody else keeps."""
+        return DeviceBuffer(None, address, self.shape, self.strides, self.dtype, self.device)
 
     def fill(self, value):
         """Write a value everywhere; the device does it where all words of the value are equal."""
@@ -82,7 +85,7 @@ def acquire(x, name, *, writable):
     if not is_device_array(x):
         raise TypeError(f"{name} ({type(x).__name__}) is in host memory; backend='cuda' updates device memory: pass "
                         f"cupy.asarray({name}) or a torch tensor on 'cuda', or use backend='c'")  # fmt: skip
-    seen = _seen_of_torch(x, name) if host.is_torch(x) else _seen(x, name)
+    seen = _seen_of_torch(x, name) if host.is_torch(x) else _seen_of_cupy(x) if _is_cupy(x) else _seen(x, name)
     if seen.dtype not in host.DTYPES:
         raise TypeError(f"{name} has dtype {seen.dtype}; fastrms updates float32 and float64")
     if seen.address % seen.dtype.itemsize:
@@ -121,6 +124,15 @@ def _seen_of_torch(x, name):
     if address + x.numel() * x.element_size() > end:
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return Seen(address, tuple(x.shape), tuple(strides), np.dtype(dtype), x.device.index, False)
+
+
+def _is_cupy(x):
+    return isinstance(x, getattr(sys.modules.get("cupy"), "ndarray", ()))
+
+
+def _seen_of_cupy(x):
+    strides = tuple(stride // x.dtype.itemsize for stride in x.strides)
+    return Seen(x.data.ptr, x.shape, strides, x.dtype, x.device.id, False)
 
 
 def _seen(x, name):
@@ -164,7 +176,9 @@ def _dense_strides(shape, strides, name):
 
 def _stream_of(x, name):
     """The stream that x names in its __cuda_array_interface__ and on which it is ready, or None."""
-    stream = getattr(x, "__cuda_array_interface__", {}).get("stream") if not host.is_torch(x) else None
+    if host.is_torch(x) or _is_cupy(x):  # it is ready on the current stream of its library
+        return None
+    stream = getattr(x, "__cuda_array_interface__", {}).get("stream")
     if stream == 0:
         raise ValueError(f"{name} names the stream 0, which __cuda_array_interface__ forbids as ambiguous")
     return stream

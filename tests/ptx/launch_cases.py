@@ -20,6 +20,8 @@ import pytest  # noqa: E402
 from conftest import bits  # noqa: E402
 
 import fastrms  # noqa: E402
+from fastrms.backends import OK, OVERLAP  # noqa: E402
+from fastrms.backends.c import ffi  # noqa: E402
 from fastrms.backends.cuda import kernel, table, toolchain  # noqa: E402
 from fastrms.backends.cuda import launch as launching  # noqa: E402
 from fastrms.backends.cuda.driver import stream_of  # noqa: E402
@@ -275,9 +277,10 @@ def test_the_device_of_the_caller_is_restored(driver, monkeypatch):
     current, of_caller = ctypes.c_void_p(), 0x101
     driver.library.cuCtxSetCurrent(ctypes.c_void_p(of_caller))
     optimizer = fastrms.Adam([OnDevice(numbers(9)), OnDevice(numbers(9))], capturable=True)
-    made = [lambda: optimizer.bind([OnDevice(numbers(9)) for _ in range(2)]), optimizer.step, optimizer.advance, optimizer.state_dict, lambda: optimizer.load_state_dict(optimizer.state_dict()),
-            lambda: fastrms.init_state("rmsprop", OnDevice(numbers(9)))]  # fmt: skip
-    for call in made:
+    saved = optimizer.state_dict()
+    bind, load = lambda: optimizer.bind([OnDevice(numbers(9)) for _ in range(2)]), lambda: optimizer.load_state_dict(saved)
+    new = lambda: fastrms.init_state("rmsprop", OnDevice(numbers(9)))  # noqa: E731
+    for call in (bind, optimizer.step, optimizer.advance, optimizer.state_dict, load, new):
         call()
         driver.library.cuCtxGetCurrent(ctypes.byref(current))
         assert current.value == of_caller
@@ -369,6 +372,27 @@ def test_gradients_at_the_same_addresses_need_nothing_new(driver, monkeypatch):
     optimizer.step([None, *map(OnDevice, grads[1:])])
     reference.step([None, *grads[1:]])
     assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+
+
+def test_addresses_that_were_read_in_c_are_taken(driver):
+    """As fastrms.exchange.Reader reads those of torch tensors: a table is made only where they have changed."""
+    params, theirs, grads = ([numbers(33, seed=k) for k in range(3)] for _ in range(3))
+    optimizer, reference = fastrms.Adam([OnDevice(p) for p in params]), fastrms.Adam(theirs, backend="numpy")
+    plan = optimizer._plan
+    assert plan.takes_pointers and not fastrms.Adam(OnDevice(numbers(9)), capturable=True)._plan.takes_pointers
+    for leaves in (grads, grads, [None, *grads[1:]], grads, [grads[0], grads[1].copy(), grads[2]]):
+        addresses = [0 if leaf is None else leaf.ctypes.data for leaf in leaves]
+        pointers = ffi.new("void *[]", [ffi.cast("void *", address) for address in addresses])
+        reader = types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None)
+        before = plan._updates
+        assert plan.change(grads=reader)[0] == OK
+        assert (plan._updates is before) == (reference.steps == 1)
+        reference.step(leaves)
+    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+    assert optimizer.tensor_steps == reference.tensor_steps
+    overlapping = ffi.new("void *[]", [ffi.cast("void *", params[0].ctypes.data)] * 3)
+    reader = types.SimpleNamespace(pointers=overlapping + 0, leaves=grads, absent=False)
+    assert plan.change(grads=reader)[0] == OVERLAP and optimizer.steps == reference.steps
 
 
 def test_a_dtype_that_numpy_does_not_have_is_named(driver, monkeypatch):

@@ -4,9 +4,12 @@ import os
 import threading
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ...memory import device
 from ...memory.device import LEGACY_STREAM
 from .. import OK, plan
+from ..c import ffi
 from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, stream_of, zero
 from .kernel import Kind
@@ -14,13 +17,11 @@ from .launch import Launch
 
 NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
 BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
-NOT_CAPTURABLE = ("a CUDA graph is being captured, in which this step would always have the coefficients of now: make the "
-                  "optimizer with capturable=True")  # fmt: skip
-UNBOUND = ("a CUDA graph is being captured, which always reads the same gradients: bind(grads) them in the capture, then call "
-           "step() without grads")  # fmt: skip
-WAITS = "a CUDA graph is being captured, and check=True waits for each step: make the optimizer without check"
-STEP_FIRST = ("a CUDA graph is being captured, in which no memory can be allocated: make one step of these gradients before the "
-              "capture")  # fmt: skip
+CAPTURING = "a CUDA graph is being captured, "
+NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
+UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
+WAITS = f"{CAPTURING}in which check=True cannot wait for a step: make the optimizer without check"
+STEP_FIRST = f"{CAPTURING}in which no memory can be allocated: make one step of as many gradients before the capture"
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
                 "other than its neutral one from the start")  # fmt: skip
 
@@ -68,6 +69,8 @@ class Plan(plan.Plan):
         self._explicit = None if options.stream is None else stream_handle(options.stream)
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
         self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
+        self._read_last = None, None  # (addresses, gradients) of _read()
+        self.takes_pointers = not options.capturable  # a graph needs to know that gradients are bound
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
         self._entered, self._several = threading.local(), device.count() > 1
         self._on_device(bool)
@@ -81,7 +84,20 @@ class Plan(plan.Plan):
         for index, recipe in (recipes or {}).items():
             if self._options.capturable and recipe.general != self.recipes[index].general:
                 raise ValueError(OTHER_KERNEL)
+        if grads is not None and type(grads) is not list:
+            grads = self._read(grads)
         return super().change(params, grads, recipes, hold, run, grad_scale)
+
+    def _read(self, reader):
+        """The gradients that an exchange.Reader has read: the list of the last time where they still lie there."""
+        addresses = bytes(ffi.buffer(reader.pointers, ffi.sizeof("void *") * len(self.params)))
+        if addresses != self._read_last[0]:
+            rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, strict=True)
+            grads = [None if leaf is None else param.at(address) for leaf, address, param in rows]
+            if reader.absent:  # an empty gradient has the same address as a missing one
+                return grads
+            self._read_last = addresses, grads
+        return self._read_last[1]
 
     def _lies_as_before(self, params, grads):
         """Whether the tables of the last step serve this one, too."""
@@ -91,6 +107,13 @@ class Plan(plan.Plan):
             new is old or (new and old and new.address == old.address and new.stream == old.stream)
             for new, old in zip(grads, self.grads, strict=True)
         )
+
+    def _would_overlap(self, params, grads):
+        states = [state for states in self.states for state in states]
+        buffers = [buffer for buffer in (*params, *grads, *states) if buffer is not None and buffer.size]
+        starts, ends = (np.array([getattr(buffer, end) for buffer in buffers]) for end in ("address", "end"))
+        order = starts.argsort()
+        return bool((ends[order[:-1]] > starts[order[1:]]).any())
 
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
@@ -170,13 +193,10 @@ class Plan(plan.Plan):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
         if not any(handle != LEGACY_STREAM and capturing(stream_of(handle)) for handle in handles):
             return False
-        for missing, text in (
-            (not self._options.capturable, NOT_CAPTURABLE),
-            (not self.held, UNBOUND),
-            (self._options.check, WAITS),
-        ):
-            if missing:
-                raise RuntimeError(text)
+        capturable, check = self._options.capturable, self._options.check
+        refusal = NOT_CAPTURABLE if not capturable else UNBOUND if not self.held else WAITS if check else None
+        if refusal:
+            raise RuntimeError(refusal)
         return True
 
     def _prepare(self, number, grad_scale):
