@@ -114,13 +114,14 @@ def _seen_of_torch(x, name):
         raise TypeError(
             f"{name} has dtype {dtype}; fastrms updates float32 and float64 on CUDA: pass {name}.float(), a copy"
         )
-    if x.is_neg() or x.is_conj():
-        raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
     try:
+        negated = x.is_neg()
         address, strides, storage = x.data_ptr(), x.stride(), x.untyped_storage()
         end = storage.data_ptr() + storage.nbytes()
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+    if negated:
+        raise ValueError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
     if address + x.numel() * x.element_size() > end:
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return Seen(address, tuple(x.shape), tuple(strides), np.dtype(dtype), x.device.index, False)

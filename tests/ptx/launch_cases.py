@@ -390,6 +390,11 @@ def test_addresses_that_were_read_in_c_are_taken(driver):
         reference.step(leaves)
     assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
     assert optimizer.tensor_steps == reference.tensor_steps
+    empty = fastrms.Adam([OnDevice(numbers(0)), OnDevice(numbers(9))])
+    pointers = ffi.new("void *[]", [ffi.NULL, ffi.cast("void *", grads[0].ctypes.data)])
+    for leaves in ([None, grads[0]], [numbers(0), grads[0]]):
+        empty._plan.change(grads=types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None))
+    assert empty.tensor_steps == [1, 2]
     overlapping = ffi.new("void *[]", [ffi.cast("void *", params[0].ctypes.data)] * 3)
     reader = types.SimpleNamespace(pointers=overlapping + 0, leaves=grads, absent=False)
     assert plan.change(grads=reader)[0] == OVERLAP and optimizer.steps == reference.steps

@@ -172,7 +172,7 @@ class Plan(plan.Plan):
         if not self._recorded:
             self._count(number)
         if self._options.check:
-            stream.sync()
+            device.call_driver("this step or work before it", "cuStreamSynchronize", handle)
 
     def _advance(self):
         number, stream = self.steps + 1, stream_of(self._handle())
