@@ -137,6 +137,8 @@ def _seen_of_cupy(x):
 
 
 def _seen(x, name):
+    if isinstance(x, DeviceArray):
+        return Seen(x.address, x.shape, x.strides, x.dtype, x.device, False)
     view = _view(x, name)
     try:
         dtype = np.dtype(view.dtype)
@@ -300,8 +302,9 @@ def library_stream(buffer):
     """A function that gives the handle of the stream on which the array's library works at the time (torch, CuPy); None for
     an array of another library."""
     if host.is_torch(buffer.owner):
-        torch = sys.modules["torch"]
-        return lambda: torch.cuda.current_stream(buffer.device).cuda_stream or LEGACY_STREAM
+        torch, index = sys.modules["torch"], buffer.device
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own compiler calls: 10 times as fast
+        return lambda: (raw(index) if raw else torch.cuda.current_stream(index).cuda_stream) or LEGACY_STREAM
     if remedies.library(buffer.owner) == "cupy":
         cupy = sys.modules["cupy"]
         return lambda: cupy.cuda.get_current_stream().ptr or LEGACY_STREAM

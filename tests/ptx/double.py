@@ -22,12 +22,19 @@ def start():
     return Double(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
 
 
+class Compiled(dict):
+    """Name of a kernel -> its PTX."""
+
+    def __missing__(self, name):
+        raise LookupError(f"{name} was never compiled")
+
+
 class Double:
     """launches: (name, grid, block, stream) each.  regions: arrays that stand for device memory; None allows all."""
 
     def __init__(self, library):
         self.library, self.launches, self.errors, self.kernels = library, [], [], {}
-        self.regions, self.run, self.fail = [], True, 0
+        self.regions, self.run, self.fail, self.compiled = [], True, 0, Compiled()
         self.hook = HOOK(self.on_launch)
         library.double_hook(self.hook)
 
@@ -55,6 +62,13 @@ class Double:
     def ptx(self, name):
         """Of the kernel of that name that was compiled last."""
         return self.compiled[name]
+
+    def learn(self, made):
+        """Note the PTX of a fastrms.backends.cuda.compile.Compiled, which is returned."""
+        if self.compiled.get(made.name, made.ptx) != made.ptx:
+            self.kernels.pop(made.name, None)
+        self.compiled[made.name] = made.ptx
+        return made
 
     def counts(self):
         text = ctypes.create_string_buffer(1 << 14)

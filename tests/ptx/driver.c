@@ -85,6 +85,8 @@ CALL(cuMemAlloc_v2, uint64_t *p, size_t n) return posix_memalign((void **)p, 512
 CALL(cuMemFreeAsync, uint64_t p, void *s) freed_in_use += in_use; free((void *)p); OK
 CALL(cuMemFree_v2, uint64_t p) free((void *)p); OK
 CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) memmove((void *)to, (void *)from, n); OK
+CALL(cuMemGetInfo_v2, size_t *available, size_t *all) *available = *all = 1ull << 30; OK
+CALL(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t n, void *s) memmove((void *)to, (void *)from, n); OK
 CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
 CALL(cuMemsetD32_v2, uint64_t to, unsigned value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned *)to)[k] = value; OK
 CALL(cuEventQuery, void *e) return busy ? 600 : 0; }
@@ -116,6 +118,8 @@ CALL(cuStreamGetPriority, void *s, int *priority) *priority = 0; OK
 CALL(cuStreamIsCapturing, void *s, int *status) *status = capturing; OK
 CALL(cuEventCreate, void **e, unsigned flags) *e = (void *)(next_handle += 16); OK
 CALL(cuEventRecord, void *e, void *s) recorded[records % 64].waits = e; recorded[records++ % 64].record = s; OK
+CALL(cuEventElapsedTime_v2, float *milliseconds, void *from, void *to) *milliseconds = 1; OK
+CALL(cuEventElapsedTime, float *milliseconds, void *from, void *to) *milliseconds = 1; OK
 CALL(cuEventDestroy_v2, void *e) OK
 CALL(cuLibraryLoadData, void **l, const void *code, void *a, void *b, unsigned n, void *d, void *e, unsigned m) *l = malloc(1); OK
 CALL(cuLibraryUnload, void *l) OK

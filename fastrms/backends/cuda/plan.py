@@ -153,26 +153,34 @@ class Plan(plan.Plan):
         return work(*arguments)
 
     def _launch_step(self, grad_scale):
-        number, handle, library = self.steps + 1, self._handle(), self._library()
-        stream = stream_of(handle)
+        number, handle = self.steps + 1, self._handle()
+        library, stream = self._source() if self._joins else handle, stream_of(handle)
         self._recorded = self._is_recorded({handle, library})
         self._prepare(number, grad_scale)
-        for other in self._waits if library == handle else {*self._waits, library}:
-            if other != handle:
-                stream.wait(stream_of(other))
+        if self._waits or library != handle:
+            self._wait(stream, {*self._waits, library} - {handle})
         if not self._recorded:
             self._send(stream, number)
         for launch in self._updates:
             launch.run(number, stream)
         if self.zero_grad:
-            for grad in filter(None, self.grads):
-                zero(grad.address, grad.nbytes, stream)
+            self._zero_gradients(stream)
         if library != handle:  # what follows on the stream of the library may free the gradients
-            stream_of(library).wait(stream)
+            self._wait(stream_of(library), [handle])
         if not self._recorded:
             self._count(number)
         if self._options.check:
             device.call_driver("this step or work before it", "cuStreamSynchronize", handle)
+
+    @staticmethod
+    def _wait(stream, handles):
+        """Let a stream wait for what other streams do now; the host does not wait."""
+        for handle in handles:
+            stream.wait(stream_of(handle))
+
+    def _zero_gradients(self, stream):
+        for grad in filter(None, self.grads):
+            zero(grad.address, grad.nbytes, stream)
 
     def _advance(self):
         number, stream = self.steps + 1, stream_of(self._handle())
@@ -184,10 +192,6 @@ class Plan(plan.Plan):
     def _handle(self):
         """The handle of the stream on which to launch now."""
         return self._explicit or self._source()
-
-    def _library(self):
-        """The handle of the stream on which the library of the arrays works now, where it has one."""
-        return self._source() if self._joins else self._handle()
 
     def _is_recorded(self, handles):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
