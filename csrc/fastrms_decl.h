@@ -96,7 +96,6 @@ typedef struct {
     uintptr_t *ranges;
     int64_t *starts;
     fastrms_squares *segments;
-    int64_t occupied;
     double grad_scale, clip_norm;
     const double *rates;
     int64_t first_rate, rate_rows;

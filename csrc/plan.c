@@ -8,6 +8,9 @@
 
 #define APART __attribute__((noinline))                   /* not inlined: the plain step keeps its registers */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+typedef struct {
+    uintptr_t start, end, buffer;                         /* buffer: its number, counted through all tensors */
+} range;
 enum {
     CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
     MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* of one tensor: its parameter, its gradient and its states */
@@ -177,7 +180,7 @@ int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor)
     int64_t segments = 0;
     for (int64_t k = 0; k < tensors; ++k)
         segments += fastrms_segments(tensor[k].size);
-    return tensors * (FASTRMS_MAX_COEFFICIENTS * (int64_t)sizeof(double) + MOST_RANGES * 2 * (int64_t)sizeof(uintptr_t))
+    return tensors * (FASTRMS_MAX_COEFFICIENTS * (int64_t)sizeof(double) + MOST_RANGES * (int64_t)sizeof(range))
         + segments * (int64_t)sizeof(fastrms_squares) + (tensors + 1) * (int64_t)sizeof(int64_t);
 }
 
@@ -188,10 +191,12 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
                            .made = scratch, .grad_scale = 1, .clip_norm = -1};
     plan->starts = (int64_t *)(plan->made + tensors * FASTRMS_MAX_COEFFICIENTS);
     plan->ranges = (uintptr_t *)(plan->starts + tensors + 1);
-    plan->segments = (fastrms_squares *)(plan->ranges + tensors * MOST_RANGES * 2);
+    plan->segments = (fastrms_squares *)((range *)plan->ranges + tensors * MOST_RANGES);
     for (int k = 0; k < recipes; ++k)
         if (fastrms_rule_states(recipe[k].rule) > plan->states)
             plan->states = fastrms_rule_states(recipe[k].rule);
+    for (int64_t k = 0; k < tensors * (2 + plan->states); ++k)
+        ((range *)plan->ranges)[k].buffer = (uintptr_t)k;
 }
 
 static int release(fastrms_plan *plan, int status)
@@ -274,65 +279,75 @@ int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const dou
 
 static int by_start(const void *a, const void *b)
 {
-    uintptr_t x = *(const uintptr_t *)a, y = *(const uintptr_t *)b;
+    uintptr_t x = ((const range *)a)->start, y = ((const range *)b)->start;
     return (x > y) - (x < y);
 }
 
-/* sort the ranges of buffers in memory; do any two of them share a byte? */
-static int overlap(uintptr_t (*range)[2], int64_t count)
+/* sort ranges, quickly where they are nearly sorted: by insertion, as long as few of them have to move */
+static void sort(range *ranges, int64_t count)
 {
-    int sorted = 1;
+    int64_t moves = 8 * count;
+    for (int64_t k = 1; k < count; ++k) {
+        range moved = ranges[k];
+        int64_t to = k;
+        for (; to > 0 && ranges[to - 1].start > moved.start; --to, --moves)
+            ranges[to] = ranges[to - 1];
+        ranges[to] = moved;
+        if (moves < 0) {
+            qsort(ranges, (size_t)count, sizeof *ranges, by_start);
+            return;
+        }
+    }
+}
+
+/* sort the ranges of buffers in memory; do any two of them share a byte? */
+static int overlap(range *ranges, int64_t count)
+{
+    sort(ranges, count);
     for (int64_t k = 1; k < count; ++k)
-        sorted &= range[k - 1][0] <= range[k][0];
-    if (!sorted)
-        qsort(range, (size_t)count, sizeof *range, by_start);
-    for (int64_t k = 1; k < count; ++k)
-        if (range[k][0] < range[k - 1][1])
+        if (ranges[k].start < ranges[k - 1].end)
             return 1;
     return 0;
 }
 
-static int64_t add_range(uintptr_t (*range)[2], int64_t count, const void *start, int64_t bytes)
+/* a buffer that is empty or missing is a range without bytes, which overlaps nothing */
+static range range_of(const void *start, int64_t bytes, uintptr_t buffer)
 {
-    if (!start || !bytes)
-        return count;
-    range[count][0] = (uintptr_t)start;
-    range[count][1] = (uintptr_t)start + (uintptr_t)bytes;
-    return count + 1;
+    uintptr_t first = start && bytes ? (uintptr_t)start : 0;
+    return (range){first, first ? first + (uintptr_t)bytes : 0, buffer};
 }
 
 /* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
- * plan, grad for no gradients.  plan->ranges is left sorted. */
+ * plan, grad for no gradients.  The ranges are left sorted; their order is mostly that of the next time, too. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
-    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges;
-    int64_t count = 0;
-    for (int64_t k = 0; k < plan->tensors; ++k) {
-        const fastrms_tensor *tensor = &plan->tensor[k];
-        int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
-        count = add_range(range, count, param ? param[k] : tensor->param, bytes);
-        count = add_range(range, count, grad ? grad[k] : NULL, bytes);
-        for (int s = 0; s < plan->states; ++s)
-            count = add_range(range, count, tensor->state[s], bytes);
+    range *ranges = (range *)plan->ranges;
+    int64_t each = 2 + plan->states, count = plan->tensors * each;
+    for (int64_t k = 0; k < count; ++k) {
+        int64_t t = (int64_t)ranges[k].buffer / each, which = (int64_t)ranges[k].buffer % each;
+        const fastrms_tensor *tensor = &plan->tensor[t];
+        const void *start = which > 1 ? tensor->state[which - 2]
+                          : which ? (grad ? grad[t] : NULL) : param ? param[t] : tensor->param;
+        ranges[k] = range_of(start, tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]), ranges[k].buffer);
     }
-    plan->occupied = count;
-    return overlap(range, count);
+    return overlap(ranges, count);
 }
 
 /* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These ranges do not overlap,
  * so only the last of them that starts before the end of the gradient can share one. */
 static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes)
 {
-    uintptr_t (*range)[2] = (uintptr_t (*)[2])plan->ranges, start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
-    int64_t before = 0, after = plan->occupied;
+    const range *ranges = (const range *)plan->ranges;
+    uintptr_t start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
+    int64_t before = 0, after = plan->tensors * (2 + plan->states);
     while (before < after) {
         int64_t middle = (before + after) / 2;
-        if (range[middle][0] < end)
+        if (ranges[middle].start < end)
             before = middle + 1;
         else
             after = middle;
     }
-    return bytes && before && range[before - 1][1] > start;
+    return bytes && before && ranges[before - 1].end > start;
 }
 
 static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
@@ -453,8 +468,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
                            void *param, const void *grad, void *state0, void *state1, void *state2)
 {
     const void *const buffer[] = {param, grad, state0, state1, state2};
-    uintptr_t range[5][2];
-    int64_t count = 0;
+    range ranges[5];
     if (step < 1 || step > INT64_C(1) << 62)
         return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
@@ -462,9 +476,9 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
             return FASTRMS_MISALIGNED;
         if (!buffer[k] && size && k < 2 + fastrms_rule_states(recipe->rule))
             return FASTRMS_MISSING;
-        count = add_range(range, count, buffer[k], size * fastrms_stored_itemsize(recipe));
+        ranges[k] = range_of(buffer[k], size * fastrms_stored_itemsize(recipe), 0);
     }
-    if (overlap(range, count))
+    if (overlap(ranges, 5))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double made[FASTRMS_MAX_COEFFICIENTS];

@@ -35,6 +35,23 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
 /* weight * (1 + decay + ... + decay^(terms-1)) */
 double fastrms_series(double decay, double weight, int64_t terms);
 
+/* ---- tensors of other libraries ---- */
+
+/* What a tensor must be.  The type is given by code and itemsize (code 2: float), the device as in DLPack.  address: where it
+ * must lie, NULL for anywhere; shape and strides have one number for each of the axes, the strides in elements. */
+typedef struct {
+    int32_t device_type, device_id, axes, code, itemsize;
+    int64_t size;
+    const void *address;
+    const int64_t *shape, *strides;
+} fastrms_layout;
+
+/* Fill address[] for `count` tensors, which are Python objects: NULL for the object none.  Returns count, or the index of the
+ * first tensor that is not as wanted or that cannot be read.  read: dltensor_from_py_object_no_sync of the library's
+ * DLPackExchangeAPI.  The caller holds the GIL, and asks whether a Python exception was set. */
+int64_t fastrms_read_tensors(void *read, int64_t count, void *const *object, const void *none, const fastrms_layout *wanted,
+                             void **address);
+
 /* ---- the ceilings of the benchmark ---- */
 
 /* fastrms_streams makes one addition to each buffer that a rule with `states` states writes: to all of them in one loop, or,

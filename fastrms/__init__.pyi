@@ -86,9 +86,18 @@ class FlatBuffer:
     grad: NDArray[Any]
     params: _Views
     grads: _Views
-    def __init__(self, shapes: Mapping[Any, _Shape] | Sequence[_Shape], dtype: DTypeLike = ...) -> None: ...
+    def __init__(
+        self,
+        shapes: Mapping[Any, _Shape] | Sequence[_Shape],
+        dtype: DTypeLike = ...,
+        *,
+        data: _Array | None = None,
+        grad: _Array | None = None,
+    ) -> None: ...
     @classmethod
-    def like(cls, params: Mapping[Any, _Array] | Sequence[_Array]) -> Self: ...
+    def like(
+        cls, params: Mapping[Any, _Array] | Sequence[_Array], *, data: _Array | None = None, grad: _Array | None = None
+    ) -> Self: ...
 
 class Optimizer:
     defaults: ClassVar[dict[str, Any]]
@@ -98,6 +107,7 @@ class Optimizer:
         self,
         params: _Params,
         *,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
@@ -162,6 +172,7 @@ class RMSProp(Optimizer):
         initial_value: float = 0.0,
         lr_in_momentum: bool = False,
         bias_correction: _BiasCorrection = False,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
@@ -186,6 +197,7 @@ class AdaGrad(Optimizer):
         decoupled: bool = False,
         maximize: bool = False,
         clip_value: float | None = None,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
@@ -213,6 +225,7 @@ class Adam(Optimizer):
         decoupled: bool = False,
         maximize: bool = False,
         clip_value: float | None = None,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
@@ -240,6 +253,7 @@ class AdamW(Adam):
         decoupled: bool = True,
         maximize: bool = False,
         clip_value: float | None = None,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
@@ -263,6 +277,7 @@ class RProp(Optimizer):
         zero_on_flip: bool = True,
         maximize: bool = False,
         clip_value: float | None = None,
+        state: Mapping[str, Any] | None = None,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",

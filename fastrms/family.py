@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from . import dialects, hyper, own_rules, recipes
 
 OPTIONS = {  # the arguments of every optimizer beside its hyper-parameters
+    "state": None,
     "groups": None,
     "dialect": None,
     "nonfinite": "propagate",

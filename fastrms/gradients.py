@@ -1,12 +1,14 @@
 """Which gradients an optimizer knows: those of a step, those that are bound, and those given to two steps in a row."""
 
 import weakref
+from types import GeneratorType
 
 import numpy as np
 
 from .memory import host
-from .memory.tree import STEADY
+from .memory.tree import STEADY, SequenceOf
 
+PLAIN = {list, tuple, dict}  # types of gradients that can be looked at twice
 MOST = 2**31 - 1  # a number of held gradients is an int32 in C
 
 
@@ -75,6 +77,20 @@ class Gradients:
         came_twice = self._last is not None and self._last() is grads
         self._last = weakref.ref(grads)
         return accepted, grads if came_twice else None
+
+    def listed(self, grads):
+        """grads, a generator of them as a list where params is a sequence: they may have to be looked at twice."""
+        return list(grads) if type(grads) is GeneratorType and isinstance(self._tensors.structure, SequenceOf) else grads
+
+    def read(self, grads, plan):
+        """The exchange.Reader that has read where these gradients lie, None where acquire() must look at them."""
+        on_device = self._tensors.memory is not host  # a plan of the host that takes no pointers needs arrays
+        reader = self._tensors.reader if plan.takes_pointers or on_device else None
+        plain = type(grads) in PLAIN or host.is_torch(grads) if grads is not None else self.bound is not None
+        if reader is None or not plain:
+            return None
+        leaves = self._bound_owners() if grads is None else self._tensors.structure.leaves(grads, "grads")
+        return reader if reader.read(leaves) else None
 
     def _is_held(self, grads):
         """Whether the plan holds this array as it is.  An array that the step will zero is always checked again, since it

@@ -90,7 +90,7 @@ class Optimizer(Names, Family):
     initial : callable(h, state_name) -> float, optional
         The value at which a state starts; 0.0 unless it is given.
 
-    The options nonfinite, zero_grad and backend are those of fastrms.RMSProp.
+    The options state, nonfinite, zero_grad and backend are those of fastrms.RMSProp.
     """
 
     # what step() reads: 20 ns faster than in the dict
@@ -117,7 +117,7 @@ class Optimizer(Names, Family):
                             f"{cls.__name__}([w, b], lr=0.01)")  # fmt: skip
         return super().__new__(cls)
 
-    def __init__(self, params, *, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
+    def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
                  backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
@@ -128,13 +128,16 @@ class Optimizer(Names, Family):
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module))
         values = [self.resolve(dialect, {**options, **extra}) for extra in overrides]
         self._groups = Groups(type(self), self._tensors, values)
-        self._tensors.make_state(self._groups.initial, self._groups.rules)
+        if state is None:
+            self._tensors.make_state(self._groups.initial, self._groups.rules)
+        else:
+            self._tensors.take_state(state, self._groups.rules, self.not_negative)
         self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)
-        state = [list(flats.values()) for flats in self._tensors.state]
+        flats = [list(flats.values()) for flats in self._tensors.state]
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
-        self._bind_plan(module.Plan(self._tensors.params, state, which, self._groups.recipes(), *gradients, *extra))
+        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes(), *gradients, *extra))
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
@@ -335,6 +338,11 @@ class Optimizer(Names, Family):
         info = self._looking_step(self._steady_grads, grads, grad_scale, clip_norm)
         if info is not None:
             return info
+        if tensors.of_torch:
+            grads = gradients.listed(grads)
+            info = self._read_step(grads, grad_scale, clip_norm)
+            if info is not None:
+                return info
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
         if accepted is not None:
@@ -345,33 +353,51 @@ class Optimizer(Names, Family):
             self._hold(hold)
         return APPLIED if found is None else self._info(found)
 
-    def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        """plan.change, with the sentence where it refuses; the owners of the memory learn of what it wrote."""
+    def _read_step(self, grads, grad_scale, clip_norm):
+        """The StepInfo of a step from torch tensors whose addresses C has read; None where it cannot be made so."""
+        reader = self._gradients.read(grads, self._plan)
+        if reader is None:
+            return None
+        if self._gradients.held is not None:
+            self._hold(None)
+        try:
+            given = reader.given(self._plan)
+            found = self._change_plan(None, given, None, 0, True, grad_scale, clip_norm, reader)
+        finally:
+            reader.done()
+        return APPLIED if found is None else self._info(found)
+
+    def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None,
+                     reader=None):  # fmt: skip
+        """plan.change, with the sentence where it refuses; the owners of the memory learn of what it wrote.  reader: the
+        Reader that has read grads."""
         status = None  # stays so where an interrupt cuts the step
         try:
             status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
         finally:
             if run and (self._tensors.of_torch or self._zero_grad):
-                self._tell_owners(status, params or self._tensors.params, grads)
+                self._tell_owners(status, params, grads, reader)
         if status == backends.OVERLAP:
-            self._tensors.refuse_overlap(params, enumerate(grads or ()))
+            self._tensors.refuse_overlap(params, enumerate(reader.leaves if reader else grads or ()))
         if status not in (backends.OK, backends.NONFINITE):
             raise self._refusal(status)
         if params is not None:
             self._tensors.take(params)
         return found
 
-    def _tell_owners(self, status, params, grads):
+    def _tell_owners(self, status, params, grads, reader):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
-        gradients = self._gradients
+        gradients, params = self._gradients, params or self._tensors.params
+        stepped = status in (None, backends.OK)
+        zeroes = self._zero_grad and (stepped or (status == backends.NONFINITE and self._nonfinite == "skip"))
+        if reader is not None:
+            return reader.wrote(stepped, zeroes)
         if grads is None:  # those that are held, or one array for all
             grads = gradients.bound if gradients.holds_bound else params
-        written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        zeroed = [grad for grad in grads if self._zero_grad and hasattr(grad, "owner")]
-        if status in (None, backends.OK):
-            self._memory.wrote(written + zeroed)
-        elif status == backends.NONFINITE and self._nonfinite == "skip":
-            self._memory.wrote(zeroed)
+        rows = zip(self._tensors, params, grads, strict=True)
+        written = [buffer for tensor, param, grad in rows if grad is not None for buffer in (param, *tensor.lent.values())]
+        zeroed = [grad for grad in grads if hasattr(grad, "owner")]
+        self._memory.wrote((written if stepped else []) + (zeroed if zeroes else []))
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
@@ -504,7 +530,8 @@ class Optimizer(Names, Family):
             status = self._plan.stream_step(k, params and params[k], buffer, rates, grad_scale)
         finally:
             if status in (None, backends.OK):
-                self._memory.wrote([params[k] if params else tensor.param, *([buffer] if self._zero_grad else [])])
+                written = [params[k] if params else tensor.param, *tensor.lent.values()]
+                self._memory.wrote([*written, buffer] if self._zero_grad else written)
         if status == backends.OVERLAP:
             self._tensors.refuse_overlap(params, [(k, buffer)])
         if status != backends.OK:
@@ -559,8 +586,10 @@ class Optimizer(Names, Family):
     def state(self):
         """Mapping: state name -> the state arrays, in the structure of params (None where a tensor has no such state).
 
-        The arrays are those of the optimizer: write into them.  The mapping itself cannot be changed.
+        The arrays are those in use, the caller's own memory where ``state=`` was given: write into them.  The mapping itself
+        cannot be changed.
         """
+        self._tensors.refuse_moved_state()
         return states.mapping(self._tensors)
 
     def state_dict(self):
@@ -615,6 +644,7 @@ class Optimizer(Names, Family):
         with self._one_thread:
             self._forget_rates()
             self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
+            self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))

@@ -60,13 +60,18 @@ class RMSProp(Optimizer):
     clip_value : float > 0 or None, default None
         Bound of each element of grad*grad_scale.  The norm of all gradients is clipped by ``step(clip_norm=...)``.
     initial_value : float >= 0, default 0
-        What square_avg starts with; 1 in TF1 and MindSpore.
+        What square_avg starts with; 1 in TF1 and MindSpore.  It is not used where ``state`` is given.
     lr_in_momentum : bool, default False
         Whether lr multiplies u before it enters momentum_buffer (Keras, TF1, Optax) and not after (PyTorch).  This is the
         same while lr stays as it is.
     bias_correction : False, "corrected" or "folded", default False
         "corrected" (as True) divides the averages by 1 - rho**t in update number t (Optax); "folded" multiplies lr by
         sqrt(1 - rho**t) and is not for centered=True.
+    state : mapping, optional
+        state name -> arrays in the structure of params (None for a tensor whose rule has no such state): what the state of
+        another optimizer gives, or arrays in memory that processes share.  They are checked as params are, and then updated
+        in place.  Nothing is written into them here, so whoever owns them has given them their first values; init_state()
+        shows which.  Steps are counted from 0; load_state_dict() sets another count.
     groups : mapping of pattern to hyper-parameters, optional
         Overrides by the names of a mapping or FlatBuffer: ``{"*.bias": {"weight_decay": 0}}``.  The first pattern that
         matches str(name), as fnmatch.fnmatchcase has it, counts; each must match a name.  opt.groups[0] is for the rest.
@@ -138,7 +143,7 @@ class AdaGrad(Optimizer):
         How fast the step size falls with the number of updates, decoupled weight decay included (PyTorch).
     initial_value : float >= 0, default 0
         What the sum starts with; 0.1 in Keras, TF1, Optax and MindSpore.
-    params, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
         As in RMSProp.
 
     Attributes
@@ -202,7 +207,7 @@ class Adam(Optimizer):
         "corrected" (as True) is the formula above.  "folded" takes the raw averages as m and v, and
         lr*sqrt(1 - beta2**t)/(1 - beta1**t) as lr, so that eps is the paper's "epsilon hat" (Keras, TF1, MindSpore).
         False takes the raw averages and lr as they are.
-    params, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
         As in RMSProp.
 
     Attributes
@@ -251,7 +256,7 @@ class AdamW(Adam):
         False makes this Adam with L2 weight decay.
     lr, beta1, beta2, eps, eps_root, amsgrad, nesterov, bias_correction :
         As in Adam.
-    params, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
         As in RMSProp.
 
     Raises
@@ -291,7 +296,7 @@ class RProp(Optimizer):
         Bounds of step_size: 0 <= step_min <= step_max.
     zero_on_flip : bool, default True
         Whether a weight whose gradient has flipped its sign waits for one step (iRprop-); False is plain Rprop-.
-    params, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
         As in RMSProp.
 
     Attributes

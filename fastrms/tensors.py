@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import rules
+from . import exchange, given_state, rules
 from .memory import host
 
 
@@ -18,14 +18,15 @@ class Tensor:
 
     ``name`` and ``grad_name`` are what error sentences call the parameter and its gradient, ``parts`` the named arrays
     inside it: (name, Part) pairs.  ``param`` is its Buffer, ``recipe`` the index of its RecipeKey, and ``state`` maps the
-    name of a state to a flat array in the memory order of the parameter.
+    name of a state to a flat array in the memory order of the parameter.  ``lent`` has the Buffers of those states that are
+    torch tensors of the caller, by name: they must learn that they were written, and must not be given other memory.
     """
 
-    __slots__ = ("grad_name", "name", "param", "parts", "recipe", "state")
+    __slots__ = ("grad_name", "lent", "name", "param", "parts", "recipe", "state")
 
     def __init__(self, name, grad_name, parts, param, recipe):
         self.name, self.grad_name, self.parts, self.param, self.recipe = name, grad_name, parts, param, recipe
-        self.state = {}
+        self.state, self.lent = {}, {}
 
     def shaped(self, flat):
         """A flat state array in the shape and memory order of the parameter."""
@@ -40,6 +41,7 @@ class Tensors(list):
 
     def __init__(self, structure, leaves, groups, memory):
         self.structure, self.memory = structure, memory
+        self._reader = None
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
         params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
@@ -57,6 +59,7 @@ class Tensors(list):
 
     @property
     def state(self):
+        self.refuse_moved_state()
         return [tensor.state for tensor in self]
 
     def holds_zero(self, flat):
@@ -69,6 +72,23 @@ class Tensors(list):
             rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
             tensor.state = new_state(rule, lambda name, key=key: initial_of(key, name), tensor.param, self.memory, twin)
 
+    def take_state(self, state, rules_of_keys, not_negative):
+        """Use arrays of the caller as the state, in place; see given_state.acquired, which checks them."""
+        given = given_state.acquired(self, rules_of_keys, state, not_negative)
+        for tensor, buffers in zip(self, given, strict=True):
+            tensor.state = {name: buffer.flat for name, buffer in buffers.items()}
+            tensor.lent = {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
+        self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]
+
+    def refuse_moved_state(self):
+        """ValueError where torch has given a state tensor of the caller other memory: the old memory may be gone."""
+        for tensor in self:
+            for name, buffer in tensor.lent.items():
+                label = f"state[{name!r}] of {tensor.name}"
+                if self.memory.again(buffer, label).address != buffer.address:
+                    raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
+                                     f"optimizer had been made; make a new one with state=")  # fmt: skip
+
     def acquire_grad(self, k, grad, writable):
         """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""
         if grad is None:
@@ -80,16 +100,26 @@ class Tensors(list):
 
     def moved(self, which):
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        self.refuse_moved_state()
         params, memory = self.params, self.memory
         for k in which:
             tensor = self[k]
-            params[k] = memory.again(tensor.param, tensor.name)
+            if host.is_torch(tensor.param.owner):
+                params[k] = memory.again(tensor.param, tensor.name)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
         moved = any(params[k].address != self[k].param.address for k in which)
         return params if moved else None
 
+    @property
+    def reader(self):
+        """The exchange.Reader of these tensors, or None where they cannot be read so."""
+        if self._reader is None:
+            self._reader = exchange.reader_of(self) or False
+        return self._reader or None
+
     def take(self, params):
         """Note where the parameters lie now."""
+        self._reader = None
         for tensor, param in zip(self, params, strict=True):
             tensor.param = param
 

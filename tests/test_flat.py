@@ -2,8 +2,12 @@
 
 import copy
 import enum
+import mmap
+import multiprocessing.shared_memory
+import multiprocessing.sharedctypes
 import pickle
 import sys
+import tempfile
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -144,6 +148,161 @@ def test_a_copy_is_a_buffer_of_its_own(duplicate):
     assert (other.params["w2"] == 1).all() and (other.grad[:21] == 5).all() and same(dict(flat.params), params)
     snapshot = duplicate(flat.params)
     assert type(snapshot) is dict and same(snapshot, params)
+
+
+# over memory of the caller
+
+SIZE = 1043  # numbers of SHAPES
+BLOCKS = []  # of shared memory, kept open
+
+
+def shared_memory(dtype):
+    block = multiprocessing.shared_memory.SharedMemory(create=True, size=SIZE * dtype.itemsize)
+    block.unlink()  # its name goes at once, its memory when the block is closed
+    BLOCKS.append(block)
+    return block.buf
+
+
+def mapped_file(dtype):
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype, "w+", shape=(SIZE,))
+
+
+def shared_tensor(dtype):
+    torch = pytest.importorskip("torch")
+    return torch.zeros(SIZE, dtype=getattr(torch, dtype.name)).share_memory_()
+
+
+MEMORIES = {
+    "SharedMemory": shared_memory,
+    "mmap": lambda dtype: mmap.mmap(-1, 4 * mmap.PAGESIZE),
+    "part of an mmap": lambda dtype: memoryview(mmap.mmap(-1, 4 * mmap.PAGESIZE))[72:],
+    "RawArray": lambda dtype: multiprocessing.sharedctypes.RawArray(dtype.char, SIZE),
+    "RawArray of bytes": lambda dtype: multiprocessing.sharedctypes.RawArray("c", SIZE * dtype.itemsize),
+    "bytearray": lambda dtype: bytearray(SIZE * dtype.itemsize + 5),
+    "ndarray": lambda dtype: np.zeros(SIZE, dtype),
+    "memmap": mapped_file,
+    "torch": shared_tensor,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_buffer_over_memory_of_the_caller(kind, dtype, backend):
+    """Two FlatBuffers over the same memory are one, and a step has the bits of one with memory of its own."""
+    memory, grads = MEMORIES[kind](dtype), values(1, dtype)
+    own = filled(values(0, dtype), grads)
+    laid = fastrms.FlatBuffer.like(values(0, dtype), data=memory)
+    again = fastrms.FlatBuffer(SHAPES, dtype, data=memory)
+    assert same(again.params, own.params) and again.data.ctypes.data == laid.data.ctypes.data
+    assert not laid.grad.any() and laid.grad.ctypes.data != again.grad.ctypes.data
+    again.grad[...] = own.grad
+    optimizer, reference = fastrms.RMSProp(again, backend=backend), fastrms.RMSProp(own, backend=backend)
+    for _ in range(2):
+        optimizer.step(again.grad)
+        reference.step(own.grad)
+    assert same(laid.params, own.params)
+    assert bytes(memory)[: own.data.nbytes] == laid.data.tobytes() if kind != "torch" else memory.sum().isnan()
+
+
+def test_a_gradient_over_memory_of_the_caller():
+    memory, grad = np.ones(8, np.float32), np.arange(8, dtype=np.float32)
+    flat = fastrms.FlatBuffer({"a": 3, "b": (5, 1)}, data=memory, grad=grad)
+    assert flat.data.tolist() == [1] * 8 and flat.grads["b"].reshape(-1).tolist() == [3, 4, 5, 6, 7]
+    fastrms.RMSProp(flat).step(flat.grads)
+    assert flat.grad.ctypes.data == grad.ctypes.data and memory[0] == 1 and (memory[1:] < 1).all()
+    flat = fastrms.FlatBuffer.like({"a": np.full(8, 2, np.float32)}, grad=grad)
+    assert flat.data.tolist() == [2] * 8 and flat.grad.tolist() == list(range(8))
+
+
+def test_what_a_step_does_to_a_torch_tensor_below_is_counted(backend):
+    tensor = shared_tensor(DTYPES[0]).requires_grad_()
+    flat = fastrms.FlatBuffer(SHAPES, data=tensor)
+    optimizer, before = fastrms.RMSProp(flat, groups={"w2": {"lr": 0.5}}, backend=backend), tensor._version
+    flat.grad[...] = 1
+    optimizer.step(flat.grad)
+    assert tensor._version > before and tensor.all()
+
+
+def read_only(dtype=np.uint8):
+    array = np.zeros(SIZE * 4, np.uint8).view(dtype)
+    array.flags.writeable = False
+    return array
+
+
+FLOAT = np.dtype(np.float32)
+UNUSABLE = {
+    "too few bytes": (lambda: bytearray(4 * SIZE - 1), ValueError, "data has 4171 bytes, 1043 numbers .* need 4172"),
+    "too few numbers": (lambda: np.zeros(SIZE - 1, FLOAT), ValueError, "data has 1042 numbers, the shapes .* 1043 in all$"),
+    "too many numbers": (lambda: np.zeros(SIZE + 1, FLOAT), ValueError, r"data has 1044 numbers.*: pass data\[:1043\]"),
+    "float64": (lambda: np.zeros(SIZE), TypeError, "data has dtype float64; a FlatBuffer of float32 lies over"),
+    "integers": (lambda: np.zeros(SIZE, np.int32), TypeError, "data has dtype int32; a FlatBuffer of float32"),
+    "misaligned": (lambda: np.zeros(4 * SIZE + 4, np.uint8)[1:], ValueError, "data starts at .* not aligned to 4 bytes"),
+    "read-only bytes": (read_only, ValueError, "data is read-only; a FlatBuffer is written in place"),
+    "read-only numbers": (lambda: read_only(FLOAT), ValueError, "data is read-only; a FlatBuffer is written in place"),
+    "bytes": (lambda: bytes(4 * SIZE), TypeError, "data is a bytes"),
+    "two dimensions": (lambda: np.zeros((SIZE, 1), FLOAT), ValueError, r"it must be contiguous and have one dimension"),
+    "gaps": (lambda: np.zeros(2 * SIZE, FLOAT)[::2], ValueError, "it must be contiguous and have one dimension"),
+    "a list": (lambda: [0.0] * SIZE, TypeError, "data is a list"),
+    "masked": (lambda: np.ma.zeros(SIZE, FLOAT), TypeError, "data is a masked array"),
+    "on a device": (lambda: OnDevice(), TypeError, r"data \(OnDevice\) is in device memory"),
+    "a locked Array": (lambda: multiprocessing.Array("f", SIZE), TypeError, r"pass data\.get_obj\(\)"),
+    "a named block": (lambda: Block(), TypeError, r"pass np\.frombuffer\(data\.buf, np\.float32\)"),
+    "a tensor of one process": (lambda: shared_tensor(FLOAT).clone(), ValueError, r"call data\.share_memory_\(\)"),
+    "a tensor of bytes": (lambda: shared_tensor(FLOAT).byte(), TypeError, "data has dtype uint8"),
+}  # fmt: skip
+
+
+class OnDevice:
+    __cuda_array_interface__ = {"shape": (SIZE,), "typestr": "<f4", "data": (4096, False), "version": 3}
+
+
+class Block:
+    """Stands for a SharedMemory, which would have to be closed."""
+
+    __module__, buf = "multiprocessing.shared_memory", None
+
+
+@pytest.mark.parametrize("which", ["data", "grad"])
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_memory_that_a_flat_buffer_cannot_use(case, which):
+    make, error, words = UNUSABLE[case]
+    with pytest.raises(error, match=words.replace("data", which)):
+        fastrms.FlatBuffer(SHAPES, **{which: make()})
+
+
+def test_memory_that_overlaps_is_refused():
+    memory = np.arange(10, dtype=np.float32)
+    with pytest.raises(ValueError, match="data and grad overlap in memory"):
+        fastrms.FlatBuffer({"a": 6}, data=memory[:6], grad=memory[4:])
+    with pytest.raises(
+        ValueError, match=r"params\['a'\] and data overlap in memory; FlatBuffer\(shapes, data=...\) lies over"
+    ):
+        fastrms.FlatBuffer.like({"b": np.ones(3, np.float32), "a": memory[:3]}, data=memory[2:8])
+    with pytest.raises(ValueError, match=r"params\['a'\] and grad overlap in memory"):
+        fastrms.FlatBuffer.like({"a": memory[:3]}, grad=memory[2:5])
+    assert memory.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_buffer_over_memory_of_the_caller_is_not_copied(duplicate):
+    """The other process would train a copy of its own and say nothing."""
+    flat = fastrms.FlatBuffer({"a": 6}, data=np.zeros(6, np.float32))
+    with pytest.raises(TypeError, match="the copy would not share it"):
+        duplicate(flat)
+    with pytest.raises(AttributeError, match="data of a FlatBuffer cannot be replaced"):
+        flat.data = np.zeros(6, np.float32)
+    assert fastrms.FlatBuffer.like(flat.params).data.tolist() == [0] * 6
+
+
+def test_memory_stays_while_a_view_lives():
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    view = fastrms.FlatBuffer(SHAPES, data=memory).params["scale"]
+    with pytest.raises(BufferError):
+        memory.close()
+    view[...] = 1
+    del view
+    memory.close()
 
 
 # keys that are equal, and what opt.state gives

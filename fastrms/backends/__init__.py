@@ -65,6 +65,7 @@ class Plan:
     steps: int  #: how many steps were made
     tensor_steps: list  #: how many updates each tensor has had
     most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
+    takes_pointers = False  #: whether change() takes an exchange.Reader as the gradients of a step
 
     def bound_step(self):
         """(step, step_held, argument) for one step from the held gradients: step(argument) and step_held(argument, number)

@@ -111,6 +111,7 @@ class Plan(backends.Plan):
     """A backends.Plan that consists of a fastrms_plan and the tables that it points to."""
 
     most_rate_rows = 256
+    takes_pointers = True
 
     def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
         self._pointers = ffi.typeof("void *[]")
@@ -150,7 +151,7 @@ class Plan(backends.Plan):
         status = lib.fastrms_change(
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
-            ffi.NULL if grads is None else ffi.new(self._pointers, [self._address(grad) for grad in grads]),
+            ffi.NULL if grads is None else self._addresses(grads),
             self._recipes_with(recipes) if recipes else ffi.NULL,
             hold,
             run,
@@ -187,6 +188,10 @@ class Plan(backends.Plan):
 
     def stream_close(self):
         lib.fastrms_stream_close(self._plan)
+
+    def _addresses(self, grads):
+        """A C array of the addresses of all gradients, which an exchange.Reader has ready."""
+        return ffi.new(self._pointers, [self._address(grad) for grad in grads]) if type(grads) is list else grads.pointers
 
     def _address(self, grad):
         if type(grad) is np.ndarray:

@@ -46,16 +46,6 @@ class DeviceBuffer:
             with finished(self.device):
                 call_driver("filling", "cuMemsetD32", self.address, int(words[0]), self.nbytes // 4)
 
-
-class DeviceArray(DeviceBuffer):
-    """A state array of ours.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
-
-    @property
-    def __cuda_array_interface__(self):
-        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
-        data = (self.address, False)
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
-
     def to_host(self):
         """A NumPy array with the numbers in memory order."""
         host = np.empty(self.size, self.dtype)
@@ -65,6 +55,16 @@ class DeviceArray(DeviceBuffer):
     def shaped(self, like):
         """The same memory in the shape and memory order of a Buffer."""
         return DeviceArray(self.owner, self.address, like.shape, like.strides, self.dtype, self.device)
+
+
+class DeviceArray(DeviceBuffer):
+    """A state array as people get it.  cupy.asarray, torch.as_tensor and numba.cuda.as_cuda_array take it without a copy."""
+
+    @property
+    def __cuda_array_interface__(self):
+        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
+        data = (self.address, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
 
 
 def is_device_array(x):
@@ -236,8 +236,8 @@ class Memory:
         self.address = int(self._held.handle)
 
     def __del__(self):
-        with contextlib.suppress(Exception), finished(self._device):  # at the end of the process there may be no driver left
-            pass
+        with contextlib.suppress(Exception):  # at the end of the process there may be no driver left
+            wait(self._device)
 
 
 def allocate(size, dtype, index, offset=0):
@@ -278,13 +278,19 @@ def finished(index):
         call_driver("work done before", "cuCtxSynchronize")
 
 
+def wait(index):
+    """Wait until a device has done everything."""
+    with finished(index):
+        pass
+
+
 def copy(to, source):
     """Copy between flat arrays, on the host or the device, after whatever the device is doing; finished on return."""
     if to.size:
         index = next(x.device for x in (to, source) if isinstance(x, DeviceBuffer))
         addresses = [x.address if isinstance(x, DeviceBuffer) else x.ctypes.data for x in (to, source)]
+        wait(index)
         with finished(index):
-            call_driver("work done before", "cuCtxSynchronize")
             call_driver("copying", "cuMemcpy", *addresses, to.nbytes)
 
 

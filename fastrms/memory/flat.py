@@ -73,6 +73,17 @@ class Views(ReadOnlyDict):
         super().__init__({name: flat[span].reshape(shapes[name]) for name, span in zip(shapes, spans, strict=True)})
 
 
+class Joined:
+    """Buffers that lie one after the other in memory, as one 1-D array that keeps all of them alive."""
+
+    def __init__(self, buffers):
+        first = next((buffer for buffer in buffers if buffer.size), buffers[0])
+        size = sum(buffer.size for buffer in buffers)
+        data = (first.address, False)
+        self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": first.dtype.str, "data": data}
+        self._buffers = buffers
+
+
 def _shape_of(x):
     return getattr(x, "shape", x)
 
@@ -106,14 +117,20 @@ def _plain_number(key):
 class FlatBuffer:
     """Named arrays of one dtype, in C order and without gaps in one buffer, and their gradients in a second one.
 
-    fastrms.RMSProp(flat) updates data as one tensor, whatever the number of names.  A copy or pickle is a new FlatBuffer.
+    fastrms.RMSProp(flat) updates data as one tensor, whatever the number of names.  A copy or pickle is a new FlatBuffer,
+    and is refused where this one lies over memory of the caller.
 
     Parameters
     ----------
     shapes : mapping or sequence
-        name -> shape, or shapes, whose names are then 0, 1, ...; all values start at 0.
+        name -> shape, or shapes, whose names are then 0, 1, ...
     dtype : dtype, default float32
         float32 or float64.
+    data, grad : buffer, optional
+        Memory of the caller for the two arrays, such as the buf of a multiprocessing.shared_memory.SharedMemory, an mmap, a
+        RawArray, a torch tensor after share_memory_(), or an ndarray: writable bytes, at least as many as are needed, of
+        which the first are used; or exactly as many numbers of this dtype, in one dimension.  They begin at a multiple of
+        the size of a number.  What stands in it stays.  An array without memory of the caller starts at 0.
 
     Attributes
     ----------
@@ -125,31 +142,39 @@ class FlatBuffer:
     Raises
     ------
     TypeError
-        For another dtype, or something that is not a shape.
+        For another dtype, something that is not a shape, or memory that is not on the host.
     ValueError
-        For a negative length, or where there are no names.
+        For a negative length, where there are no names, or for memory that is too short, misaligned or read-only.
     """
 
-    def __init__(self, shapes, dtype=np.float32):
+    def __init__(self, shapes, dtype=np.float32, *, data=None, grad=None):
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
         if np.dtype(dtype) not in host.DTYPES:
             raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64")
-        size = sum(map(math.prod, shapes.values()))
-        data = placement.place(size, np.dtype(dtype), [])
-        grad = placement.place(size, data.dtype, [host.ours(data).address])
-        for flat in (data, grad):
-            flat.fill(0)
-        vars(self).update(data=data, grad=grad, params=Views(data, shapes), grads=Views(grad, shapes))
+        size, dtype = sum(map(math.prod, shapes.values())), np.dtype(dtype)
+        given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
+        flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
+        if len(flats) > 1:
+            host.refuse_overlap((name, host.ours(flat)) for name, flat in flats.items())
+        for name in ("data", "grad"):
+            if name not in flats:
+                flats[name] = placement.place(size, dtype, [host.address(flat) for flat in flats.values()])
+                flats[name].fill(0)
+        views = {"params": Views(flats["data"], shapes), "grads": Views(flats["grad"], shapes)}
+        vars(self).update(**flats, **views, _given=given)
 
     @classmethod
-    def like(cls, params):
-        """A FlatBuffer with copies of these arrays, and gradients of 0.
+    def like(cls, params, *, data=None, grad=None):
+        """A FlatBuffer with copies of these arrays, and gradients of 0 unless grad is given.
 
         Parameters
         ----------
         params : mapping or sequence
             name -> array, or arrays: NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or
             all float64.
+        data, grad : buffer, optional
+            Memory of the caller for the two arrays, as FlatBuffer takes it: the copies are written into data, and grad stays
+            as it is.
 
         Returns
         -------
@@ -158,7 +183,7 @@ class FlatBuffer:
         Raises
         ------
         TypeError, ValueError
-            For params that are not such arrays.
+            For params that are not such arrays, or memory that does not fit; before anything is written.
         """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}
@@ -169,7 +194,8 @@ class FlatBuffer:
                 raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
             if x.dtype != dtype:
                 raise TypeError(f"{text[name]} has dtype {x.dtype}, {text[first]} has {dtype}; a FlatBuffer has one")
-        made = cls({name: x.shape for name, x in given.items()}, dtype)
+        made = cls({name: x.shape for name, x in given.items()}, dtype, data=data, grad=grad)
+        _refuse_copy_onto_itself(made, given, text)
         for name, x in given.items():
             made.params[name][...] = x
         return made
@@ -184,7 +210,17 @@ class FlatBuffer:
     def __delattr__(self, name):
         raise AttributeError(f"{name} of a FlatBuffer cannot be deleted")
 
+    @property
+    def _owner(self):
+        """What an optimizer updates: data, or the torch tensor that it lies over, which counts the writes to it."""
+        data = self._given.get("data")
+        return data.detach() if host.is_torch(data) else self.data
+
     def __reduce__(self):
+        if self._given:
+            raise TypeError("a FlatBuffer over your own memory cannot be copied or pickled, as the copy would not share it: "
+                            "send what names the memory, and make a FlatBuffer(shapes, data=...) over it there; a copy with "
+                            "memory of its own is FlatBuffer.like(flat.params)")  # fmt: skip
         shapes = {name: view.shape for name, view in self.params.items()}
         return _rebuilt, (shapes, self.data, self.grad)
 
@@ -197,6 +233,49 @@ def _rebuilt(shapes, data, grad):
     made = FlatBuffer(shapes, data.dtype)
     made.data[...], made.grad[...] = data, grad
     return made
+
+
+def _over(x, name, size, dtype):
+    """A 1-D array of this size and dtype over memory of the caller; TypeError or ValueError that calls it `name`."""
+    array = host.as_array(x, name)
+    if host.is_torch(x) and not x.is_shared():
+        raise ValueError(f"{name} is a torch tensor in memory of one process: call {name}.share_memory_() before, as that "
+                         f"gives it other memory")  # fmt: skip
+    if array.ndim != 1 or not array.flags.c_contiguous:
+        raise ValueError(f"{name} has shape {array.shape} and strides {array.strides} bytes; it must be contiguous and have "
+                         f"one dimension: pass {name}.reshape(-1)")  # fmt: skip
+    if array.dtype.kind in "iuS" and array.itemsize == 1:
+        return _numbers(array, name, size, dtype)
+    if array.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; a FlatBuffer of {dtype} lies over bytes or over numbers of {dtype}"
+        )
+    if array.size != size:
+        remedy = f": pass {name}[:{size}]" if array.size > size else ""
+        raise ValueError(f"{name} has {array.size} numbers, the shapes have {size} in all{remedy}")
+    return _numbers(array.view(np.uint8), name, size, dtype)
+
+
+def _numbers(array, name, size, dtype):
+    """The first bytes of an array of bytes as numbers; ValueError where they are too few, misaligned or read-only."""
+    needed, start = size * dtype.itemsize, host.address(array)
+    if array.size < needed:
+        raise ValueError(f"{name} has {array.size} bytes, {size} numbers of {dtype} need {needed}")
+    if start % dtype.itemsize:
+        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {dtype.itemsize} bytes: begin at a "
+                         f"multiple of {dtype.itemsize}")  # fmt: skip
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only; a FlatBuffer is written in place: open the memory for writing")
+    return array[:needed].view(dtype)
+
+
+def _refuse_copy_onto_itself(flat, arrays, text):
+    """ValueError where an array that is to be copied into a FlatBuffer lies in its memory."""
+    for name, x in arrays.items():
+        for what in ("data", "grad"):
+            if np.may_share_memory(x, getattr(flat, what)):
+                raise ValueError(f"{text[name]} and {what} overlap in memory; FlatBuffer(shapes, data=...) lies over what "
+                                 f"is there without copying")  # fmt: skip
 
 
 def _named(values, what):

@@ -54,6 +54,10 @@ def of_object(x, name):
     """The remedy for an object whose memory cannot be reached."""
     if is_module(x):
         return f"it has parameters: pass {name}.parameters()"
+    if library(x) == "multiprocessing" and hasattr(x, "buf"):
+        return f"pass np.frombuffer({name}.buf, np.float32)"
+    if library(x) == "multiprocessing" and hasattr(x, "get_obj"):
+        return f"pass {name}.get_obj()"
     if library(x) in _COPIES:
         return f"pass {name}{_COPIES[library(x)]}, and keep that array"
     if str(getattr(x, "dtype", "float32")) not in ("float32", "float64"):

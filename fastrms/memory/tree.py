@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import host, remedies
-from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, key_text, one_after_another
+from .flat import FlatBuffer, Joined, ReadOnlyDict, ReadOnlyList, Views, key_text, one_after_another
 
 STEADY = (np.ndarray, Views)  # types of gradients that always hold the same arrays: none can be exchanged
 
@@ -68,7 +68,7 @@ def of(params, owner=None):
     """(structure, leaves) of one array, a sequence, a mapping or a FlatBuffer; owner: the group of each of its names."""
     if isinstance(params, FlatBuffer):
         structure = FlatOf(params, owner or dict.fromkeys(params.params, 0))
-        return structure, structure.cut(params.data)
+        return structure, structure.cut(params._owner)
     if isinstance(params, Mapping):
         keys = list(params)
         leaves = [params[key] for key in keys]
@@ -134,9 +134,13 @@ class Structure:
 
     labels() are what names each leaf in a streamed step, and names(what) what error sentences call it.  leaves(value, what)
     lists the leaves of a value that must have this structure, and build(leaves) is the reverse, for showing the state.
+    state_leaves(value, what) lists those of a state that a caller gives.
     """
 
     count: int
+
+    def state_leaves(self, value, what):
+        return self.leaves(value, what)
 
     def parts(self, what):
         """For each tensor the named arrays in it: (name, Part) pairs."""
@@ -254,6 +258,33 @@ class FlatOf(Structure):
             raise ValueError(f"{what} has shape {value.shape}, the FlatBuffer has {size} elements in one dimension")
         return self.cut(value)
 
+    def state_leaves(self, value, what):
+        if value is None:
+            return [None] * self.count
+        if isinstance(value, Mapping):
+            arrays = dict(zip(self.flat.params, MappingOf(list(self.flat.params)).leaves(value, what), strict=True))
+            return [self._joined({name: arrays[name] for name in run}, what) for run in self.runs]
+        array, size = value if host.is_torch(value) else host.as_array(value, what), self.flat.data.size
+        if tuple(array.shape) != (size,):
+            raise ValueError(f"{what} has shape {tuple(array.shape)}, the FlatBuffer has {size} elements in one dimension")
+        return self.cut(array)
+
+    def _joined(self, arrays, what):
+        """One array over the named arrays of a run, which lie one after the other in memory; None where there are none."""
+        if all(array is None for array in arrays.values()):
+            return None
+        buffers, end = {}, None
+        for name, array in arrays.items():
+            label, like = f"{what}[{key_text(name)}]", f"params[{key_text(name)}]"
+            buffer = buffers[name] = host.acquire(array, label, writable=True)
+            host.same_layout(buffer, label, host.ours(self.flat.params[name]), like)
+            if host.is_torch(array) or (buffer.size and buffer.address != (end or buffer.address)):
+                raise ValueError(f"{label} does not follow in memory on the array before it; the state of a FlatBuffer is "
+                                 f"one array: pass one of {self.flat.data.size} elements in one dimension, or the params "
+                                 f"of another FlatBuffer")  # fmt: skip
+            end = buffer.end if buffer.size else end
+        return Joined(list(buffers.values()))
+
     def cut(self, whole):
         """The parts of a 1-D array that belong to the runs of names."""
         return [whole[span] for span in self.spans]
@@ -289,12 +320,18 @@ class GroupsOf(Structure):
         return [twin for member in self.members for twin in member.twins()]
 
     def leaves(self, value, what):
-        if not isinstance(value, (list, tuple)) or len(value) != len(self.members):
+        entries = self._entries(value, what)
+        return [leaf for member, entry, name in entries for leaf in member.leaves(entry, name)]
+
+    def state_leaves(self, value, what):
+        entries = self._entries(value, what)
+        return [leaf for member, entry, name in entries for leaf in member.state_leaves(entry, name)]
+
+    def _entries(self, value, what):
+        """(member, its entry of a list of groups, what error sentences call this entry) for each group."""
+        if not isinstance(value, (list, tuple, ReadOnlyList)) or len(value) != len(self.members):
             raise ValueError(f"{what} must be a list with one entry for each of the {len(self.members)} groups")
-        leaves = []
-        for k, (member, entry) in enumerate(zip(self.members, value, strict=True)):
-            leaves += member.leaves(entry, f"{what}[{k}]")
-        return leaves
+        return [(member, entry, f"{what}[{k}]") for k, (member, entry) in enumerate(zip(self.members, value, strict=True))]
 
     def build(self, leaves):
         leaves = iter(leaves)

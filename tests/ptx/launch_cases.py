@@ -430,6 +430,51 @@ def test_state_goes_to_the_host_and_back(driver):
     assert optimizer.steps == 1 and same(optimizer.state["exp_avg"].to_host(), host.state["exp_avg"])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam, fastrms.AdamW, fastrms.RProp])
+def test_a_given_state_is_used_in_place(driver, make, dtype):
+    ours, theirs, grads = ([numbers(size, dtype=dtype, seed=k) for k, size in enumerate((0, 3, 1003))] for _ in range(3))
+    reference = make(theirs, backend="numpy")
+    state = {name: [x.copy() for x in of] for name, of in reference.state.items()}
+    given = {name: [OnDevice(x, stream=0x7770) for x in of] for name, of in state.items()}
+    optimizer = make([OnDevice(x) for x in ours], state=given)
+    for _ in range(3):
+        optimizer.step([OnDevice(g) for g in grads])
+        reference.step(grads)
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+    for name, of in reference.state.items():
+        assert all(same(a, b) for a, b in zip(state[name], of, strict=True))
+        (_, _, shown) = optimizer.state[name]
+        assert shown.address == state[name][2].ctypes.data and same(shown.to_host(), of[2])
+    make([OnDevice(x) for x in ours], state=optimizer.state).load_state_dict(reference.state_dict())
+
+
+def test_a_state_that_does_not_fit_is_refused(driver):
+    w, grad = numbers(9), numbers(9)
+    for error, match, array in (
+        (TypeError, r"state\['square_avg'\] \(ndarray\) is in host memory", np.zeros(9, np.float32)),
+        (ValueError, r"state\['square_avg'\] holds a negative number or NaN", OnDevice(np.full(9, -1, np.float32))),
+        (ValueError, r"params and state\['square_avg'\] overlap", OnDevice(w)),
+        (ValueError, r"state\['square_avg'\] has shape \(8,\)", OnDevice(np.zeros(8, np.float32))),
+    ):
+        with pytest.raises(error, match=match):
+            fastrms.RMSProp(OnDevice(w), state={"square_avg": array})
+    with pytest.raises(ValueError, match="holds a 0: 0/0"):
+        fastrms.AdaGrad(OnDevice(w), eps=0.0, state={"sum": OnDevice(np.zeros(9, np.float32))})
+    with pytest.raises(ValueError, match="holds a 0: 0/0"):
+        fastrms.adagrad(OnDevice(w), OnDevice(grad), OnDevice(np.zeros(9, np.float32)), eps=0.0)
+
+
+def test_a_rule_without_state_enters_the_device(driver):
+    class Descent(fastrms.Optimizer):
+        defaults = {"lr": 0.5}
+        coefficients = staticmethod(lambda step, lr: {"lr": lr})
+        rule = staticmethod(lambda param, grad, lr: (param - lr * grad,))
+
+    calls = driver.census(lambda: Descent(OnDevice(numbers(9)), state={}))
+    assert any("CtxSetCurrent" in name for name in calls)
+
+
 def test_functions_and_own_rules(driver):
     ours, theirs, grad = numbers(33), numbers(33), numbers(33, seed=1)
     state = fastrms.init_state("rmsprop", OnDevice(ours))

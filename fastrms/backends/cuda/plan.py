@@ -73,7 +73,7 @@ class Plan(plan.Plan):
         self.takes_pointers = not options.capturable  # a graph needs to know that gradients are bound
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
         self._entered, self._several = threading.local(), device.count() > 1
-        self._on_device(bool)
+        self._on_device(device.wait, self._device)  # what filled the arrays of a caller's state is finished then
 
     flat_grad = ours = staticmethod(device.ours)
     assign = staticmethod(device.copy)

@@ -1,0 +1,68 @@
+"""The state that a caller gives: arrays of the caller's, checked as parameters are, and used in place as they are."""
+
+from collections.abc import Mapping
+
+from . import rules
+from .memory import host
+
+
+def acquired(tensors, rules_of_keys, state, not_negative):
+    """For each tensor the Buffers of its state by name, in the order of its rule.
+
+    state: name -> arrays in the structure of params, None where the rule of a tensor has no such state.  rules_of_keys: the
+    rule of each RecipeKey.  not_negative: the names of states in which a negative number or NaN can only be damage.
+    TypeError or ValueError where something does not fit.
+    """
+    kept = [rules.state_names(rules.find(rules_of_keys[tensor.recipe])) for tensor in tensors]
+    names = dict.fromkeys(name for wanted in kept for name in wanted)
+    refuse_other_names(state, names)
+    found = {}  # (index of a tensor, state name) -> (what error sentences call the array, Buffer)
+    for name in names:
+        for k, label, array in leaves(tensors.structure, state, name):
+            if name in kept[k]:
+                found[k, name] = label, acquired_one(tensors, k, array, label)
+            elif array is not None:
+                raise ValueError(
+                    f"{label} is given, and the rule of {tensors[k].name} has no {name}: pass None in its place"
+                )
+    host.refuse_overlap([*found.values(), *((tensor.name, tensor.param) for tensor in tensors)])
+    for (_, name), labelled in found.items():
+        if name in not_negative:
+            refuse_negative(tensors.memory, *labelled)
+    return [{name: found[k, name][1] for name in wanted} for k, wanted in enumerate(kept)]
+
+
+def refuse_other_names(state, names):
+    """TypeError or ValueError unless state is a mapping with exactly these names."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is a {type(state).__name__}; it must be a mapping: state name -> arrays in the structure of "
+                        f"params, as opt.state is")  # fmt: skip
+    missing = [name for name in names if name not in state]
+    extra = [name for name in state if name not in names]
+    if missing or extra:
+        fault = f"has no {missing[0]!r}" if missing else f"has {extra[0]!r}"
+        wanted = ", ".join(names) or "no state"
+        raise ValueError(f"state {fault}; with these hyper-parameters there must be exactly: {wanted}")
+
+
+def leaves(structure, state, name):
+    """(index, what error sentences call it, array or None) of the given state of this name, for each tensor."""
+    what = f"state[{name!r}]"
+    labels, arrays = structure.names(what), structure.state_leaves(state[name], what)
+    return [(k, *pair) for k, pair in enumerate(zip(labels, arrays, strict=True))]
+
+
+def acquired_one(tensors, k, array, name):
+    """The Buffer of a state array of tensor k, which error sentences call `name`."""
+    like, memory = tensors[k], tensors.memory
+    if array is None:
+        raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
+    buffer = memory.acquire(array, name, writable=True)
+    memory.same_layout(buffer, name, like.param, like.name)
+    return buffer
+
+
+def refuse_negative(memory, name, buffer):
+    """ValueError where a state array holds a negative number or NaN."""
+    if not (memory.on_host(buffer.flat) >= 0).all():
+        raise ValueError(f"{name} holds a negative number or NaN; means and sums of squares, and step sizes, are at least 0")
