@@ -16,6 +16,7 @@ from . import host, remedies
 
 LEGACY_STREAM = 1  # the handle of the default stream
 VECTOR = 16  # bytes that a thread loads at once; buffers that share an offset to a multiple of them can be loaded so
+INTERFACE = "__cuda_array_interface__"
 _ON_DEVICE = (2, 13)  # DLPack: CUDA, CUDA managed
 
 
@@ -73,7 +74,9 @@ def is_device_array(x):
         return False
     if host.is_torch(x):
         return x.is_cuda
-    return hasattr(x, "__cuda_array_interface__") or host._dlpack_device(x, "this") in _ON_DEVICE
+    if hasattr(type(x), INTERFACE) or hasattr(x, INTERFACE):  # the first does not make the interface
+        return True
+    return host._dlpack_device(x, "this") in _ON_DEVICE
 
 
 def acquire(x, name, *, writable):
@@ -93,11 +96,12 @@ def acquire(x, name, *, writable):
     if writable and seen.read_only:
         raise ValueError(f"{name} is read-only; it is written in place and must be writable")
     strides = _dense_strides(seen.shape, seen.strides, name)
-    return DeviceBuffer(x, seen.address, seen.shape, strides, seen.dtype, seen.device, _stream_of(x, name))
+    return DeviceBuffer(x, seen.address, seen.shape, strides, seen.dtype, seen.device, seen.stream)
 
 
 class Seen(NamedTuple):
-    """What an array says of its memory; strides in elements, None for C order."""
+    """What an array says of its memory; strides in elements, None for C order; stream: the one on which it is ready, None
+    where it does not say so or where its library has a current stream."""
 
     address: int
     shape: tuple
@@ -105,6 +109,7 @@ class Seen(NamedTuple):
     dtype: np.dtype
     device: int
     read_only: bool
+    stream: int | None = None
 
 
 def _seen_of_torch(x, name):
@@ -139,7 +144,8 @@ def _seen_of_cupy(x):
 def _seen(x, name):
     if isinstance(x, DeviceArray):
         return Seen(x.address, x.shape, x.strides, x.dtype, x.device, False)
-    view = _view(x, name)
+    interface = getattr(x, INTERFACE, {})
+    view = _view(x, interface, name)
     try:
         dtype = np.dtype(view.dtype)
     except Exception as error:  # a format that NumPy does not know
@@ -147,13 +153,12 @@ def _seen(x, name):
             f"{name} has a dtype that NumPy does not have; fastrms updates float32 and float64 ({error})"
         ) from None
     strides = None if view.strides is None else tuple(view.strides)
-    return Seen(view.ptr, tuple(view.shape), strides, dtype, view.device_id, view.readonly)
+    return Seen(view.ptr, tuple(view.shape), strides, dtype, view.device_id, view.readonly, _stream(interface, name))
 
 
-def _view(x, name):
+def _view(x, interface, name):
     from cuda.core.utils import StridedMemoryView
 
-    interface = getattr(x, "__cuda_array_interface__", {})
     if interface.get("mask") is not None:
         raise TypeError(f"{name} is a masked array; a mask would be ignored")
     if interface.get("version", 3) == 2:
@@ -166,6 +171,8 @@ def _view(x, name):
 
 def _dense_strides(shape, strides, name):
     """Strides in elements, 0 for axes of length 1; ValueError where the numbers have gaps."""
+    if len(shape) == 1 and (strides is None or strides[0] == 1 or shape[0] < 2):
+        return (1 if shape[0] > 1 else 0,)
     expected = 1
     if strides is None:
         strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
@@ -177,11 +184,9 @@ def _dense_strides(shape, strides, name):
     return tuple(stride if length > 1 else 0 for stride, length in zip(strides, shape, strict=True))
 
 
-def _stream_of(x, name):
-    """The stream that x names in its __cuda_array_interface__ and on which it is ready, or None."""
-    if host.is_torch(x) or _is_cupy(x):  # it is ready on the current stream of its library
-        return None
-    stream = getattr(x, "__cuda_array_interface__", {}).get("stream")
+def _stream(interface, name):
+    """The stream in a __cuda_array_interface__, or None."""
+    stream = interface.get("stream")
     if stream == 0:
         raise ValueError(f"{name} names the stream 0, which __cuda_array_interface__ forbids as ambiguous")
     return stream

@@ -394,7 +394,7 @@ def test_a_dtype_that_numpy_does_not_have_is_named(driver, monkeypatch):
         def dtype(self):
             raise NotImplementedError("Unsupported AOTI dtype code")
 
-    monkeypatch.setattr(device, "_view", lambda x, name: View())
+    monkeypatch.setattr(device, "_view", lambda x, interface, name: View())
     with pytest.raises(TypeError, match="params has a dtype that NumPy does not have; fastrms updates float32 and float64"):
         fastrms.RMSProp(OnDevice(numbers(9)))
 
