@@ -89,6 +89,6 @@ class Double:
         gc.disable()
         try:
             step()
+            return self.counts()
         finally:
             gc.enable()
-        return self.counts()
