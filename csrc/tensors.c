@@ -1,52 +1,76 @@
-/* Where the tensors of another library lie, read through the C functions that DLPack makes such libraries offer (torch has
- * them from version 2.10 on). */
+/* Where the tensors of torch lie, read from the Python objects through the C functions that torch offers to compiled code
+ * (aoti_torch_get_..., its stable C interface). */
 #include "internal.h"
 
-/* DLTensor of DLPack 1: a tensor as its library describes it */
-typedef struct {
-    void *data;
-    int32_t device_type, device_id, axes;
-    uint8_t code, bits;
-    uint16_t lanes;
-    const int64_t *shape, *strides;
-    uint64_t byte_offset;
-} described;
+typedef int32_t (*get_number)(void *tensor, int32_t *made);
+typedef int32_t (*get_count)(void *tensor, int64_t *made);
+typedef int32_t (*get_counts)(void *tensor, const int64_t **made);
+typedef int32_t (*get_address)(void *tensor, void **made);
 
-typedef int (*describe)(void *object, described *made);
+static int is_number(void *read, void *tensor, int32_t wanted)
+{
+    int32_t seen;
+    return !((get_number)read)(tensor, &seen) && seen == wanted;
+}
 
 /* does a tensor have these lengths, and these strides wherever a stride decides where an element lies? */
-static int has_layout(const described *seen, const fastrms_layout *wanted)
+static int has_layout(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted)
 {
-    if (seen->axes != wanted->axes)
+    int64_t axes;
+    const int64_t *shape, *strides;
+    if (((get_count)torch->get_dim)(tensor, &axes) || axes != wanted->axes)
         return 0;
-    for (int32_t k = 0; k < wanted->axes; ++k) {
-        if (seen->shape[k] != wanted->shape[k])
+    if (((get_counts)torch->get_sizes)(tensor, &shape) || ((get_counts)torch->get_strides)(tensor, &strides))
+        return 0;
+    for (int64_t k = 0; k < axes; ++k) {
+        if (shape[k] != wanted->shape[k])
             return 0;
-        if (seen->shape[k] > 1 && wanted->size && seen->strides[k] != wanted->strides[k])
+        if (shape[k] > 1 && wanted->size && strides[k] != wanted->strides[k])
             return 0;
     }
     return 1;
 }
 
-static int is_like(const described *seen, const fastrms_layout *wanted)
+/* does the storage of a tensor still have all bytes of it?  A storage can be resized under its tensors. */
+static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted)
 {
-    return seen->device_type == wanted->device_type && seen->device_id == wanted->device_id && seen->code == wanted->code
-        && seen->bits == 8 * wanted->itemsize && seen->lanes == 1 && seen->byte_offset == 0
-        && (uintptr_t)seen->data % (uintptr_t)wanted->itemsize == 0 && (seen->data || !wanted->size)
-        && (!wanted->address || seen->data == wanted->address) && has_layout(seen, wanted);
+    int64_t offset, bytes;
+    if (((get_count)torch->get_storage_offset)(tensor, &offset) || ((get_count)torch->get_storage_size)(tensor, &bytes))
+        return 0;
+    return (offset + wanted->size) * wanted->itemsize <= bytes;
 }
 
-int64_t fastrms_read_tensors(void *read, int64_t count, void *const *object, const void *none, const fastrms_layout *wanted,
-                             void **address)
+static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
 {
+    if (!*(void **)tensor || !is_number(torch->get_device_type, tensor, wanted->device_type)
+        || !is_number(torch->get_device_index, tensor, wanted->device_index)
+        || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))
+        return 0;
+    if (!has_layout(torch, tensor, wanted) || ((get_address)torch->get_data_ptr)(tensor, address))
+        return 0;
+    if (!wanted->size)
+        return 1;
+    return *address && (uintptr_t)*address % (uintptr_t)wanted->itemsize == 0 && is_whole(torch, tensor, wanted)
+        && (!wanted->address || *address == wanted->address);
+}
+
+int64_t fastrms_read_tensors(const fastrms_torch *torch, int64_t count, void *const *object, const fastrms_layout *wanted,
+                             void **address, int64_t *absent)
+{
+    *absent = 0;
     for (int64_t k = 0; k < count; ++k) {
-        described seen;
+        char *at = object[k];
         address[k] = NULL;
-        if (object[k] == none)
+        if (at == torch->none) {
+            ++*absent;
             continue;
-        if (((describe)read)(object[k], &seen) || !is_like(&seen, &wanted[k]))
+        }
+        const void *kind = *(const void **)(at + torch->kind_at);
+        if ((kind != torch->kinds[0] && kind != torch->kinds[1]) || !is_like(torch, at + torch->tensor_at, &wanted[k],
+                                                                             &address[k]))
             return k;
-        address[k] = wanted[k].size ? seen.data : address;   /* an empty tensor may lie at 0, which means "none" */
+        if (!wanted[k].size)
+            address[k] = address;                         /* an empty tensor may lie at 0, which means "none" */
     }
     return count;
 }

@@ -35,22 +35,30 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
 /* weight * (1 + decay + ... + decay^(terms-1)) */
 double fastrms_series(double decay, double weight, int64_t terms);
 
-/* ---- tensors of other libraries ---- */
+/* ---- tensors of torch ---- */
 
-/* What a tensor must be.  The type is given by code and itemsize (code 2: float), the device as in DLPack.  address: where it
- * must lie, NULL for anywhere; shape and strides have one number for each of the axes, the strides in elements. */
+/* What fastrms_read_tensors needs of torch: where in a Python object its class and its tensor are, in bytes; the classes that
+ * are read, and None; the layout "strided"; and torch's functions aoti_torch_get_... . */
 typedef struct {
-    int32_t device_type, device_id, axes, code, itemsize;
-    int64_t size;
+    int32_t kind_at, tensor_at, strided;
+    const void *kinds[2], *none;
+    void *get_device_type, *get_device_index, *get_layout, *get_dtype, *get_dim, *get_sizes, *get_strides;
+    void *get_data_ptr, *get_storage_offset, *get_storage_size;
+} fastrms_torch;
+
+/* What a tensor must be; device_type, device_index and dtype are torch's numbers.  address: where it must lie, NULL for
+ * anywhere; shape and strides have one number for each of the axes, the strides in elements. */
+typedef struct {
+    int32_t device_type, device_index, dtype, itemsize;
+    int64_t axes, size;
     const void *address;
     const int64_t *shape, *strides;
 } fastrms_layout;
 
-/* Fill address[] for `count` tensors, which are Python objects: NULL for the object none.  Returns count, or the index of the
- * first tensor that is not as wanted or that cannot be read.  read: dltensor_from_py_object_no_sync of the library's
- * DLPackExchangeAPI.  The caller holds the GIL, and asks whether a Python exception was set. */
-int64_t fastrms_read_tensors(void *read, int64_t count, void *const *object, const void *none, const fastrms_layout *wanted,
-                             void **address);
+/* Fill address[] for `count` tensors, which are Python objects: NULL for None, which *absent counts.  Returns count, or the
+ * index of the first that is not as wanted. */
+int64_t fastrms_read_tensors(const fastrms_torch *torch, int64_t count, void *const *object, const fastrms_layout *wanted,
+                             void **address, int64_t *absent);
 
 /* ---- the ceilings of the benchmark ---- */
 

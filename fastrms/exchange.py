@@ -2,61 +2,71 @@
 
 torch may give a tensor other memory at any time.  acquire() of fastrms.memory, which checks all there is, takes microseconds
 for a tensor; here a tensor is only compared with what acquire() once accepted.  Where the comparison fails, for whatever
-reason, acquire() is asked again, and its sentence says what is wrong.  torch offers the C functions from version 2.10 on.
+reason, acquire() is asked again, and its sentence says what is wrong.
 """
 
 import ctypes
 import sys
 from copy import copy
 from functools import cache
-
-import numpy as np
+from pathlib import Path
 
 from .backends import c
 from .memory import host
 
-FLOAT = 2  # the code of its type in DLPack
-HOST, CUDA = 1, 2  # devices in DLPack
-_OFFSET = 5  # of dltensor_from_py_object_no_sync in a DLPackExchangeAPI, in pointers
+READ = ("device_type", "device_index", "layout", "dtype", "dim", "sizes", "strides", "data_ptr", "storage_offset",
+        "storage_size")  # fmt: skip
+FILES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
 @cache
 def library():
-    """The Library of the torch that is loaded, or None where it or this build lacks the functions in C."""
-    torch = sys.modules.get("torch")
-    capsule = getattr(getattr(torch, "Tensor", None), "__dlpack_c_exchange_api__", None)
-    if capsule is None or c.lib is None or not hasattr(torch.autograd.graph, "increment_version"):
+    """The Library of the torch that is loaded; None where it, or this build of fastrms, lacks what that needs."""
+    try:
+        return Library(sys.modules["torch"]) if c.lib else None
+    except (AttributeError, LookupError, OSError, StopIteration, TypeError):
         return None
-    pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-        ("PyCapsule_GetPointer", ctypes.pythonapi)
-    )
-    table = pointer(capsule, b"dlpack_exchange_api")
-    major = ctypes.c_uint32.from_address(table).value
-    return Library(torch, (ctypes.c_void_p * (_OFFSET + 1)).from_address(table)[_OFFSET]) if major == 1 else None
 
 
 class Library:
-    """What is used of torch: methods of its tensors as functions, and the C function that describes a tensor."""
+    """What is used of torch: two of its functions, and a struct with which C reads its tensors.  Making it raises where this
+    torch is another than is expected here."""
 
-    def __init__(self, torch, describe):
-        tensor = torch.Tensor
-        self.describe = describe
-        self.kinds = {tensor, torch.nn.Parameter, type(None)}
-        self.untyped_storage, self.storage_offset, self.is_neg = tensor.untyped_storage, tensor.storage_offset, tensor.is_neg
-        self.nbytes = torch.UntypedStorage.nbytes
-        self.increment_version = torch.autograd.graph.increment_version
-        at = int(c.ffi.cast("uintptr_t", c.ffi.addressof(c.lib, "fastrms_read_tensors")))
-        kinds = ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4
-        self.read = ctypes.PYFUNCTYPE(ctypes.c_int64, *kinds)(at)  # it keeps the GIL, which the function of torch needs
+    def __init__(self, torch):
+        self.is_neg, self.increment_version = torch.Tensor.is_neg, torch.autograd.graph.increment_version
+        folder = Path(torch.__file__).parent / "lib"
+        functions = ctypes.CDLL(next(str(folder / name) for name in FILES if (folder / name).exists()))
+        self.devices = {name: functions[f"aoti_torch_device_type_{name}"]() for name in ("cpu", "cuda")}
+        self.dtypes = {size: functions[f"aoti_torch_dtype_float{8 * size}"]() for size in (4, 8)}
+        self.struct = c.ffi.new("fastrms_torch *")
+        for name in READ:
+            address = ctypes.cast(functions[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
+            setattr(self.struct, f"get_{name}", c.pointer(address))
+        self.struct.strided, self.struct.none = functions.aoti_torch_layout_strided(), c.pointer(id(None))
+        samples = torch.ones(2, 3)[1:], torch.nn.Parameter(torch.ones(2, 3)[1:])
+        self.increment_version(samples)
+        self.struct.kinds = [c.pointer(id(type(sample))) for sample in samples]
+        self.struct.kind_at = place([(sample, id(type(sample))) for sample in samples])
+        self.struct.tensor_at = place([(sample, sample._cdata) for sample in samples])
 
 
-def reader_of(tensors):
-    """A Reader for these Tensors; None where one of them is not a plain tensor of torch, or torch cannot be asked in C."""
-    known = library()
-    owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
-    if known is None:
+def place(pairs):
+    """How many bytes after the start of an object a pointer stands, from (object, pointer) pairs; LookupError where it does
+    not stand at one place in all of them."""
+    for offset in range(8, type(pairs[0][0]).__basicsize__, 8):
+        if all(ctypes.c_void_p.from_address(id(x) + offset).value == wanted for x, wanted in pairs):
+            return offset
+    raise LookupError("torch has another layout of its objects")
+
+
+def reader_of(tensors, plan):
+    """A Reader for these Tensors; None where one of them is no tensor of torch, where torch cannot be read in C, and where
+    the Plan needs arrays, as those of the host do that take no pointers."""
+    if not plan.takes_pointers and tensors.memory is host:
         return None
-    return Reader(known, tensors) if known.kinds.issuperset(map(type, owners)) else None
+    owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
+    known = library() if all(map(host.is_torch, owners)) else None
+    return known and Reader(known, tensors, plan.takes_pointers)
 
 
 class Reader:
@@ -66,72 +76,65 @@ class Reader:
     themselves, and ``absent`` says whether there is a None among them.  They are good from read() to done().
     """
 
-    def __init__(self, known, tensors):
-        self._torch, self._tensors = known, tensors
-        self._fixed = [buffer for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
-        self._stay = [tensor.param.owner for tensor in tensors]
-        self._storages = list(map(known.untyped_storage, self._stay))  # held, so that no other can lie in their place
-        self._stored = list(map(known.nbytes, self._storages))
-        self._bytes = [tensor.param.size * tensor.param.dtype.itemsize for tensor in tensors]
-        self._counted = [[b.owner for b in (t.param, *t.lent.values()) if not b.owner.is_inference()] for t in tensors]
+    def __init__(self, known, tensors, gives_pointers):
+        self._known, self._tensors, self._gives_pointers = known, tensors, gives_pointers
+        buffers = [buffer for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
+        self._rows = [1 + len(tensor.lent) for tensor in tensors]
+        told = [(t.param, *(t.lent.values() if tensors.tells_of_state else ())) for t in tensors]
+        self._counted = [[b.owner for b in row if not b.owner.is_inference()] for row in told]
         self._all_counted = [owner for owners in self._counted for owner in owners]
-        self._layouts(tensors)
+        wanted = [*((buffer, buffer.address) for buffer in buffers), *((tensor.param, 0) for tensor in tensors)]
+        self._kept = []
+        self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
+        self._objects = c.ffi.new("uintptr_t[]", [*(id(buffer.owner) for buffer in buffers), *[0] * len(tensors)])
+        self._addresses = c.ffi.new("void *[]", len(wanted))
+        self._count, self._fixed = len(wanted), len(buffers)
+        self.pointers = self._addresses + self._fixed
+        self._absent = c.ffi.new("int64_t *")
+        objects = c.ffi.cast("void *const *", self._objects)
+        self._call = known.struct, self._count, objects, self._layouts, self._addresses, self._absent
 
-    def _layouts(self, tensors):
-        """Say in C what each tensor must be."""
-        ffi, fixed, self._kept = c.ffi, len(self._fixed), []
-        wanted = ffi.new("fastrms_layout[]", fixed + len(tensors))
-        for k, buffer in enumerate([*self._fixed, *(tensor.param for tensor in tensors)]):
-            self._kept += ffi.new("int64_t[]", list(buffer.shape)), ffi.new("int64_t[]", list(buffer.strides))
-            device = (HOST, 0) if isinstance(buffer, host.Buffer) else (CUDA, buffer.device)
-            wanted[k].device_type, wanted[k].device_id, wanted[k].axes = *device, len(buffer.shape)
-            wanted[k].code, wanted[k].itemsize, wanted[k].size = FLOAT, buffer.dtype.itemsize, buffer.size
-            wanted[k].address = c.pointer(buffer.address if k < fixed else 0)
-            wanted[k].shape, wanted[k].strides = self._kept[-2:]
-        self._objects = np.array([*(id(b.owner) for b in self._fixed), *[0] * len(tensors)], np.uintp)
-        addresses = ffi.new("void *[]", len(wanted))
-        self.pointers = addresses + fixed
-        self._kept += wanted, addresses
-        at = (int(ffi.cast("uintptr_t", x)) for x in (wanted, addresses))
-        self._call = self._torch.describe, len(wanted), self._objects.ctypes.data, id(None), *at
-        self._of_grads = self._objects[fixed:]
+    def _layout(self, buffer, address):
+        """What C shall compare a tensor with."""
+        self._kept += c.ffi.new("int64_t[]", buffer.shape), c.ffi.new("int64_t[]", buffer.strides)
+        shape, strides = self._kept[-2:]
+        device, size = buffer.owner.device, buffer.dtype.itemsize
+        kind, index, dtype = self._known.devices[device.type], device.index, self._known.dtypes[size]
+        index = -1 if index is None else index
+        return {"device_type": kind, "device_index": index, "dtype": dtype, "itemsize": size, "axes": len(buffer.shape),
+                "size": buffer.size, "address": c.pointer(address), "shape": shape, "strides": strides}  # fmt: skip
 
     def read(self, leaves):
         """Whether every tensor is what it was, and every gradient like its parameter, so that a step may use pointers."""
-        known = self._torch
-        kinds = {*map(type, leaves)}
-        if not known.kinds.issuperset(kinds):
+        self._objects[self._fixed : self._count] = list(map(id, leaves))
+        if c.lib.fastrms_read_tensors(*self._call) != self._count:
             return False
-        self._of_grads[:] = list(map(id, leaves))
-        try:
-            if known.read(*self._call) != self._call[1]:
-                return False
-        except Exception:  # it is torch's, for a tensor that has no memory; acquire() says so in its own words
-            return False
-        self.leaves, self.absent, sizes = leaves, type(None) in kinds, self._bytes
-        if self.absent:
-            sizes = [size for size, leaf in zip(sizes, leaves, strict=True) if leaf is not None]
-            leaves = [leaf for leaf in leaves if leaf is not None]
-        return list(map(known.nbytes, self._storages)) == self._stored and self._are_whole(leaves, sizes)
+        self.leaves, self.absent = leaves, self._absent[0] > 0
+        there = [leaf for leaf in leaves if leaf is not None] if self.absent else leaves
+        return not any(map(self._known.is_neg, there))
 
-    def given(self, plan):
-        """The gradients as this plan takes them: as pointers, or as Buffers."""
-        if plan.takes_pointers:
+    def read_one(self, k, grad):
+        """The address of the gradient of tensor k, as read() has all of them; 0 where a tensor is not as it should be."""
+        first, grads = sum(self._rows[:k]), self._fixed + k
+        self._objects[grads] = id(grad)
+        for start, count in ((first, self._rows[k]), (grads, 1)):
+            objects = c.ffi.cast("void *const *", self._objects + start)
+            tables = objects, self._layouts + start, self._addresses + start
+            if c.lib.fastrms_read_tensors(self._known.struct, count, *tables, self._absent) != count:
+                return 0
+        return 0 if self._absent[0] or grad.is_neg() else int(c.ffi.cast("uintptr_t", self.pointers[k]))
+
+    def wrote_one(self, k):
+        """Tell torch that a step has written parameter k and its states."""
+        self._known.increment_version(self._counted[k])
+
+    def given(self):
+        """The gradients as the plan takes them: as pointers, or as Buffers."""
+        if self._gives_pointers:
             return self
         pointers = (int(c.ffi.cast("uintptr_t", self.pointers[k])) for k in range(len(self.leaves)))
         rows = zip(self._tensors, self.leaves, pointers, strict=True)
         return [None if leaf is None else at(tensor.param, leaf, pointer) for tensor, leaf, pointer in rows]
-
-    def _are_whole(self, grads, sizes):
-        """Whether the storage of each gradient has all its bytes, and none is the negative of what is stored."""
-        known = self._torch
-        if any(map(known.is_neg, grads)):
-            return False
-        stored, offsets = list(map(known.nbytes, map(known.untyped_storage, grads))), list(map(known.storage_offset, grads))
-        if stored == sizes and not any(offsets):
-            return True
-        rows = zip(grads, stored, offsets, sizes, strict=True)
-        return all(offset * grad.element_size() + size <= have for grad, have, offset, size in rows)
 
     def wrote(self, params, grads):
         """Tell torch what a step has written.  params: whether it is the parameters that have a gradient, with their states;
@@ -144,7 +147,7 @@ class Reader:
             written = self._all_counted
         if grads:
             written = written + [leaf for leaf in self.leaves if leaf is not None and not leaf.is_inference()]
-        self._torch.increment_version(written)
+        self._known.increment_version(written)
 
     def done(self):
         """Let go of the gradients."""

@@ -82,15 +82,12 @@ class Gradients:
         """grads, a generator of them as a list where params is a sequence: they may have to be looked at twice."""
         return list(grads) if type(grads) is GeneratorType and isinstance(self._tensors.structure, SequenceOf) else grads
 
-    def read(self, grads, plan):
-        """The exchange.Reader that has read where these gradients lie, None where acquire() must look at them."""
-        on_device = self._tensors.memory is not host  # a plan of the host that takes no pointers needs arrays
-        reader = self._tensors.reader if plan.takes_pointers or on_device else None
-        plain = type(grads) in PLAIN or host.is_torch(grads) if grads is not None else self.bound is not None
-        if reader is None or not plain:
-            return None
-        leaves = self._bound_owners() if grads is None else self._tensors.structure.leaves(grads, "grads")
-        return reader if reader.read(leaves) else None
+    def torch_leaves(self, grads):
+        """The gradients of a step as a list, those that are bound for None; None where they can be looked at only once."""
+        if grads is None:
+            return None if self.bound is None else self._bound_owners()
+        plain = type(grads) in PLAIN or host.is_torch(grads)
+        return self._tensors.structure.leaves(grads, "grads") if plain else None
 
     def _is_held(self, grads):
         """Whether the plan holds this array as it is.  An array that the step will zero is always checked again, since it

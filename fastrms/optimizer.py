@@ -340,8 +340,9 @@ class Optimizer(Names, Family):
             return info
         if tensors.of_torch:
             grads = gradients.listed(grads)
-            info = self._read_step(grads, grad_scale, clip_norm)
-            if info is not None:
+            leaves = gradients.torch_leaves(grads)
+            info = leaves and self._read_step(leaves, grad_scale, clip_norm)
+            if info:
                 return info
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
         accepted, hold = gradients.accept(grads, anew=params is not None)
@@ -353,16 +354,16 @@ class Optimizer(Names, Family):
             self._hold(hold)
         return APPLIED if found is None else self._info(found)
 
-    def _read_step(self, grads, grad_scale, clip_norm):
-        """The StepInfo of a step from torch tensors whose addresses C has read; None where it cannot be made so."""
-        reader = self._gradients.read(grads, self._plan)
-        if reader is None:
+    def _read_step(self, leaves, grad_scale, clip_norm):
+        """The StepInfo of a step from gradients that are torch tensors, a list with one for each tensor or None, whose
+        addresses C reads; None where it cannot be made so."""
+        reader = self._tensors.reader(self._plan)
+        if reader is None or not reader.read(leaves):
             return None
         if self._gradients.held is not None:
             self._hold(None)
         try:
-            given = reader.given(self._plan)
-            found = self._change_plan(None, given, None, 0, True, grad_scale, clip_norm, reader)
+            found = self._change_plan(None, reader.given(), None, 0, True, grad_scale, clip_norm, reader)
         finally:
             reader.done()
         return APPLIED if found is None else self._info(found)
@@ -387,11 +388,11 @@ class Optimizer(Names, Family):
 
     def _tell_owners(self, status, params, grads, reader):
         """Let the owners of parameters, and of gradients that a step zeroes, know that their memory was written."""
-        gradients, params = self._gradients, params or self._tensors.params
         stepped = status in (None, backends.OK)
         zeroes = self._zero_grad and (stepped or (status == backends.NONFINITE and self._nonfinite == "skip"))
         if reader is not None:
             return reader.wrote(stepped, zeroes)
+        gradients, params = self._gradients, params or self._tensors.params
         if grads is None:  # those that are held, or one array for all
             grads = gradients.bound if gradients.holds_bound else params
         rows = zip(self._tensors, params, grads, strict=True)
@@ -516,6 +517,26 @@ class Optimizer(Names, Family):
                 f"cannot do: it needs nonfinite='propagate'"
             )
         return Streaming(self, hyper.scale("grad_scale", grad_scale))
+
+    def _open_stream(self):
+        self._refuse_unless_ok(self._plan.stream_open())
+
+    def _stream_read(self, k, grad):
+        """_stream() of a torch tensor whose address C reads, from constant learning rates; False where it cannot."""
+        reader = self._tensors.reader(self._plan)
+        address = reader.read_one(k, grad) if reader and not self._zero_grad else 0
+        if not address:
+            return False
+        status = None
+        try:
+            status = self._plan.stream_step(k, None, self._tensors[k].param._replace(address=address), None, 1.0)
+        finally:
+            if status in (None, backends.OK):
+                reader.wrote_one(k)
+        if status == backends.OVERLAP:
+            self._tensors.refuse_overlap(None, [(k, grad)])
+        self._refuse_unless_ok(status)
+        return True
 
     def _stream(self, k, grad, grad_scale, first):
         """Update tensor k alone, within a streamed step."""

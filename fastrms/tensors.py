@@ -37,11 +37,12 @@ class Tensors(list):
     """All tensors of an optimizer, a list of Tensor in the order of its structure.
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
+    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.
     """
 
     def __init__(self, structure, leaves, groups, memory):
         self.structure, self.memory = structure, memory
-        self._reader = None
+        self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
         params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
@@ -110,11 +111,10 @@ class Tensors(list):
         moved = any(params[k].address != self[k].param.address for k in which)
         return params if moved else None
 
-    @property
-    def reader(self):
-        """The exchange.Reader of these tensors, or None where they cannot be read so."""
+    def reader(self, plan):
+        """The exchange.Reader of these tensors for a Plan, or None where they cannot be read so."""
         if self._reader is None:
-            self._reader = exchange.reader_of(self) or False
+            self._reader = exchange.reader_of(self, plan) or False
         return self._reader or None
 
     def take(self, params):

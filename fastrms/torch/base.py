@@ -1,0 +1,368 @@
+"""The base of the torch optimizers: a torch.optim.Optimizer whose step is one call of C for each device."""
+
+import inspect
+from functools import wraps
+from operator import attrgetter, is_, itemgetter
+
+import torch
+from torch.optim import optimizer as of_torch
+
+from .. import hyper
+from ..dialects import meaning_of_true, preset
+from ..memory import device, host
+from ..optimizer import APPLIED, StepInfo
+from ..torch_state import FLAGS, NAMES
+from .core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+
+REASONS = {
+    "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
+    "backend='cuda', capturable=True) and its kin",
+    "differentiable": ": updates are made in place and cannot be differentiated; use torch.optim",
+}
+OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad")  # arguments of an optimizer that belong to no group
+GRAD = attrgetter("grad")
+NOTHING = {type(None)}
+BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
+profiling = torch.autograd._profiler_enabled
+
+
+def nothing():
+    """None."""
+
+
+def arguments(init):
+    """A constructor whose signature says all: self._start gets, by name, the arguments that were given."""
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def wrapper(self, *args, **named):
+        given = signature.bind(self, *args, **named).arguments
+        del given["self"]
+        defaults = {name: p.default for name, p in signature.parameters.items() if name not in ("self", "params")}
+        self._start(given.pop("params"), given, defaults)
+
+    return wrapper
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The base of RMSprop, Adagrad, Adam, AdamW and Rprop, each of which names a ``kind``, its class in fastrms."""
+
+    kind = ""
+    in_backward = staticmethod(nothing)  # gives what step_in_backward() has made
+    _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to step()
+
+    def _start(self, params, given, defaults):
+        """Make an optimizer of these arguments: `given` are those that were passed, `defaults` torch's."""
+        refuse(given)
+        options = {name: given.pop(name, defaults.get(name)) for name in OURS}
+        self.dialect = options["dialect"]
+        norm = options["clip_norm"]
+        self.clip_norm = None if norm is None else hyper.above_zero("clip_norm", norm)
+        self.nonfinite = hyper.on_nonfinite("nonfinite", options["nonfinite"])
+        self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
+        self.step_info, self._cores, self._note = APPLIED, None, Note()
+        super().__init__(params, self._defaults(given, defaults))
+
+    def _defaults(self, given, defaults):
+        """The entries of a group: torch's, then what torch lacks.  What was given wins over the dialect, this over torch."""
+        kind, made = KINDS[self.kind], {name: value for name, value in defaults.items() if name not in OURS}
+        ours = {**kind.defaults, **preset(self.dialect, kind.family)}
+        for theirs, mine in self._names.items():
+            if self.dialect is not None or theirs not in made:
+                made[theirs] = tuple(ours[name] for name in mine) if isinstance(mine, tuple) else ours[mine]
+        known = {name for mine in self._names.values() for name in ([mine] if isinstance(mine, str) else mine)}
+        made = {**made, **{name: value for name, value in ours.items() if name not in known}, **given}
+        self._checked(made)
+        return made
+
+    @property
+    def _names(self):
+        """torch's name of each hyper-parameter: ours, or a tuple of ours."""
+        return NAMES[self.kind]
+
+    def _checked(self, group):
+        """The hyper-parameters of a group in our names; TypeError or ValueError that names one as torch does."""
+        kind, rows = KINDS[self.kind], []
+        for theirs, ours in self._names.items():
+            value = frozen(theirs, group[theirs])
+            if isinstance(ours, str):
+                rows.append((ours, theirs, value))
+                continue
+            if len(value) != len(ours):
+                raise ValueError(f"{theirs}={value!r} must be {len(ours)} numbers")
+            rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]
+        named = {name for name, _, _ in rows}
+        rows += [(name, name, frozen(name, group[name])) for name in kind.defaults if name not in named]
+        values = {name: kind.check_of(name)(said, value) for name, said, value in rows}
+        values = {name: meaning_of_true(self.dialect, name) if x is True else x for name, x in values.items()}
+        state_names(self.kind, values)  # ValueError where they do not go together
+        return values
+
+    def add_param_group(self, param_group):
+        """Add parameters, with hyper-parameters of their own where param_group has these, as torch's optimizers do."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._checked(group)
+            for label, param in labelled(group):
+                memory_of(param).acquire(param, f"params[{len(self.param_groups) - 1}][{label!r}]", writable=True)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+
+    # what each step looks at
+
+    def _is_known(self):
+        """Whether groups, hyper-parameters and states are those for which the cores were made, or only learning rates, the
+        first of the values of each group, are others; the cores then take them over."""
+        if self._cores is None or self._note.changed or len(self.param_groups) != len(self._known):
+            return False
+        rates = {}
+        for number, (group, (params, getter, known)) in enumerate(zip(self.param_groups, self._known, strict=True)):
+            mine, values = group["params"], getter(group)
+            if len(mine) != len(params) or not all(map(is_, mine, params)):
+                return False
+            if values != known:
+                if values[1:] != known[1:] or type(values[0]) is not float:
+                    return False
+                rates[number] = values[0]
+        if len(self.state) != len(self._states) or not all(map(is_, self.state.values(), self._states)):
+            return False
+        if self._idle and any(grad is not None for grad in map(GRAD, self._idle)):
+            return False
+        return not rates or self._takes_rates(rates)
+
+    def _takes_rates(self, rates):
+        """Give the cores new learning rates of some groups, which are all that has changed."""
+        for core in self._cores:
+            core.set_rates(rates)
+        for number, rate in rates.items():
+            params, getter, known = self._known[number]
+            self._known[number] = params, getter, (rate, *known[1:])
+        return True
+
+    def _renew(self, needs_state=lambda param: param.grad is not None):
+        """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
+        values = [self._checked(group) for group in self.param_groups]
+        members = self._members(values, needs_state)
+        if not self._has_same(members) or not self._takes(values):
+            self._cores = None
+            by_device = {}
+            for member in members:
+                by_device.setdefault(member.param.device, []).append(member)
+            options = {"nonfinite": self.nonfinite, "zero_grad": self.zeroes_grad}
+            self._cores = [Core(self.kind, some, values, options) for some in by_device.values()]
+        self._know()
+
+    def _members(self, values, needs_state):
+        """A Member for every parameter that has a state or needs one; what its state lacks is made."""
+        members = []
+        for number, group in enumerate(self.param_groups):
+            for label, param in labelled(group):
+                if not needs_state(param) and not self.state.get(param):
+                    continue
+                state = self.state[param]
+                if type(state) is not State or state.note is not self._note:
+                    state = self.state[param] = State(state, self._note)
+                complete(self.kind, values[number], param, state)
+                members.append(Member(number, label, param, state))
+        return members
+
+    def _has_same(self, members):
+        """Whether the cores have these members, with the states that they have now."""
+        if self._cores is None or self._note.changed:
+            return False
+        mine = [member for core in self._cores for member in core.members]
+        key = lambda member: (member.group, id(member.param))  # noqa: E731
+        return sorted(map(key, mine)) == sorted(map(key, members))
+
+    def _takes(self, values):
+        """Give the cores new hyper-parameters; False where these ask for other states."""
+        kept = [[state_names(self.kind, values[g]) for g in core.groups] for core in self._cores]
+        if kept != [core.names for core in self._cores]:
+            return False
+        for core in self._cores:
+            core.set_values(values)
+        return True
+
+    def _know(self):
+        """Note what _is_known() compares with."""
+        self._known = []
+        for group in self.param_groups:
+            names = [name for name in self.defaults if name not in FLAGS and name in group]
+            values = tuple(frozen(name, group[name]) for name in names)
+            self._known.append((list(group["params"]), itemgetter(*names), values))
+        self._states = list(self.state.values())
+        params = (param for group in self.param_groups for param in group["params"])
+        self._idle = [param for param in params if param not in self.state]
+        self._note.changed = False
+
+    # a step
+
+    def step(self, closure=None):
+        """Make a step from the gradients that the parameters have.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss and the gradients, and returns the loss.
+
+        Returns
+        -------
+        loss : tensor or None
+            What closure returned.
+        """
+        if BEFORE_ALL or AFTER_ALL or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or profiling():
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        if closure is not None:
+            return self._plain_step(closure)
+        self._update()
+
+    step.hooked = True  # torch shall not add its hooks and the entry of its profiler, 5 us, to every step
+
+    def _plain_step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
+    def _update(self):
+        """Make a step from the gradients that the parameters have."""
+        grad_scale = 1.0
+        if "found_inf" in self.__dict__:  # a GradScaler calls
+            if self.found_inf is not None and self.found_inf.item():
+                self.step_info = StepInfo(False, None, None)
+                return
+            if self.grad_scale is not None:
+                grad_scale = 1.0 / self.grad_scale.item()
+        if self.in_backward is not nothing and self.in_backward():
+            self.in_backward().finish()
+        self._be_known()
+        self.step_info = self._step_cores(grad_scale)
+
+    def _be_known(self):
+        """Make sure that the cores are those of the present groups, hyper-parameters and states."""
+        if not self._is_known():
+            self._renew()
+
+    def _step_cores(self, grad_scale):
+        info = APPLIED
+        for number, core in enumerate(self._cores):
+            grads = list(map(GRAD, core.params))
+            kinds = {*map(type, grads)}
+            if kinds == NOTHING:
+                continue
+            info = core.step(grads, type(None) in kinds, grad_scale, self.clip_norm)
+            if info is None:
+                core = self._cores[number] = core.present()
+                info = core.checked_step(grads, grad_scale, self.clip_norm)
+        return info
+
+    # the state
+
+    def make_state(self):
+        """Make the states of all parameters that require a gradient now, and not at their first step with one."""
+        self._renew(lambda param: param.requires_grad)
+
+    def share_memory(self):
+        """Move all states, the numbers of steps included, into memory that processes share; torch's Adagrad has this."""
+        self.make_state()
+        for state in self._states:
+            for name, value in state.items():
+                if name != "step" and torch.is_tensor(value):
+                    value.share_memory_()
+        for core in self._cores:
+            core.share_counts()
+        self._note.changed = True  # the states have moved
+
+    def load_state_dict(self, state_dict):
+        """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
+
+        The numbers are copied.  Hyper-parameters that torch does not have keep their values.
+
+        Parameters
+        ----------
+        state_dict : dict
+
+        Raises
+        ------
+        ValueError
+            With nothing changed, where it does not fit this optimizer.
+        """
+        before = dict(vars(self))
+        try:
+            super().load_state_dict(state_dict)
+            for number, group in enumerate(self.param_groups):
+                self._checked(group)
+                for label, param in labelled(group):
+                    if param in self.state:
+                        self.state[param] = copied(param, self.state[param], f"params[{number}][{label!r}]")
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def __getstate__(self):
+        kept = ("dialect", "clip_norm", "nonfinite", "zeroes_grad", "step_info")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._cores, self._note = None, Note()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # what older versions, and torch, do not have
+                group.setdefault(name, value)
+
+    def state_dict(self):
+        d = super().state_dict()
+        return {**d, "state": {key: dict(x) if isinstance(x, State) else x for key, x in d["state"].items()}}
+
+
+def refuse(given):
+    """ValueError for an argument of torch's optimizers that fastrms lacks; foreach and fused say how torch loops, and do not
+    matter here."""
+    for name in ("capturable", "differentiable"):
+        if given.get(name) not in (None, False):
+            raise ValueError(f"{name}={given[name]!r}{REASONS[name]}")
+    for name in ("foreach", "fused"):
+        if given.get(name) not in (None, False, True):
+            raise ValueError(f"{name}={given[name]!r} must be None, True or False")
+
+
+def frozen(name, value):
+    """A hyper-parameter as plain numbers, in place of tensors of one element."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(frozen(name, x) for x in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of {value.numel()} elements; it must have one")
+    return float(value)
+
+
+def labelled(group):
+    """(label, parameter) pairs of a group: what error sentences call each, its name or else its index."""
+    names = group.get("param_names") or range(len(group["params"]))
+    return zip(names, group["params"], strict=True)
+
+
+def copied(param, state, name):
+    """A loaded state in memory of its own, in the layout of the parameter, which error sentences call `name`."""
+    made = {}
+    for key, value in state.items():
+        if key == "step" or not torch.is_tensor(value) or key not in STATES:
+            made[key] = value.clone() if torch.is_tensor(value) else value
+            continue
+        if value.shape != param.shape:
+            raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
+                             f"{tuple(param.shape)}")  # fmt: skip
+        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0).copy_(value)
+    return made
+
+
+def memory_of(param):
+    """The module of fastrms.memory for this tensor."""
+    return device if param.is_cuda else host

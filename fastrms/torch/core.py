@@ -1,0 +1,237 @@
+"""The part of a torch optimizer on one device: an optimizer of fastrms over those of its parameters that have a state."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import optimizers, rules
+from ..memory import placement
+
+EXACT = 2**24  # up to this count, every number of steps is a float32
+
+
+def trusting(kind):
+    """The optimizer of fastrms, except that it takes a state as it is: a run whose state is NaN goes on, as torch's does."""
+    return type(kind.__name__, (kind,), {"not_negative": ()})
+
+
+STATES = {name for rule in rules.RULES.values() for name in rules.state_names(rule)}
+KINDS = {name: trusting(vars(optimizers)[name]) for name in optimizers.__all__ if name[:1].isupper()}
+
+
+class State(dict):
+    """The state of one parameter.  It sets ``note.changed`` where an entry that the update uses is exchanged."""
+
+    __slots__ = ("note",)
+
+    def __init__(self, values, note):
+        super().__init__(values)
+        self.note = note
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+def _noting(name):
+    method = getattr(dict, name)
+
+    def noting(self, *arguments, **named):
+        self.note.changed = True
+        return method(self, *arguments, **named)
+
+    return noting
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(State, _name, _noting(_name))
+
+
+class Note:
+    """Whether something has changed."""
+
+    __slots__ = ("changed",)
+
+    def __init__(self):
+        self.changed = False
+
+
+def new_state(param, beside, value):
+    """A new state tensor in the layout of a parameter, which holds this value; in host memory it is placed so that it evicts
+    neither the parameter nor the state tensors `beside` from cache."""
+    if param.device.type != "cpu" or not param.numel():
+        return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
+    dtype = np.dtype(str(param.dtype).removeprefix("torch."))
+    flat = placement.place(param.numel(), dtype, [x.data_ptr() for x in (param, *beside)])
+    flat.fill(value)
+    return torch.from_numpy(flat).as_strided(param.shape, param.stride())
+
+
+def state_names(kind, values):
+    """The names of the states that hyper-parameters in our names ask for."""
+    made = KINDS[kind]
+    recipe = made.checked_recipe(made.at_step(values), np.dtype(np.float64))
+    return rules.state_names(rules.find(recipe.rule))
+
+
+def complete(kind, values, param, state):
+    """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` ask for."""
+    h = KINDS[kind].at_step(values)
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
+    for name in state_names(kind, values):
+        if name not in state:
+            beside = [x for x in state.values() if torch.is_tensor(x) and x.dim()]
+            state[name] = new_state(param, beside, KINDS[kind].initial(h, name))
+
+
+def laid_out(param, grad):
+    """A gradient in the memory order of its parameter: itself, or a temporary copy where it has another order."""
+    if grad is None or grad.layout is not torch.strided or grad.stride() == param.stride():
+        return grad
+    if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
+        return grad
+    return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+class Member(NamedTuple):
+    """A parameter that has a state: its group, the name by which error sentences call it, and the state."""
+
+    group: int
+    label: Any
+    param: torch.Tensor
+    state: State
+
+
+class Core:
+    """The parameters of one device and the optimizer of fastrms that updates them.
+
+    kind: the name of its class; members: a list of Member in the order of their groups; values: the hyper-parameters of each
+    group, in our names; options: nonfinite and zero_grad.
+    """
+
+    def __init__(self, kind, members, values, options):
+        self._made_from = kind, members, values, options
+        self.members, self.params = members, [member.param for member in members]
+        self.groups = sorted({member.group for member in members})
+        of_group = [[m for m in members if m.group == group] for group in self.groups]
+        self._keys = [[m.label for m in some] for some in of_group]
+        self.names = names = [state_names(kind, values[group]) for group in self.groups]
+        state = {
+            name: [{m.label: m.state[name] if name in mine else None for m in some}
+                   for some, mine in zip(of_group, names, strict=True)]
+            for name in dict.fromkeys(name for mine in names for name in mine)
+        }  # fmt: skip
+        groups = [
+            {"params": {m.label: m.param for m in some}, **values[group]}
+            for group, some in zip(self.groups, of_group, strict=True)
+        ]
+        self.optimizer = KINDS[kind](groups, state=state, **options)
+        self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
+        self._take_counts()
+
+    def _take_counts(self):
+        """Make the step tensors of all members parts of one array, which a step advances at once."""
+        steps = [member.state["step"] for member in self.members]
+        counts = [float(step) for step in steps]
+        self._most = max(counts)
+        array = in_a_row(steps)
+        if array is None:
+            array = torch.tensor(counts, dtype=torch.float64 if self._most >= EXACT else torch.float32)
+        self._show(array)
+        self._tell_plan()
+
+    def _show(self, array):
+        """Let the step tensors of the members be the elements of this tensor."""
+        for member, step in zip(self.members, array, strict=True):
+            dict.__setitem__(member.state, "step", step)
+        self._counts = array.numpy()
+        self._all = np.ones_like(self._counts)
+
+    def share_counts(self):
+        """Move the step tensors into memory that processes share."""
+        self._show(torch.from_numpy(self._counts).clone().share_memory_())
+
+    def _tell_plan(self):
+        """Give the plan the counts that the step tensors show."""
+        counts = [int(count) for count in self._counts]
+        self.optimizer._copy([], [], steps=[max(counts), *counts])
+        self._seen = self._counts.tobytes()
+
+    def step(self, grads, absent, grad_scale, clip_norm):
+        """Make a step from the gradients of all members; absent: whether a None is among them.  Returns a StepInfo, or None
+        where a tensor is not what it was, or its gradient is not like it."""
+        if self._counts.tobytes() != self._seen:
+            self._tell_plan()
+        with self.optimizer._one_thread:
+            info = self.optimizer._read_step(grads, grad_scale, clip_norm)
+        if info and info.applied:
+            self._count([grad is not None for grad in grads] if absent else self._all)
+        return info
+
+    def checked_step(self, grads, grad_scale, clip_norm):
+        """step(), with all checks and their sentences."""
+        info = self.optimizer.step(self._arranged(grads), grad_scale, clip_norm)
+        if info.applied:
+            self._count([grad is not None for grad in grads])
+        return info
+
+    def present(self):
+        """This core, or one made anew where torch has given a state other memory."""
+        lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
+        return self if all(b.owner.data_ptr() == b.address for b in lent) else Core(*self._made_from)
+
+    def set_values(self, values):
+        """Take over new hyper-parameters of all groups, which ask for the same states."""
+        kind, members, _, options = self._made_from
+        self._made_from = kind, members, values, options
+        for mine, group in zip(self.optimizer.groups, self.groups, strict=True):
+            new = values[group].items()
+            changed = {name: x for name, x in new if name not in self.optimizer.fixed and mine[name] != x}
+            if changed:
+                mine.update(changed)
+
+    def set_rates(self, rates):
+        """Take over the learning rates of some groups: rates by the number of the group."""
+        if "lr" not in self.optimizer.fixed:
+            changes = [(k, "lr", rates[group]) for k, group in enumerate(self.groups) if group in rates]
+            self.optimizer._change(changes)
+
+    def _arranged(self, grads):
+        """The gradients in the structure of the groups, each in the layout of its parameter."""
+        grads = iter(map(laid_out, self.params, grads))
+        return [{key: next(grads) for key in keys} for keys in self._keys]
+
+    def stream_open(self):
+        """Begin a step that is made member by member."""
+        if self._counts.tobytes() != self._seen:
+            self._tell_plan()
+        self.optimizer._open_stream()
+
+    def stream_step(self, k, grad):
+        """Update member k from its gradient, within such a step."""
+        if not self.optimizer._stream_read(k, grad):
+            self.optimizer._stream(k, laid_out(self.params[k], grad), 1.0, first=False)
+        self._counts[k] += 1
+
+    def stream_close(self):
+        self.optimizer._plan.stream_close()
+        self._count(0)
+
+    def _count(self, stepped):
+        """Count a step of the members for which `stepped` has a 1."""
+        np.add(self._counts, stepped, self._counts)
+        self._most += 1
+        if self._most >= EXACT and self._counts.dtype == np.float32:
+            self._show(torch.from_numpy(self._counts.astype(np.float64)))
+        self._seen = self._counts.tobytes()
+
+
+def in_a_row(steps):
+    """One tensor over step tensors that processes share and that follow on each other in memory; None where they do not."""
+    first, size = steps[0], 4
+    if not all(torch.is_tensor(step) and step.is_shared() and step.dtype == torch.float32 for step in steps):
+        return None
+    if [step.data_ptr() for step in steps] != [first.data_ptr() + size * k for k in range(len(steps))]:
+        return None
+    return first.as_strided((len(steps),), (1,))
