@@ -63,7 +63,7 @@ def ptx_of(rule, name, cc):
 
 def variant(gpu, rule, name, tensor):
     """A Launch of a variant over one tensor, (param, grad, states)."""
-    from cuda.core import LaunchConfig, ObjectCode
+    from cuda.core import ObjectCode
 
     _, threads, vectors = VARIANTS[name]
     make = fastrms.RMSProp if rule == "rmsprop" else fastrms.Adam
@@ -72,9 +72,11 @@ def variant(gpu, rule, name, tensor):
     made.aim(Coefficients(recipe), 0, [tensor], device.allocate)
     made.make_coefficients(1, 1.0)
     entry, ptx = ptx_of(rule, name, gpu.cc)
-    made.kernel = ObjectCode.from_cubin(toolchain.compiler().link(ptx, gpu.cc)).get_kernel(entry)
-    count = tensor[0].size // table.width(DTYPE)
-    made.config = LaunchConfig(grid=-(-count // (threads * vectors)), block=threads)
+    found = ObjectCode.from_cubin(toolchain.compiler().link(ptx, gpu.cc)).get_kernel(entry)
+    param, grad, states = tensor
+    count = param.size // table.width(DTYPE)
+    head = [*(buffer.address for buffer in (param, grad, *states)), param.size, count]
+    made.arguments = launch.Arguments(found, head, made._tail(), -(-count // (threads * vectors)), threads)
     return made
 
 
@@ -95,7 +97,7 @@ def compare(gpu, rule, size):
         if any(not np.array_equal(a, b) for a, b in zip(got, want, strict=True)):
             rows.append({"what": name, "rule": rule, "refused": "its bits are not those of the others"})
             continue
-        steps[name] = lambda made=made: made.run(1, gpu.stream)
+        steps[name] = lambda made=made: made.run(1, device.LEGACY_STREAM)
     streams = 3 + 2 * states
     return rows + [{**row(name, size, DTYPE, streams, taken), "rule": rule}
                    for name, taken in gpu.milliseconds(steps, rounds=11).items()]  # fmt: skip
@@ -107,5 +109,5 @@ def after_one_step(made, gpu, tensor):
     device.copy(gpu.part(param, 0, min(param.size, 1 << 16)), np.ones(min(param.size, 1 << 16), DTYPE))
     for state in states:
         state.fill(0.0)
-    made.run(1, gpu.stream)
+    made.run(1, device.LEGACY_STREAM)
     return [gpu.part(array, 0, min(array.size, 1 << 16)).to_host().view(np.uint32) for array in (param, *states)]

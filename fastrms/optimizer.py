@@ -338,7 +338,7 @@ class Optimizer(Names, Family):
         info = self._looking_step(self._steady_grads, grads, grad_scale, clip_norm)
         if info is not None:
             return info
-        if tensors.of_torch:
+        if tensors.of_torch and not (grads is None and self._plan.capturable):
             grads = gradients.listed(grads)
             leaves = gradients.torch_leaves(grads)
             info = leaves and self._read_step(leaves, grad_scale, clip_norm)

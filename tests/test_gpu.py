@@ -24,7 +24,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"t
 if REASON is None:
     from gpu_arrays import LIBRARIES, OfTorch, Ours, has
 
-    from fastrms.backends.cuda.driver import stream_of
     from fastrms.backends.cuda.kernel import Kind
     from fastrms.backends.cuda.launch import Launch
 else:
@@ -103,11 +102,11 @@ def made(rule, general, dtype, kind):
 
 
 def launch(recipe, kind, tensors):
-    launch, stream = Launch(recipe, kind, 0, device.allocate), stream_of(device.LEGACY_STREAM)
+    launch, handle = Launch(recipe, kind, 0, device.allocate), device.LEGACY_STREAM
     launch.aim(Coefficients(recipe), 0, tensors, device.allocate)
     launch.make_coefficients(1, 1.0)
-    launch.send(stream, 1)
-    launch.run(1, stream)
+    launch.send(handle, 1)
+    launch.run(1, handle)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -276,7 +275,7 @@ optimizer.step()
 
 PLANTED = """
 launch = optimizer._plan._updates[0]
-launch.head = (16, *launch.head[1:])  # an address that nothing has
+launch.arguments._head[0] = 16  # an address that nothing has
 optimizer.step()
 """
 

@@ -36,7 +36,10 @@ class DeviceBuffer:
 
     def at(self, address):
         """A DeviceBuffer like this one at another address, whose memory somebody else keeps."""
-        return DeviceBuffer(None, address, self.shape, self.strides, self.dtype, self.device)
+        made = DeviceBuffer.__new__(DeviceBuffer)
+        vars(made).update(vars(self))
+        made.owner, made.address, made.end, made.stream = None, address, address + self.nbytes, None
+        return made
 
     def fill(self, value):
         """Write a value everywhere; the device does it where all words of the value are equal."""

@@ -24,7 +24,6 @@ from fastrms.backends import OK, OVERLAP  # noqa: E402
 from fastrms.backends.c import ffi  # noqa: E402
 from fastrms.backends.cuda import kernel, table, toolchain  # noqa: E402
 from fastrms.backends.cuda import launch as launching  # noqa: E402
-from fastrms.backends.cuda.driver import stream_of  # noqa: E402
 from fastrms.memory import device  # noqa: E402
 from fastrms.rules import select  # noqa: E402
 
@@ -188,7 +187,7 @@ def test_capturable_reads_a_changed_lr_from_the_device(driver):
     optimizer.lr = reference.lr = 0.25
     assert driver.census(optimizer.advance) == {"cuMemcpyHtoDAsync_v2": 1}
     (launch,) = optimizer._plan._updates
-    launch.run(optimizer._plan.steps, stream_of(optimizer._plan._explicit))  # the graph, launched again
+    launch.run(optimizer._plan.steps, optimizer._plan._explicit)  # the graph, launched again
     reference.step(grad)
     assert same(ours, theirs) and optimizer.steps == 2
     with pytest.raises(ValueError, match="a captured CUDA graph does not launch"):
@@ -226,7 +225,7 @@ def test_a_capture_of_gradients_that_are_not_bound_is_refused(driver):
     driver.library.double_capturing(0)
     driver.run = True
     optimizer.advance()
-    optimizer._plan._updates[0].run(optimizer.steps, stream_of(0x7770))  # the graph, launched again
+    optimizer._plan._updates[0].run(optimizer.steps, 0x7770)  # the graph, launched again
     reference.step(new)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True)) and optimizer.steps == reference.steps == 4
 
@@ -367,7 +366,7 @@ def test_addresses_that_were_read_in_c_are_taken(driver):
     params, theirs, grads = ([numbers(33, seed=k) for k in range(3)] for _ in range(3))
     optimizer, reference = fastrms.Adam([OnDevice(p) for p in params]), fastrms.Adam(theirs, backend="numpy")
     plan = optimizer._plan
-    assert plan.takes_pointers and not fastrms.Adam(OnDevice(numbers(9)), capturable=True)._plan.takes_pointers
+    assert plan.takes_pointers
     for leaves in (grads, grads, [None, *grads[1:]], grads, [grads[0], grads[1].copy(), grads[2]]):
         addresses = [0 if leaf is None else leaf.ctypes.data for leaf in leaves]
         pointers = ffi.new("void *[]", [ffi.cast("void *", address) for address in addresses])

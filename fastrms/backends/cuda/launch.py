@@ -8,7 +8,7 @@ from ... import own_rules, rules
 from ...memory import device
 from .. import plan
 from . import toolchain
-from .driver import write
+from .driver import stream_of, write
 from .kernel import kernel_name
 from .table import THREADS, blocks, table, vectors
 
@@ -26,20 +26,18 @@ def loaded(rule, general, dtype, kind, index):
 
 class Launch(plan.Update):
     """A kernel over one or many tensors that share their coefficients and have missed the same number of steps.  It is kept
-    from step to step, so aim() gives it its tensors; and run() takes a stream, too.
+    from step to step, so aim() gives it its tensors; and run() takes the handle of a stream, too.
 
     allocate(size, dtype, index) gives device memory, for the coefficients of a capturable kernel and for the table.
     """
 
     def __init__(self, recipe, kind, index, allocate):
-        from cuda.core import LaunchConfig, launch
-
         self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.device_row = allocate(self.count, recipe.dtype, index) if kind.capturable else None
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
-        self.make_config, self.launch = LaunchConfig, launch
+        self.arguments = None
         self.table, self.parts, self.there = None, {}, {}
         self.reading = []  # (event, array) of each part that the driver may not have read yet
         self.rows_sent = deque([None], PENDING)
@@ -49,12 +47,12 @@ class Launch(plan.Update):
         self.use(coefficients, missed)
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if self.kind.many:
-            self.head, grid = self._aim_many(*table(found, self.itemsize), allocate)
+            head, grid = self._aim_many(*table(found, self.itemsize), allocate)
         else:
             addresses, size = found[0]
             count = vectors(addresses, size, self.itemsize)
-            self.head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
-        self.config = self.make_config(grid=grid, block=THREADS)
+            head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
+        self.arguments = Arguments(self.kernel, head, self._tail(), grid, THREADS)
 
     def _aim_many(self, rows, tensor_of, allocate):
         """Note the two parts of the table by their addresses on the device, for send().  The memory there serves for every
@@ -66,39 +64,70 @@ class Launch(plan.Update):
         self.parts = dict(zip(head, (rows, tensor_of), strict=True))
         return head, tensor_of.size
 
+    def _tail(self):
+        """The memory of the arguments behind the head: a row of coefficients, or the address of the row on the device."""
+        row = self.device_row
+        return np.empty(self.count, f"f{self.itemsize}") if row is None else np.array([row.address], np.uint64)
+
     def take(self):
-        """Note the new coefficients as words.
+        """Note the new coefficients as bytes."""
+        self.bytes = memoryview(self.coefficients.rows).cast("B")
 
-        A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
-        would widen a Python float, and a NumPy number costs it 0.5 us more.
-        """
-        self.words = memoryview(self.coefficients.rows).cast("B").cast("I" if self.itemsize == 4 else "d")
-
-    def send(self, stream, number):
+    def send(self, handle, number):
         """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel."""
         for address, part in self.parts.items():
             if not np.array_equal(self.there.get(address), part):
-                self._send_part(address, part, stream)
+                self._send_part(address, part, handle)
         if self.device_row is not None:
             row = self.taken[(number - self.first) * self.stride].copy()
             if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
                 self.rows_sent.append(row)
-                write(self.device_row.address, row, stream)
+                write(self.device_row.address, row, handle)
 
-    def _send_part(self, address, part, stream):
+    def _send_part(self, address, part, handle):
         self.reading = [pair for pair in self.reading if not pair[0].is_done]
-        write(address, part, stream)
+        write(address, part, handle)
         self.there[address] = part
-        self.reading.append((stream.record(), part))
+        self.reading.append((stream_of(handle).record(), part))
 
-    def run(self, number, stream):
-        """Launch step `number` of the plan on a stream of cuda.core."""
+    def run(self, number, handle):
+        """Launch step `number` of the plan on the stream of this handle."""
         if self.device_row is None:
-            start = (number - self.first) * self.stride * self.count
-            tail = self.words[start : start + self.count]
-        else:
-            tail = (self.device_row.address,)
-        try:
-            self.launch(stream, self.config, self.kernel, *self.head, *tail)
-        except Exception as error:  # of cuda.core, whose own classes are not public
-            raise RuntimeError(f"launching {self.name} failed: {error}") from error
+            nbytes = self.count * self.itemsize
+            start = (number - self.first) * self.stride * nbytes
+            self.arguments.tail[:] = self.bytes[start : start + nbytes]
+        status = self.arguments.launch(handle)
+        if status:
+            raise RuntimeError(f"launching {self.name} failed on the GPU: {status.name}")
+
+
+class Arguments:
+    """A launch as the driver takes it: pointers to all arguments of the kernel.  It is made once for the same tensors; a
+    step writes only what has changed, in a third of the time that cuda.core.launch takes.
+
+    tail: the bytes of the arguments behind the first ones, all of one size; the driver copies them at the launch.
+    """
+
+    def __init__(self, kernel, head, tail, grid, block):
+        from cuda.bindings import driver
+
+        self._call, self._kernel = driver.cuLaunchKernelEx, driver.CUfunction(int(kernel.handle))
+        self._head, self._tail, self._owner = np.array(head, np.uint64), tail, kernel
+        self.tail = memoryview(tail).cast("B")
+        self._pointers = np.concatenate([addresses_in(self._head), addresses_in(tail)])
+        self._at = self._pointers.ctypes.data
+        self._config = config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX = grid, block
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        self._handle = None
+
+    def launch(self, handle):
+        """The driver's answer, which is 0 where it has taken the launch."""
+        if handle != self._handle:
+            self._config.hStream = self._handle = handle
+        return self._call(self._config, self._kernel, self._at, 0)[0]
+
+
+def addresses_in(array):
+    """The address of each number of a flat NumPy array."""
+    return array.ctypes.data + array.itemsize * np.arange(array.size, dtype=np.uint64)

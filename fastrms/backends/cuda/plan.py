@@ -11,7 +11,7 @@ from ...memory.device import LEGACY_STREAM
 from .. import OK, plan
 from ..c import ffi
 from ..coefficients import Coefficients
-from .driver import capturing, stream_handle, stream_of, zero
+from .driver import capturing, stream_handle, wait, zero
 from .kernel import Kind
 from .launch import Launch
 
@@ -51,7 +51,7 @@ def update(recipe, step, grad_scale, param, grad, states):
             made = Launch(recipe, Kind(), param.device, device.allocate)
             made.aim(Coefficients(recipe), 0, [(param, grad, states)], device.allocate)
             made.make_coefficients(step, grad_scale)
-            made.run(step, stream_of(device.stream_source(param)()))
+            made.run(step, device.stream_source(param)())
 
 
 class Plan(plan.Plan):
@@ -70,11 +70,12 @@ class Plan(plan.Plan):
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
         self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
         self._read_last = None, None  # (addresses, gradients) of _read()
-        self.takes_pointers = not options.capturable  # a graph needs to know that gradients are bound
+        self.capturable = options.capturable
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
         self._entered, self._several = threading.local(), device.count() > 1
         self._on_device(device.wait, self._device)  # what filled the arrays of a caller's state is finished then
 
+    takes_pointers = True
     flat_grad = ours = staticmethod(device.ours)
     assign = staticmethod(device.copy)
 
@@ -82,7 +83,7 @@ class Plan(plan.Plan):
         if clip_norm is not None:
             raise ValueError(NORMLESS)
         for index, recipe in (recipes or {}).items():
-            if self._options.capturable and recipe.general != self.recipes[index].general:
+            if self.capturable and recipe.general != self.recipes[index].general:
                 raise ValueError(OTHER_KERNEL)
         if grads is not None and type(grads) is not list:
             grads = self._read(grads)
@@ -119,7 +120,7 @@ class Plan(plan.Plan):
         recipe, first = coefficients.recipe, members[0]
         key = self.recipe_of[first], recipe.general, *members
         if key not in self._launches:
-            kind = Kind(len(members) > 1, self._options.capturable)
+            kind = Kind(len(members) > 1, self.capturable)
             self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
         tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
@@ -154,39 +155,35 @@ class Plan(plan.Plan):
 
     def _launch_step(self, grad_scale):
         number, handle = self.steps + 1, self._handle()
-        library, stream = self._source() if self._joins else handle, stream_of(handle)
-        self._recorded = self._is_recorded({handle, library})
+        library = self._source() if self._joins else handle  # the stream on which the library of the arrays works
+        apart = library != handle
+        self._recorded = (handle != LEGACY_STREAM or apart) and self._is_recorded({handle, library})
         self._prepare(number, grad_scale)
-        if self._waits or library != handle:
-            self._wait(stream, {*self._waits, library} - {handle})
+        if self._waits or apart:
+            for other in {*self._waits, library} - {handle}:
+                wait(handle, other)
         if not self._recorded:
-            self._send(stream, number)
+            self._send(handle, number)
         for launch in self._updates:
-            launch.run(number, stream)
+            launch.run(number, handle)
         if self.zero_grad:
-            self._zero_gradients(stream)
-        if library != handle:  # what follows on the stream of the library may free the gradients
-            self._wait(stream_of(library), [handle])
+            self._zero_gradients(handle)
+        if apart:  # what follows on the stream of the library may free the gradients
+            wait(library, handle)
         if not self._recorded:
             self._count(number)
         if self._options.check:
             device.call_driver("this step or work before it", "cuStreamSynchronize", handle)
 
-    @staticmethod
-    def _wait(stream, handles):
-        """Let a stream wait for what other streams do now; the host does not wait."""
-        for handle in handles:
-            stream.wait(stream_of(handle))
-
-    def _zero_gradients(self, stream):
+    def _zero_gradients(self, handle):
         for grad in filter(None, self.grads):
-            zero(grad.address, grad.nbytes, stream)
+            zero(grad.address, grad.nbytes, handle)
 
     def _advance(self):
-        number, stream = self.steps + 1, stream_of(self._handle())
+        number = self.steps + 1
         self._recorded = False
         self._prepare(number, 1.0)
-        self._send(stream, number)
+        self._send(self._handle(), number)
         self._count(number)
 
     def _handle(self):
@@ -195,9 +192,9 @@ class Plan(plan.Plan):
 
     def _is_recorded(self, handles):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
-        if not any(handle != LEGACY_STREAM and capturing(stream_of(handle)) for handle in handles):
+        if not any(handle != LEGACY_STREAM and capturing(handle) for handle in handles):
             return False
-        capturable, check = self._options.capturable, self._options.check
+        capturable, check = self.capturable, self._options.check
         refusal = NOT_CAPTURABLE if not capturable else UNBOUND if not self.held else WAITS if check else None
         if refusal:
             raise RuntimeError(refusal)
@@ -211,11 +208,11 @@ class Plan(plan.Plan):
             self._make_updates(number, grad_scale)
             self._plain_until = 0  # a launch needs its stream
 
-    def _send(self, stream, number):
+    def _send(self, handle, number):
         if self._unsent:
             for launch in self._updates:
-                launch.send(stream, number)
-            self._unsent = self._options.capturable  # its coefficients may change at each step
+                launch.send(handle, number)
+            self._unsent = self.capturable  # its coefficients may change at each step
 
     def _foreign_streams(self):
         """The streams that arrays name; the stream of a launch waits for them, the host does not."""
