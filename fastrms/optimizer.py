@@ -505,12 +505,10 @@ class Optimizer(Names, Family):
         Raises
         ------
         ValueError
-            Unless ``nonfinite="propagate"``, and on ``backend="cuda"``.
+            Unless ``nonfinite="propagate"``.
         TypeError
             For a FlatBuffer, which is updated as one: stream its mapping flat.params.
         """
-        if self._backend == "cuda":
-            raise ValueError("streaming needs a host backend, this optimizer runs on 'cuda': call step() with all gradients")
         if self._nonfinite != "propagate":
             raise ValueError(
                 f"nonfinite={self._nonfinite!r} looks at all gradients before the first update, which a streamed step "

@@ -27,10 +27,10 @@ if REASON is None:
     from fastrms.backends.cuda.kernel import Kind
     from fastrms.backends.cuda.launch import Launch
 else:
-    LIBRARIES, Kind = [SimpleNamespace(name="none")], lambda *on: on
+    LIBRARIES, Kind = [SimpleNamespace(name="none")], lambda *on, **more: (on, more)
     has = bool
 
-KINDS = [Kind(many, capturable) for many in (False, True) for capturable in (False, True)]
+KINDS = [Kind(), Kind(capturable=True), Kind(many=True), Kind(True, True), Kind(zero_grad=True), Kind(True, True, True)]
 SIZES = [*range(10), 1023, 1024, 1025, 1026, 1027, 4099]
 GUARD = 77.25
 ON_DOUBLE = "FASTRMS_DRIVER_DOUBLE" in os.environ  # set by tests/ptx/on_double.py
@@ -98,6 +98,8 @@ def made(rule, general, dtype, kind):
         backends.load("numpy").update(recipe, 1, 1.0, param, grad, states)
     for field, result in zip((fields[0], *fields[2:]), (param, *states), strict=True):
         field.expect(result)
+    if kind.zero_grad:
+        fields[1].expect(np.zeros_like(grad))
     return fields
 
 
@@ -114,7 +116,7 @@ def launch(recipe, kind, tensors):
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_every_kernel_has_the_bits_of_numpy(rule, general, dtype, kind):
-    """Guard zones between the tensors stay as they are, and so do the gradients."""
+    """Guard zones between the tensors stay as they are, and so do the gradients, where they are not to be zeroed."""
     if ON_DOUBLE and (general or kind.capturable or rule not in ("rmsprop", "adam")):
         pytest.skip("tests/ptx runs all of them")
     assert all(field.is_as_expected() for field in made(rule, general, dtype, kind))
@@ -165,6 +167,21 @@ def test_views_of_one_array(library, zero_grad):
         optimizer.step(parts(there_grads))
         reference.step([left[a : a + b] for a, b in zip(starts, sizes, strict=True)])
     assert same(library.to_host(there), want) and same(library.to_host(there_grads), left)
+
+
+def test_a_streamed_step(library):
+    params, theirs, grads = ([numbers(700 + k, k + seed) for k in range(4)] for seed in (0, 0, 9))
+    there = list(map(library.to_device, params))
+    optimizer, reference = fastrms.Adam(there), fastrms.Adam(theirs, backend="numpy")
+    for order in ((2, 0, 3), (1, 2, 0, 3)):
+        with optimizer.streaming() as s, reference.streaming() as r:
+            for k in order:
+                s.step(k, library.to_device(grads[k]))
+                r.step(k, grads[k])
+    optimizer.step(list(map(library.to_device, grads)))
+    reference.step(grads)
+    assert optimizer.tensor_steps == reference.tensor_steps
+    assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
 
 
 def test_state_goes_to_the_host_and_back(library):
@@ -534,7 +551,7 @@ def test_what_torch_has_and_fastrms_has_not():
     import torch
 
     for dtype in (torch.bfloat16, torch.float16):
-        with pytest.raises(TypeError, match=f"params has dtype {str(dtype)[6:]}; on CUDA fastrms updates float32"):
+        with pytest.raises(TypeError, match=f"params has dtype {str(dtype)[6:]}; fastrms updates float32 and float64 on"):
             fastrms.RMSProp(torch.ones(9, dtype=dtype, device="cuda"))
     with pytest.raises(ValueError, match="lazily negated"):
         fastrms.RMSProp(torch._neg_view(torch.ones(9, device="cuda")))

@@ -315,9 +315,7 @@ class Plan(backends.Plan):
                 self._take_rates(rates)
             update = self._update(self._coefficients(k), [k], {k: grad})
             update.make_coefficients(self.steps + 1, grad_scale, rows_each(len(self.params)))
-            update.run(self.steps + 1)
-            if self.zero_grad:
-                grad.fill(0)
+            self._run_streamed(update, self.steps + 1, k, grad)
             if not self._streamed:
                 later = [missed + 1 for missed in self.missed]
                 self.steps, self.missed, self._streamed = self.steps + 1, later, True  # in one statement
@@ -325,6 +323,12 @@ class Plan(backends.Plan):
             return OK
         finally:
             self.lock.release()
+
+    def _run_streamed(self, update, number, k, grad):
+        """Run the update of tensor k alone."""
+        update.run(number)
+        if self.zero_grad:
+            grad.fill(0)
 
     # reading and replacing the state
 

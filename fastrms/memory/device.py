@@ -34,8 +34,8 @@ class DeviceBuffer:
     def flat(self):
         return self
 
-    def at(self, address):
-        """A DeviceBuffer like this one at another address, whose memory somebody else keeps."""
+    def _replace(self, address):
+        """A DeviceBuffer like this one at another address, whose memory somebody else keeps; as of a named tuple."""
         made = DeviceBuffer.__new__(DeviceBuffer)
         vars(made).update(vars(self))
         made.owner, made.address, made.end, made.stream = None, address, address + self.nbytes, None

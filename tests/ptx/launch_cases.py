@@ -622,7 +622,8 @@ def test_zero_grad_zeroes_on_the_stream(driver):
     want = [p.copy() for p in params]
     fastrms.RMSProp(want, backend="numpy").step(grads)
     optimizer = fastrms.RMSProp([OnDevice(p) for p in params], zero_grad=True)
-    optimizer.step([OnDevice(g) for g in grads])
+    calls = driver.census(lambda: optimizer.step([OnDevice(g) for g in grads]))
+    assert calls["cuLaunchKernelEx"] == 1 and not any("Memset" in name for name in calls)  # the kernel does it
     assert all(np.array_equal(bits(p), bits(w)) for p, w in zip(params, want, strict=True))
     assert all((g == 0).all() for g in grads) and optimizer.steps == 1
     optimizer.step([None, OnDevice(grads[1])])
@@ -636,8 +637,33 @@ def test_what_looks_at_all_gradients_is_refused(driver):
     for nonfinite in ("skip", "raise"):
         with pytest.raises(ValueError, match=f"nonfinite='{nonfinite}' looks at all gradients before the first update"):
             fastrms.RMSProp(OnDevice(numbers(8)), nonfinite=nonfinite)
-    with pytest.raises(ValueError, match="streaming needs a host backend"):
-        fastrms.RMSProp(OnDevice(numbers(8))).streaming()
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_streamed_step_is_a_launch_per_tensor(driver, cupy, zero_grad):
+    """In any order; the scratch gradient is the same for all; a step of all tensors follows."""
+    sizes = [33, 0, 1003, 5]
+    ours, theirs, grads = ([numbers(size, seed=j + k) for k, size in enumerate(sizes)] for j in (0, 0, 9))
+    optimizer = fastrms.Adam([OfCuPy(x) for x in ours], zero_grad=zero_grad, stream=0x8880)
+    reference = fastrms.Adam(theirs, backend="numpy", zero_grad=zero_grad)
+    for order in ((3, 0, 1, 2), (2, 0)):
+        with optimizer.streaming() as s, reference.streaming() as r:
+            for k in order:
+                scratch = [grads[k].copy(), grads[k].copy()]
+                driver.waits()
+                grad = OfCuPy(scratch[0])
+                calls = driver.census(lambda s=s, k=k, grad=grad: s.step(k, grad))
+                r.step(k, scratch[1])
+                assert calls.get("cuLaunchKernelEx", 0) == (sizes[k] > 0) and same(*scratch)
+                assert driver.waits() == [(0x8880, 0x7770), (0x7770, 0x8880)]
+                assert not any("Synchronize" in name for name in calls)
+    assert optimizer.tensor_steps == reference.tensor_steps == [2, 1, 2, 1]
+    optimizer.step([OfCuPy(grad.copy()) for grad in grads])
+    reference.step([grad.copy() for grad in grads])
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+    with optimizer.streaming() as s:
+        assert "tensor by tensor" in captured(driver, lambda: s.step(0, OfCuPy(numbers(33))))
+    assert optimizer.steps == reference.steps == 3
 
 
 def test_jax_arrays_are_refused_with_the_reason(driver):

@@ -72,7 +72,7 @@ def compiled(rule, general, dtype, kind, cc):
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
     names = {"load": intrinsics.load, "store": intrinsics.store, "address": intrinsics.address}
-    names |= {"uint64": types.uint64, "cuda": cuda}
+    names |= {"uint64": types.uint64, "real": REALS[dtype], "cuda": cuda}
     names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
     exec(kernel_text(rules.find(rule), dtype, kind), names)
     name = kernel_name(rule, general, dtype, kind)

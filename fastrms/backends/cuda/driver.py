@@ -1,4 +1,4 @@
-"""The streams and the calls of the CUDA driver that a step makes.  A stream is named by its handle, memory by its address."""
+"""The streams and the calls of the CUDA driver that a step makes.  A stream is named by its handle, memory by address."""
 
 from functools import lru_cache
 
@@ -37,12 +37,6 @@ def write(address, array, handle):
     stream comes to it."""
     where = address, array.ctypes.data, array.nbytes, handle
     call_driver("writing tables or coefficients", "cuMemcpyHtoDAsync", *where)
-
-
-def zero(address, nbytes, handle):
-    """Write zeros over device memory on a stream."""
-    if nbytes:
-        call_driver("zeroing gradients", "cuMemsetD8Async", address, 0, nbytes, handle)
 
 
 def capturing(handle):

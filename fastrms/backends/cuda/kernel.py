@@ -22,10 +22,13 @@ class Kind(NamedTuple):
     capturable : bool
         The kernel reads the coefficients from device memory, where they may change between two launches of a captured
         CUDA graph; else they are arguments.
+    zero_grad : bool
+        The kernel writes zeros over the gradient.
     """
 
     many: bool = False
     capturable: bool = False
+    zero_grad: bool = False
 
 
 KERNEL = """\
@@ -43,7 +46,7 @@ def kernel({arguments}):
         at = single if single < head else single + vectors * uint64({width})
         if at < size:
             {results} = rule({elements})
-"""
+{cleared}"""
 
 
 def kernel_name(rule, general, dtype, kind):
@@ -65,17 +68,19 @@ def kernel_text(rule, dtype, kind):
     """The Python source of a kernel; `rule` is the device function that it calls, load and store move vectors."""
     rule = own_rules.plain(rule)
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
-    buffers, updated = ["param", "grad", *states], ["param", *states]
+    buffers, updated, lanes = ["param", "grad", *states], ["param", *states], width(dtype)
+    stored = [*((name, f"{name}_lanes") for name in updated), *[("grad", f"({'nothing, ' * lanes})")] * kind.zero_grad]
     return KERNEL.format(
         arguments=", ".join(arguments(rule, kind)),
-        head="".join(f"    {line}\n" for line in [*_tensor(buffers, kind), *_coefficients(names, kind)]),
+        head="".join(f"    {line}\n" for line in _head(buffers, names, kind)),
         threads=THREADS,
         vector=VECTOR,
         itemsize=dtype.itemsize,
-        width=width(dtype),
+        width=lanes,
         lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
         loads=", ".join([f"load({name}, first)" for name in buffers] + names),
-        stores="".join(f"        store({name}, first, {name}_lanes)\n" for name in updated),
+        stores="".join(f"        store({name}, first, {lanes})\n" for name, lanes in stored),
+        cleared="            grad[at] = nothing\n" * kind.zero_grad,
         results=", ".join(f"{name}[at]" for name in updated) + ",",
         elements=", ".join([f"{name}[at]" for name in buffers] + names),
     )
@@ -95,6 +100,7 @@ def _tensor(buffers, kind):
     ]
 
 
-def _coefficients(names, kind):
-    """The lines that read the coefficients of a captured graph."""
-    return [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
+def _head(buffers, names, kind):
+    """The lines before a thread knows what it updates."""
+    coefficients = [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
+    return [*_tensor(buffers, kind), *coefficients, *["nothing = real(0)"] * kind.zero_grad]

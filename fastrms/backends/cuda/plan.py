@@ -11,7 +11,7 @@ from ...memory.device import LEGACY_STREAM
 from .. import OK, plan
 from ..c import ffi
 from ..coefficients import Coefficients
-from .driver import capturing, stream_handle, wait, zero
+from .driver import capturing, stream_handle, wait
 from .kernel import Kind
 from .launch import Launch
 
@@ -21,6 +21,7 @@ CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
 UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
 WAITS = f"{CAPTURING}in which check=True cannot wait for a step: make the optimizer without check"
+STREAMED = f"{CAPTURING}in which a step cannot be made tensor by tensor: bind() all gradients and call step()"
 STEP_FIRST = f"{CAPTURING}in which no memory can be allocated: make one step of as many gradients before the capture"
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
                 "other than its neutral one from the start")  # fmt: skip
@@ -94,7 +95,7 @@ class Plan(plan.Plan):
         addresses = bytes(ffi.buffer(reader.pointers, ffi.sizeof("void *") * len(self.params)))
         if addresses != self._read_last[0]:
             rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, strict=True)
-            grads = [None if leaf is None else param.at(address) for leaf, address, param in rows]
+            grads = [None if leaf is None else param._replace(address) for leaf, address, param in rows]
             if reader.absent:  # an empty gradient has the same address as a missing one
                 return grads
             self._read_last = addresses, grads
@@ -120,7 +121,7 @@ class Plan(plan.Plan):
         recipe, first = coefficients.recipe, members[0]
         key = self.recipe_of[first], recipe.general, *members
         if key not in self._launches:
-            kind = Kind(len(members) > 1, self.capturable)
+            kind = Kind(len(members) > 1, self.capturable, self.zero_grad)
             self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
         tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
@@ -154,41 +155,60 @@ class Plan(plan.Plan):
         return work(*arguments)
 
     def _launch_step(self, grad_scale):
-        number, handle = self.steps + 1, self._handle()
-        library = self._source() if self._joins else handle  # the stream on which the library of the arrays works
+        number, (handle, library) = self.steps + 1, self._streams()
         apart = library != handle
         self._recorded = (handle != LEGACY_STREAM or apart) and self._is_recorded({handle, library})
         self._prepare(number, grad_scale)
         if self._waits or apart:
-            for other in {*self._waits, library} - {handle}:
-                wait(handle, other)
+            self._wait(handle, {*self._waits, library})
         if not self._recorded:
             self._send(handle, number)
         for launch in self._updates:
             launch.run(number, handle)
-        if self.zero_grad:
-            self._zero_gradients(handle)
-        if apart:  # what follows on the stream of the library may free the gradients
-            wait(library, handle)
         if not self._recorded:
             self._count(number)
-        if self._options.check:
-            device.call_driver("this step or work before it", "cuStreamSynchronize", handle)
-
-    def _zero_gradients(self, handle):
-        for grad in filter(None, self.grads):
-            zero(grad.address, grad.nbytes, handle)
+        self._finish(handle, library)
 
     def _advance(self):
-        number = self.steps + 1
+        number, (handle, _) = self.steps + 1, self._streams()
         self._recorded = False
         self._prepare(number, 1.0)
-        self._send(self._handle(), number)
+        self._send(handle, number)
         self._count(number)
 
-    def _handle(self):
-        """The handle of the stream on which to launch now."""
-        return self._explicit or self._source()
+    def stream_step(self, k, param, grad, rates, grad_scale):
+        return self._on_device(self._stream_step, k, param, grad, rates, grad_scale)
+
+    def _stream_step(self, *arguments):
+        if any(handle != LEGACY_STREAM and capturing(handle) for handle in self._streams()):
+            raise RuntimeError(STREAMED)
+        return super().stream_step(*arguments)
+
+    def _run_streamed(self, update, number, k, grad):
+        handle, library = self._streams()
+        self._wait(handle, {library, *map(device.named_stream, (self.params[k], grad))} - {None})
+        if grad.size:
+            update.send(handle, number)
+            update.run(number, handle)
+        self._finish(handle, library)
+
+    def _streams(self):
+        """The handle of the stream on which to launch now, and of that on which the library of the arrays works, where it
+        has one."""
+        handle = self._explicit or self._source()
+        return handle, self._source() if self._joins else handle
+
+    @staticmethod
+    def _wait(handle, others):
+        for other in others - {handle}:
+            wait(handle, other)
+
+    def _finish(self, handle, library):
+        """Let what follows on the stream of the library, which may free the gradients, come after the launches."""
+        if library != handle:
+            wait(library, handle)
+        if self._options.check:
+            device.call_driver("this step or work before it", "cuStreamSynchronize", handle)
 
     def _is_recorded(self, handles):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
