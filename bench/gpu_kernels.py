@@ -105,8 +105,12 @@ def many(gpu, count, size):
     params, grads = ([gpu.random(size, seed=k) for k in range(seed, seed + count)] for seed in (0, 1000))
     optimizer = bound(fastrms.Adam, params, grads, lr=LR)
     one = bound(fastrms.Adam, gpu.random(count * size), gpu.random(count * size, seed=1), lr=LR)
-    found = gpu.milliseconds({"many": optimizer.step, "one": one.step})
-    return {"tensors": count, "elements": size, "us": 1e3 * found["many"], "us of one tensor": 1e3 * found["one"]}
+    clipped = bound(fastrms.Adam, params, grads, lr=LR)
+    clipped.step(clip_norm=1.0)
+    steps = {"many": optimizer.step, "one": one.step, "clipped": lambda: clipped.step(clip_norm=1.0)}
+    found = gpu.milliseconds(steps)
+    return {"tensors": count, "elements": size, "us": 1e3 * found["many"], "us of one tensor": 1e3 * found["one"],
+            "us with clip_norm": 1e3 * found["clipped"]}  # fmt: skip
 
 
 def offsets(gpu, size):

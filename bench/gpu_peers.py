@@ -43,6 +43,25 @@ def torch_optimizer(name, count, size):
     return optimizer
 
 
+def clipping(count, size):
+    """Name -> a step that clips the norm of all gradients before it."""
+    import torch
+
+    theirs = torch_optimizer("torch fused Adam", count, size)
+    params = theirs.param_groups[0]["params"]
+
+    def clip_and_step():
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        theirs.step()
+
+    ours = fastrms.Adam(torch_tensors(count, size), lr=LR)
+    ours.bind(torch_tensors(count, size, 1))
+    return {
+        "torch clip_grad_norm_ and fused Adam": clip_and_step,
+        "fastrms Adam with clip_norm": lambda: ours.step(clip_norm=1.0),
+    }
+
+
 def of_torch(gpu, size, count=1):
     """A row for each optimizer of torch, beside ours on torch tensors."""
     steps, refused = {}, []
@@ -51,12 +70,14 @@ def of_torch(gpu, size, count=1):
             steps[name] = torch_optimizer(name, count, size).step
         except Exception as error:  # what it does not offer on CUDA
             refused.append({"what": name, "elements": size, "refused": str(error).partition("\n")[0][:200]})
+    steps |= clipping(count, size)
     for make in (fastrms.Adam, fastrms.RMSProp):
         optimizer = make(torch_tensors(count, size), lr=LR)
         optimizer.bind(torch_tensors(count, size, 1))
         steps[f"fastrms {make.__name__}"] = optimizer.step
     found = gpu.milliseconds(steps, most=50)
     streams = {name: FUSED[name][2] if name in FUSED else 7 if "Adam" in name else 5 for name in found}
+    streams |= {name: 8 for name in found if "clip" in name}  # the gradients are read twice
     rows = [row(name, count * size, np.float32, streams[name], taken) for name, taken in found.items()]
     return [{**made, "tensors": count} for made in rows] + refused
 

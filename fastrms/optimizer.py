@@ -42,6 +42,25 @@ class StepInfo(NamedTuple):
 APPLIED = StepInfo(True, None, None)
 
 
+class LaterInfo(StepInfo):
+    """The StepInfo of a step that is not waited for: its grad_norm is read from the device when it is asked for."""
+
+    def __new__(cls, found):
+        made = super().__new__(cls, True, None, None)
+        made._found = found
+        return made
+
+    @property
+    def grad_norm(self):
+        return self._found.grad_norm
+
+    def __iter__(self):
+        return iter((self.applied, self.grad_norm, self.nonfinite))
+
+    def __getitem__(self, index):
+        return tuple(self)[index]
+
+
 class OneThread:
     """A `with` block that one thread at a time may enter.  A forked child does not wait for a thread of its parent."""
 
@@ -402,6 +421,8 @@ class Optimizer(Names, Family):
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
+        if self._backend == "cuda":
+            return LaterInfo(found)
         if found.nonfinite and self._nonfinite == "raise":
             raise FloatingPointError(
                 f"{found.nonfinite} element(s) of the gradients are NaN or infinite or have a square that overflows, the "

@@ -184,6 +184,20 @@ def test_a_streamed_step(library):
     assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
+def test_clip_norm(library, options):
+    """Large enough for many blocks and segments; the norm of a step may be asked for after later steps."""
+    sizes = (5000, 3, 300_000 if ON_DOUBLE else 3_000_000, 4096)
+    params, theirs, grads = ([numbers(size, k + seed) for k, size in enumerate(sizes)] for seed in (0, 0, 9))
+    there, there_grads = list(map(library.to_device, params)), list(map(library.to_device, grads))
+    optimizer, reference = fastrms.Adam(there, **options), fastrms.Adam(theirs, backend="numpy", **options)
+    found = []
+    for clip_norm in (1.0, 1e6, None, 0.01, np.inf):
+        found.append((optimizer.step(there_grads, 0.5, clip_norm), reference.step(grads, 0.5, clip_norm)))
+    assert [tuple(a) == tuple(b) for a, b in found] == [True] * 5
+    assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
+
+
 def test_state_goes_to_the_host_and_back(library):
     grad = library.to_device(numbers(999, 1))
     optimizer = fastrms.Adam(library.to_device(numbers(999)))

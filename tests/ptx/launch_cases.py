@@ -22,7 +22,7 @@ from conftest import bits  # noqa: E402
 import fastrms  # noqa: E402
 from fastrms.backends import OK, OVERLAP  # noqa: E402
 from fastrms.backends.c import ffi  # noqa: E402
-from fastrms.backends.cuda import kernel, table, toolchain  # noqa: E402
+from fastrms.backends.cuda import kernel, norm, table, toolchain  # noqa: E402
 from fastrms.backends.cuda import launch as launching  # noqa: E402
 from fastrms.memory import device  # noqa: E402
 from fastrms.rules import select  # noqa: E402
@@ -30,13 +30,14 @@ from fastrms.rules import select  # noqa: E402
 LEGACY = 1
 toolchain.available.cache_clear()  # conftest.py has asked already
 compiler = toolchain.compiler()
-_compiled = compiler.compiled
+_compiled, _compiled_norm = compiler.compiled, compiler.compiled_norm
 
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
     """The double with everything allowed again; it learns each kernel's PTX from what the backend compiles."""
     monkeypatch.setattr(compiler, "compiled", lambda *arguments: DRIVER.learn(_compiled(*arguments)))
+    monkeypatch.setattr(compiler, "compiled_norm", lambda *arguments: DRIVER.learn(_compiled_norm(*arguments)))
     DRIVER.regions, DRIVER.fail, DRIVER.errors = [], 0, []
     DRIVER.library.double_capturing(0)
     DRIVER.library.double_busy(0)
@@ -329,10 +330,10 @@ def test_what_the_driver_may_not_have_read_is_kept(driver):
     for _ in range(5):
         optimizer.step([OnDevice(numbers(9)) for _ in range(3)])
     (launch,) = optimizer._plan._updates
-    assert len(launch.reading) == 6  # five times the rows, once the tensors of the blocks
+    assert len(launch.table.reading) == 6  # five times the rows, once the tensors of the blocks
     driver.library.double_busy(0)
     optimizer.step([OnDevice(numbers(9)) for _ in range(3)])
-    assert len(launch.reading) == 1
+    assert len(launch.table.reading) == 1
 
 
 def test_gradients_at_the_same_addresses_need_nothing_new(driver, monkeypatch):
@@ -610,8 +611,9 @@ def test_what_is_refused_is_refused_before_any_launch(driver):
         optimizer.step(host)
     with pytest.raises(TypeError, match="is in host memory"):
         fastrms.RMSProp(host, backend="cuda")
-    with pytest.raises(ValueError, match="clip_norm needs a sum over all gradients"):
-        optimizer.step(OnDevice(host), clip_norm=1.0)
+    double = fastrms.RMSProp(OnDevice(numbers(8, dtype=np.float64)))
+    with pytest.raises(ValueError, match="clip_norm on backend='cuda' is for float32, not for float64"):
+        double.step(OnDevice(numbers(8, dtype=np.float64)), clip_norm=1.0)
     with pytest.raises(TypeError, match="is not a CUDA stream"):
         fastrms.RMSProp(OnDevice(host), stream="left")
     assert not driver.launches and optimizer.steps == 0
@@ -670,6 +672,103 @@ def test_jax_arrays_are_refused_with_the_reason(driver):
     jax = type("Array", (OnDevice,), {"__module__": "jaxlib.xla_extension"})
     with pytest.raises(TypeError, match="params is a JAX array: JAX arrays are immutable"):
         fastrms.RMSProp(jax(numbers(8)))
+
+
+SCALED = [(1e-3, 1.0), (1.0, 1.0), (1e12, 1.0), (1.0, np.inf), (1.0, 1e-30), (0.0, 1.0), (3e37, 1e-7), (np.nan, 1.0)]
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("scale, clip_norm", SCALED)
+def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, options):
+    """The norm and the update, for tensors of one block, of one segment, and of more; the last is missing once."""
+    sizes = [1, 4096, 5000, 0, 300_000, 7]
+    params, grads = [numbers(n, seed=k) for k, n in enumerate(sizes)], [numbers(n, seed=9 + k) for k, n in enumerate(sizes)]
+    grads = [(g * np.float32(scale)).astype(np.float32) for g in grads]
+    if scale > 1e30 and not options.get("clip_value"):
+        return  # the neutral form has one factor in float32: see docs/cuda.md
+    theirs = [p.copy() for p in params]
+    optimizer = fastrms.Adam([OnDevice(p) for p in params], **options)
+    reference = fastrms.Adam(theirs, backend="numpy", **options)
+    for count in (6, 5, 6):
+        given = [*grads[:count], *[None] * (6 - count)]
+        there = [None if g is None else OnDevice(g) for g in given]
+        ours = optimizer.step(there, grad_scale=0.75, clip_norm=clip_norm)
+        want = reference.step(given, grad_scale=0.75, clip_norm=clip_norm)
+        assert same(np.array(ours.grad_norm), np.array(want.grad_norm)) and tuple(ours)[2] is None and ours.applied
+    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+    assert optimizer.tensor_steps == reference.tensor_steps
+
+
+def test_a_clipped_step_waits_for_nothing(driver):
+    """Three launches for the norm, one for the update; a plain step afterwards is as before."""
+    ours, theirs, grad = numbers(5000), numbers(5000), numbers(5000, seed=1)
+    for capturable in (False, True):
+        optimizer = fastrms.RMSProp(OnDevice(ours), capturable=capturable)
+        reference = fastrms.RMSProp(theirs, backend="numpy")
+        optimizer.bind(OnDevice(grad))
+        first = optimizer.step(clip_norm=0.5)
+        calls = driver.census(lambda optimizer=optimizer: optimizer.step(clip_norm=0.25))
+        assert calls == {"cuLaunchKernelEx": 4}
+        want = [reference.step(grad, clip_norm=clip).grad_norm for clip in (0.5, 0.25)]
+        assert first.grad_norm == want[0] and first[1] == want[0]
+        optimizer.step()
+        assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
+        optimizer.step(clip_norm=0.25)
+        for clip in (None, None, 0.25):
+            reference.step(grad, clip_norm=clip)
+        assert same(ours, theirs)
+
+
+def test_a_norm_is_there_for_a_while(driver):
+    optimizer = fastrms.RMSProp(OnDevice(numbers(3)))
+    optimizer.bind(OnDevice(numbers(3)))
+    info = optimizer.step(clip_norm=1.0)
+    driver.library.double_hook(None)
+    for _ in range(norm.SLOTS - 1):
+        optimizer.step(clip_norm=1.0)
+    assert info.grad_norm > 0
+    optimizer.step(clip_norm=1.0)
+    with pytest.raises(RuntimeError, match="was not asked for within 1024 steps"):
+        _ = info.grad_norm
+    driver.library.double_hook(driver.hook)
+
+
+def test_clip_norm_in_a_graph(driver):
+    ours, theirs, grad = numbers(999), numbers(999), numbers(999, seed=1)
+    optimizer = fastrms.Adam(OnDevice(ours), capturable=True, stream=0x7770)
+    reference = fastrms.Adam(theirs, backend="numpy")
+    optimizer.bind(OnDevice(grad))
+    optimizer.step()
+    assert "make one step" in captured(driver, lambda: optimizer.step(clip_norm=0.5))
+    optimizer.step(grad_scale=0.75, clip_norm=0.5)
+    driver.library.double_capturing(1)
+    driver.run = False
+    calls = driver.census(lambda: optimizer.step(grad_scale=0.75, clip_norm=0.5))
+    assert calls == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 4} and optimizer.steps == 2
+    driver.library.double_capturing(0)
+    driver.run = True
+    plan = optimizer._plan
+    for _ in range(3):
+        optimizer.advance()
+        for arguments in plan._norm.arguments:  # the graph, launched again
+            arguments.launch(0x7770)
+        plan._updates[0].run(plan.steps, 0x7770)
+    reference.step(grad)
+    for _ in range(4):
+        reference.step(grad, grad_scale=0.75, clip_norm=0.5)
+    assert same(ours, theirs) and optimizer.steps == 5
+
+
+def test_an_own_rule_is_clipped(driver):
+    from test_own_rules import Named
+
+    ours, theirs, grads = [[numbers(33, seed=k) * 1e15 for k in range(3)] for _ in range(3)]
+    grads = [(g * np.float32(1e22)).astype(np.float32) for g in grads]
+    optimizer, reference = Named([OnDevice(x) for x in ours]), Named(theirs, backend="numpy")
+    for _ in range(2):
+        optimizer.step([OnDevice(g) for g in grads], clip_norm=1e-7)
+        reference.step(grads, clip_norm=1e-7)
+    assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_launch_that_fails_raises_and_counts_nothing(driver):

@@ -18,7 +18,8 @@ from fastrms.backends.cuda import toolchain  # noqa: E402
 
 def main():
     compiler = toolchain.compiler()
-    compiled, link = compiler.compiled, compiler.link
+    compiled, compiled_norm, link = compiler.compiled, compiler.compiled_norm, compiler.link
+    compiler.compiled_norm = lambda *arguments: DRIVER.learn(compiled_norm(*arguments))
     compiler.compiled = lambda *arguments: DRIVER.learn(compiled(*arguments))
     compiler.link = lambda ptx, cc: DRIVER.learn(compiler.Compiled(execute.Kernel(ptx).name, ptx, link(ptx, cc))).cubin
     sys.argv = sys.argv[1:]

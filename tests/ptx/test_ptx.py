@@ -14,7 +14,7 @@ import cases
 import execute
 from conftest import DTYPES
 
-from fastrms.backends import trace
+from fastrms.backends import norm, trace
 from fastrms.backends.cuda import lower, table
 from fastrms.backends.cuda.kernel import Kind
 
@@ -132,6 +132,28 @@ def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
     assert touched.max() == size - 1 and (vectors == 0) == (offset == "apart")
     for flat, result in zip((flats[0], flats[2]), want, strict=True):
         assert np.array_equal(cases.bits(flat[touched]), result)
+
+
+@pytest.mark.parametrize("cc", cases.ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4095, 4096, 4097, 8200])
+def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc):
+    """Every lane of every block, then the blocks of two segments, inside their buffers."""
+    grad, (blocks, lanes) = cases.wild_values(size, DTYPES[0], 3), (-(-size // norm.BLOCK), norm.LANES)
+    there, sums, total = execute.Buffer(grad), execute.Buffer(np.full(blocks * lanes, np.nan)), execute.Buffer(np.zeros(2))
+    rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
+    tensor_of = execute.Buffer(np.ones(blocks, np.uint32))
+    kernels = {name: execute.Kernel(cases.compiler.norm_ptx(name, cc)) for name in ("lane_sums", "segment_sums")}
+    kernels["lane_sums"].launch(-(-blocks * lanes // 256), 256, [rows, tensor_of, sums, blocks], [there])
+    with np.errstate(all="ignore"):
+        padded = np.zeros(blocks * norm.BLOCK)
+        padded[:size] = grad.astype(np.float64) ** 2
+        by_lane = np.add.accumulate(padded.reshape(blocks, -1, lanes), axis=1)[:, -1].reshape(-1)
+        wanted = [norm.segment_scan(part).sum for part in (grad[: norm.BLOCK], grad[norm.BLOCK :])]
+    assert np.array_equal(cases.bits(sums.array), cases.bits(by_lane)) and (sums.stores == 1).all()
+    first_of = execute.Buffer(np.array([0, 1, blocks], np.uint32))
+    kernels["segment_sums"].launch(1, 256, [sums, first_of, total, 2])
+    assert np.array_equal(cases.bits(total.array), cases.bits(np.array(wanted))) and (total.stores == 1).all()
+    assert not re.search(r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums"].opcodes + kernels["segment_sums"].opcodes))
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)

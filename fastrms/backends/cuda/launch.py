@@ -17,10 +17,15 @@ PENDING = 4096  # rows of coefficients that are kept unchanged for the driver; i
 
 @own_rules.remembered
 def loaded(rule, general, dtype, kind, index):
-    """A kernel, loaded on a device."""
+    """The kernel of a rule, loaded on a device."""
+    return kernel_of(toolchain.compiler().compiled, rule, general, dtype, kind, index=index)
+
+
+def kernel_of(compiled, *which, index):
+    """What a function of compile.py compiles, loaded on a device."""
     from cuda.core import ObjectCode
 
-    made = toolchain.compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
+    made = compiled(*which, tuple(device.current(index).compute_capability))
     return ObjectCode.from_cubin(made.cubin).get_kernel(made.name)
 
 
@@ -38,31 +43,22 @@ class Launch(plan.Update):
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.arguments = None
-        self.table, self.parts, self.there = None, {}, {}
-        self.reading = []  # (event, array) of each part that the driver may not have read yet
+        self.table = Table()
         self.rows_sent = deque([None], PENDING)
 
     def aim(self, coefficients, missed, tensors, allocate):
         """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
         self.use(coefficients, missed)
+        self.rows_sent.append(None)  # whoever aims may have changed what is on the device
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
         if self.kind.many:
-            head, grid = self._aim_many(*table(found, self.itemsize), allocate)
+            parts = table(found, self.itemsize)
+            head, grid = self.table.set(parts, allocate, self.index), parts[1].size
         else:
             addresses, size = found[0]
             count = vectors(addresses, size, self.itemsize)
             head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
         self.arguments = Arguments(self.kernel, head, self._tail(), grid, THREADS)
-
-    def _aim_many(self, rows, tensor_of, allocate):
-        """Note the two parts of the table by their addresses on the device, for send().  The memory there serves for every
-        table of this size.  Returns the first arguments of the kernel and the number of blocks."""
-        words = (rows.nbytes + tensor_of.nbytes) // 4
-        if self.table is None or self.table.size != words:
-            self.table, self.there = allocate(words, tensor_of.dtype, self.index), {}
-        head = self.table.address, self.table.address + rows.nbytes
-        self.parts = dict(zip(head, (rows, tensor_of), strict=True))
-        return head, tensor_of.size
 
     def _tail(self):
         """The memory of the arguments behind the head: a row of coefficients, or the address of the row on the device."""
@@ -75,20 +71,12 @@ class Launch(plan.Update):
 
     def send(self, handle, number):
         """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel."""
-        for address, part in self.parts.items():
-            if not np.array_equal(self.there.get(address), part):
-                self._send_part(address, part, handle)
+        self.table.send(handle)
         if self.device_row is not None:
             row = self.taken[(number - self.first) * self.stride].copy()
             if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
                 self.rows_sent.append(row)
                 write(self.device_row.address, row, handle)
-
-    def _send_part(self, address, part, handle):
-        self.reading = [pair for pair in self.reading if not pair[0].is_done]
-        write(address, part, handle)
-        self.there[address] = part
-        self.reading.append((stream_of(handle).record(), part))
 
     def run(self, number, handle):
         """Launch step `number` of the plan on the stream of this handle."""
@@ -99,6 +87,32 @@ class Launch(plan.Update):
         status = self.arguments.launch(handle)
         if status:
             raise RuntimeError(f"launching {self.name} failed on the GPU: {status.name}")
+
+
+class Table:
+    """Flat arrays of numbers in one piece of device memory, of which send() writes those that have changed."""
+
+    def __init__(self):
+        self._memory = None
+        self._parts, self._there = {}, {}  # address -> array, as they are to be and as they are
+        self.reading = []  # (event, array) of each part that the driver may not have read yet
+
+    def set(self, parts, allocate, index):
+        """Note new arrays, the widest numbers first.  The memory serves for all of the same size.  Returns addresses."""
+        words = sum(part.nbytes for part in parts) // 4
+        if self._memory is None or self._memory.size != words:
+            self._memory, self._there = allocate(words, np.dtype(np.uint32), index), {}
+        starts = [self._memory.address + sum(part.nbytes for part in parts[:k]) for k in range(len(parts))]
+        self._parts = dict(zip(starts, parts, strict=True))
+        return starts
+
+    def send(self, handle):
+        for address, part in self._parts.items():
+            if not np.array_equal(self._there.get(address), part):
+                self.reading = [pair for pair in self.reading if not pair[0].is_done]
+                write(address, part, handle)
+                self._there[address] = part
+                self.reading.append((stream_of(handle).record(), part))
 
 
 class Arguments:

@@ -14,8 +14,9 @@ from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, wait
 from .kernel import Kind
 from .launch import Launch
+from .norm import Norm
 
-NORMLESS = "clip_norm needs a sum over all gradients, which backend='cuda' does not make: use grad_scale or clip_value"
+DOUBLES = "clip_norm on backend='cuda' is for float32, not for float64: use grad_scale or clip_value"
 BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
 CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
@@ -69,7 +70,13 @@ class Plan(plan.Plan):
         self._source = device.stream_source(params[0])
         self._explicit = None if options.stream is None else stream_handle(options.stream)
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
-        self._launches = {}  # (recipe, form, tensors) -> Launch; kept, as a captured graph may need them
+        self._clips, self._norm, self._normed = (
+            False,
+            None,
+            None,
+        )  # whether the updates take the factor of clip_norm from the device
+        self._scale = 1.0
+        self._launches = {}  # (recipe, form, kind, tensors) -> Launch; kept, as a captured graph may need them
         self._read_last = None, None  # (addresses, gradients) of _read()
         self.capturable = options.capturable
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
@@ -81,14 +88,14 @@ class Plan(plan.Plan):
     assign = staticmethod(device.copy)
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        if clip_norm is not None:
-            raise ValueError(NORMLESS)
+        if clip_norm is not None and any(recipe.dtype.itemsize == 8 for recipe in self.recipes):
+            raise ValueError(DOUBLES)
         for index, recipe in (recipes or {}).items():
             if self.capturable and recipe.general != self.recipes[index].general:
                 raise ValueError(OTHER_KERNEL)
         if grads is not None and type(grads) is not list:
             grads = self._read(grads)
-        return super().change(params, grads, recipes, hold, run, grad_scale)
+        return super().change(params, grads, recipes, hold, run, grad_scale, clip_norm)
 
     def _read(self, reader):
         """The gradients that an exchange.Reader has read: the list of the last time where they still lie there."""
@@ -119,9 +126,9 @@ class Plan(plan.Plan):
 
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
-        key = self.recipe_of[first], recipe.general, *members
+        kind = Kind(len(members) > 1, self.capturable or self._clips, self.zero_grad)
+        key = self.recipe_of[first], recipe.general, kind, *members
         if key not in self._launches:
-            kind = Kind(len(members) > 1, self.capturable, self.zero_grad)
             self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
         tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
@@ -134,8 +141,7 @@ class Plan(plan.Plan):
         return device.allocate(size, dtype, index)
 
     def _run(self, grad_scale, clip_norm):
-        self._on_device(self._launch_step, grad_scale)
-        return OK, None
+        return OK, self._on_device(self._launch_step, grad_scale, clip_norm)
 
     def advance(self):
         """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
@@ -154,25 +160,31 @@ class Plan(plan.Plan):
             self._entered.once = True
         return work(*arguments)
 
-    def _launch_step(self, grad_scale):
+    def _launch_step(self, grad_scale, clip_norm):
+        """Make a step; returns what it finds out about the gradients, or None."""
         number, (handle, library) = self.steps + 1, self._streams()
         apart = library != handle
         self._recorded = (handle != LEGACY_STREAM or apart) and self._is_recorded({handle, library})
+        if (clip_norm is not None) != self._clips:
+            self._stale()
+            self._clips = clip_norm is not None
         self._prepare(number, grad_scale)
         if self._waits or apart:
             self._wait(handle, {*self._waits, library})
         if not self._recorded:
             self._send(handle, number)
+        found = self._norm.run(handle, grad_scale, clip_norm) if self._clips and self._updates else None
         for launch in self._updates:
             launch.run(number, handle)
         if not self._recorded:
             self._count(number)
         self._finish(handle, library)
+        return found
 
     def _advance(self):
         number, (handle, _) = self.steps + 1, self._streams()
         self._recorded = False
-        self._prepare(number, 1.0)
+        self._prepare(number, self._scale)
         self._send(handle, number)
         self._count(number)
 
@@ -182,6 +194,7 @@ class Plan(plan.Plan):
     def _stream_step(self, *arguments):
         if any(handle != LEGACY_STREAM and capturing(handle) for handle in self._streams()):
             raise RuntimeError(STREAMED)
+        self._clips = False
         return super().stream_step(*arguments)
 
     def _run_streamed(self, update, number, k, grad):
@@ -226,13 +239,22 @@ class Plan(plan.Plan):
             if self._updates is None:
                 self._waits, self._unsent = self._foreign_streams(), True
             self._make_updates(number, grad_scale)
+            if self._clips and self._updates and self._normed is not self._updates:
+                self._aim_norm()
             self._plain_until = 0  # a launch needs its stream
+
+    def _aim_norm(self):
+        self._norm = self._norm or Norm(self._device)
+        self._norm.aim([g for g in self.grads if g is not None and g.size], self._updates, self._allocate)
+        self._normed = self._updates  # last: there may be no memory
 
     def _send(self, handle, number):
         if self._unsent:
             for launch in self._updates:
                 launch.send(handle, number)
-            self._unsent = self.capturable  # its coefficients may change at each step
+            if self._clips:
+                self._norm.table.send(handle)
+            self._unsent = self.capturable or self._clips  # the coefficients on the device may change at each step
 
     def _foreign_streams(self):
         """The streams that arrays name; the stream of a launch waits for them, the host does not."""
