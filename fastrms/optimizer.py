@@ -421,14 +421,16 @@ class Optimizer(Names, Family):
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
-        if self._backend == "cuda":
-            return LaterInfo(found)
         if found.nonfinite and self._nonfinite == "raise":
             raise FloatingPointError(
                 f"{found.nonfinite} element(s) of the gradients are NaN or infinite or have a square that overflows, the "
                 f"first of them in {self._tensors[found.tensor].grad_name}; nothing was updated"
             )
-        return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
+        return (
+            StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
+            if type(found) is backends.Found
+            else LaterInfo(found)
+        )
 
     def _renew_rates(self):
         """Give the plan the learning rates of the next step, and of many where the schedules are foreseen; it may have those

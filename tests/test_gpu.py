@@ -198,6 +198,22 @@ def test_clip_norm(library, options):
     assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
 
 
+def test_gradients_that_are_not_finite(library):
+    params, theirs, grads = ([numbers(size, k + seed) for k, size in enumerate((5000, 3, 300_000))] for seed in (0, 0, 9))
+    there = list(map(library.to_device, params))
+    optimizer = fastrms.Adam(there, nonfinite="skip", zero_grad=True)
+    reference = fastrms.Adam(theirs, nonfinite="skip", zero_grad=True, backend="numpy")
+    for at in (None, 299_999, 17, None):
+        given = [grad.copy() for grad in grads]
+        if at is not None:
+            given[2][at], given[1][0] = np.nan, 2e19
+        there_grads = list(map(library.to_device, given))
+        with np.errstate(all="ignore"):
+            assert optimizer.step(there_grads) == reference.step(given)
+        assert all(same(library.to_host(a), b) for a, b in zip(there_grads, given, strict=True))
+    assert optimizer.steps == 2 and all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
+
+
 def test_state_goes_to_the_host_and_back(library):
     grad = library.to_device(numbers(999, 1))
     optimizer = fastrms.Adam(library.to_device(numbers(999)))

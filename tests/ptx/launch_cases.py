@@ -635,10 +635,55 @@ def test_zero_grad_zeroes_on_the_stream(driver):
         optimizer.step([OnDevice(read_only), None])
 
 
-def test_what_looks_at_all_gradients_is_refused(driver):
-    for nonfinite in ("skip", "raise"):
-        with pytest.raises(ValueError, match=f"nonfinite='{nonfinite}' looks at all gradients before the first update"):
-            fastrms.RMSProp(OnDevice(numbers(8)), nonfinite=nonfinite)
+def spoiled(grads, where):
+    """Copies with numbers that are not finite, or whose square overflows, at (tensor, index, number)."""
+    made = [grad.copy() for grad in grads]
+    for k, at, value in where:
+        made[k][at] = value
+    return made
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("kinds", ["fff", "fdf"])
+def test_gradients_that_are_not_finite(driver, nonfinite, kinds, clip_norm):
+    """Skipped or refused as on the host: the same counts, the same sentence; nothing is updated."""
+    if clip_norm and "d" in kinds:
+        return
+    huge = 1e200 if "d" in kinds else 2e20
+    sizes, dtypes = [5000, 3, 300_000], [np.dtype(kind) for kind in kinds]
+    params, theirs, plain = ([numbers(n, dtype=t, seed=k) for k, (n, t) in enumerate(zip(sizes, dtypes, strict=True))]
+                             for _ in range(3))  # fmt: skip
+    options = {"nonfinite": nonfinite, "zero_grad": nonfinite == "skip"}
+    optimizer = fastrms.Adam([OnDevice(p) for p in params], **options)
+    reference = fastrms.Adam(theirs, backend="numpy", **options)
+    for where in (
+        [],
+        [(2, 299_999, np.nan)],
+        [(1, 0, np.inf), (2, 5, -np.inf), (2, 4097, 2e19)],
+        [(0, 4999, 3e38)],
+        [(1, 2, huge)],
+        [],
+    ):
+        grads = [spoiled(plain, where) for _ in range(2)]
+        results = []
+        with np.errstate(all="ignore"):
+            for made, there in ((optimizer, [OnDevice(g) for g in grads[0]]), (reference, grads[1])):
+                try:
+                    results.append(tuple(made.step(there, grad_scale=0.75, clip_norm=clip_norm)))
+                except FloatingPointError as error:
+                    results.append(str(error))
+        assert str(results[0]) == str(results[1])
+        assert all(same(a, b) for a, b in zip(grads[0], grads[1], strict=True))
+    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+    assert optimizer.tensor_steps == reference.tensor_steps and optimizer.steps < 5
+
+
+def test_a_capture_cannot_wait_for_what_is_not_finite(driver):
+    optimizer = fastrms.RMSProp(OnDevice(numbers(9)), nonfinite="skip", capturable=True, stream=0x7770)
+    optimizer.bind(OnDevice(numbers(9)))
+    optimizer.step()
+    assert "nonfinite cannot wait" in captured(driver, optimizer.step)
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

@@ -83,7 +83,13 @@ def compiled_norm(name, cc):
 
 def norm_ptx(name, cc):
     """The PTX of a kernel of norm.py, always compiled anew."""
-    kinds = {"double": types.float64, "int64": types.int64, "uint32": types.uint32, "uint64": types.uint64}
+    kinds = {
+        "float": types.float32,
+        "double": types.float64,
+        "int64": types.int64,
+        "uint32": types.uint32,
+        "uint64": types.uint64,
+    }
     kinds |= {f"{kind}*": types.CPointer(one) for kind, one in kinds.items()}
     signature = types.void(*[kinds[kind] for kind in norm_kernels.ARGUMENTS[name].values()])
     return named_ptx(getattr(norm_kernels, name), signature, f"fastrms_{name}", cc, launch_bounds=THREADS)

@@ -1,8 +1,9 @@
-"""The norm of all gradients on the device, and the clipping by it: backends/norm.py as kernels, with the same bits.
+"""What a step looks at before it updates: backends/norm.py on the device, with the same bits, by norm_kernels.py.
 
-No step waits for it: the factor stays in device memory, in the rows of coefficients that the kernels of the rules read, and
-the norm is read when somebody asks for it.  A sum of squares of float32 numbers cannot overflow a double, so no block needs
-a scale of its own; float64 gradients would need one, and are refused.  norm_kernels.py has the kernels.
+No step waits for the norm of all gradients: the factor stays in device memory, in the rows of coefficients that the kernels
+of the rules read, and the norm is read when somebody asks for it.  A sum of squares of float32 numbers cannot overflow a
+double, so no block needs a scale of its own; float64 gradients would need one, and are refused.  Whether all gradients are
+finite decides what the host does next, so a step waits for that.
 """
 
 import math
@@ -34,17 +35,11 @@ class Norm:
 
     def aim(self, grads, launches, allocate):
         """Set the gradients, and the launches whose coefficients lie on the device."""
-        sizes = np.array([grad.size for grad in grads], np.int64)
-        addresses = np.array([grad.address for grad in grads], np.int64)
-        blocks = -(-sizes // host_norm.BLOCK)
-        first = np.cumsum(blocks) - blocks
-        starts = [np.arange(f, f + n, PER_SEGMENT) for f, n in zip(first, blocks, strict=True)]
-        narrow = [np.concatenate([*starts, [blocks.sum()]]), np.repeat(np.arange(len(grads)), blocks),
-                  [kind_of(launch.coefficients.recipe) for launch in launches]]  # fmt: skip
-        wide = [np.stack([addresses, sizes, first], axis=1).reshape(-1), [launch.device_row.address for launch in launches]]
-        parts = [*(np.array(part, np.uint64) for part in wide), *(np.array(part, np.uint32) for part in narrow)]
-        there = self.table.set(parts, allocate, self.index)
-        self._make_arguments(there, int(blocks.sum()), narrow[0].size - 1, len(launches), allocate)
+        rows, tensor_of, first_of = blocked(grads)
+        rows_of_targets = np.array([launch.device_row.address for launch in launches], np.uint64)
+        kinds = np.array([kind_of(launch.coefficients.recipe) for launch in launches], np.uint32)
+        there = self.table.set([rows, rows_of_targets, first_of, tensor_of, kinds], allocate, self.index)
+        self._make_arguments(there, tensor_of.size, first_of.size - 1, len(launches), allocate)
 
     def _make_arguments(self, there, blocks, segments, targets, allocate):
         rows, rows_of_targets, first_of, tensor_of, kinds = there
@@ -53,11 +48,11 @@ class Norm:
             self.scratch = allocate(numbers, np.dtype(np.float64), self.index)
         self.slots = self.slots or allocate(SLOTS, np.dtype(np.float64), self.index)
         lanes, sums = self.scratch.address, self.scratch.address + 8 * blocks * LANES
-        heads = [[rows, tensor_of, lanes, blocks], [lanes, first_of, sums, segments],
-                 [sums, segments, rows_of_targets, kinds, targets]]  # fmt: skip
-        calls = zip(self.kernels, heads, (0, 0, 5), (blocks * LANES, segments, 1), strict=True)
-        self.arguments = [Arguments(kernel, head, np.empty(tail), -(-threads // THREADS), THREADS)
-                          for kernel, head, tail, threads in calls]  # fmt: skip
+        self.arguments = launches_of(self.kernels, [
+            ([rows, tensor_of, lanes, blocks], np.empty(0), blocks * LANES),
+            ([lanes, first_of, sums, segments], np.empty(0), segments),
+            ([sums, segments, rows_of_targets, kinds, targets], np.empty(5), 1),
+        ])  # fmt: skip
 
     def run(self, handle, grad_scale, clip_norm):
         """Launch the kernels; returns a Later."""
@@ -80,10 +75,60 @@ def kind_of(recipe):
     return MAXIMIZES * (ours and recipe.values["grad_scale"] < 0) + SPLITS * (not ours or recipe.general)
 
 
+def launches_of(kernels, rows):
+    """The Arguments of each kernel.  rows: (first arguments, memory of the other ones, threads)."""
+    rows = zip(kernels, rows, strict=True)
+    return [Arguments(kernel, head, tail, -(-threads // THREADS), THREADS) for kernel, (head, tail, threads) in rows]
+
+
+def blocked(grads):
+    """(rows, tensor_of, first_of): of each gradient its address, its size and its first block; the gradient of each block;
+    the first block of each segment, and the number of blocks."""
+    addresses, sizes = (np.array([getattr(grad, name) for grad in grads], np.int64) for name in ("address", "size"))
+    blocks = -(-sizes // host_norm.BLOCK)
+    first = np.cumsum(blocks) - blocks
+    starts = [np.arange(f, f + n, PER_SEGMENT) for f, n in zip(first, blocks, strict=True)]
+    rows = np.stack([addresses, sizes, first], axis=1).astype(np.uint64).reshape(-1)
+    tensor_of = np.repeat(np.arange(len(grads), dtype=np.uint32), blocks)
+    return rows, tensor_of, np.concatenate([*starts, [blocks.sum()]]).astype(np.uint32)
+
+
+class Nonfinite:
+    """Counts the elements of gradients of one dtype that are not finite, or whose square overflows; the host waits."""
+
+    def __init__(self, dtype, index):
+        names = f"lane_counts_{'float' if dtype.itemsize == 4 else 'double'}", "segment_counts"
+        self.dtype, self.index, self.table, self.memory = dtype, index, Table(), None
+        self.kernels = [kernel_of(toolchain.compiler().compiled_norm, name, index=index) for name in names]
+
+    def aim(self, grads, allocate):
+        rows, tensor_of, first_of = blocked(grads)
+        rows, there_of, there_first = self.table.set([rows, tensor_of, first_of], allocate, self.index)
+        lanes, segments = tensor_of.size * LANES, first_of.size - 1
+        if self.memory is None or self.memory.size != lanes + segments:
+            self.memory = allocate(lanes + segments, np.dtype(np.uint64), self.index)
+        sums = self.memory.address + 8 * lanes
+        self.found = device.DeviceArray(self.memory.owner, sums, (segments,), (1,), self.memory.dtype, self.index)
+        self.tensor_of_segment = tensor_of[first_of[:-1]]
+        self.arguments = launches_of(self.kernels, [
+            ([rows, there_of, self.memory.address, tensor_of.size], np.zeros(1, self.dtype), lanes),
+            ([self.memory.address, there_first, sums, segments], np.empty(0), segments),
+        ])  # fmt: skip
+
+    def count(self, handle, grad_scale):
+        """(how many, the index of the first gradient that has one, -1 for none)."""
+        self.table.send(handle)
+        self.arguments[0].tail[:] = self.dtype.type(grad_scale).tobytes()
+        if any(arguments.launch(handle) for arguments in self.arguments):
+            raise RuntimeError("launching the count of nonfinite gradients failed on the GPU")
+        counts = self.found.to_host()
+        return int(counts.sum()), int(self.tensor_of_segment[counts > 0][0]) if counts.any() else -1
+
+
 class Later:
     """What a clipped step has found, which is read from the device when it is asked for."""
 
-    nonfinite, tensor = None, -1
+    nonfinite, tensor = None, -1  # the first is 0 where nonfinite elements were counted, too
 
     def __init__(self, of, slot, number):
         self._of, self._slot, self._number = of, slot, number

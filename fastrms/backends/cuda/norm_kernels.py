@@ -1,5 +1,7 @@
 """The kernels of norm.py, which have the bits of backends/norm.py.
 
+    lane_counts      as lane_sums, of what is not finite
+    segment_counts   as segment_sums
     lane_sums        a thread for each of the eight lanes of a block of 4096 elements
     segment_sums     a thread for each segment: its blocks in sequence
     clip             one thread: the segments in sequence, the norm, the factor
@@ -10,19 +12,65 @@ Additions and products are calls of libdevice, which the compiler cannot contrac
 from math import inf
 
 from numba import cuda
-from numba.cuda.libdevice import dadd_rn, ddiv_rn, dmul_rn, double_as_longlong, dsqrt_rn, longlong_as_double
+from numba.cuda.libdevice import dadd_rn, ddiv_rn, dmul_rn, double_as_longlong, dsqrt_rn, fmul_rn, longlong_as_double
 from numba.cuda.types import float32, float64, int64, uint32, uint64
 
 from ..norm import FLT_MIN
 from .intrinsics import pointer_to
 
-pointer = pointer_to(float32)
+pointer, pointer_to_doubles = pointer_to(float32), pointer_to(float64)
 ARGUMENTS = {  # of each kernel, with their types as in C
+    "lane_counts_float": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
+                          "grad_scale": "float"},
+    "lane_counts_double": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
+                           "grad_scale": "double"},
+    "segment_counts": {"lanes": "uint64*", "first_of": "uint32*", "counts": "uint64*", "segments": "uint64"},
     "lane_sums": {"tensors": "uint64*", "tensor_of": "uint32*", "sums": "double*", "blocks": "uint64"},
     "segment_sums": {"lanes": "double*", "first_of": "uint32*", "sums": "double*", "segments": "uint64"},
     "clip": {"sums": "double*", "segments": "uint64", "targets": "uint64*", "kinds": "uint32*", "count": "uint64",
              "found": "double*", "grad_scale": "double", "clip_norm": "double", "mantissa": "double", "exponent": "int64"},
 }  # fmt: skip
+
+
+def lane_counts_float(tensors, tensor_of, counts, blocks, grad_scale):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks:
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at, count = first + lane, uint64(0)
+        while at < end:
+            x = fmul_rn(grad[at], grad_scale)
+            count += uint64(0) if abs(fmul_rn(x, x)) < float32(inf) else uint64(1)
+            at += uint64(8)
+        counts[thread] = count
+
+
+def lane_counts_double(tensors, tensor_of, counts, blocks, grad_scale):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks:
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer_to_doubles(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at, count = first + lane, uint64(0)
+        while at < end:
+            x = dmul_rn(grad[at], grad_scale)
+            count += uint64(0) if abs(dmul_rn(x, x)) < inf else uint64(1)
+            at += uint64(8)
+        counts[thread] = count
+
+
+def segment_counts(lanes, first_of, counts, segments):
+    segment = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    if segment < segments:
+        count, at = uint64(0), uint64(first_of[segment]) * uint64(8)
+        end = uint64(first_of[segment + uint64(1)]) * uint64(8)
+        while at < end:
+            count += lanes[at]
+            at += uint64(1)
+        counts[segment] = count
 
 
 def lane_sums(tensors, tensor_of, sums, blocks):

@@ -8,20 +8,19 @@ import numpy as np
 
 from ...memory import device
 from ...memory.device import LEGACY_STREAM
-from .. import OK, plan
+from .. import NONFINITE, OK, Found, plan
 from ..c import ffi
 from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, wait
 from .kernel import Kind
 from .launch import Launch
-from .norm import Norm
+from .norm import Nonfinite, Norm
 
 DOUBLES = "clip_norm on backend='cuda' is for float32, not for float64: use grad_scale or clip_value"
-BLIND = "looks at all gradients before the first update, which backend='cuda' does not do: use nonfinite='propagate'"
 CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
 UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
-WAITS = f"{CAPTURING}in which check=True cannot wait for a step: make the optimizer without check"
+WAITS = f"{CAPTURING}in which check=True and nonfinite cannot wait for a step: make the optimizer without them"
 STREAMED = f"{CAPTURING}in which a step cannot be made tensor by tensor: bind() all gradients and call step()"
 STEP_FIRST = f"{CAPTURING}in which no memory can be allocated: make one step of as many gradients before the capture"
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
@@ -63,8 +62,6 @@ class Plan(plan.Plan):
     """
 
     def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options):
-        if nonfinite != "propagate":
-            raise ValueError(f"nonfinite={nonfinite!r} {BLIND}")
         super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad)
         self._options, self._device, self._process = options, params[0].device, os.getpid()
         self._source = device.stream_source(params[0])
@@ -76,6 +73,11 @@ class Plan(plan.Plan):
             None,
         )  # whether the updates take the factor of clip_norm from the device
         self._scale = 1.0
+        self._nonfinites, self._which, self._looked = (
+            {},
+            {},
+            None,
+        )  # dtype -> Nonfinite and indices; the updates at that time
         self._launches = {}  # (recipe, form, kind, tensors) -> Launch; kept, as a captured graph may need them
         self._read_last = None, None  # (addresses, gradients) of _read()
         self.capturable = options.capturable
@@ -141,7 +143,7 @@ class Plan(plan.Plan):
         return device.allocate(size, dtype, index)
 
     def _run(self, grad_scale, clip_norm):
-        return OK, self._on_device(self._launch_step, grad_scale, clip_norm)
+        return self._on_device(self._launch_step, grad_scale, clip_norm)
 
     def advance(self):
         """Count the step of a captured graph, and write its coefficients, before the graph is launched again."""
@@ -161,7 +163,7 @@ class Plan(plan.Plan):
         return work(*arguments)
 
     def _launch_step(self, grad_scale, clip_norm):
-        """Make a step; returns what it finds out about the gradients, or None."""
+        """Make a step; returns (status, what it found out about the gradients or None)."""
         number, (handle, library) = self.steps + 1, self._streams()
         apart = library != handle
         self._recorded = (handle != LEGACY_STREAM or apart) and self._is_recorded({handle, library})
@@ -174,12 +176,40 @@ class Plan(plan.Plan):
         if not self._recorded:
             self._send(handle, number)
         found = self._norm.run(handle, grad_scale, clip_norm) if self._clips and self._updates else None
-        for launch in self._updates:
-            launch.run(number, handle)
-        if not self._recorded:
-            self._count(number)
+        if self.nonfinite != "propagate":
+            found = self._look(handle, grad_scale, found)
+        status = NONFINITE if found and found.nonfinite else OK
+        if status == OK:
+            for launch in self._updates:
+                launch.run(number, handle)
+            if not self._recorded:
+                self._count(number)
+        elif self.zero_grad and self.nonfinite == "skip":
+            self._zero_gradients()
         self._finish(handle, library)
-        return found
+        return status, found
+
+    def _look(self, handle, grad_scale, later):
+        """Found of the gradients, for which the host waits.  later: what the norm found, or None."""
+        if self._looked is not self._updates:
+            self._aim_nonfinites()
+            self._looked = self._updates
+        total, tensors = 0, []
+        for dtype, which in self._which.items():
+            count, first = self._nonfinites[dtype].count(handle, grad_scale)
+            total += count
+            tensors += [which[first]] if count else []
+        return Found(later and later.grad_norm, total, min(tensors, default=-1))
+
+    def _aim_nonfinites(self):
+        self._which = {}
+        for k, grad in enumerate(self.grads):
+            if grad is not None and grad.size:
+                self._which.setdefault(grad.dtype, []).append(k)
+        for dtype, which in self._which.items():
+            if dtype not in self._nonfinites:
+                self._nonfinites[dtype] = Nonfinite(dtype, self._device)
+            self._nonfinites[dtype].aim([self.grads[k] for k in which], self._allocate)
 
     def _advance(self):
         number, (handle, _) = self.steps + 1, self._streams()
@@ -227,7 +257,7 @@ class Plan(plan.Plan):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
         if not any(handle != LEGACY_STREAM and capturing(handle) for handle in handles):
             return False
-        capturable, check = self.capturable, self._options.check
+        capturable, check = self.capturable, self._options.check or self.nonfinite != "propagate"
         refusal = NOT_CAPTURABLE if not capturable else UNBOUND if not self.held else WAITS if check else None
         if refusal:
             raise RuntimeError(refusal)
