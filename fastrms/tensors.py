@@ -86,7 +86,7 @@ class Tensors(list):
         for tensor in self:
             for name, buffer in tensor.lent.items():
                 label = f"state[{name!r}] of {tensor.name}"
-                if self.memory.again(buffer, label).address != buffer.address:
+                if self.memory.again(buffer, label).address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
 
@@ -108,7 +108,7 @@ class Tensors(list):
             if host.is_torch(tensor.param.owner):
                 params[k] = memory.again(tensor.param, tensor.name)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
-        moved = any(params[k].address != self[k].param.address for k in which)
+        moved = any(params[k].address != self[k].param.address for k in which if params[k].size)
         return params if moved else None
 
     def reader(self, plan):

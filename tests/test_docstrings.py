@@ -1,5 +1,7 @@
 """Public docstrings have numpydoc's form: every parameter is described, every result, and what is raised."""
 
+import importlib
+import importlib.util
 import inspect
 import re
 
@@ -10,6 +12,8 @@ import fastrms
 from fastrms import memory, rules, schedules
 
 MODULES = [fastrms, schedules]
+if importlib.util.find_spec("torch"):
+    MODULES.append(importlib.import_module("fastrms.torch"))
 
 
 def public():

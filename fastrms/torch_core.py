@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import optimizers, rules
-from ..memory import placement
+from . import optimizers, rules
+from .memory import placement
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
 
@@ -133,11 +133,10 @@ class Core:
     def _take_counts(self):
         """Make the step tensors of all members parts of one array, which a step advances at once."""
         steps = [member.state["step"] for member in self.members]
-        counts = [float(step) for step in steps]
-        self._most = max(counts)
         array = in_a_row(steps)
         if array is None:
-            array = torch.tensor(counts, dtype=torch.float64 if self._most >= EXACT else torch.float32)
+            counts = [float(step) for step in steps]
+            array = torch.tensor(counts, dtype=torch.float64 if max(counts) >= EXACT else torch.float32)
         self._show(array)
         self._tell_plan()
 
@@ -155,17 +154,26 @@ class Core:
     def _tell_plan(self):
         """Give the plan the counts that the step tensors show."""
         counts = [int(count) for count in self._counts]
-        self.optimizer._copy([], [], steps=[max(counts), *counts])
+        self._most = max(counts)
+        self._keep_exact()
+        self.optimizer._copy([], [], steps=[self._most, *counts])
         self._seen = self._counts.tobytes()
 
-    def step(self, grads, absent, grad_scale, clip_norm):
-        """Make a step from the gradients of all members; absent: whether a None is among them.  Returns a StepInfo, or None
-        where a tensor is not what it was, or its gradient is not like it."""
+    def _keep_exact(self):
+        """Count in float64 where float32, which torch counts in, could not count the next step."""
+        if self._most >= EXACT and self._counts.dtype == np.float32:
+            self._show(torch.from_numpy(self._counts.astype(np.float64)))
+
+    def step(self, grads, grad_scale, clip_norm):
+        """Make a step from the gradients of all members.  Returns a StepInfo, or None where a tensor is not what it was, or
+        its gradient is not like it."""
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
-        with self.optimizer._one_thread:
-            info = self.optimizer._read_step(grads, grad_scale, clip_norm)
+        optimizer = self.optimizer
+        with optimizer._one_thread:
+            info = optimizer._read_step(grads, grad_scale, clip_norm)
         if info and info.applied:
+            absent = optimizer._tensors.reader(optimizer._plan).absent
             self._count([grad is not None for grad in grads] if absent else self._all)
         return info
 
@@ -179,7 +187,7 @@ class Core:
     def present(self):
         """This core, or one made anew where torch has given a state other memory."""
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
-        return self if all(b.owner.data_ptr() == b.address for b in lent) else Core(*self._made_from)
+        return self if all(b.owner.data_ptr() == b.address for b in lent if b.size) else Core(*self._made_from)
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""
@@ -192,10 +200,9 @@ class Core:
                 mine.update(changed)
 
     def set_rates(self, rates):
-        """Take over the learning rates of some groups: rates by the number of the group."""
+        """Take over the learning rates of all groups."""
         if "lr" not in self.optimizer.fixed:
-            changes = [(k, "lr", rates[group]) for k, group in enumerate(self.groups) if group in rates]
-            self.optimizer._change(changes)
+            self.optimizer._change([(k, "lr", rates[group]) for k, group in enumerate(self.groups)])
 
     def _arranged(self, grads):
         """The gradients in the structure of the groups, each in the layout of its parameter."""
@@ -222,8 +229,7 @@ class Core:
         """Count a step of the members for which `stepped` has a 1."""
         np.add(self._counts, stepped, self._counts)
         self._most += 1
-        if self._most >= EXACT and self._counts.dtype == np.float32:
-            self._show(torch.from_numpy(self._counts.astype(np.float64)))
+        self._keep_exact()
         self._seen = self._counts.tobytes()
 
 

@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from .base import Optimizer, nothing
+from .torch_base import Optimizer, nothing
 
 
 def step_in_backward(optimizer):
