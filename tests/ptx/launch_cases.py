@@ -719,7 +719,17 @@ def test_jax_arrays_are_refused_with_the_reason(driver):
         fastrms.RMSProp(jax(numbers(8)))
 
 
-SCALED = [(1e-3, 1.0), (1.0, 1.0), (1e12, 1.0), (1.0, np.inf), (1.0, 1e-30), (0.0, 1.0), (3e37, 1e-7), (np.nan, 1.0)]
+SCALED = [
+    (1e-3, 1.0),
+    (1.0, 1.0),
+    (1e12, 1.0),
+    (1.0, np.inf),
+    (1.0, 1e-30),
+    (0.0, 1.0),
+    (3e37, 1e-7),
+    (np.nan, 1.0),
+    (np.nan, np.inf),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
@@ -728,7 +738,10 @@ def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, options):
     """The norm and the update, for tensors of one block, of one segment, and of more; the last is missing once."""
     sizes = [1, 4096, 5000, 0, 300_000, 7]
     params, grads = [numbers(n, seed=k) for k, n in enumerate(sizes)], [numbers(n, seed=9 + k) for k, n in enumerate(sizes)]
-    grads = [(g * np.float32(scale)).astype(np.float32) for g in grads]
+    if np.isnan(scale):
+        grads[2][3] = np.nan
+    else:
+        grads = [(g * np.float32(scale)).astype(np.float32) for g in grads]
     if scale > 1e30 and not options.get("clip_value"):
         return  # the neutral form has one factor in float32: see docs/cuda.md
     theirs = [p.copy() for p in params]
@@ -751,10 +764,11 @@ def test_a_clipped_step_waits_for_nothing(driver):
         optimizer = fastrms.RMSProp(OnDevice(ours), capturable=capturable)
         reference = fastrms.RMSProp(theirs, backend="numpy")
         optimizer.bind(OnDevice(grad))
-        first = optimizer.step(clip_norm=0.5)
+        first = optimizer.step(grad_scale=0.5, clip_norm=0.5)
+        optimizer.step(clip_norm=0.25)
         calls = driver.census(lambda optimizer=optimizer: optimizer.step(clip_norm=0.25))
         assert calls == {"cuLaunchKernelEx": 4}
-        want = [reference.step(grad, clip_norm=clip).grad_norm for clip in (0.5, 0.25)]
+        want = [reference.step(grad, scale, clip).grad_norm for scale, clip in ((0.5, 0.5), (1.0, 0.25), (1.0, 0.25))]
         assert first.grad_norm == want[0] and first[1] == want[0]
         optimizer.step()
         assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
@@ -762,6 +776,26 @@ def test_a_clipped_step_waits_for_nothing(driver):
         for clip in (None, None, 0.25):
             reference.step(grad, clip_norm=clip)
         assert same(ours, theirs)
+
+
+def test_a_factor_that_float32_holds_badly(driver):
+    """The neutral form has one factor: close to the host, though not its bits."""
+    ours, theirs, grad = numbers(5000), numbers(5000), numbers(5000, seed=1) * np.float32(1e33)
+    fastrms.RMSProp(OnDevice(ours), lr=1e-4).step(OnDevice(grad), clip_norm=1e-4)
+    fastrms.RMSProp(theirs, lr=1e-4, backend="numpy").step(grad, clip_norm=1e-4)
+    assert np.allclose(ours, theirs, rtol=1e-4)
+
+
+def test_a_graph_keeps_its_grad_scale(driver):
+    ours, theirs, grad = numbers(99), numbers(99), numbers(99, seed=1)
+    optimizer, reference = fastrms.Adam(OnDevice(ours), capturable=True), fastrms.Adam(theirs, backend="numpy")
+    optimizer.bind(OnDevice(grad))
+    optimizer.step(grad_scale=0.25)
+    optimizer.advance()  # as of a graph in which that step was captured
+    optimizer._plan._updates[0].run(optimizer.steps, LEGACY)
+    for _ in range(2):
+        reference.step(grad, grad_scale=0.25)
+    assert same(ours, theirs)
 
 
 def test_a_norm_is_there_for_a_while(driver):

@@ -224,7 +224,6 @@ class Plan(plan.Plan):
     def _stream_step(self, *arguments):
         if any(handle != LEGACY_STREAM and capturing(handle) for handle in self._streams()):
             raise RuntimeError(STREAMED)
-        self._clips = False
         return super().stream_step(*arguments)
 
     def _run_streamed(self, update, number, k, grad):
