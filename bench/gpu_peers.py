@@ -111,13 +111,22 @@ def python_cost(gpu):
             found |= {f"{way}, arrays of {name}": cost for way, cost in _costs(gpu, arrays).items()}
         except ImportError:
             continue
-    try:
+    for count in (1, 300) if has("torch") else ():
         for name in ("torch fused Adam", "torch foreach RMSprop"):
-            for count in (1, 300):
-                found[f"{name}, {count} of 64"] = gpu.python_microseconds(torch_optimizer(name, count, 64).step, 5)
-    except ImportError:
-        pass
+            found[f"{name}, {count} of 64"] = gpu.python_microseconds(torch_optimizer(name, count, 64).step, 5)
+        found[f"fastrms.torch.Adam, {count} of 64"] = gpu.python_microseconds(_in_place_of_torch(count, 64).step, 5)
     return found
+
+
+def _in_place_of_torch(count, size):
+    import torch
+
+    import fastrms.torch
+
+    params = [torch.nn.Parameter(p) for p in torch_tensors(count, size)]
+    for param, grad in zip(params, torch_tensors(count, size, 1), strict=True):
+        param.grad = grad
+    return fastrms.torch.Adam(params, lr=LR)
 
 
 def _ours(gpu, count, size, seed=0):

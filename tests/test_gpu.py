@@ -476,6 +476,49 @@ def test_parameters_of_a_network_of_torch():
 
 
 @torch_only
+@pytest.mark.parametrize("zero_to_none", [False, True])
+def test_optimizers_of_fastrms_torch(zero_to_none):
+    """In place of those of torch, with the bits of NumPy; and close to torch's fused Adam."""
+    import torch
+
+    import fastrms.torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(13, 31), torch.nn.Tanh(), torch.nn.Linear(31, 3)).cuda()
+    theirs = [p.detach().cpu().numpy().copy() for p in net.parameters()]
+    fused = [torch.nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    optimizer, reference = fastrms.torch.Adam(net.parameters(), lr=0.01), fastrms.Adam(theirs, lr=0.01, backend="numpy")
+    of_torch = torch.optim.Adam(fused, lr=0.01, fused=True)
+    for _ in range(5):
+        optimizer.zero_grad(set_to_none=zero_to_none)
+        net(torch.randn(8, 13, device="cuda")).square().mean().backward()
+        for param, other in zip(net.parameters(), fused, strict=True):
+            other.grad = param.grad.clone()
+        reference.step([p.grad.cpu().numpy() for p in net.parameters()])
+        optimizer.step()
+        of_torch.step()
+    assert all(same(OfTorch.to_host(p), t) for p, t in zip(net.parameters(), theirs, strict=True))
+    assert all(torch.allclose(p, f, atol=1e-5) for p, f in zip(net.parameters(), fused, strict=True))
+
+
+@torch_only
+def test_gradients_of_torch_that_stay_and_that_move():
+    """The addresses are read in C where this torch allows it."""
+    import torch
+
+    params = torch_parameters([(700,), (3, 5), (1001,)])
+    theirs = [OfTorch.to_host(p).copy() for p in params]
+    optimizer, reference = fastrms.Adam(params), fastrms.Adam(theirs, backend="numpy")
+    kept = [[torch.randn_like(p) for p in params] for _ in range(2)]
+    for step in range(8):
+        grads = [g if step != 5 or k else None for k, g in enumerate(kept[(step // 3) % 2])]
+        optimizer.step(grads, clip_norm=0.5 if step == 6 else None)
+        reference.step([None if g is None else g.cpu().numpy() for g in grads], clip_norm=0.5 if step == 6 else None)
+    assert all(same(OfTorch.to_host(p), t) for p, t in zip(params, theirs, strict=True))
+    assert optimizer.tensor_steps == reference.tensor_steps and params[0]._version > 0
+
+
+@torch_only
 def test_layouts_and_streams_of_torch():
     import torch
 
