@@ -334,4 +334,4 @@ def stream_source(buffer):
 
 def named_stream(buffer):
     """The stream on which an array says that it is ready, where its library has no current stream."""
-    return None if library_stream(buffer) else buffer.stream
+    return None if buffer.stream is None or library_stream(buffer) else buffer.stream
