@@ -1,7 +1,6 @@
 """What `python -m bench.gpu` found, for people: fastrms-gpu.md and fastrms-gpu.png."""
 
-import math
-
+from .gpu_kernels import MAKERS
 from .report import number, size_name
 
 RULES = "rules"
@@ -90,27 +89,36 @@ SECTIONS = {
 
 
 def draw(found, path):
-    """GB/s of each rule over the size, beside its ceilings; returns whether matplotlib is there."""
-    rows = found["parts"].get(RULES, {}).get("found")
+    """Bars: what each way reaches of the memory's bandwidth at the largest size; returns whether matplotlib is there."""
     try:
         import matplotlib
     except ImportError:
         return False
+    rows = bars(found["parts"])
     if not rows:
         return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    chosen = [row for row in rows if row["dtype"] == "float32"]
-    for name in dict.fromkeys(row["what"] for row in chosen):
-        line = sorted((row["elements"], row["GB/s"]) for row in chosen if row["what"] == name)
-        style = {"linestyle": "--", "color": "gray"} if name == "copy" or name.endswith("Streams") else {"marker": "o"}
-        axes.plot([math.log2(size) for size, _ in line], [rate for _, rate in line], label=name, **style)
-    axes.set(xlabel="elements, as a power of 2", ylabel="GB/s", ylim=(0, None), title=f"{found['machine']['name']}, float32")
-    axes.legend(fontsize="small")
+    names, rates = [row["what"] for row in rows], [row["GB/s"] for row in rows]
+    colors = ["tab:blue" if name in MAKERS or name.startswith("fastrms") else
+              "lightgray" if name == "copy" or name.endswith("Streams") else "tab:orange" for name in names]  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1.2))
+    axes.barh(names, rates, color=colors)
+    axes.bar_label(axes.containers[0], fmt="%.0f", padding=3, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlabel="GB/s that the rule must move", xlim=(0, 1.1 * max(rates)))
+    axes.set_title(f"{found['machine']['name']}, {size_name(rows[0]['elements'])} elements, float32", fontsize="medium")
     if found["double"]:
         figure.text(0.5, 0.5, "made-up times of the driver double", ha="center", rotation=20, fontsize=16, color="red")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
     return True
+
+
+def bars(parts):
+    """The float32 rows of all parts at 2^26 elements, or at the largest size below."""
+    rows = [row for name in (RULES, "torch", "CuPy") for row in parts.get(name, {}).get("found", ())]
+    rows = [row for row in rows if row.get("dtype") == "float32" and row.get("tensors", 1) == 1]
+    size = max((row["elements"] for row in rows if row["elements"] <= 1 << 26), default=0)
+    return list({row["what"]: row for row in rows if row["elements"] == size}.values())
