@@ -81,11 +81,11 @@ def lane_sums(tensors, tensor_of, sums, blocks):
         grad, first = pointer(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
         end = min(tensors[row + uint64(1)], first + uint64(4096))
         at, total = first + lane, float64(0)
-        while at + uint64(56) < end:  # eight elements are loaded before any is added
-            for k in range(8):
+        while at + uint64(248) < end:  # many elements are loaded before the first is added
+            for k in range(32):
                 x = float64(grad[at + uint64(k) * uint64(8)])
                 total = dadd_rn(total, dmul_rn(x, x))
-            at += uint64(64)
+            at += uint64(256)
         while at < end:
             x = float64(grad[at])
             total = dadd_rn(total, dmul_rn(x, x))
