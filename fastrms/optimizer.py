@@ -45,6 +45,25 @@ class StepInfo(NamedTuple):
 APPLIED = StepInfo(True, None, None)
 
 
+class LaterInfo(StepInfo):
+    """The StepInfo of a step that is not waited for: its grad_norm is read from the device when it is asked for."""
+
+    def __new__(cls, found):
+        made = super().__new__(cls, True, None, None)
+        made._found = found
+        return made
+
+    @property
+    def grad_norm(self):
+        return self._found.grad_norm
+
+    def __iter__(self):
+        return iter((self.applied, self.grad_norm, self.nonfinite))
+
+    def __getitem__(self, index):
+        return tuple(self)[index]
+
+
 class OneThread:
     """A `with` block that one thread at a time may enter.  A forked child does not wait for a thread of its parent."""
 
@@ -356,7 +375,7 @@ class Optimizer(Names, Family):
         info = self._looking_step(self._steady_grads, grads, grad_scale, clip_norm)
         if info is not None:
             return info
-        if tensors.of_torch:
+        if tensors.of_torch and not (grads is None and self._plan.capturable):
             grads = gradients.listed(grads)
             leaves = gradients.torch_leaves(grads)
             info = leaves and self._read_step(leaves, grad_scale, clip_norm)
@@ -425,7 +444,11 @@ class Optimizer(Names, Family):
                 f"{found.nonfinite} element(s) of the gradients are NaN or infinite or have a square that overflows, the "
                 f"first of them in {self._tensors[found.tensor].grad_name}; nothing was updated"
             )
-        return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
+        return (
+            StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
+            if type(found) is backends.Found
+            else LaterInfo(found)
+        )
 
     def _renew_rates(self):
         """Give the plan the learning rates of the next step, and of many where the schedules are foreseen; it may have those
@@ -523,12 +546,10 @@ class Optimizer(Names, Family):
         Raises
         ------
         ValueError
-            Unless ``nonfinite="propagate"``, and on ``backend="cuda"``.
+            Unless ``nonfinite="propagate"``.
         TypeError
             For a FlatBuffer, which is updated as one: stream its mapping flat.params.
         """
-        if self._backend == "cuda":
-            raise ValueError("streaming needs a host backend, this optimizer runs on 'cuda': call step() with all gradients")
         if self._nonfinite != "propagate":
             raise ValueError(
                 f"nonfinite={self._nonfinite!r} looks at all gradients before the first update, which a streamed step "

@@ -159,22 +159,3 @@ def test_on_a_real_gpu(make, library):
         ours.step(there_grads)
         theirs.step(grads)
     assert all(np.array_equal(bits(to_host(a)), bits(b)) for a, b in zip(there, params, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(reason is not None, reason=f"the GPU tests need a GPU: {reason}")
-def test_throughput_on_a_real_gpu(capsys):
-    """GB/s of a step beside a device-to-device copy of as many bytes, as a table."""
-    cupy = pytest.importorskip("cupy", reason="the GPU tests need CuPy")
-    from cupyx.profiler import benchmark
-
-    with capsys.disabled():
-        print("\n| elements | step, GB/s | copy, GB/s |\n|---:|---:|---:|")
-        for power in range(20, 29, 2):
-            param, grad = cupy.ones(1 << power, cupy.float32), cupy.ones(1 << power, cupy.float32)
-            optimizer, to = fastrms.RMSProp(param), cupy.empty((1 << power) * 5 // 2, cupy.float32)
-            optimizer.bind(grad)
-            calls = (optimizer.step, ()), (cupy.copyto, (to, cupy.empty_like(to)))
-            times = [benchmark(call, args, n_repeat=20).gpu_times.min() for call, args in calls]
-            rates = [20 * (1 << power) / seconds / 1e9 for seconds in times]
-            print(f"| 2^{power} | {rates[0]:.0f} | {rates[1]:.0f} |")

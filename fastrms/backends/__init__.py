@@ -65,6 +65,7 @@ class Plan:
     steps: int  #: how many steps were made
     tensor_steps: list  #: how many updates each tensor has had
     most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
+    capturable = False  #: whether a CUDA graph may capture a step, for which bound gradients must stay held
     takes_pointers = False  #: whether change() takes an exchange.Reader as the gradients of a step
 
     def bound_step(self):

@@ -90,6 +90,10 @@ class Plan(backends.Plan):
     def assign(to, source):
         to[:] = source
 
+    def _lies_as_before(self, params, grads):
+        """Whether the updates of the last step serve these parameters and gradients, too: never, as they hold the arrays."""
+        return False
+
     # a step
 
     def _stale(self):
@@ -237,9 +241,10 @@ class Plan(backends.Plan):
             if grads is not None:
                 grads = [g if g is None else self.flat_grad(g) for g in grads]
             if grads is not None or params is not None:
-                if self._would_overlap(flats, grads or (self.grads if self.held else [])):
-                    return OVERLAP, None
-                self._stale()
+                if not self._lies_as_before(flats, grads):
+                    if self._would_overlap(flats, grads or (self.grads if self.held else [])):
+                        return OVERLAP, None
+                    self._stale()
                 self.params, self._occupied = flats, None
             if grads is not None:
                 self.grads, self.held = grads, hold
@@ -313,9 +318,7 @@ class Plan(backends.Plan):
                 self._take_rates(rates)
             update = self._update(self._coefficients(k), [k], {k: grad})
             update.make_coefficients(self.steps + 1, grad_scale, rows_each(len(self.params)))
-            update.run(self.steps + 1)
-            if self.zero_grad:
-                grad.fill(0)
+            self._run_streamed(update, self.steps + 1, k, grad)
             if not self._streamed:
                 later = [missed + 1 for missed in self.missed]
                 self.steps, self.missed, self._streamed = self.steps + 1, later, True  # in one statement
@@ -323,6 +326,12 @@ class Plan(backends.Plan):
             return OK
         finally:
             self.lock.release()
+
+    def _run_streamed(self, update, number, k, grad):
+        """Run the update of tensor k alone."""
+        update.run(number)
+        if self.zero_grad:
+            grad.fill(0)
 
     # reading and replacing the state
 

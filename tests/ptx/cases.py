@@ -14,7 +14,7 @@ from fastrms.backends.cuda.kernel import Kind
 compiler = toolchain.compiler()
 
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
-KINDS = [Kind(many, capturable) for many in (False, True) for capturable in (False, True)]
+KINDS = [Kind(), Kind(capturable=True), Kind(many=True), Kind(True, True), Kind(zero_grad=True), Kind(True, True, True)]
 LENGTHS = [*range(41), 255, 256, 257, 1023, 1024, 1025, 1026, 1027, 4099]
 ALL = [
     pytest.param(rule, general, dtype, cc, id=f"{rule}-{'general' if general else 'neutral'}-{dtype}-{cc[0]}.{cc[1]}")
@@ -24,7 +24,7 @@ ALL = [
     for cc in ARCHITECTURES
 ]
 OTHER_KINDS = [  # PTX has two dialects, before and from compute capability 10
-    pytest.param(rule, dtype, kind, cc, id=f"{rule}-{dtype}-{'many' * kind.many}{'capturable' * kind.capturable}")
+    pytest.param(rule, dtype, kind, cc, id=f"{rule}-{dtype}-{''.join(name for name, on in kind._asdict().items() if on)}")
     for rule in rules.RULES
     for dtype, cc in zip(DTYPES, [(9, 0), (12, 0)], strict=True)
     for kind in KINDS[1:]
@@ -77,10 +77,11 @@ def expected(recipe, buffers):
 
 
 class Tensor:
-    """Guarded copies of buffers, the first element `offset` elements behind a 16-byte boundary."""
+    """Guarded copies of buffers, the first element `offset` elements behind a 16-byte boundary; with `apart`, that of the
+    gradient one element further on, so that there are no vectors."""
 
-    def __init__(self, buffers, offset=0):
-        self.guarded = [self.at(values, offset) for values in buffers]
+    def __init__(self, buffers, offset=0, apart=False):
+        self.guarded = [self.at(values, offset + (apart and k == 1)) for k, values in enumerate(buffers)]
         self.buffers = [execute.Buffer(guarded.array) for guarded in self.guarded]
         self.addresses, self.size = [buffer.address for buffer in self.buffers], buffers[0].size
 
@@ -90,13 +91,14 @@ class Tensor:
         shift = -guarded.array.ctypes.data // values.itemsize % (16 // values.itemsize)
         return Guarded(values, shift + offset) if (shift + offset) else guarded
 
-    def check(self, expected, grad):
-        """Bits as expected, gradient untouched, each updated word stored once, nothing stored elsewhere."""
+    def check(self, expected, grad, zero_grad=False):
+        """Bits as expected, gradient untouched or all zero, each updated word stored once, nothing stored elsewhere."""
         param, gradient, *states = self.buffers
         for buffer, want in zip((param, *states), expected, strict=True):
             assert np.array_equal(bits(buffer.array), want[: self.size])
             assert (buffer.stores == 1).all()
-        assert np.array_equal(bits(gradient.array), bits(grad[: self.size])) and not gradient.stores.any()
+        left = np.zeros_like(grad) if zero_grad else grad
+        assert np.array_equal(bits(gradient.array), bits(left[: self.size])) and (gradient.stores == zero_grad).all()
         assert all(guarded.intact() for guarded in self.guarded)
 
 

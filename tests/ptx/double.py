@@ -1,6 +1,7 @@
 """The driver double at work: builds driver.c, stands it in for libcuda.so.1 in this process, runs each launch's PTX."""
 
 import ctypes
+import gc
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,12 +23,19 @@ def start():
     return Double(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
 
 
+class Compiled(dict):
+    """Name of a kernel -> its PTX."""
+
+    def __missing__(self, name):
+        raise LookupError(f"{name} was never compiled")
+
+
 class Double:
     """launches: (name, grid, block, stream) each.  regions: arrays that stand for device memory; None allows all."""
 
     def __init__(self, library):
         self.library, self.launches, self.errors, self.kernels = library, [], [], {}
-        self.regions, self.run, self.fail = [], True, 0
+        self.regions, self.run, self.fail, self.compiled = [], True, 0, Compiled()
         self.hook = HOOK(self.on_launch)
         library.double_hook(self.hook)
 
@@ -56,14 +64,31 @@ class Double:
         """Of the kernel of that name that was compiled last."""
         return self.compiled[name]
 
+    def learn(self, made):
+        """Note the PTX of a fastrms.backends.cuda.compile.Compiled, which is returned."""
+        if self.compiled.get(made.name, made.ptx) != made.ptx:
+            self.kernels.pop(made.name, None)
+        self.compiled[made.name] = made.ptx
+        return made
+
     def counts(self):
         text = ctypes.create_string_buffer(1 << 14)
         self.library.double_counts(text, len(text))
         return {name: int(calls) for name, calls in (line.split() for line in text.value.decode().splitlines())}
 
+    def waits(self):
+        """(stream that waits, stream that it waits for) of each wait since the last call."""
+        pairs = (ctypes.c_uint64 * 128)()
+        many = self.library.double_waits(pairs)
+        return [tuple(pairs[2 * k : 2 * k + 2]) for k in range(many)]
+
     def census(self, step):
-        """The driver calls of a step."""
+        """The driver calls of a step; what other tests have left is not freed meanwhile."""
         self.library.double_reset()
         self.launches.clear()
-        step()
-        return self.counts()
+        gc.disable()
+        try:
+            step()
+            return self.counts()
+        finally:
+            gc.enable()

@@ -14,6 +14,10 @@ static int counters, devices = 1, capability[2] = {9, 0}, capturing;
 static void *context = NULL;
 static uint64_t next_handle = 0x5000;
 
+static int busy, in_use, freed_in_use;
+static struct { void *waits, *record; } wait[64], recorded[64];
+static int waits, records;
+
 static void count(const char *name)
 {
     int k = 0;
@@ -25,6 +29,14 @@ void double_hook(hook h) { run = h; }
 void double_capability(int major, int minor) { capability[0] = major; capability[1] = minor; }
 void double_capturing(int yes) { capturing = yes; }
 void double_devices(int many) { devices = many; }
+void double_busy(int yes) { busy = yes; }
+int double_freed_in_use(void) { return freed_in_use; }
+int double_waits(uint64_t *pairs) /* (stream that waits, stream that it waits for) since the last call */
+{
+    int many = waits;
+    for (int k = 0; k < many; k++) { pairs[2 * k] = (uint64_t)wait[k].waits; pairs[2 * k + 1] = (uint64_t)wait[k].record; }
+    return waits = 0, many;
+}
 void double_reset(void) { for (int k = 0; k < counters; k++) counter[k].calls = 0; }
 int double_counts(char *out, int size)
 {
@@ -65,15 +77,19 @@ CALL(cuCtxPushCurrent_v2, void *c) context = c; OK
 CALL(cuCtxPopCurrent_v2, void **c) *c = context; context = NULL; OK
 CALL(cuCtxGetDevice, int *d) *d = context ? (int)(uintptr_t)context - 0x100 : 0; OK
 CALL(cuCtxGetDevice_v2, int *d, void *c) *d = (int)(uintptr_t)c - 0x100; OK
-CALL(cuCtxSynchronize, void) OK
+CALL(cuCtxSynchronize, void) in_use = 0; OK
 CALL(cuCtxGetStreamPriorityRange, int *least, int *greatest) *least = *greatest = 0; OK
 CALL(cuMemAllocFromPoolAsync, uint64_t *p, size_t n, void *pool, void *s) return posix_memalign((void **)p, 512, n ? n : 1); }
 CALL(cuMemAllocAsync, uint64_t *p, size_t n, void *s) return posix_memalign((void **)p, 512, n ? n : 1); }
 CALL(cuMemAlloc_v2, uint64_t *p, size_t n) return posix_memalign((void **)p, 512, n ? n : 1); }
-CALL(cuMemFreeAsync, uint64_t p, void *s) free((void *)p); OK
+CALL(cuMemFreeAsync, uint64_t p, void *s) freed_in_use += in_use; free((void *)p); OK
 CALL(cuMemFree_v2, uint64_t p) free((void *)p); OK
 CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) memmove((void *)to, (void *)from, n); OK
+CALL(cuMemGetInfo_v2, size_t *available, size_t *all) *available = *all = 1ull << 30; OK
+CALL(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t n, void *s) memmove((void *)to, (void *)from, n); OK
 CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
+CALL(cuMemsetD32_v2, uint64_t to, unsigned value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned *)to)[k] = value; OK
+CALL(cuEventQuery, void *e) return busy ? 600 : 0; }
 CALL(cuMemsetD8Async, uint64_t to, unsigned char value, size_t n, void *s) memset((void *)to, value, n); OK
 CALL(cuMemPoolGetAttribute, void *pool, int attribute, void *v) *(uint64_t *)v = 0; OK
 CALL(cuMemPoolSetAttribute, void *pool, int attribute, void *v) OK
@@ -91,7 +107,9 @@ CALL(cuPointerGetAttribute, void *out, int what, uint64_t p) void *to[] = {out};
 CALL(cuStreamCreateWithPriority, void **s, unsigned flags, int priority) *s = (void *)(next_handle += 16); OK
 CALL(cuStreamDestroy_v2, void *s) OK
 CALL(cuStreamSynchronize, void *s) OK
-CALL(cuStreamWaitEvent, void *s, void *e, unsigned flags) OK
+CALL(cuStreamWaitEvent, void *s, void *e, unsigned flags)
+    for (int k = 0; k < 64; k++)
+        if (recorded[k].waits == e && waits < 64) { wait[waits].waits = s; wait[waits++].record = recorded[k].record; break; } OK
 CALL(cuStreamGetCtx, void *s, void **c) *c = (void *)0x100; OK
 CALL(cuStreamGetCtx_v2, void *s, void **c, void **green) *c = (void *)0x100; SET(green, NULL) OK
 CALL(cuStreamGetDevice, void *s, int *d) *d = 0; OK
@@ -99,7 +117,9 @@ CALL(cuStreamGetFlags, void *s, unsigned *flags) *flags = 1; OK
 CALL(cuStreamGetPriority, void *s, int *priority) *priority = 0; OK
 CALL(cuStreamIsCapturing, void *s, int *status) *status = capturing; OK
 CALL(cuEventCreate, void **e, unsigned flags) *e = (void *)(next_handle += 16); OK
-CALL(cuEventRecord, void *e, void *s) OK
+CALL(cuEventRecord, void *e, void *s) recorded[records % 64].waits = e; recorded[records++ % 64].record = s; OK
+CALL(cuEventElapsedTime_v2, float *milliseconds, void *from, void *to) *milliseconds = 1; OK
+CALL(cuEventElapsedTime, float *milliseconds, void *from, void *to) *milliseconds = 1; OK
 CALL(cuEventDestroy_v2, void *e) OK
 CALL(cuLibraryLoadData, void **l, const void *code, void *a, void *b, unsigned n, void *d, void *e, unsigned m) *l = malloc(1); OK
 CALL(cuLibraryUnload, void *l) OK
@@ -109,6 +129,7 @@ CALL(cuGetErrorName, int e, const char **s) *s = "CUDA_ERROR_ILLEGAL_ADDRESS"; O
 CALL(cuGetErrorString, int e, const char **s) *s = "an error of the driver double"; OK
 struct config { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned count; };
 CALL(cuLaunchKernelEx, const struct config *c, void *kernel, void **parameters, void **extra)
+    in_use = 1;
     return run ? run(kernel, c->grid[0], c->block[0], c->stream, parameters) : 0; }
 
 /* Entry points are asked for by name, without the _v2 of their newest form. */

@@ -129,8 +129,8 @@ class Kernel:
         raise Refused(f"operand {text}")
 
     def access(self, opcode, operands):
-        """Loads and stores, of one number or a vector."""
-        space, *vector, kind = opcode.split(".")[1:]
+        """Loads and stores, of one number or a vector; a hint for the caches changes nothing."""
+        space, *vector, kind = re.sub(r"\.(cs|L1::\w+)\b", "", opcode).split(".")[1:]
         target, where = operands if opcode.startswith("ld") else reversed(operands)
         base, offset = re.fullmatch(r"\[(%?[\w$]+)(?:\+(-?\d+))?\]", where).groups()
         if space == "param":

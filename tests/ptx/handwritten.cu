@@ -30,11 +30,11 @@ template <class real> __device__ void adam(real &p, real g, real &m, real &v, re
 #define KERNEL(name, rule, buffers, load, lane, store, single, ...)                                                          \
     extern "C" __global__ void __launch_bounds__(256) name                                                                  \
     buffers {                                                                                                               \
-        unsigned long long t = blockIdx.x * 256ull + threadIdx.x;                                                           \
+        unsigned long long t = blockIdx.x * 256ull + threadIdx.x, head = -(unsigned long long)p % 16 / sizeof(real);        \
         if (t < vectors) { load; for (int k = 0; k < LANES; k++) lane; store; }                                             \
-        else { t += vectors * (LANES - 1); if (t < size) single; }                                                          \
+        else { t -= vectors; if (t >= head) t += vectors * LANES; if (t < size) single; }                                   \
     }
-#define WIDE(x) ((wide<real> *)x)[t]
+#define WIDE(x) ((wide<real> *)(x + head))[t]
 #define RMS(name)                                                                                                           \
     KERNEL(name, rmsprop, (real *__restrict__ p, const real *g, real *__restrict__ v, unsigned long long size,              \
         unsigned long long vectors, real s, real r, real o, real lr, real e, real d, real tiny, real zero),                 \

@@ -83,6 +83,12 @@ INTEGER(u64, u64, 64) INTEGER(s64, u64, 64) INTEGER(u32, u32, 32) INTEGER(s32, u
 INTEGER(u16, u16, 16) INTEGER(s16, u16, 16)
 BITS(b64, 64) BITS(b32, 32) BITS(b16, 16)
 
+/* bits of a, in b from bit `at` on; a field that would pass the highest bit is cut off there */
+static inline u64 bfi_b64(u64 a, u64 b, u32 at, u32 length)
+{
+    u64 ones = (at & 255) > 63 ? 0 : (length & 255) > 63 ? ~0ull : (1ull << (length & 255)) - 1;
+    return (at & 255) > 63 ? b : (b & ~(ones << (at & 255))) | ((a & ones) << (at & 255));
+}
 static inline u64 mul_wide_u32(u32 a, u32 b) { return (u64)a * b; }
 static inline u64 mul_wide_s32(s32 a, s32 b) { return (s64)a * b; }
 static inline u32 mul_wide_u16(u16 a, u16 b) { return (u32)a * b; }

@@ -14,7 +14,7 @@ import cases
 import execute
 from conftest import DTYPES
 
-from fastrms.backends import trace
+from fastrms.backends import norm, trace
 from fastrms.backends.cuda import lower, table
 from fastrms.backends.cuda.kernel import Kind
 
@@ -50,7 +50,7 @@ def test_every_kernel_has_the_bits_of_numpy_and_c(rule, general, dtype, cc):
         buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary)
         want = cases.expected(recipe, buffers)
         for count, size in enumerate(cases.LENGTHS):
-            tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4)
+            tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4, apart=count % 7 == 3)
             cases.launch(kernel, Kind(), recipe, [tensor], backwards=count % 2)
             tensor.check(want, buffers[1])
 
@@ -62,10 +62,10 @@ def test_many_tensors_and_capturable_kernels(rule, dtype, kind, cc):
     buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary=False)
     want = cases.expected(recipe, buffers)
     sizes = (1, 0, 3, 17, 1024, 4099, 5, 2048) if kind.many else (4099,)
-    tensors = [cases.Tensor([b[:size] for b in buffers], offset=k % 3 % 2) for k, size in enumerate(sizes)]
+    tensors = [cases.Tensor([b[:size] for b in buffers], k % 3, apart=k == 5) for k, size in enumerate(sizes)]
     cases.launch(kernel, kind, recipe, tensors)
     for tensor in tensors:
-        tensor.check(want, buffers[1])
+        tensor.check(want, buffers[1], kind.zero_grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,34 +81,79 @@ def test_several_steps_in_a_row(dtype):
         tensor.check(want, buffers[1])
 
 
-def elements_of(threads, vectors, size):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_every_length_at_every_offset(dtype, many):
+    """The elements before the first vector, the vectors and the elements behind the last one meet without a gap."""
+    kernel, recipe = cases.kernel("adam", False, dtype, Kind(many), (9, 0)), cases.recipe_of("adam", False, dtype, True)
+    buffers = cases.buffers_of("adam", dtype, 20, ordinary=True)
+    want = cases.expected(recipe, buffers)
+    for apart in (False, True):
+        for offset in range(4):
+            tensors = [cases.Tensor([b[:size] for b in buffers], offset, apart) for size in range(1, 20)]
+            for each in [tensors] if many else [[tensor] for tensor in tensors]:
+                cases.launch(kernel, Kind(many), recipe, each)
+            for tensor in tensors:
+                tensor.check(want, buffers[1])
+                count = table.vectors(tensor.addresses, tensor.size, dtype.itemsize)
+                head = -offset % table.width(dtype)
+                assert count == (0 if apart else max(0, tensor.size - head) // table.width(dtype))
+
+
+def elements_of(threads, vectors, size, head):
     """Which elements the threads of a grid update."""
-    lanes = (threads[threads < vectors][:, None] * 4 + np.arange(4)).reshape(-1)
-    singles = threads[threads >= vectors] + 3 * vectors
+    lanes = (threads[threads < vectors][:, None] * 4 + np.arange(4)).reshape(-1) + head
+    singles = threads[threads >= vectors] - vectors
+    singles = np.where(singles < head, singles, singles + 4 * vectors)
     return np.concatenate([lanes, singles[singles < size]])
 
 
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("offset", [0, 1, "apart"])
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
 def test_the_last_blocks_above_two_to_the_31_elements(cc, offset):
     """Only their threads run; the memory in front of them is reserved and never touched."""
     dtype, size = DTYPES[0], (1 << 31) + 4099
     kernel, recipe = cases.kernel("rmsprop", False, dtype, Kind(), cc), cases.recipe_of("rmsprop", False, dtype, True)
-    memory = [mmap.mmap(-1, 4 * size + 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | RESERVED) for _ in range(3)]
-    flats = [np.frombuffer(m, dtype)[offset:][:size] for m in memory]
+    memory = [mmap.mmap(-1, 4 * size + 8, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | RESERVED) for _ in range(3)]
+    offsets = [0, 1, 2] if offset == "apart" else [offset] * 3
+    flats = [np.frombuffer(m, dtype)[o:][:size] for m, o in zip(memory, offsets, strict=True)]
     vectors = table.vectors([flat.ctypes.data for flat in flats], size, 4)
     grid = table.blocks(size, vectors, 4)
-    touched = elements_of(np.arange((grid - 2) * table.THREADS, grid * table.THREADS), vectors, size)
-    start = touched.min()
-    for flat, values in zip(flats, cases.buffers_of("rmsprop", dtype, size - start, True), strict=True):
-        flat[start:] = values
-    want = cases.expected(recipe, [flat[start:].copy() for flat in flats])
-    regions = (execute.Region * 3)(*[execute.Region(f.ctypes.data + 4 * start, f.ctypes.data + 4 * size) for f in flats])
+    threads = np.arange((grid - 2) * table.THREADS, grid * table.THREADS)
+    touched = elements_of(threads, vectors, size, head=3 if offset == 1 else 0)
+    start = touched[touched > 3].min()  # the elements before the first vector are updated by the last threads, too
+    for flat, values in zip(flats, cases.buffers_of("rmsprop", dtype, touched.size, True), strict=True):
+        flat[touched] = values
+    want = cases.expected(recipe, [flat[touched] for flat in flats])
+    ends = [(f.ctypes.data + 4 * a, f.ctypes.data + 4 * b) for f in flats for a, b in ((0, 4), (start, size))]
+    regions = (execute.Region * 6)(*[execute.Region(*pair) for pair in ends])
     words = [*(flat.ctypes.data for flat in flats), size, vectors, *map(execute.word, cases.coefficients_of(recipe))]
-    kernel.launch_words(grid, table.THREADS, words, regions, 3, blocks=(grid - 2, grid))
-    assert touched.max() == size - 1 and (vectors == 0) == (offset == 1)
+    kernel.launch_words(grid, table.THREADS, words, regions, 6, blocks=(grid - 2, grid))
+    assert touched.max() == size - 1 and (vectors == 0) == (offset == "apart")
     for flat, result in zip((flats[0], flats[2]), want, strict=True):
-        assert np.array_equal(cases.bits(flat[touched]), result[touched - start])
+        assert np.array_equal(cases.bits(flat[touched]), result)
+
+
+@pytest.mark.parametrize("cc", cases.ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4095, 4096, 4097, 8200])
+def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc):
+    """Every lane of every block, then the blocks of two segments, inside their buffers."""
+    grad, (blocks, lanes) = cases.wild_values(size, DTYPES[0], 3), (-(-size // norm.BLOCK), norm.LANES)
+    there, sums, total = execute.Buffer(grad), execute.Buffer(np.full(blocks * lanes, np.nan)), execute.Buffer(np.zeros(2))
+    rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
+    tensor_of = execute.Buffer(np.ones(blocks, np.uint32))
+    kernels = {name: execute.Kernel(cases.compiler.norm_ptx(name, cc)) for name in ("lane_sums", "segment_sums")}
+    kernels["lane_sums"].launch(-(-blocks * lanes // 256), 256, [rows, tensor_of, sums, blocks], [there])
+    with np.errstate(all="ignore"):
+        padded = np.zeros(blocks * norm.BLOCK)
+        padded[:size] = grad.astype(np.float64) ** 2
+        by_lane = np.add.accumulate(padded.reshape(blocks, -1, lanes), axis=1)[:, -1].reshape(-1)
+        wanted = [norm.segment_scan(part).sum for part in (grad[: norm.BLOCK], grad[norm.BLOCK :])]
+    assert np.array_equal(cases.bits(sums.array), cases.bits(by_lane)) and (sums.stores == 1).all()
+    first_of = execute.Buffer(np.array([0, 1, blocks], np.uint32))
+    kernels["segment_sums"].launch(1, 256, [sums, first_of, total, 2])
+    assert np.array_equal(cases.bits(total.array), cases.bits(np.array(wanted))) and (total.stores == 1).all()
+    assert not re.search(r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums"].opcodes + kernels["segment_sums"].opcodes))
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)

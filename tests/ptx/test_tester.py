@@ -49,10 +49,10 @@ def mutants(text):
 def right(text, rule, dtype):
     """Whether a kernel passes what test_ptx.py asks, on both kinds of numbers."""
     kernel = execute.Kernel(text)
-    for ordinary, offset in ((True, 0), (False, 0), (True, 1)):  # the last has no vectors
+    for ordinary, offset, apart in ((True, 0, False), (False, 1, False), (True, 1, True)):  # the last has no vectors
         recipe = cases.recipe_of(rule, False, dtype, visible=ordinary)
         buffers = cases.buffers_of(rule, dtype, 1027, ordinary)
-        tensor = cases.Tensor(buffers, offset)
+        tensor = cases.Tensor(buffers, offset, apart)
         try:
             cases.launch(kernel, Kind(), recipe, [tensor], backwards=ordinary)
             tensor.check(cases.expected(recipe, buffers), buffers[1])

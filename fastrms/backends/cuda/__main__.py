@@ -60,7 +60,11 @@ def _run(*command):
 
 def main(arguments=None):
     chosen = parsed(arguments)
-    cc, dtype, kind = tuple(map(int, chosen.cc.split("."))), np.dtype(chosen.dtype), Kind(chosen.many, chosen.capturable)
+    cc, dtype, kind = (
+        tuple(map(int, chosen.cc.split("."))),
+        np.dtype(chosen.dtype),
+        Kind(chosen.many, chosen.capturable, chosen.zero_grad),
+    )
     name = kernel_name(chosen.rule, chosen.general, dtype, kind)
     ptx = compiler().compile_ptx(chosen.rule, chosen.general, dtype, kind, cc)
     made = assemble(ptx, cc)
@@ -82,8 +86,8 @@ def parsed(arguments):
     parser.add_argument("--cc", default="9.0", help="compute capability, 8.0 and above (default 9.0)")
     parser.add_argument("--rule", default="rmsprop", choices=rules.RULES)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    for name in ("general", "many", "capturable"):
-        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("general", "many", "capturable", "zero_grad"):
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     for name in ("source", "ptx", "sass"):
         parser.add_argument(f"--{name}", action="store_true", help=f"print only the {name} and the figures")
     chosen = parser.parse_args(arguments)

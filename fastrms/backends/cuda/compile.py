@@ -23,7 +23,7 @@ from numba.cuda import types
 
 from ... import files, own_rules, rules
 from ..trace import text, trace
-from . import intrinsics
+from . import intrinsics, norm_kernels
 from . import lower as lowering
 from .kernel import arguments, kernel_name, kernel_text
 from .lower import REALS, lower
@@ -57,21 +57,55 @@ def compiled(rule, general, dtype, kind, cc):
     Compiled
     """
     name = kernel_name(rule, general, dtype, kind)
+    which = rule, general, dtype, kind, cc
+    return kept(name, lambda: cache_path(*which), lambda: compile_ptx(*which), cc)
+
+
+def kept(name, find_path, make_ptx, cc):
+    """The Compiled of this name from the disk, or made and written there."""
     with contextlib.suppress(OSError):  # it is not there
-        path = cache_path(rule, general, dtype, kind, cc)
+        path = find_path()
         return Compiled(name, path.with_suffix(".ptx").read_text(), path.with_suffix(".cubin").read_bytes())
-    ptx = compile_ptx(rule, general, dtype, kind, cc)
+    ptx = make_ptx()
     cubin = link(ptx, cc)
     with contextlib.suppress(OSError):  # an unwritable or full disk costs only time
-        path = cache_path(rule, general, dtype, kind, cc)
+        path = find_path()
         files.keep(path.with_suffix(".cubin"), cubin)
         files.keep(path.with_suffix(".ptx"), ptx.encode())
     return Compiled(name, ptx, cubin)
 
 
+@cache
+def compiled_norm(name, cc):
+    """The Compiled of a kernel of norm.py."""
+    return kept(f"fastrms_{name}", lambda: norm_path(name, cc), lambda: norm_ptx(name, cc), cc)
+
+
+def norm_ptx(name, cc):
+    """The PTX of a kernel of norm.py, always compiled anew."""
+    kinds = {
+        "float": types.float32,
+        "double": types.float64,
+        "int64": types.int64,
+        "uint32": types.uint32,
+        "uint64": types.uint64,
+    }
+    kinds |= {f"{kind}*": types.CPointer(one) for kind, one in kinds.items()}
+    signature = types.void(*[kinds[kind] for kind in norm_kernels.ARGUMENTS[name].values()])
+    return named_ptx(getattr(norm_kernels, name), signature, f"fastrms_{name}", cc, launch_bounds=THREADS)
+
+
+def norm_path(name, cc):
+    """The path of a kernel of norm.py in the cache, as cache_path()."""
+    parts = [inspect.getsource(norm_kernels), name, str(cc), *versions()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    return files.cache_folder() / f"fastrms_{name}_sm{cc[0]}{cc[1]}_{key}"
+
+
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
-    names = {"load": intrinsics.load, "store": intrinsics.store, "uint64": types.uint64, "cuda": cuda}
+    names = {"load": intrinsics.load, "store": intrinsics.store, "address": intrinsics.address}
+    names |= {"uint64": types.uint64, "real": REALS[dtype], "cuda": cuda}
     names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
     exec(kernel_text(rules.find(rule), dtype, kind), names)
     name = kernel_name(rule, general, dtype, kind)

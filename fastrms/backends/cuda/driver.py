@@ -1,4 +1,4 @@
-"""The streams and the calls of the CUDA driver that a step makes.  Memory is named by its address."""
+"""The streams and the calls of the CUDA driver that a step makes.  A stream is named by its handle, memory by address."""
 
 from functools import lru_cache
 
@@ -27,18 +27,18 @@ def stream_of(handle):
     return Stream.from_handle(handle)
 
 
-def write(address, array, stream):
-    """Copy a NumPy array to the device on a stream; the driver has read it when this returns."""
-    where = address, array.ctypes.data, array.nbytes, int(stream.handle)
+def wait(handle, other):
+    """Let a stream wait for what another one does now; the host does not wait."""
+    stream_of(handle).wait(stream_of(other))
+
+
+def write(address, array, handle):
+    """Copy a NumPy array to the device on a stream.  It must stay as it is until then: the driver may read it only when the
+    stream comes to it."""
+    where = address, array.ctypes.data, array.nbytes, handle
     call_driver("writing tables or coefficients", "cuMemcpyHtoDAsync", *where)
 
 
-def zero(address, nbytes, stream):
-    """Write zeros over device memory on a stream."""
-    if nbytes:
-        call_driver("zeroing gradients", "cuMemsetD8Async", address, 0, nbytes, int(stream.handle))
-
-
-def capturing(stream):
+def capturing(handle):
     """Whether a CUDA graph is being captured on the stream: what is launched then is recorded and not run."""
-    return bool(call_driver("asking whether it captures", "cuStreamIsCapturing", int(stream.handle))[0])
+    return bool(call_driver("asking whether it captures", "cuStreamIsCapturing", handle)[0])

@@ -40,6 +40,16 @@ def store(typing, pointer, at, lanes):
     return types.void(pointer, at, lanes), lower
 
 
+@intrinsic
+def address(typing, pointer):
+    """The address in a pointer, as an integer."""
+
+    def lower(context, builder, signature, values):
+        return builder.ptrtoint(values[0], ir.IntType(64))
+
+    return types.uint64(pointer), lower
+
+
 def _vector_pointer(builder, values, count):
     where = builder.gep(values[0], [values[1]])
     return builder.bitcast(where, ir.VectorType(where.type.pointee, count).as_pointer())

@@ -1,14 +1,15 @@
 """The text of a CUDA kernel around a rule.
 
-A kernel is told how many vectors it may use (table.py); what they leave is updated one element per thread, by the same
-rule.  There is no loop, hence no limit at 2^31 elements, and every index is a uint64 compared with a uint64 (with an
-int64 Numba would compare doubles).
+A kernel is told how many vectors it may use (table.py).  They begin at the first element whose address is a multiple of
+their size; the elements before it, the head, and those that the vectors leave behind them are updated one per thread, by
+the same rule.  There is no loop, hence no limit at 2^31 elements, and every index is a uint64 compared with a uint64 (with
+an int64 Numba would compare doubles).
 """
 
 from typing import NamedTuple
 
 from ... import own_rules, rules
-from .table import BEHIND, THREADS, width
+from .table import BEHIND, THREADS, VECTOR, width
 
 
 class Kind(NamedTuple):
@@ -21,10 +22,13 @@ class Kind(NamedTuple):
     capturable : bool
         The kernel reads the coefficients from device memory, where they may change between two launches of a captured
         CUDA graph; else they are arguments.
+    zero_grad : bool
+        The kernel writes zeros over the gradient.
     """
 
     many: bool = False
     capturable: bool = False
+    zero_grad: bool = False
 
 
 KERNEL = """\
@@ -32,15 +36,17 @@ def kernel({arguments}):
     block = uint64(cuda.blockIdx.x)
 {head}\
     thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
+    head = (uint64(0) - start) % uint64({vector}) // uint64({itemsize})
     if thread < vectors:
-        first = thread * uint64({width})
+        first = thread * uint64({width}) + head
         {lanes} = rule({loads})
 {stores}\
     else:
-        at = thread + vectors * uint64({width} - 1)
+        single = thread - vectors
+        at = single if single < head else single + vectors * uint64({width})
         if at < size:
             {results} = rule({elements})
-"""
+{cleared}"""
 
 
 def kernel_name(rule, general, dtype, kind):
@@ -62,29 +68,39 @@ def kernel_text(rule, dtype, kind):
     """The Python source of a kernel; `rule` is the device function that it calls, load and store move vectors."""
     rule = own_rules.plain(rule)
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
-    buffers, updated = ["param", "grad", *states], ["param", *states]
+    buffers, updated, lanes = ["param", "grad", *states], ["param", *states], width(dtype)
+    stored = [*((name, f"{name}_lanes") for name in updated), *[("grad", f"({'nothing, ' * lanes})")] * kind.zero_grad]
     return KERNEL.format(
         arguments=", ".join(arguments(rule, kind)),
-        head="".join(f"    {line}\n" for line in [*_row(buffers, kind), *_coefficients(names, kind)]),
+        head="".join(f"    {line}\n" for line in _head(buffers, names, kind)),
         threads=THREADS,
-        width=width(dtype),
+        vector=VECTOR,
+        itemsize=dtype.itemsize,
+        width=lanes,
         lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
         loads=", ".join([f"load({name}, first)" for name in buffers] + names),
-        stores="".join(f"        store({name}, first, {name}_lanes)\n" for name in updated),
+        stores="".join(f"        store({name}, first, {lanes})\n" for name, lanes in stored),
+        cleared="            grad[at] = nothing\n" * kind.zero_grad,
         results=", ".join(f"{name}[at]" for name in updated) + ",",
         elements=", ".join([f"{name}[at]" for name in buffers] + names),
     )
 
 
-def _row(buffers, kind):
-    """The lines by which a block of a launch over many tensors finds its tensor."""
+def _tensor(buffers, kind):
+    """The lines that note where the parameter starts; in a launch over many tensors a block finds its tensor first."""
     if not kind.many:
-        return []
+        return ["start = address(param)"]
     row = [*(f"{name} = pointer(table[row + uint64({k})])" for k, name in enumerate(buffers)),
            *(f"{name} = table[row + uint64({k})]" for k, name in enumerate(BEHIND, len(buffers)))]  # fmt: skip
-    return [f"row = uint64(tensor_of[block]) * uint64({len(row)})", *row, "block = block - first_block"]
+    return [
+        f"row = uint64(tensor_of[block]) * uint64({len(row)})",
+        "start = table[row]",
+        *row,
+        "block = block - first_block",
+    ]
 
 
-def _coefficients(names, kind):
-    """The lines that read the coefficients of a captured graph."""
-    return [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
+def _head(buffers, names, kind):
+    """The lines before a thread knows what it updates."""
+    coefficients = [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
+    return [*_tensor(buffers, kind), *coefficients, *["nothing = real(0)"] * kind.zero_grad]

@@ -1,91 +1,147 @@
 """One kernel, its tensors and its coefficients: all that a launch hands to the driver."""
 
+from collections import deque
+
 import numpy as np
 
 from ... import own_rules, rules
 from ...memory import device
 from .. import plan
 from . import toolchain
-from .driver import write
-from .kernel import Kind, kernel_name
+from .driver import stream_of, write
+from .kernel import kernel_name
 from .table import THREADS, blocks, table, vectors
+
+PENDING = 4096  # rows of coefficients that are kept unchanged for the driver; it lets no stream be as many launches behind
 
 
 @own_rules.remembered
 def loaded(rule, general, dtype, kind, index):
-    """A kernel, loaded on a device."""
+    """The kernel of a rule, loaded on a device."""
+    return kernel_of(toolchain.compiler().compiled, rule, general, dtype, kind, index=index)
+
+
+def kernel_of(compiled, *which, index):
+    """What a function of compile.py compiles, loaded on a device."""
     from cuda.core import ObjectCode
 
-    made = toolchain.compiler().compiled(rule, general, dtype, kind, tuple(device.current(index).compute_capability))
+    made = compiled(*which, tuple(device.current(index).compute_capability))
     return ObjectCode.from_cubin(made.cubin).get_kernel(made.name)
 
 
 class Launch(plan.Update):
     """A kernel over one or many tensors that share their coefficients and have missed the same number of steps.  It is kept
-    from step to step, so aim() gives it its tensors; and run() takes a stream, too."""
+    from step to step, so aim() gives it its tensors; and run() takes the handle of a stream, too.
 
-    def __init__(self, recipe, many, capturable, index):
-        from cuda.core import LaunchConfig, launch
+    allocate(size, dtype, index) gives device memory, for the coefficients of a capturable kernel and for the table.
+    """
 
-        kind = Kind(many, capturable)
-        self.itemsize, self.index = recipe.dtype.itemsize, index
+    def __init__(self, recipe, kind, index, allocate):
+        self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
+        self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
+        self.device_row = allocate(self.count, recipe.dtype, index) if kind.capturable else None
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
-        self.make_config, self.launch = LaunchConfig, launch
-        self.table, self.table_host, self.table_sent = None, None, True
-        self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
-        self.device_row = device.allocate(self.count, recipe.dtype, index) if capturable else None
-        self.sent = None
+        self.arguments = None
+        self.table = Table()
+        self.rows_sent = deque([None], PENDING)
 
-    def aim(self, coefficients, missed, tensors):
+    def aim(self, coefficients, missed, tensors, allocate):
         """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
         self.use(coefficients, missed)
+        self.rows_sent.append(None)  # whoever aims may have changed what is on the device
         found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
-        if len(found) == 1:
+        if self.kind.many:
+            parts = table(found, self.itemsize)
+            head, grid = self.table.set(parts, allocate, self.index), parts[1].size
+        else:
             addresses, size = found[0]
             count = vectors(addresses, size, self.itemsize)
-            self.head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
-        else:
-            self.head, grid = self._aim_many(*table(found, self.itemsize))
-        self.config = self.make_config(grid=grid, block=THREADS)
+            head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
+        self.arguments = Arguments(self.kernel, head, self._tail(), grid, THREADS)
 
-    def _aim_many(self, rows, tensor_of):
-        """Note the table, which send() writes to the device; its memory there serves for every table of this size.  Returns
-        the first arguments of the kernel and the number of blocks."""
-        host = np.concatenate([rows.view(np.uint32), tensor_of])
-        if self.table is None or self.table.size != host.size:
-            self.table = device.allocate(host.size, host.dtype, self.index)
-        if not np.array_equal(self.table_host, host):
-            self.table_host, self.table_sent = host, False
-        return (self.table.address, self.table.address + rows.nbytes), tensor_of.size
+    def _tail(self):
+        """The memory of the arguments behind the head: a row of coefficients, or the address of the row on the device."""
+        row = self.device_row
+        return np.empty(self.count, f"f{self.itemsize}") if row is None else np.array([row.address], np.uint64)
 
     def take(self):
-        """Note the new coefficients as words.
+        """Note the new coefficients as bytes."""
+        self.bytes = memoryview(self.coefficients.rows).cast("B")
 
-        A float32 goes to cuda.core as the integer of its bits, of which the driver takes the low four bytes: cuda.core
-        would widen a Python float, and a NumPy number costs it 0.5 us more.
-        """
-        self.words = memoryview(self.coefficients.rows).cast("B").cast("I" if self.itemsize == 4 else "d")
-
-    def send(self, stream, number):
-        """Write to the device what has changed: the table, and the coefficients of a capturable kernel."""
-        if not self.table_sent:
-            write(self.table.address, self.table_host, stream)
-            self.table_sent = True
+    def send(self, handle, number):
+        """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel."""
+        self.table.send(handle)
         if self.device_row is not None:
-            row = self.taken[(number - self.first) * self.stride]
-            if row.tobytes() != self.sent:
-                write(self.device_row.address, row, stream)
-                self.sent = row.tobytes()
+            row = self.taken[(number - self.first) * self.stride].copy()
+            if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
+                self.rows_sent.append(row)
+                write(self.device_row.address, row, handle)
 
-    def run(self, number, stream):
-        """Launch step `number` of the plan on a stream of cuda.core."""
+    def run(self, number, handle):
+        """Launch step `number` of the plan on the stream of this handle."""
         if self.device_row is None:
-            start = (number - self.first) * self.stride * self.count
-            tail = self.words[start : start + self.count]
-        else:
-            tail = (self.device_row.address,)
-        try:
-            self.launch(stream, self.config, self.kernel, *self.head, *tail)
-        except Exception as error:  # of cuda.core, whose own classes are not public
-            raise RuntimeError(f"launching {self.name} failed: {error}") from error
+            nbytes = self.count * self.itemsize
+            start = (number - self.first) * self.stride * nbytes
+            self.arguments.tail[:] = self.bytes[start : start + nbytes]
+        status = self.arguments.launch(handle)
+        if status:
+            raise RuntimeError(f"launching {self.name} failed on the GPU: {status.name}")
+
+
+class Table:
+    """Flat arrays of numbers in one piece of device memory, of which send() writes those that have changed."""
+
+    def __init__(self):
+        self._memory = None
+        self._parts, self._there = {}, {}  # address -> array, as they are to be and as they are
+        self.reading = []  # (event, array) of each part that the driver may not have read yet
+
+    def set(self, parts, allocate, index):
+        """Note new arrays, the widest numbers first.  The memory serves for all of the same size.  Returns addresses."""
+        words = sum(part.nbytes for part in parts) // 4
+        if self._memory is None or self._memory.size != words:
+            self._memory, self._there = allocate(words, np.dtype(np.uint32), index), {}
+        starts = [self._memory.address + sum(part.nbytes for part in parts[:k]) for k in range(len(parts))]
+        self._parts = dict(zip(starts, parts, strict=True))
+        return starts
+
+    def send(self, handle):
+        for address, part in self._parts.items():
+            if not np.array_equal(self._there.get(address), part):
+                self.reading = [pair for pair in self.reading if not pair[0].is_done]
+                write(address, part, handle)
+                self._there[address] = part
+                self.reading.append((stream_of(handle).record(), part))
+
+
+class Arguments:
+    """A launch as the driver takes it: pointers to all arguments of the kernel.  It is made once for the same tensors; a
+    step writes only what has changed, in a third of the time that cuda.core.launch takes.
+
+    tail: the bytes of the arguments behind the first ones, all of one size; the driver copies them at the launch.
+    """
+
+    def __init__(self, kernel, head, tail, grid, block):
+        from cuda.bindings import driver
+
+        self._call, self._kernel = driver.cuLaunchKernelEx, driver.CUfunction(int(kernel.handle))
+        self._head, self._tail, self._owner = np.array(head, np.uint64), tail, kernel
+        self.tail = memoryview(tail).cast("B")
+        self._pointers = np.concatenate([addresses_in(self._head), addresses_in(tail)])
+        self._at = self._pointers.ctypes.data
+        self._config = config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX = grid, block
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        self._handle = None
+
+    def launch(self, handle):
+        """The driver's answer, which is 0 where it has taken the launch."""
+        if handle != self._handle:
+            self._config.hStream = self._handle = handle
+        return self._call(self._config, self._kernel, self._at, 0)[0]
+
+
+def addresses_in(array):
+    """The address of each number of a flat NumPy array."""
+    return array.ctypes.data + array.itemsize * np.arange(array.size, dtype=np.uint64)

@@ -1,11 +1,14 @@
 """How elements are shared out among the threads of a launch, and the table of a launch over many tensors.
 
-A thread updates one 128-bit vector, or one element of what the vectors leave.
+A thread updates one 128-bit vector, or one element of what the vectors leave.  Vectors begin at the first address that is
+a multiple of their size: all buffers of a tensor must share the offset to it, else there are none.
 """
 
 import numpy as np
 
-VECTOR, THREADS = 16, 256  # bytes per thread, threads per block
+from ...memory.device import VECTOR
+
+THREADS = 256  # per block
 BEHIND = ("size", "vectors", "first_block")  # in a row of the table, after the addresses of the buffers
 
 
@@ -15,8 +18,12 @@ def width(dtype):
 
 
 def vectors(addresses, size, itemsize):
-    """How many whole vectors a tensor has; 0 where a buffer is not aligned to them."""
-    return 0 if any(address % VECTOR for address in addresses) else size * itemsize // VECTOR
+    """How many whole vectors a tensor has.  addresses, size: integers, or arrays of them with one entry per tensor."""
+    first, differs = addresses[0], 0
+    for address in addresses:
+        differs = differs | ((address ^ first) & (VECTOR - 1))
+    head = -first % VECTOR // itemsize  # elements in front of the first vector
+    return (differs == 0) * (size > head) * (size - head) * itemsize // VECTOR
 
 
 def blocks(size, vectors, itemsize):
@@ -31,9 +38,9 @@ def table(tensors, itemsize):
     ----------
     tensors : list of (addresses, size)
     """
-    rows, tensor_of = [], []
-    for addresses, size in tensors:
-        count = vectors(addresses, size, itemsize)
-        rows.append([*addresses, size, count, len(tensor_of)])
-        tensor_of += [len(rows) - 1] * blocks(size, count, itemsize)
-    return np.array(rows, np.uint64).reshape(-1), np.array(tensor_of, np.uint32)
+    columns = np.array([[*addresses, size] for addresses, size in tensors], np.int64).T
+    *addresses, size = columns
+    count = vectors(addresses, size, itemsize)
+    grid = blocks(size, count, itemsize)
+    rows = np.stack([*columns, count, np.cumsum(grid) - grid], axis=1).astype(np.uint64)
+    return rows.reshape(-1), np.repeat(np.arange(len(tensors), dtype=np.uint32), grid)

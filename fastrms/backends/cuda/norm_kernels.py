@@ -1,0 +1,143 @@
+"""The kernels of norm.py, which have the bits of backends/norm.py.
+
+    lane_counts      as lane_sums, of what is not finite
+    segment_counts   as segment_sums
+    lane_sums        a thread for each of the eight lanes of a block of 4096 elements
+    segment_sums     a thread for each segment: its blocks in sequence
+    clip             one thread: the segments in sequence, the norm, the factor
+
+Additions and products are calls of libdevice, which the compiler cannot contract.
+"""
+
+from math import inf
+
+from numba import cuda
+from numba.cuda.libdevice import dadd_rn, ddiv_rn, dmul_rn, double_as_longlong, dsqrt_rn, fmul_rn, longlong_as_double
+from numba.cuda.types import float32, float64, int64, uint32, uint64
+
+from ..norm import FLT_MIN
+from .intrinsics import pointer_to
+
+pointer, pointer_to_doubles = pointer_to(float32), pointer_to(float64)
+ARGUMENTS = {  # of each kernel, with their types as in C
+    "lane_counts_float": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
+                          "grad_scale": "float"},
+    "lane_counts_double": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
+                           "grad_scale": "double"},
+    "segment_counts": {"lanes": "uint64*", "first_of": "uint32*", "counts": "uint64*", "segments": "uint64"},
+    "lane_sums": {"tensors": "uint64*", "tensor_of": "uint32*", "sums": "double*", "blocks": "uint64"},
+    "segment_sums": {"lanes": "double*", "first_of": "uint32*", "sums": "double*", "segments": "uint64"},
+    "clip": {"sums": "double*", "segments": "uint64", "targets": "uint64*", "kinds": "uint32*", "count": "uint64",
+             "found": "double*", "grad_scale": "double", "clip_norm": "double", "mantissa": "double", "exponent": "int64"},
+}  # fmt: skip
+
+
+def lane_counts_float(tensors, tensor_of, counts, blocks, grad_scale):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks:
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at, count = first + lane, uint64(0)
+        while at < end:
+            x = fmul_rn(grad[at], grad_scale)
+            count += uint64(0) if abs(fmul_rn(x, x)) < float32(inf) else uint64(1)
+            at += uint64(8)
+        counts[thread] = count
+
+
+def lane_counts_double(tensors, tensor_of, counts, blocks, grad_scale):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks:
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer_to_doubles(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at, count = first + lane, uint64(0)
+        while at < end:
+            x = dmul_rn(grad[at], grad_scale)
+            count += uint64(0) if abs(dmul_rn(x, x)) < inf else uint64(1)
+            at += uint64(8)
+        counts[thread] = count
+
+
+def segment_counts(lanes, first_of, counts, segments):
+    segment = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    if segment < segments:
+        count, at = uint64(0), uint64(first_of[segment]) * uint64(8)
+        end = uint64(first_of[segment + uint64(1)]) * uint64(8)
+        while at < end:
+            count += lanes[at]
+            at += uint64(1)
+        counts[segment] = count
+
+
+def lane_sums(tensors, tensor_of, sums, blocks):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks:
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at, total = first + lane, float64(0)
+        while at + uint64(248) < end:  # many elements are loaded before the first is added
+            for k in range(32):
+                x = float64(grad[at + uint64(k) * uint64(8)])
+                total = dadd_rn(total, dmul_rn(x, x))
+            at += uint64(256)
+        while at < end:
+            x = float64(grad[at])
+            total = dadd_rn(total, dmul_rn(x, x))
+            at += uint64(8)
+        sums[thread] = total
+
+
+def segment_sums(lanes, first_of, sums, segments):
+    segment = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    if segment < segments:
+        total, block = float64(0), uint64(first_of[segment])
+        end = uint64(first_of[segment + uint64(1)])
+        while block < end:
+            at = block * uint64(8)
+            low = dadd_rn(dadd_rn(lanes[at], lanes[at + uint64(4)]), dadd_rn(lanes[at + uint64(2)], lanes[at + uint64(6)]))
+            at += uint64(1)
+            high = dadd_rn(dadd_rn(lanes[at], lanes[at + uint64(4)]), dadd_rn(lanes[at + uint64(2)], lanes[at + uint64(6)]))
+            total = dadd_rn(total, dadd_rn(low, high))
+            block += uint64(1)
+        sums[segment] = total
+
+
+def clip(sums, segments, targets, kinds, count, found, grad_scale, clip_norm, mantissa, exponent):
+    if uint64(cuda.blockIdx.x) + uint64(cuda.threadIdx.x) == uint64(0):
+        total, segment = float64(0), uint64(0)
+        while segment < segments:
+            total = dadd_rn(total, sums[segment])
+            segment += uint64(1)
+        size = dmul_rn(dsqrt_rn(total), grad_scale)
+        found[uint64(0)] = size
+        whole = first = grad_scale
+        second = float64(1)
+        if not size <= clip_norm and clip_norm < float64(inf):
+            value = dmul_rn(grad_scale, ddiv_rn(mantissa, size))
+            half = exponent // int64(2)
+            whole = first = dmul_rn(dmul_rn(value, power(half)), power(exponent - half))
+            if value != float64(0) and abs(whole) < float64(FLT_MIN):
+                bits = double_as_longlong(value)
+                more = exponent + (bits >> int64(52)) - int64(1022)
+                half = -(-more // int64(2)) if more < int64(0) else more // int64(2)
+                unit = bits - ((bits >> int64(52)) << int64(52)) + (int64(1022) << int64(52))
+                first, second = dmul_rn(longlong_as_double(unit), power(half)), power(more - half)
+        target = uint64(0)
+        while target < count:
+            kind, row = kinds[target], pointer(targets[target])
+            factor = first if kind & uint32(2) else whole
+            row[uint64(0)] = float32(-factor if kind & uint32(1) else factor)
+            row[uint64(1)] = float32(second)
+            target += uint64(1)
+
+
+@cuda.jit(device=True, inline="always")
+def power(exponent):
+    """2 to an exponent between -1022 and 1023."""
+    return longlong_as_double((exponent + int64(1023)) << int64(52))
