@@ -10,6 +10,7 @@ from .memory.flat import FlatBuffer
 from .names import Names
 from .optimizer import Optimizer, StepInfo
 from .optimizers import *  # noqa: F403
+from .shards import Shards
 from .streaming import Streaming
 from .threads import get_num_threads, set_num_threads
 
@@ -19,6 +20,7 @@ __all__ = [
     *functional.__all__,
     "FlatBuffer",
     "Optimizer",
+    "Shards",
     "StepInfo",
     "available_backends",
     "get_include",

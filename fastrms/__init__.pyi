@@ -25,6 +25,7 @@ __all__ = [
     "Optimizer",
     "RMSProp",
     "RProp",
+    "Shards",
     "StepInfo",
     "adagrad",
     "adam",
@@ -67,6 +68,11 @@ class StepInfo(NamedTuple):
     grad_norm: float | None
     nonfinite: int | None
 
+class Shards:
+    gather: Callable[[bytes], Sequence[bytes]]
+    table: list[tuple[int, int, int]]
+    def __init__(self, gather: Callable[[bytes], Sequence[bytes]], table: Iterable[tuple[int, int, int]]) -> None: ...
+
 class _Streaming:
     updated: list[Any]
     def __enter__(self) -> Self: ...
@@ -102,6 +108,7 @@ class Optimizer:
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -166,6 +173,7 @@ class RMSProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -190,6 +198,7 @@ class AdaGrad(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -217,6 +226,7 @@ class Adam(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -244,6 +254,7 @@ class AdamW(Adam):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -267,6 +278,7 @@ class RProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
