@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import DTYPES, bits, c, wild_values
+from test_readme import example
 
 import fastrms
 from fastrms import shards
@@ -426,3 +427,24 @@ def test_an_optimizer_with_shards_is_freed_at_once():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_the_example_runs():
+    class Alone:
+        @staticmethod
+        def allgather(message):
+            return [message]
+
+    part = {"w_part": np.ones(10), "gw_part": np.ones(10), "start": 0, "size": 10}
+    names = {"fastrms": fastrms, "comm": Alone, **part}
+    exec(example("Shards(gather, [(0, start"), names)
+    assert names["info"].grad_norm == 10**0.5 and (names["w_part"] < 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cut_costs_what_the_page_says(dtype):
+    """A block that is cut puts all its elements into the messages; a cut on a block costs nothing."""
+    for cut, blocks in ((5 * BLOCK + 1, 1), (5 * BLOCK, 0)):
+        runs = [shards.Run(0, 0, cut, SEGMENT, dtype.itemsize), shards.Run(0, cut, SEGMENT, SEGMENT, dtype.itemsize)]
+        lengths = [shards.message([run], 0)[1] for run in runs]
+        assert sum(lengths) == 2 * 16 + (SEGMENT // BLOCK + blocks) * 24 + blocks * BLOCK * dtype.itemsize
