@@ -46,12 +46,14 @@ _INSTEAD = {  # what other frameworks have: what to write here
 
 
 def __getattr__(name):
-    """The submodules numba, cuda and schedules are imported when they are asked for."""
+    """The submodules numba, cuda, mpi and schedules are imported when they are asked for."""
     try:
         if name == "cuda":
             import fastrms.cuda as module
         elif name == "numba":
             import fastrms.numba as module
+        elif name == "mpi":
+            import fastrms.mpi as module
         elif name == "schedules":
             import fastrms.schedules as module
         else:
@@ -63,7 +65,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*__all__, "schedules", "__version__", *{"numba", "cuda"} & globals().keys()])
+    return sorted([*__all__, "mpi", "schedules", "__version__", *{"numba", "cuda"} & globals().keys()])
 
 
 graph_breaks.at(

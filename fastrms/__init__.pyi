@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from typing_extensions import Buffer, Self
 
 from . import cuda as cuda
+from . import mpi as mpi
 from . import numba as numba
 from . import rules as rules
 from . import schedules as schedules

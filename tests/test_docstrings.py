@@ -7,9 +7,9 @@ import pytest
 from conftest import CLASSES, FUNCTIONS
 
 import fastrms
-from fastrms import memory, rules, schedules
+from fastrms import memory, mpi, rules, schedules
 
-MODULES = [fastrms, schedules]
+MODULES = [fastrms, mpi, schedules]
 
 
 def public():
