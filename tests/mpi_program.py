@@ -246,7 +246,7 @@ def counted(folder):
 
 
 def killed(folder):
-    """The last rank is killed before its third step, or while the others wait for it in the third."""
+    """The last rank is killed before its third step, or in it: when it has sent nothing, or some of the new parameters."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by which MPICH tells the others that a rank has died
     mine = arrays(5)
     how = (folder / "how").read_text()
@@ -254,9 +254,10 @@ def killed(folder):
     for step in range(3):
         before = {name: array.copy() for name, array in mine.items()}
         if step == 2 and RANK == RANKS - 1:
-            time.sleep(0.5)  # what mpiexec does for a rank, while it dies, ends all of them
             if how == "inside":
                 sharded._pack = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+            elif how == "halfway":
+                sharded._send = sends_some(sharded)
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
         part, _ = gradients(step, np.float32, exact=True)
@@ -270,6 +271,22 @@ def killed(folder):
     assert "cannot be used" in raised(RuntimeError, sharded.save, folder / "x")
     (folder / f"survivor{RANK}").write_text("whole")
     os._exit(0)
+
+
+def sends_some(sharded):
+    """A _send() that kills its process after half of the buckets, when the others have had the time to take these."""
+    send, left = sharded._send, [len(sharded._steps) // 2]
+
+    def sends(step):
+        left[0] -= 1
+        if left[0] < 0:
+            for request in sharded._under_way[-len(sharded._steps) // 2 :]:
+                sharded._wait(request, "test")
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return send(step)
+
+    return sends
 
 
 def raises_outside(folder):
