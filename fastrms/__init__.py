@@ -65,7 +65,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*__all__, "mpi", "schedules", "__version__", *{"numba", "cuda"} & globals().keys()])
+    return sorted([*__all__, "schedules", "__version__", *{"numba", "cuda", "mpi"} & globals().keys()])
 
 
 graph_breaks.at(

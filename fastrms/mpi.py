@@ -174,7 +174,7 @@ def _mpi():
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ImportError(f'fastrms.mpi needs mpi4py and an MPI: pip install "fastrms[mpi]" ({error})') from None
+        raise ImportError(f"fastrms.mpi needs mpi4py and an MPI: pip install mpi4py mpich ({error})") from None
     return MPI
 
 

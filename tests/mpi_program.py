@@ -273,6 +273,27 @@ def killed(folder):
     os._exit(0)
 
 
+def loopback():
+    """How many bytes this machine has sent to itself over TCP."""
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
+def over_tcp(folder):
+    """Writes how many bytes all ranks have sent in some steps, by their own count and by that of the network."""
+    w = np.zeros(8 * SEGMENT, np.float32)
+    sharded = fastrms.mpi.ShardedOptimizer(COMM, [w], fastrms.Adam, bucket=SEGMENT)
+    sharded.step([np.ones_like(w)])
+    COMM.Barrier()
+    before, sent = loopback(), sharded.sent
+    for _ in range(4):
+        sharded.step([np.ones_like(w)])
+    COMM.Barrier()
+    counted = COMM.allreduce(sharded.sent - sent)
+    if RANK == 0:
+        (folder / "bytes").write_text(f"{counted} {loopback() - before}")
+
+
 def sends_some(sharded):
     """A _send() that kills its process after half of the buckets, when the others have had the time to take these."""
     send, left = sharded._send, [len(sharded._steps) // 2]
