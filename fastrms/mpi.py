@@ -23,7 +23,7 @@ from .tensors import Tensors
 __all__ = ["Cost", "ShardedOptimizer", "cost"]
 
 BUCKET = 1 << 22  # elements
-SPINNING, PAUSE = 2e-3, 1e-4  # seconds: how long a wait stays awake, and how long it sleeps then between two looks
+SPINNING, PAUSE = 2e-3, 1e-5  # seconds: how long a wait stays awake, and how long it sleeps then between two looks
 _abandoned = []  # buffers that MPI may still write into, after a rank has gone
 WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it does take, and what to do in place of others
     "zero_grad": ((False,), "zero the gradients after step(), which only reads them"),

@@ -448,3 +448,47 @@ def test_a_cut_costs_what_the_page_says(dtype):
         runs = [shards.Run(0, 0, cut, SEGMENT, dtype.itemsize), shards.Run(0, cut, SEGMENT, SEGMENT, dtype.itemsize)]
         lengths = [shards.message([run], 0)[1] for run in runs]
         assert sum(lengths) == 2 * 16 + (SEGMENT // BLOCK + blocks) * 24 + blocks * BLOCK * dtype.itemsize
+
+
+@pytest.mark.skipif(c.lib is None, reason="the C extension is absent")
+def test_a_step_from_c_exchanges_too():
+    asked = []
+
+    def gather(message):
+        asked.append(len(message))
+        if len(asked) == 3:
+            raise ConnectionResetError("rank 3 has gone")
+        return [message]
+
+    param, grad = np.ones(5), np.ones(5)
+    optimizer = fastrms.Adam(param, backend="c", nonfinite="skip", shards=fastrms.Shards(gather, [(0, 0, 5)]))
+    optimizer.bind(grad)
+    function, plan = optimizer.c_step
+    step, argument = c.ffi.cast("int(*)(void *)", function), c.ffi.cast("void *", plan)
+    assert step(argument) == c.lib.FASTRMS_OK and len(asked) == 2 and (param < 1).all()
+    before = param.copy()
+    assert step(argument) == c.lib.FASTRMS_NOT_GATHERED and (param == before).all()
+    assert step(argument) == c.lib.FASTRMS_OK and optimizer.steps == 2
+
+
+@pytest.mark.skipif(c.lib is None, reason="the C extension is absent")
+def test_the_process_may_fork_while_messages_are_gathered(backend):
+    """The child has the optimizer as it was before the step."""
+    import os
+
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    param, forks = np.ones(5), []
+
+    def gather(message):
+        if forks:
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if (param == 1).all() and optimizer.steps == 0 else 1)
+            forks.append(os.waitpid(child, 0)[1])
+        return [message]
+
+    optimizer = fastrms.Adam(param, backend=backend, shards=fastrms.Shards(gather, [(0, 0, 5)]))
+    forks.append(None)
+    optimizer.step(np.ones(5), clip_norm=1.0)
+    assert forks == [None, 0]
