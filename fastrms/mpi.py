@@ -25,6 +25,11 @@ __all__ = ["Cost", "ShardedOptimizer", "cost"]
 BUCKET = 1 << 22  # elements
 SPINNING, PAUSE = 2e-3, 1e-5  # seconds: how long a wait stays awake, and how long it sleeps then between two looks
 _abandoned = []  # buffers that MPI may still write into, after a rank has gone
+DIFFERENT_PARAMS = (
+    "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: send the values of rank 0 "
+    "to all, comm.Bcast(param)"
+)
+DIFFERENT_HYPER = "the hyper-parameters of rank(s) {others} are not those of rank 0: give all ranks the same"
 WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it does take, and what to do in place of others
     "zero_grad": ((False,), "zero the gradients after step(), which only reads them"),
     "shards": ((None,), "it makes them itself"),
@@ -178,6 +183,92 @@ def _mpi():
     return MPI
 
 
+class Ranks:
+    """All ranks of a communicator, and how this one speaks with them: with a time limit, and so that all raise where one does.
+
+    ``broken`` says why they cannot speak any more; it is None while they can.
+    """
+
+    def __init__(self, comm, timeout):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self._mpi, self._timeout = _mpi(), hyper.above_zero("timeout", timeout)
+        self.broken, self.under_way = None, []  # requests of MPI, which hold their buffers
+
+    def start(self, request):
+        """Keep a request, and the buffers in it, until MPI is done with it."""
+        self.under_way.append(request)
+        return request
+
+    def wait(self, request, what):
+        """Wait until a request of MPI is done."""
+        start = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - start
+            if waited > self._timeout:
+                self.lose()
+                raise TimeoutError(
+                    f"rank {self.rank} waited {self._timeout:g} s for the other ranks, in the {what}; one of them is gone, "
+                    f"or slower than timeout allows.  The parameters of this rank are as before; end by comm.Abort(1)"
+                )
+            time.sleep(0 if waited < SPINNING else PAUSE)
+
+    def lose(self):
+        """Refuse all further use.  MPI may still write into the buffers of what is under way."""
+        self.broken = "a step or another call was cut short; load a checkpoint in a new run"
+        _abandoned.append(self.under_way)
+
+    def refuse_broken(self):
+        if self.broken:
+            raise RuntimeError(f"this ShardedOptimizer cannot be used: {self.broken}")
+
+    def gather(self, message):
+        """The messages of all ranks."""
+        lengths, mine = np.empty(self.size, np.int64), np.array([len(message)], np.int64)
+        self.wait(self.start(self.comm.Iallgather(mine, lengths)), "exchange of lengths")
+        received, sent = np.empty(lengths.sum(), np.uint8), np.frombuffer(message, np.uint8)
+        self.wait(self.start(self.comm.Iallgatherv(sent, [received, lengths])), "exchange of messages")
+        return parted(received, lengths)
+
+    def to_root(self, message):
+        """The messages of all ranks on rank 0, None on the others."""
+        lengths = [int.from_bytes(length, "little") for length in self.gather(len(message).to_bytes(8, "little"))]
+        received = np.empty(sum(lengths) if self.rank == 0 else 0, np.uint8)
+        sent, to = np.frombuffer(message, np.uint8), [received, lengths] if self.rank == 0 else None
+        self.wait(self.start(self.comm.Igatherv(sent, to)), "gathering of the state")
+        return parted(received, lengths) if self.rank == 0 else None
+
+    def agree(self, said, numbers=()):
+        """The largest of each number over all ranks; RuntimeError where another rank has raised.  said: what this rank has
+        raised, as a text, or None."""
+        mine = np.array([0 if said is None else 1 + self.rank, *numbers], np.float64)
+        most = np.empty_like(mine)
+        self.wait(self.start(self.comm.Iallreduce(mine, most, self._mpi.MAX)), "agreement of all ranks")
+        if most[0]:
+            texts, rank = self.gather((said or "").encode()), int(most[0]) - 1
+            if said is None:
+                raise RuntimeError(f"rank {rank} raised {texts[rank].decode()} (nothing was changed on any rank)")
+        self.under_way.clear()
+        return most[1:]
+
+    def together(self, function, *arguments, **options):
+        """function(...) on each rank; where it raises on one rank, all ranks raise."""
+        self.refuse_broken()
+        try:
+            result = function(*arguments, **options)
+        except Exception as error:
+            self.agree(text_of(error))
+            raise
+        self.agree(None)
+        return result
+
+    def refuse_different(self, digest, sentence):
+        """ValueError on all ranks unless they have the same digest."""
+        digests = self.gather(digest)
+        others = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            raise ValueError(sentence.format(others=", ".join(others)))
+
+
 class ShardedOptimizer:
     """An optimizer whose gradients are summed over all ranks, and whose state is spread over them.
 
@@ -223,13 +314,14 @@ class ShardedOptimizer:
     """
 
     def __init__(self, comm, params, optimizer, *, groups=None, bucket=BUCKET, timeout=600.0, **options):
-        self._mpi, self._comm, self._broken, self.sent = _mpi(), comm, None, 0
-        self._under_way = []  # requests of MPI
-        self._timeout = hyper.above_zero("timeout", timeout)
-        self._together(self._arrange, params, optimizer, groups, bucket, options)
-        self._refuse_different()
-        held = shards.Shards(self._gather, [(p.tensor, p.start, self._tensors[p.tensor].param.size) for p in self._pieces])
-        self._local = self._together(optimizer, self._local_params, shards=held, **options)
+        self._ranks, self.sent = Ranks(comm, timeout), 0
+        self._ranks.together(self._arrange, params, optimizer, groups, bucket, options)
+        self._ranks.refuse_different(self._digest(), DIFFERENT_PARAMS)
+        held = shards.Shards(
+            self._ranks.gather, [(p.tensor, p.start, self._tensors[p.tensor].param.size) for p in self._pieces]
+        )
+        self._local = self._ranks.together(optimizer, self._local_params, shards=held, **options)
+        self._ranks.refuse_different(repr(states.described(self._local._groups.values)).encode(), DIFFERENT_HYPER)
         for piece, tensor in zip(self._pieces, self._local._tensors, strict=True):
             tensor.name, tensor.grad_name = self._tensors[piece.tensor].name, self._tensors[piece.tensor].grad_name
 
@@ -245,11 +337,11 @@ class ShardedOptimizer:
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
         self._tensors, self._patterns = Tensors(structure, leaves, group_of, host), list(groups or ())
-        self._kind, (self._rank, self._ranks) = optimizer, (self._comm.rank, self._comm.size)
+        self._kind, ranks = optimizer, self._ranks
         dtypes = {str(param.dtype): [] for param in self._tensors.params}
         for k, param in enumerate(self._tensors.params):
             dtypes[str(param.dtype)].append((k, param.size))
-        self._flats = [Flat(dtype, sizes, self._ranks, self._rank, bucket) for dtype, sizes in dtypes.items()]
+        self._flats = [Flat(dtype, sizes, ranks.size, ranks.rank, bucket) for dtype, sizes in dtypes.items()]
         self._place(group_of, overrides)
 
     def _place(self, group_of, overrides):
@@ -260,13 +352,13 @@ class ShardedOptimizer:
         for flat in self._flats:
             for bucket, own in zip(flat.buckets, flat.own, strict=True):
                 labelled = []
-                for piece in bucket.pieces(self._rank, own.start):
+                for piece in bucket.pieces(self._ranks.rank, own.start):
                     group = group_of[piece.tensor]
                     parts = self._local_params[group]["params"]
                     labelled.append(((group, len(parts)), piece))
                     parts.append(flat.param[piece.own])
                 self._steps.append((flat, bucket, own, labelled))
-        self._pieces = self._pieces_of(self._rank)
+        self._pieces = self._pieces_of(self._ranks.rank)
         self._grads = [[None] * len(group["params"]) for group in self._local_params]
 
     def _pieces_of(self, rank):
@@ -274,84 +366,13 @@ class ShardedOptimizer:
         pieces = [piece for _, bucket, own, _ in self._steps for piece in bucket.pieces(rank, own.start)]
         return sorted(pieces, key=lambda piece: self._group_of[piece.tensor])
 
-    def _refuse_different(self):
-        """ValueError on all ranks unless they have equal tensors, in equal groups, with equal values."""
+    def _digest(self):
+        """What all ranks must have equal: the tensors, their groups and their values."""
         values = hashlib.blake2b(digest_size=16)
         for tensor in self._tensors:
             values.update(repr((tensor.name, tensor.param.shape, tensor.param.dtype, tensor.recipe)).encode())
             values.update(tensor.param.flat)
-        digests = self._gather(values.digest())
-        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if others:
-            raise ValueError(f"params of rank(s) {', '.join(map(str, others))} are not those of rank 0, in names, shapes, "
-                             f"dtypes, groups or values: send the values of rank 0 to all, comm.Bcast(param)")  # fmt: skip
-
-    # speaking with the other ranks
-
-    def _wait(self, request, what):
-        """Wait until a request of MPI is done, with a time limit."""
-        start = time.monotonic()
-        while not request.Test():
-            waited = time.monotonic() - start
-            if waited > self._timeout:
-                self._lose()
-                raise TimeoutError(
-                    f"rank {self._rank} waited {self._timeout:g} s for the other ranks, in the {what}; one of them is gone, "
-                    f"or slower than timeout allows.  The parameters of this rank are as before; end by comm.Abort(1)"
-                )
-            time.sleep(0 if waited < SPINNING else PAUSE)
-
-    def _start(self, request):
-        """Keep a request, and the buffers in it, until MPI is done with it."""
-        self._under_way.append(request)
-        return request
-
-    def _lose(self):
-        """Refuse all further use; MPI may still write into the buffers of what is under way."""
-        self._broken = "a step or another call was cut short; load a checkpoint in a new run"
-        _abandoned.append((self._under_way, getattr(self, "_flats", None)))
-
-    def _gather(self, message):
-        """The messages of all ranks."""
-        lengths, mine = np.empty(self._comm.size, np.int64), np.array([len(message)], np.int64)
-        self._wait(self._start(self._comm.Iallgather(mine, lengths)), "exchange of lengths")
-        received, sent = np.empty(lengths.sum(), np.uint8), np.frombuffer(message, np.uint8)
-        self._wait(self._start(self._comm.Iallgatherv(sent, [received, lengths])), "exchange of messages")
-        return parted(received, lengths)
-
-    def _to_root(self, message):
-        """The messages of all ranks on rank 0, None on the others."""
-        lengths = [int.from_bytes(length, "little") for length in self._gather(len(message).to_bytes(8, "little"))]
-        received = np.empty(sum(lengths) if self._rank == 0 else 0, np.uint8)
-        to = [received, lengths] if self._rank == 0 else None
-        sent = np.frombuffer(message, np.uint8)
-        self._wait(self._start(self._comm.Igatherv(sent, to)), "gathering of the state")
-        return parted(received, lengths) if self._rank == 0 else None
-
-    def _agree(self, said, numbers):
-        """The largest of each number over all ranks; RuntimeError where another rank has raised.  said: what this rank has
-        raised, as a text, or None."""
-        mine = np.array([0 if said is None else 1 + self._comm.rank, *numbers], np.float64)
-        most = np.empty_like(mine)
-        self._wait(self._start(self._comm.Iallreduce(mine, most, self._mpi.MAX)), "agreement of all ranks")
-        if most[0]:
-            texts, rank = self._gather((said or "").encode()), int(most[0]) - 1
-            if said is None:
-                raise RuntimeError(f"rank {rank} raised {texts[rank].decode()} (nothing was changed on any rank)")
-        self._under_way.clear()
-        return most[1:]
-
-    def _together(self, function, *arguments, **options):
-        """function(...) on each rank; where it raises on one rank, all ranks raise."""
-        if self._broken:
-            raise RuntimeError(f"this ShardedOptimizer cannot be used: {self._broken}")
-        try:
-            result = function(*arguments, **options)
-        except Exception as error:
-            self._agree(text_of(error), ())
-            raise
-        self._agree(None, ())
-        return result
+        return values.digest()
 
     # steps
 
@@ -382,21 +403,21 @@ class ShardedOptimizer:
         TimeoutError
             Where a rank does not come; the parameters of this rank are as before then.
         """
-        if self._broken:
-            raise RuntimeError(f"this ShardedOptimizer cannot be used: {self._broken}")
+        ranks = self._ranks
+        ranks.refuse_broken()
         count = 4 + len(self._tensors)
         try:
             grads, asked = self._checked(grads, grad_scale, clip_norm)
         except Exception as error:
-            self._agree(text_of(error), [0] * count)
+            ranks.agree(text_of(error), [0] * count)
             raise
-        present = present_of(self._agree(None, [*asked, *(-x for x in asked), *(grad is not None for grad in grads)]))
+        present = present_of(ranks.agree(None, [*asked, *(-x for x in asked), *(grad is not None for grad in grads)]))
         try:
             return self._exchange_and_update(grads, present, asked[0], clip_norm)
         except FloatingPointError:
             raise
         except BaseException:
-            self._lose()
+            ranks.lose()
             raise
 
     def _checked(self, grads, grad_scale, clip_norm):
@@ -411,17 +432,17 @@ class ShardedOptimizer:
         return [tensors.acquire_grad(k, grad, False) for k, grad in enumerate(leaves)], [scale, norm]
 
     def _exchange_and_update(self, grads, present, grad_scale, clip_norm):
-        summed = []
+        summed, ranks = [], self._ranks
         for flat, bucket, own, labelled in self._steps:
             self._pack(flat, bucket, labelled, grads)
-            summed.append(self._start(self._comm.Ireduce_scatter(flat.work[bucket.span], flat.grad[own], bucket.counts)))
+            summed.append(ranks.start(ranks.comm.Ireduce_scatter(flat.work[bucket.span], flat.grad[own], bucket.counts)))
             self._count(flat, bucket)
         looks = clip_norm is not None or self._local.nonfinite != "propagate" or not present.any()
         update = self._update_at_once if looks else self._update_by_bucket
         info, arriving = update(summed, present, grad_scale, clip_norm)
         for request in arriving:
-            self._wait(request, "gathering of parameters")
-        self._under_way.clear()
+            ranks.wait(request, "gathering of parameters")
+        ranks.under_way.clear()
         if info.applied:
             self._unpack(present)
         return info
@@ -438,14 +459,14 @@ class ShardedOptimizer:
     def _count(self, flat, bucket):
         """Count the bytes of both collectives for a bucket: what the sums of others need of this rank's gradients, and as
         much for the parameters, of which each rank hands on all but a share of its own."""
-        self.sent += 2 * flat.work.itemsize * int(sum(bucket.counts) - bucket.counts[self._rank])
+        self.sent += 2 * flat.work.itemsize * int(sum(bucket.counts) - bucket.counts[self._ranks.rank])
 
     def _update_by_bucket(self, summed, present, grad_scale, clip_norm):
         """Update each bucket as soon as its sum is there.  Returns (StepInfo, the requests of the parameters)."""
         arriving = []
         with self._local.streaming(grad_scale) as stream:
             for request, step in zip(summed, self._steps, strict=True):
-                self._wait(request, "sum of gradients")
+                self._ranks.wait(request, "sum of gradients")
                 flat, _, _, labelled = step
                 for label, piece in labelled:
                     if present[piece.tensor]:
@@ -456,7 +477,7 @@ class ShardedOptimizer:
     def _update_at_once(self, summed, present, grad_scale, clip_norm):
         """Update all buckets when all sums are there."""
         for request, (flat, _, _, labelled) in zip(summed, self._steps, strict=True):
-            self._wait(request, "sum of gradients")
+            self._ranks.wait(request, "sum of gradients")
             for (group, k), piece in labelled:
                 self._grads[group][k] = flat.grad[piece.own] if present[piece.tensor] else None
         info = self._local.step(self._grads, grad_scale, clip_norm)
@@ -464,8 +485,8 @@ class ShardedOptimizer:
 
     def _send(self, step):
         """Start to gather the new parameters of a bucket, in the buffer from which its gradients were sent."""
-        flat, bucket, own, _ = step
-        return self._start(self._comm.Iallgatherv(flat.param[own], [flat.work[bucket.span], bucket.counts]))
+        (flat, bucket, own, _), ranks = step, self._ranks
+        return ranks.start(ranks.comm.Iallgatherv(flat.param[own], [flat.work[bucket.span], bucket.counts]))
 
     def _unpack(self, present):
         """Copy all new parameters to the caller's arrays; on the C backend no interrupt can cut this in two."""
@@ -501,9 +522,7 @@ class ShardedOptimizer:
 
     def __repr__(self):
         name = self._kind.__name__
-        return (
-            f"<ShardedOptimizer of {len(self._tensors)} tensor(s), {name} on {self._ranks} rank(s), {self.steps} steps made>"
-        )
+        return f"<ShardedOptimizer of {len(self._tensors)} tensor(s), {name} on {self._ranks.size} rank(s), {self.steps} steps made>"
 
     def state_dict(self):
         """What state_dict() of the optimizer in one process over the whole parameters is.
@@ -518,10 +537,10 @@ class ShardedOptimizer:
         TimeoutError
             Where a rank does not come.
         """
-        mine = self._together(self._local.state_dict)
+        mine = self._ranks.together(self._local.state_dict)
         names = [[*tensor.state] for tensor in self._local._tensors]
         flats = [tensor["state"][name] for tensor, n in zip(mine["tensors"], names, strict=True) for name in n]
-        sent = self._to_root(b"".join(flat.tobytes() for flat in flats))
+        sent = self._ranks.to_root(b"".join(flat.tobytes() for flat in flats))
         if sent is None:
             return None
         steps = {piece.tensor: tensor["steps"] for piece, tensor in zip(self._pieces, mine["tensors"], strict=True)}
@@ -556,7 +575,7 @@ class ShardedOptimizer:
         ValueError, RuntimeError
             As Optimizer.load_state_dict(); RuntimeError where another rank raised.
         """
-        self._local.load_state_dict(self._together(self._own_part, d))
+        self._local.load_state_dict(self._ranks.together(self._own_part, d))
 
     def _own_part(self, d):
         """What the local optimizer must load, from a state_dict of the whole that is checked."""
@@ -592,7 +611,7 @@ class ShardedOptimizer:
             As Optimizer.save(); RuntimeError where another rank raised.
         """
         d = self.state_dict()
-        self._together(lambda: d is None or checkpoint.write(d, path))
+        self._ranks.together(lambda: d is None or checkpoint.write(d, path))
 
     def load(self, path):
         """Take over what save() wrote, as Optimizer.load() does; every rank reads the file.
@@ -606,4 +625,4 @@ class ShardedOptimizer:
         OSError, ValueError, ImportError, RuntimeError
             As Optimizer.load(); RuntimeError where another rank raised.
         """
-        self.load_state_dict(self._together(checkpoint.read, path))
+        self.load_state_dict(self._ranks.together(checkpoint.read, path))

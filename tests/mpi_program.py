@@ -3,12 +3,14 @@
 Each function runs on all ranks; a rank that fails prints its traceback and ends all of them.
 """
 
+import gc
 import os
 import pickle
 import signal
 import sys
 import time
 import traceback
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,8 @@ def errors(folder):
         different = {**arrays(5), "b": np.full(1, RANK, np.float32)}
         said = raised(ValueError, fastrms.mpi.ShardedOptimizer, COMM, different, fastrms.Adam)
         assert said.startswith("params of rank(s) 1") and "Bcast" in said, said
+        said = raised(ValueError, fastrms.mpi.ShardedOptimizer, COMM, arrays(5), fastrms.Adam, lr=0.1 * (1 + RANK))
+        assert said.startswith("the hyper-parameters of rank(s) 1"), said
     bad = {**part, "w2": np.where(np.arange(part["w2"].size) == 9, np.nan, part["w2"]).astype(np.float32)}
     said = raised(FloatingPointError, sharded.step, bad if last == RANK else part)
     assert said.startswith("1 element(s)") and "grads['w2']" in said, said
@@ -221,6 +225,11 @@ def errors(folder):
     fastrms.Adam(one).step(summed)
     sharded.step(part)
     same(mine, one)
+    gone = weakref.ref(sharded)
+    gc.disable()
+    del sharded
+    assert gone() is None
+    gc.enable()
     for options, words in (
         ({"zero_grad": True}, "zero the gradients after"), ({"shards": 1}, "makes them itself"),
         ({"backend": "cuda"}, "host memory"), ({"bucket": 0}, "bucket=0"), ({"timeout": 0}, "timeout=0"),
@@ -301,8 +310,8 @@ def sends_some(sharded):
     def sends(step):
         left[0] -= 1
         if left[0] < 0:
-            for request in sharded._under_way[-len(sharded._steps) // 2 :]:
-                sharded._wait(request, "test")
+            for request in sharded._ranks.under_way[-len(sharded._steps) // 2 :]:
+                sharded._ranks.wait(request, "test")
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
         return send(step)
