@@ -26,8 +26,8 @@ BUCKET = 1 << 22  # elements
 SPINNING, PAUSE = 2e-3, 1e-5  # seconds: how long a wait stays awake, and how long it sleeps then between two looks
 _abandoned = []  # buffers that MPI may still write into, after a rank has gone
 DIFFERENT_PARAMS = (
-    "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: send the values of rank 0 "
-    "to all, comm.Bcast(param)"
+    "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: send the values of rank 0 to "
+    "all, comm.Bcast(param)"
 )
 DIFFERENT_HYPER = "the hyper-parameters of rank(s) {others} are not those of rank 0: give all ranks the same"
 WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it does take, and what to do in place of others
@@ -184,14 +184,14 @@ def _mpi():
 
 
 class Ranks:
-    """All ranks of a communicator, and how this one speaks with them: with a time limit, and so that all raise where one does.
+    """All ranks of a communicator, and how this one speaks with them: within a time limit, and all raise where one does.
 
     ``broken`` says why they cannot speak any more; it is None while they can.
     """
 
     def __init__(self, comm, timeout):
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self._mpi, self._timeout = _mpi(), hyper.above_zero("timeout", timeout)
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.broken, self.under_way = None, []  # requests of MPI, which hold their buffers
 
     def start(self, request):
@@ -317,9 +317,8 @@ class ShardedOptimizer:
         self._ranks, self.sent = Ranks(comm, timeout), 0
         self._ranks.together(self._arrange, params, optimizer, groups, bucket, options)
         self._ranks.refuse_different(self._digest(), DIFFERENT_PARAMS)
-        held = shards.Shards(
-            self._ranks.gather, [(p.tensor, p.start, self._tensors[p.tensor].param.size) for p in self._pieces]
-        )
+        table = [(piece.tensor, piece.start, self._tensors[piece.tensor].param.size) for piece in self._pieces]
+        held = shards.Shards(self._ranks.gather, table)
         self._local = self._ranks.together(optimizer, self._local_params, shards=held, **options)
         self._ranks.refuse_different(repr(states.described(self._local._groups.values)).encode(), DIFFERENT_HYPER)
         for piece, tensor in zip(self._pieces, self._local._tensors, strict=True):
@@ -521,8 +520,8 @@ class ShardedOptimizer:
         return self._local.steps
 
     def __repr__(self):
-        name = self._kind.__name__
-        return f"<ShardedOptimizer of {len(self._tensors)} tensor(s), {name} on {self._ranks.size} rank(s), {self.steps} steps made>"
+        tensors, kind, ranks = len(self._tensors), self._kind.__name__, self._ranks.size
+        return f"<ShardedOptimizer of {tensors} tensor(s), {kind} on {ranks} rank(s), {self.steps} steps made>"
 
     def state_dict(self):
         """What state_dict() of the optimizer in one process over the whole parameters is.
