@@ -26,8 +26,8 @@ BUCKET = 1 << 22  # elements
 SPINNING, PAUSE = 2e-3, 1e-5  # seconds: how long a wait stays awake, and how long it sleeps then between two looks
 _abandoned = []  # buffers that MPI may still write into, after a rank has gone
 DIFFERENT_PARAMS = (
-    "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: send the values of rank 0 to "
-    "all, comm.Bcast(param)"
+    "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: "
+    "send the values of rank 0 to all, comm.Bcast(param)"
 )
 DIFFERENT_HYPER = "the hyper-parameters of rank(s) {others} are not those of rank 0: give all ranks the same"
 WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it does take, and what to do in place of others
