@@ -40,7 +40,7 @@ def pytest_report_header(config):
 
 NEEDED = {  # what tests are skipped without: module -> its name for people
     "numba": "numba", "torch": "torch", "jax": "jax", "optax": "optax", "keras": "keras", "deepspeed": "deepspeed",
-    "numba_cuda": "numba-cuda",
+    "numba_cuda": "numba-cuda", "mpi4py": "mpi4py",
 }  # fmt: skip
 
 

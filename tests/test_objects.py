@@ -157,7 +157,7 @@ def test_dir_shows_the_public_names():
         "lr", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
         "to_torch_state_dict", "zero_grad",
     }  # fmt: skip
-    loaded = {"numba", "cuda", "torch"} & vars(fastrms).keys()
+    loaded = {"numba", "cuda", "mpi", "torch"} & vars(fastrms).keys()
     assert set(dir(fastrms)) == {*fastrms.__all__, "schedules", "__version__", *loaded}
     assert all(hasattr(fastrms, name) for name in dir(fastrms))
     assert all(hasattr(optimizer, name) for name in shown - {"c_step"})
