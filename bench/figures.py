@@ -5,6 +5,7 @@ NumPy; what it measures is stored for each machine in bench/machines, and --docs
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
+clients: the step's share of the training time in stable-baselines3, with its optimizers and with ours.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def share(what, percent, target):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    sets = ("numpy", "machine", "step", "flat", "numba")
+    sets = ("numpy", "machine", "step", "flat", "numba", "clients")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
     parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")
