@@ -1,6 +1,6 @@
 """The figures in other people's trainers: what the optimizer's step takes of a whole training, with theirs and with ours.
 
-stable-baselines3's A2C on CartPole, which learns from 5 steps of an environment at a time: tensors are small and updates many.
+stable-baselines3's A2C on CartPole learns from 5 steps of an environment at a time: tensors are small and updates many.
 """
 
 import time

@@ -1,7 +1,7 @@
 """A small language model in torch on real text, trained with torch.optim and with fastrms.torch from the same start.
 
-The text is what Python and torch themselves ship: the language reference (pydoc_data) and torch's reference of its functions,
-together about a megabyte.  The model is a transformer that predicts the next character.  Both optimizers of a pair see the
+The text is what Python and torch themselves ship: the language reference (pydoc_data) and torch's reference of its
+functions, together about a megabyte.  The model is a transformer that predicts the next character.  Both optimizers of a pair see the
 same batches, rates and clipping, so that their losses lie on each other; what differs is the time of a step.
 
     python examples/text_torch.py                # two minutes on two cores; draws fastrms-text.png
