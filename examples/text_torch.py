@@ -32,10 +32,8 @@ PAIRS = {  # name: torch.optim's, ours; both with torch's defaults but for the l
 def text():
     """The characters as a tensor of small integers, and how many kinds there are."""
     package = pathlib.Path(torch.__file__).parent
-    parts = [
-        *pydoc_data.topics.topics.values(),
-        *(package.joinpath(f"_{n}_docs.py").read_text() for n in ("torch", "tensor")),
-    ]
+    reference = [package.joinpath(f"_{name}_docs.py").read_text() for name in ("torch", "tensor")]
+    parts = [*pydoc_data.topics.topics.values(), *reference]
     kinds, codes = np.unique(np.frombuffer("".join(parts).encode(errors="replace"), np.uint8), return_inverse=True)
     return torch.from_numpy(codes.astype(np.int64)), len(kinds)
 

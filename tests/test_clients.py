@@ -1,6 +1,7 @@
 """The optimizers of fastrms.torch in other people's trainers, run live (extra `peers`)."""
 
 import inspect
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -58,11 +59,8 @@ def test_stable_baselines3_learns_the_same(like_tf):
 def test_timm_has_the_same_trajectory(decoupled, weight_decay):
     optim = pytest.importorskip("timm.optim", reason="needs timm")
     torch.manual_seed(0)
-    models = [torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10))]
-    models.append(
-        torch.nn.Sequential(*[type(m)(*a) for m, a in zip(models[0], [(3, 8, 3), (), (), (288, 10)], strict=True)])
-    )
-    models[1].load_state_dict(models[0].state_dict())
+    first = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    models = first, deepcopy(first)
     options = {"lr": 1e-3, "alpha": 0.9, "momentum": 0.9, "weight_decay": weight_decay}
     theirs = optim.RMSpropTF(models[0].parameters(), eps=1e-3, decoupled_decay=decoupled, **options)
     mine = fastrms.torch.RMSprop(models[1].parameters(), dialect="tf1", eps_root=1e-3, decoupled=decoupled, **options)
@@ -105,18 +103,20 @@ def test_torchao_takes_it():
 def test_megatron_can_call_it():
     """As megatron.core.optimizer.cpu_offloading does: groups with options of their own, lr set in param_groups at each step,
     state_dict() moved into and out of; the sub-optimizers' state is read by parameter."""
-    copies = [torch.nn.Parameter(torch.full((5,), float(k))) for k in range(3)]
-    groups = [{"params": copies[:2], "wd_mult": 1.0, "lr_mult": 1.0}, {"params": copies[2:], "wd_mult": 0.0, "lr_mult": 1.0}]
-    optimizer = fastrms.torch.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
-    reference = torch.optim.AdamW([{**g, "params": [p.detach().clone().requires_grad_() for p in g["params"]]} for g in groups],
-                                  lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)  # fmt: skip
+
+    def made(kind):
+        copies = [torch.nn.Parameter(torch.full((5,), float(k))) for k in range(3)]
+        groups = [{"params": copies[:2], "wd_mult": 1.0}, {"params": copies[2:], "wd_mult": 0.0}]
+        return kind(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+
+    optimizer, reference = made(fastrms.torch.AdamW), made(torch.optim.AdamW)
     for step in range(3):
-        for made in (optimizer, reference):
-            for group in made.param_groups:
+        for either in (optimizer, reference):
+            for group in either.param_groups:
                 group["lr"], group["weight_decay"] = 0.1 / (step + 1), 0.01 * group["wd_mult"]
                 for param in group["params"]:
                     param.grad = torch.full((5,), 0.1 * (step + 1))
-            made.step()
+            either.step()
     for mine, theirs in zip(optimizer.param_groups, reference.param_groups, strict=True):
         for a, b in zip(mine["params"], theirs["params"], strict=True):
             assert ulps(a, b) <= 4
