@@ -221,3 +221,13 @@ def test_the_gallery_shows_what_exists():
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert all(f'load("{path.stem}")' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_text_torch(picture, capsys):
+    """Both optimizers of a pair see the same batches, so the losses agree; a few steps learn something."""
+    pytest.importorskip("torch", reason="needs torch")
+    found = load("text_torch").main(["--steps", "8", "--picture", picture])
+    assert set(found) == {"Adam", "RMSprop"} and "fastrms.torch.Adam" in capsys.readouterr().out
+    for runs in found.values():
+        (theirs, _, _), (ours, _, _) = runs.values()
+        assert np.allclose(theirs, ours, rtol=1e-3) and np.mean(ours[-2:]) < 0.95 * ours[0]
