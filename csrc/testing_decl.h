@@ -52,7 +52,8 @@ typedef struct {
 } fastrms_torch;
 
 /* What a tensor must be; device_type, device_index and dtype are torch's numbers.  address: where it must lie, NULL for
- * anywhere; shape and strides have one number for each of the axes, the strides in elements. */
+ * anywhere; shape and strides have one number for each of the axes, the strides in elements; axes is -1 where only the address
+ * counts. */
 typedef struct {
     int32_t device_type, device_index, dtype, itemsize;
     int64_t axes, size;

@@ -92,14 +92,19 @@ class Reader:
         self._known, self._tensors, self._gives_pointers = known, tensors, gives_pointers
         buffers = [buffer for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
         self._rows = [1 + len(tensor.lent) for tensor in tensors]
+        self._firsts = [*accumulate([0, *self._rows])]
         told = [(t.param, *(t.lent.values() if tensors.tells_of_state else ())) for t in tensors]
         self._counted = [[b.owner for b in row if not b.owner.is_inference()] for row in told]
         self._all_counted = [owner for owners in self._counted for owner in owners]
         wanted = [*((buffer, buffer.address) for buffer in buffers), *((tensor.param, 0) for tensor in tensors)]
         self._kept = []
         self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
+        for first, row in zip(self._firsts, self._rows, strict=False):
+            for k in range(first + 1, first + row):
+                if buffers[k].size:  # nobody gives a state another layout where it lies
+                    self._layouts[k].axes = -1
         self._addresses = c.ffi.new("void *[]", len(wanted))
-        self._objects, self._firsts = [buffer.owner for buffer in buffers], [*accumulate([0, *self._rows])]
+        self._objects = [buffer.owner for buffer in buffers]
         layouts, fixed = self._layouts, len(buffers)
         self.pointers = self._addresses + fixed
         self._stay = known.struct, c.pointer(id(self._objects)), 0, fixed, layouts, self._addresses
