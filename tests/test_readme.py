@@ -164,8 +164,8 @@ def moved(model, before):
 
 def test_the_readmes_example_with_torch_runs(model):
     before = weights(model["model"])
-    exec(example("named_parameters()}, clip_norm=1.0)"), model)
-    assert moved(model["model"], before) and model["opt"].steps == 1
+    exec(example("# in place of torch.optim.RMSprop"), model)
+    assert moved(model["model"], before) and model["opt"].state[model["model"].weight]["step"] == 1
 
 
 def test_the_examples_with_torch_run(model):
