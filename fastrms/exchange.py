@@ -123,7 +123,7 @@ class Reader:
 
     def read(self, leaves):
         """Whether every tensor is what it was, and every gradient like its parameter, so that a step may use pointers."""
-        leaves = leaves if type(leaves) is list else list(leaves)
+        leaves = [*leaves]  # which no other thread can change: C reads it without Python's lock
         read = c.lib.fastrms_read_tensors
         absent = read(self._known.struct, c.pointer(id(leaves)), *self._given)
         if absent < 0 or read(*self._stay):
