@@ -11,6 +11,7 @@ ffibuilder = FFI()
 for name in ("fastrms_decl.h", "testing_decl.h"):
     with open(f"csrc/{name}") as declarations:
         ffibuilder.cdef(declarations.read())
+ffibuilder.cdef('extern "Python" int fastrms_gather(fastrms_shards *shards);')  # in fastrms/backends/c.py
 ffibuilder.set_source(
     "fastrms._core",
     '#include "fastrms.h"\n#include "testing_decl.h"\n',

@@ -8,8 +8,8 @@
 #define FASTRMS_MAX_CORRECTIONS 4
 
 /* The statuses that a call answers with.  FASTRMS_OK: it has done everything.  Any other: it has changed nothing, except
- * that FASTRMS_NONFINITE leaves out only the step; the gradients may have been zeroed, and fastrms_change has taken over
- * what it was given. */
+ * that FASTRMS_NONFINITE and FASTRMS_NOT_GATHERED leave out only the step; with the former the gradients may have been
+ * zeroed, and fastrms_change has taken over what it was given. */
 #define FASTRMS_OK 0
 #define FASTRMS_BUSY 1           /* another thread is in a call with this plan */
 #define FASTRMS_OVERLAP 2        /* two buffers share a byte */
@@ -20,6 +20,7 @@
 #define FASTRMS_STREAMING 7      /* a streamed step is open; from fastrms_stream_step: none is open */
 #define FASTRMS_STEP 8           /* the number of an update must be from 1 to 2^62 */
 #define FASTRMS_NO_RATE 9        /* fastrms_set_rates gave learning rates, but none for this step */
+#define FASTRMS_NOT_GATHERED 10  /* the gather function of fastrms_shards failed */
 
 /* The values of on_nonfinite in a plan.  FASTRMS_PROPAGATE does not look for nonfinite gradients; the other two leave a step
  * with such gradients out, and FASTRMS_REFUSE never zeroes the gradients of a step that is left out. */
@@ -76,6 +77,36 @@ typedef struct {
     int64_t nonfinite, tensor;
 } fastrms_found;
 
+/* A piece of a tensor that is spread over several ranks: a whole segment of it, a whole block of a segment that is cut, or a
+ * part of a block that is cut.  A rank writes what it knows of its pieces to its message: two numbers, grad_scale and
+ * clip_norm; one fastrms_squares for each piece, and after them all elements of its parts of blocks.  All ranks gather the
+ * messages of all ranks, one after the other.
+ * tensor: the index in this plan; among the gathered pieces -1 where the plan has no part of this tensor; begin: the first
+ * element in the tensor of this plan; length: in elements; squares, values: where its fastrms_squares and its elements
+ * begin, in bytes from the first message; values is 0 for a whole segment and a whole block; stored: bytes of an element;
+ * ends_block, ends_segment: whether it is the last piece of its block and of its segment. */
+typedef struct {
+    int64_t tensor, begin, length, squares, values;
+    int32_t stored, ends_block, ends_segment, unused;
+} fastrms_piece;
+
+/* How the plans of several ranks find the norm of all gradients together; all memory is the caller's.
+ * own: the pieces of this rank, in the order of its message; piece: those of all ranks in the order of the sum: by tensor,
+ *     and within a tensor by position.
+ * message: room for the message of this rank; gathered: those of all ranks.
+ * gather: sends the message, receives those of all ranks and sets gathered; it answers 0, or another number where it failed.
+ *     A step calls it where clip_norm or on_nonfinite asks for a look at the gradients.
+ * context: for the use of gather. */
+typedef struct fastrms_shards fastrms_shards;
+struct fastrms_shards {
+    int64_t own_pieces, pieces;
+    const fastrms_piece *own, *piece;
+    char *message;
+    const char *gathered;
+    int (*gather)(fastrms_shards *shards);
+    void *context;
+};
+
 /* All tensors of an optimizer; all memory is the caller's.  fastrms_plan_init fills a plan, and leaves
  * these fields to the caller.
  * grad[k]: the gradient of tensor k; NULL leaves tensor k alone.
@@ -86,6 +117,7 @@ typedef struct {
  * held: not 0 while grad[] points to memory that stays valid; where it is 0, fastrms_step answers FASTRMS_NOT_HELD.
  * unchanging: set it to 0 after writing to a recipe; otherwise the next step may use the coefficients of the last one.
  *     fastrms_set_rates does so by itself.
+ * shards: NULL, or where the tensors lie in tensors that are spread over several ranks.
  * steps counts the steps of the plan.  The other fields are the plan's own. */
 typedef struct {
     int64_t tensors, steps;
@@ -101,6 +133,7 @@ typedef struct {
     int64_t first_rate, rate_rows;
     fastrms_found found;
     int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
+    fastrms_shards *shards;
 } fastrms_plan;
 
 /* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size must be set.  grad: room for

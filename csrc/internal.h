@@ -99,6 +99,7 @@ typedef struct {
 } fastrms_factor;
 int64_t fastrms_segments(int64_t size);                   /* how many segments a scan of `size` elements has */
 fastrms_squares fastrms_scan(fastrms_plan *plan);
+int fastrms_scan_shards(fastrms_plan *plan, fastrms_squares *total);      /* a status */
 fastrms_factor fastrms_clipped_scale(const fastrms_plan *plan, const fastrms_squares *squares);
 
 /* The floating-point mode of the calling thread: kernels run in IEEE arithmetic with subnormals, whatever the caller set. */

@@ -2,7 +2,8 @@
  * eight lanes within a block of 4096, blocks in sequence within a segment of 2^18, segments in sequence, whichever thread
  * computed them.  Each block of doubles is scaled by a power of two of its own, so that no square overflows; the square of
  * a float cannot overflow a double.  Elements that are not finite are counted in the same scan, so that memory is read once
- * for both.
+ * for both.  Where tensors are spread over several ranks, each rank sums the segments and blocks that it holds whole, and
+ * all ranks add up the sums of all ranks in the same order.
  * fastrms/backends/norm.py computes the same bits by functions of the same names. */
 #include <float.h>
 #include <math.h>
@@ -11,6 +12,8 @@
 #include "internal.h"
 
 enum { SEGMENT = 1 << 18, BLOCK = 4096, LANES = 8 };      /* elements */
+
+static const fastrms_squares ZERO = {0, -1000, 0};
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -125,7 +128,7 @@ static void add(fastrms_squares *total, fastrms_squares part)
 static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
 {
     fastrms_scan_function *scan = fastrms_current_tier()->scan;
-    fastrms_squares total = {0, -1000, 0};
+    fastrms_squares total = ZERO;
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t length = size - start < BLOCK ? size - start : BLOCK;
         add(&total, scan(length, stored, (const char *)grad + start * stored, options));
@@ -135,6 +138,12 @@ static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, 
 
 int64_t fastrms_segments(int64_t size) { return (size + SEGMENT - 1) / SEGMENT; }
 
+static fastrms_scan_options options_of(const fastrms_plan *plan, int64_t k)
+{
+    double sign = plan->recipe[plan->tensor[k].recipe].value[0];
+    return (fastrms_scan_options){plan->clip_norm >= 0, plan->on_nonfinite, sign * plan->grad_scale};
+}
+
 /* scan segments [begin, end), counted through all gradients, and write what each holds to plan->segments */
 static void scan_range(void *context, int64_t begin, int64_t end)
 {
@@ -142,12 +151,11 @@ static void scan_range(void *context, int64_t begin, int64_t end)
     fastrms_mode mode = fastrms_set_float_mode();
     int64_t first = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
-        const fastrms_recipe *recipe = &plan->recipe[plan->tensor[k].recipe];
-        fastrms_scan_options options = {plan->clip_norm >= 0, plan->on_nonfinite, recipe->value[0] * plan->grad_scale};
+        fastrms_scan_options options = options_of(plan, k);
         int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
         for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
             int64_t start = s * SEGMENT, length = size - start < SEGMENT ? size - start : SEGMENT;
-            int stored = fastrms_stored_itemsize(recipe);
+            int stored = fastrms_stored_itemsize(&plan->recipe[plan->tensor[k].recipe]);
             const char *part = (const char *)plan->grad[k] + start * stored;
             plan->segments[first + s] = segment_scan(length, stored, part, options);
         }
@@ -156,10 +164,16 @@ static void scan_range(void *context, int64_t begin, int64_t end)
     fastrms_restore_float_mode(mode);
 }
 
+static void fill_found(fastrms_plan *plan, fastrms_squares total)
+{
+    plan->found.nonfinite = total.nonfinite;
+    plan->found.grad_norm = ldexp(sqrt(total.sum) * plan->grad_scale, (int)total.exponent);
+}
+
 /* add up what scan_range wrote for the segments, and fill plan->found */
 static fastrms_squares sum_of_segments(fastrms_plan *plan)
 {
-    fastrms_squares total = {0, -1000, 0};
+    fastrms_squares total = ZERO;
     int64_t s = 0;
     plan->found.tensor = -1;
     for (int64_t k = 0; k < plan->tensors; ++k) {
@@ -169,8 +183,7 @@ static fastrms_squares sum_of_segments(fastrms_plan *plan)
         if (total.nonfinite && plan->found.tensor < 0)
             plan->found.tensor = k;
     }
-    plan->found.nonfinite = total.nonfinite;
-    plan->found.grad_norm = ldexp(sqrt(total.sum) * plan->grad_scale, (int)total.exponent);
+    fill_found(plan, total);
     return total;
 }
 
@@ -185,6 +198,86 @@ fastrms_squares fastrms_scan(fastrms_plan *plan)
         }
     fastrms_parallel(elements, scan_range, plan, segments, 1);
     return sum_of_segments(plan);
+}
+
+/* write to the message what this rank knows of its pieces [begin, end) */
+static void scan_pieces(void *context, int64_t begin, int64_t end)
+{
+    const fastrms_plan *plan = context;
+    char *message = plan->shards->message;
+    fastrms_mode mode = fastrms_set_float_mode();
+    for (const fastrms_piece *piece = plan->shards->own + begin; piece < plan->shards->own + end; ++piece) {
+        fastrms_squares found = ZERO;
+        fastrms_scan_options options = options_of(plan, piece->tensor);
+        const char *grad = plan->grad[piece->tensor];
+        size_t bytes = (size_t)(piece->length * piece->stored);
+        if (piece->values) {                              /* whoever holds all parts of the block sums its squares */
+            options.squares = 0;
+            if (grad)
+                memcpy(message + piece->values, grad + piece->begin * piece->stored, bytes);
+            else
+                memset(message + piece->values, 0, bytes);
+        }
+        if (grad)
+            found = segment_scan(piece->length, piece->stored, grad + piece->begin * piece->stored, options);
+        memcpy(message + piece->squares, &found, sizeof found);
+    }
+    fastrms_restore_float_mode(mode);
+}
+
+/* The squares of a block whose parts are gathered one after the other: all of them with its last part, none before.  buffer
+ * holds the `filled` bytes that are there. */
+static fastrms_squares part_squares(const fastrms_plan *plan, const fastrms_piece *piece, double *buffer, int64_t *filled)
+{
+    memcpy((char *)buffer + *filled, plan->shards->gathered + piece->values, (size_t)(piece->length * piece->stored));
+    *filled += piece->length * piece->stored;
+    if (!piece->ends_block)
+        return ZERO;
+    int64_t size = *filled / piece->stored;
+    *filled = 0;
+    return segment_scan(size, piece->stored, buffer, (fastrms_scan_options){plan->clip_norm >= 0, 0, 0});
+}
+
+/* add up the gathered pieces of all ranks in the order in which one process adds up whole tensors, and fill plan->found */
+static fastrms_squares fold(fastrms_plan *plan)
+{
+    const fastrms_shards *shards = plan->shards;
+    fastrms_squares total = ZERO, segment = ZERO, squares;
+    double buffer[BLOCK];
+    int64_t filled = 0;
+    plan->found.tensor = -1;
+    for (const fastrms_piece *piece = shards->piece; piece < shards->piece + shards->pieces; ++piece) {
+        memcpy(&squares, shards->gathered + piece->squares, sizeof squares);
+        if (squares.nonfinite && !total.nonfinite && !segment.nonfinite)
+            plan->found.tensor = piece->tensor;
+        add(&segment, squares);
+        if (piece->values)
+            add(&segment, part_squares(plan, piece, buffer, &filled));
+        if (piece->ends_segment) {
+            add(&total, segment);
+            segment = ZERO;
+        }
+    }
+    fill_found(plan, total);
+    return total;
+}
+
+/* fastrms_scan over the tensors of all ranks.  While the messages are gathered, the process may fork. */
+int fastrms_scan_shards(fastrms_plan *plan, fastrms_squares *total)
+{
+    fastrms_shards *shards = plan->shards;
+    double asked[] = {plan->grad_scale, plan->clip_norm};
+    int64_t elements = 0;
+    for (int64_t p = 0; p < shards->own_pieces; ++p)
+        elements += shards->own[p].length;
+    memcpy(shards->message, asked, sizeof asked);
+    fastrms_parallel(elements, scan_pieces, plan, shards->own_pieces, 1);
+    fastrms_leave_step();
+    int failed = shards->gather(shards);
+    fastrms_enter_step();
+    if (!failed)
+        *total = fold(plan);
+    return failed ? FASTRMS_NOT_GATHERED : FASTRMS_OK;
 }
 
 /* value * 2^exponent as a factor.  Where that is too small for a float, half of the exponent goes to

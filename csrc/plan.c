@@ -129,7 +129,11 @@ static void zero_gradients(const fastrms_plan *plan)
 
 static APART int scan_and_update(fastrms_plan *plan)
 {
-    fastrms_squares squares = fastrms_scan(plan);
+    fastrms_squares squares;
+    if (!plan->shards)
+        squares = fastrms_scan(plan);
+    else if (fastrms_scan_shards(plan, &squares))
+        return FASTRMS_NOT_GATHERED;
     if (plan->found.nonfinite) {
         if (plan->zero_grad && plan->on_nonfinite == FASTRMS_SKIP)
             zero_gradients(plan);

@@ -10,6 +10,7 @@ from .memory.flat import FlatBuffer
 from .names import Names
 from .optimizer import Optimizer, StepInfo
 from .optimizers import *  # noqa: F403
+from .shards import Shards
 from .streaming import Streaming
 from .threads import get_num_threads, set_num_threads
 
@@ -19,6 +20,7 @@ __all__ = [
     *functional.__all__,
     "FlatBuffer",
     "Optimizer",
+    "Shards",
     "StepInfo",
     "available_backends",
     "get_include",
@@ -44,7 +46,7 @@ _INSTEAD = {  # what other frameworks have: what to write here
 
 
 def __getattr__(name):
-    """The submodules numba, cuda, torch and schedules are imported when they are asked for."""
+    """The submodules numba, cuda, mpi, torch and schedules are imported when they are asked for."""
     try:
         if name == "cuda":
             import fastrms.cuda as module
@@ -52,6 +54,8 @@ def __getattr__(name):
             import fastrms.numba as module
         elif name == "torch":
             import fastrms.torch as module
+        elif name == "mpi":
+            import fastrms.mpi as module
         elif name == "schedules":
             import fastrms.schedules as module
         else:
@@ -63,7 +67,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*__all__, "schedules", "__version__", *{"numba", "cuda", "torch"} & globals().keys()])
+    return sorted([*__all__, "mpi", "schedules", "__version__", *{"numba", "cuda", "torch"} & globals().keys()])
 
 
 graph_breaks.at(

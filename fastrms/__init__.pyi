@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from typing_extensions import Buffer, Self
 
 from . import cuda as cuda
+from . import mpi as mpi
 from . import numba as numba
 from . import rules as rules
 from . import schedules as schedules
@@ -25,6 +26,7 @@ __all__ = [
     "Optimizer",
     "RMSProp",
     "RProp",
+    "Shards",
     "StepInfo",
     "adagrad",
     "adam",
@@ -66,6 +68,11 @@ class StepInfo(NamedTuple):
     applied: bool
     grad_norm: float | None
     nonfinite: int | None
+
+class Shards:
+    gather: Callable[[bytes], Sequence[bytes]]
+    table: list[tuple[int, int, int]]
+    def __init__(self, gather: Callable[[bytes], Sequence[bytes]], table: Iterable[tuple[int, int, int]]) -> None: ...
 
 class _Streaming:
     updated: list[Any]
@@ -112,6 +119,7 @@ class Optimizer:
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -177,6 +185,7 @@ class RMSProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -202,6 +211,7 @@ class AdaGrad(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -230,6 +240,7 @@ class Adam(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -258,6 +269,7 @@ class AdamW(Adam):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,
@@ -282,6 +294,7 @@ class RProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
         capturable: bool = False,

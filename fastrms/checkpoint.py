@@ -24,8 +24,14 @@ def _library():
 
 def save(optimizer, path):
     """See Optimizer.save."""
+    _library()
+    write(optimizer.state_dict(), path)
+
+
+def write(d, path):
+    """Write a state_dict to a file."""
     library = _library()
-    tensors, header = _packed(optimizer.state_dict())
+    tensors, header = _packed(d)
     files.save(os.fsdecode(path), library.numpy.save(tensors, {"fastrms": json.dumps(header)}))
 
 
@@ -42,18 +48,23 @@ def _packed(d):
 
 def load(optimizer, path):
     """See Optimizer.load."""
+    d = read(path)
+    try:
+        optimizer.load_state_dict(d)
+    except ValueError as error:
+        raise ValueError(f"{os.fsdecode(path)}: {error}") from None
+
+
+def read(path):
+    """The state_dict in a file."""
     library, path = _library(), os.fsdecode(path)
     with open(path, "rb"):  # open() words what the filesystem refuses more clearly than safetensors
         pass
     try:
         with library.safe_open(path, "np") as file:
-            d = _unpacked(file, path)
+            return _unpacked(file, path)
     except library.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    try:
-        optimizer.load_state_dict(d)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _unpacked(file, path):

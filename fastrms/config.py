@@ -48,6 +48,7 @@ def show_config():
         "isas": lambda: ", ".join(backends.load("c").isas()),
         "compiler": lambda: backends.load("c").compiler(),
         "threads": threads.get_num_threads,
+        **({"ranks": threads.said_of_ranks} if threads.said_of_ranks() else {}),
     }
     for name, find in facts.items():
         try:

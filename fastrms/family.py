@@ -12,6 +12,7 @@ OPTIONS = {  # the arguments of every optimizer beside its hyper-parameters
     "dialect": None,
     "nonfinite": "propagate",
     "zero_grad": False,
+    "shards": None,
     "backend": "auto",
     "stream": None,
     "capturable": False,

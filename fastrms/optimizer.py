@@ -13,6 +13,7 @@ from .gradients import Gradients
 from .groups import Group, Groups
 from .memory import host, placement, tree
 from .names import Names
+from .shards import join
 from .streaming import Streaming
 from .tensors import Tensors
 
@@ -118,7 +119,7 @@ class Optimizer(Names, Family):
         return super().__new__(cls)
 
     def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
-                 backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
+                 shards=None, backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
         if not leaves:
@@ -138,6 +139,8 @@ class Optimizer(Names, Family):
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
         self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes(), *gradients, *extra))
+        if shards is not None:
+            join(self, shards)
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
@@ -403,9 +406,10 @@ class Optimizer(Names, Family):
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
         if found.nonfinite and self._nonfinite == "raise":
+            where = "a tensor of another rank" if found.tensor < 0 else self._tensors[found.tensor].grad_name
             raise FloatingPointError(
                 f"{found.nonfinite} element(s) of the gradients are NaN or infinite or have a square that overflows, the "
-                f"first of them in {self._tensors[found.tensor].grad_name}; nothing was updated"
+                f"first of them in {where}; nothing was updated"
             )
         return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
 

@@ -84,6 +84,8 @@ class RMSProp(Optimizer):
     zero_grad : bool, default False
         Whether a step writes zeros over the gradients, which must be writable then.  A skipped step does so, too, and one
         that raises does not.
+    shards : fastrms.Shards, optional
+        Where the tensors lie in tensors that are spread over several ranks: clip_norm and nonfinite are then global.
     backend : "auto", "c", "numba", "numpy" or "cuda", default "auto"
         What computes; "auto" takes the fastest, and "cuda" for arrays in device memory.
     stream, capturable, check : optional
@@ -143,7 +145,7 @@ class AdaGrad(Optimizer):
         How fast the step size falls with the number of updates, decoupled weight decay included (PyTorch).
     initial_value : float >= 0, default 0
         What the sum starts with; 0.1 in Keras, TF1, Optax and MindSpore.
-    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
 
     Attributes
@@ -207,7 +209,7 @@ class Adam(Optimizer):
         "corrected" (as True) is the formula above.  "folded" takes the raw averages as m and v, and
         lr*sqrt(1 - beta2**t)/(1 - beta1**t) as lr, so that eps is the paper's "epsilon hat" (Keras, TF1, MindSpore).
         False takes the raw averages and lr as they are.
-    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
 
     Attributes
@@ -256,7 +258,7 @@ class AdamW(Adam):
         False makes this Adam with L2 weight decay.
     lr, beta1, beta2, eps, eps_root, amsgrad, nesterov, bias_correction :
         As in Adam.
-    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
 
     Raises
@@ -296,7 +298,7 @@ class RProp(Optimizer):
         Bounds of step_size: 0 <= step_min <= step_max.
     zero_on_flip : bool, default True
         Whether a weight whose gradient has flipped its sign waits for one step (iRprop-); False is plain Rprop-.
-    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, backend :
+    params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
 
     Attributes

@@ -1,5 +1,6 @@
-"""How many threads a large step uses: min(affinity, cgroup quota), lowered by OMP_NUM_THREADS, overridden by
-FASTRMS_NUM_THREADS and set_num_threads.  Results never depend on it."""
+"""How many threads a large step uses: min(affinity, cgroup quota), shared with the other ranks that a launcher has started
+on this machine, lowered by OMP_NUM_THREADS, overridden by FASTRMS_NUM_THREADS and set_num_threads.  Results never depend on
+it."""
 
 import math
 import os
@@ -8,6 +9,13 @@ from . import backends
 
 MOST = 64
 LONGEST = 4096  # bytes of a path; Linux takes no longer ones
+RANKS_HERE = {  # what launchers set to the number of ranks on this machine
+    "LOCAL_WORLD_SIZE": "torchrun",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "Open MPI",
+    "MPI_LOCALNRANKS": "MPICH",
+    "PMI_LOCAL_SIZE": "MPICH",
+    "SLURM_NTASKS_PER_NODE": "Slurm",
+}
 _c = backends.load("c")
 _without_c = None
 
@@ -65,7 +73,42 @@ def default_num_threads(environment=os.environ):
             raise ValueError(f"FASTRMS_NUM_THREADS={said!r} must be a number from 1 to {MOST}")
         return _whole(said)
     lowered = _whole(environment.get("OMP_NUM_THREADS", "").split(",")[0].strip())
-    return min(usable_cpus(), lowered or MOST, MOST)
+    ranks, variable = ranks_here(environment)
+    if variable == "LOCAL_WORLD_SIZE" and lowered == 1:  # torchrun sets it for whoever has not
+        lowered = 0
+    return min(share_of_cpus(ranks), lowered or MOST, MOST)
+
+
+def ranks_here(environment=os.environ):
+    """(number of ranks that share this machine, the variable that says so); (1, None) where no launcher says it."""
+    for variable in RANKS_HERE:
+        ranks = _whole(environment.get(variable, ""))
+        if ranks > 1:
+            return ranks, variable
+    return 1, None
+
+
+def share_of_cpus(ranks):
+    """The CPUs of one of so many ranks.  A launcher may have bound each rank to CPUs of its own; where it has not, the ranks
+    share those of the launcher, which is their parent process."""
+    return usable_cpus() if ranks == 1 else max(1, min(usable_cpus(), launcher_cpus() // ranks))
+
+
+def launcher_cpus():
+    return math.ceil(min(_allowed_cpus(os.getppid()), cgroup_quota()))
+
+
+def said_of_ranks(environment=os.environ):
+    """Why a rank uses so many threads, as a text; None where no launcher has started several ranks on this machine."""
+    ranks, variable = ranks_here(environment)
+    if variable is None:
+        return None
+    asked = environment.get("FASTRMS_NUM_THREADS", "")
+    wins = f"; FASTRMS_NUM_THREADS={asked} wins" if asked else ""
+    return (
+        f"{ranks} on this machine, which share {launcher_cpus()} CPUs ({variable} of {RANKS_HERE[variable]}): "
+        f"{share_of_cpus(ranks)} for each{wins}"
+    )
 
 
 def _whole(text):
@@ -78,9 +121,9 @@ def usable_cpus(root="/"):
     return max(1, math.ceil(min(_allowed_cpus(), cgroup_quota(root))))
 
 
-def _allowed_cpus():
+def _allowed_cpus(process=0):
     try:
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(process))
     except Exception:  # a sandbox may forbid it, and other systems do not have it: it is only asked for convenience
         return os.cpu_count() or 1
 

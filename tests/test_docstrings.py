@@ -9,9 +9,9 @@ import pytest
 from conftest import CLASSES, FUNCTIONS
 
 import fastrms
-from fastrms import memory, rules, schedules
+from fastrms import memory, mpi, rules, schedules
 
-MODULES = [fastrms, schedules]
+MODULES = [fastrms, mpi, schedules]
 if importlib.util.find_spec("torch"):
     MODULES.append(importlib.import_module("fastrms.torch"))
 

@@ -532,3 +532,36 @@ def test_what_is_shared_and_with_whom(tmp_path):
 def test_a_child_forks_although_a_thread_came_to_a_step_during_the_fork(tmp_path):
     program = compiled("fork", tmp_path, [source for source in SOURCES if not source.endswith("pool.c")])
     assert subprocess.run([program], capture_output=True, text=True, timeout=WATCHDOG).stdout == "fine\n"
+
+
+RANKS = [
+    ({"LOCAL_WORLD_SIZE": "2"}, 4), ({"LOCAL_WORLD_SIZE": "4"}, 2), ({"LOCAL_WORLD_SIZE": "100"}, 1),
+    ({"LOCAL_WORLD_SIZE": "1"}, 6), ({"LOCAL_WORLD_SIZE": "x"}, 6), ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 4),
+    ({"MPI_LOCALNRANKS": "2"}, 4), ({"PMI_LOCAL_SIZE": "2"}, 4), ({"SLURM_NTASKS_PER_NODE": "2"}, 4),
+    ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, 4), ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, 3),
+    ({"MPI_LOCALNRANKS": "2", "OMP_NUM_THREADS": "1"}, 1), ({"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, 1),
+    ({"LOCAL_WORLD_SIZE": "4", "FASTRMS_NUM_THREADS": "5"}, 5), ({"LOCAL_WORLD_SIZE": "2", "MPI_LOCALNRANKS": "8"}, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "count"), RANKS)
+def test_ranks_on_one_machine_share_its_cpus(monkeypatch, environment, count):
+    """The launcher has 8 CPUs and this rank 6 of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6 if process == 0 else 8)), raising=False)
+    monkeypatch.setattr(threads, "cgroup_quota", lambda root="/": 100)
+    assert threads.default_num_threads(environment) == count
+
+
+def test_ranks_that_are_bound_to_cpus_of_their_own_keep_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4 if process == 0 else 16)), raising=False)
+    monkeypatch.setattr(threads, "cgroup_quota", lambda root="/": 100)
+    assert threads.default_num_threads({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}) == 4
+
+
+def test_show_config_says_why_a_rank_has_so_many_threads():
+    ask = "import fastrms; fastrms.show_config()"
+    out = in_process(ask, FASTRMS_NUM_THREADS="", OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="1000")
+    assert "threads    1" in out and "\nranks      1000 on this machine, which share " in out
+    assert out.endswith(" CPUs (LOCAL_WORLD_SIZE of torchrun): 1 for each")
+    out = in_process(ask, FASTRMS_NUM_THREADS="3", LOCAL_WORLD_SIZE="1000")
+    assert "threads    3" in out and out.endswith("; FASTRMS_NUM_THREADS=3 wins")

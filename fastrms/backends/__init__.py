@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..memory import device, host
 
-OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING, NO_RATE = (
+OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING, NO_RATE, NOT_GATHERED = (
     0,
     1,
     2,
@@ -22,6 +22,7 @@ OK, BUSY, OVERLAP, NOT_HELD, NONFINITE, STREAMING, NO_RATE = (
     6,
     7,
     9,
+    10,
 )  # what a Plan answers, as in csrc/fastrms_decl.h
 ON_NONFINITE = ("propagate", "skip", "raise")  # in the order of csrc/fastrms_decl.h
 HOST = ("c", "numba", "numpy")  # in the order of preference
@@ -66,6 +67,10 @@ class Plan:
     tensor_steps: list  #: how many updates each tensor has had
     most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
     takes_pointers = False  #: whether change() takes an exchange.Reader as the gradients of a step
+
+    def join(self, exchange):
+        """Find norms and nonfinite elements together with other ranks from now on; exchange: a shards.Exchange."""
+        raise NotImplementedError
 
     def bound_step(self):
         """(step, step_held, argument) for one step from the held gradients: step(argument) and step_held(argument, number)

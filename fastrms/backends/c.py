@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import backends, rules
 from ..memory import host
-from . import OK, ON_NONFINITE, Found
+from . import NOT_GATHERED, OK, ON_NONFINITE, Found
 
 try:
     from .._core import ffi, lib
@@ -20,6 +20,7 @@ else:
 
 RULE_INDEX = {}
 FOUND = ffi and ffi.typeof("fastrms_found *")
+PIECE = np.dtype([*((f"{k}", "i8") for k in range(5)), *((f"{k}", "i4") for k in range(5, 9))])  # a fastrms_piece
 DOUBLES = ffi and ffi.typeof("double[]")
 ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
@@ -107,6 +108,47 @@ def update(recipe, step, grad_scale, param, grad, states):
         raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
 
+class Gathering:
+    """A fastrms_shards, whose gather function calls a shards.Exchange."""
+
+    def __init__(self, exchange):
+        self.exchange, self.error = exchange, None
+        self._message = ffi.new("char[]", exchange.length)
+        self._own, self._all = (pieces_array(pieces) for pieces in (exchange.own, exchange.pieces))
+        self.shards = ffi.new("fastrms_shards *")
+        self.shards.own, self.shards.own_pieces = self._own, len(exchange.own)
+        self.shards.piece, self.shards.pieces = self._all, len(exchange.pieces)
+        self.shards.message, self.shards.gather = self._message, lib.fastrms_gather
+
+    def gather(self):
+        """Set shards.gathered; returns 0, or 1 where it failed, and then `error` says why."""
+        try:
+            self._gathered = self.exchange(ffi.buffer(self._message)[:])
+            self.shards.gathered = ffi.from_buffer(self._gathered)
+            self.error = None
+        except BaseException as error:
+            self.error = error
+        return int(self.error is not None)
+
+    def raise_error(self):
+        try:
+            raise self.error
+        finally:
+            self.error = None
+
+
+def pieces_array(pieces):
+    """A fastrms_piece[] of these Pieces."""
+    return ffi.from_buffer("fastrms_piece[]", np.array(pieces, PIECE))
+
+
+if lib:
+
+    @ffi.def_extern(name="fastrms_gather", error=1)
+    def _gather(shards):
+        return ffi.from_handle(shards.context).gather()
+
+
 class Plan(backends.Plan):
     """A backends.Plan that consists of a fastrms_plan and the tables that it points to."""
 
@@ -131,6 +173,12 @@ class Plan(backends.Plan):
         self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
         self._watches = nonfinite != "propagate"
 
+    def join(self, exchange):
+        self._gathering = Gathering(exchange)
+        self._handle = ffi.new_handle(self._gathering)
+        self._gathering.shards.context = self._handle
+        self._plan.shards = self._gathering.shards
+
     def bound_step(self):
         return lib.fastrms_step, lib.fastrms_step_held, self._plan
 
@@ -140,6 +188,8 @@ class Plan(backends.Plan):
         found = ffi.new(FOUND)
         norm = -1.0 if clip_norm is None else clip_norm
         status = lib.fastrms_step_with(self._plan, number, grad_scale, norm, found)
+        if status == NOT_GATHERED:
+            self._gathering.raise_error()
         return status, self._seen(found, clip_norm)
 
     def addresses(self):
@@ -159,6 +209,8 @@ class Plan(backends.Plan):
             -1.0 if clip_norm is None else clip_norm,
             found,
         )
+        if status == NOT_GATHERED:
+            self._gathering.raise_error()
         return status, Found._make(self._seen(found, clip_norm)) if looks else None
 
     def _seen(self, found, clip_norm):

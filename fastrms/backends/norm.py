@@ -4,6 +4,9 @@ same bits.
 The sum of squares is made in double and in one order of additions: eight lanes within a block of 4096, blocks in sequence
 within a segment of 2^18, segments in sequence.  Each block of doubles is scaled by a power of two of its own, so that no
 square overflows; the square of a float cannot overflow a double.
+
+Where tensors are spread over several ranks, each rank sums the segments and blocks that it holds whole, and all ranks add up
+the sums of all ranks in the same order.
 """
 
 import math
@@ -14,6 +17,7 @@ import numpy as np
 from . import Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # elements
+RECORD = np.dtype([("sum", "f8"), ("exponent", "i8"), ("nonfinite", "i8")])  # a fastrms_squares
 FLT_MIN = float(np.finfo(np.float32).tiny)
 
 
@@ -82,6 +86,10 @@ def sum_of_segments(grads):
     return total
 
 
+def norm_of(squares, grad_scale):
+    return float(np.ldexp(np.sqrt(squares.sum) * grad_scale, squares.exponent))
+
+
 def scan(grads, grad_scale, clip_norm, nonfinite):
     """(Found, Squares): everything that must be known of the gradients before the first write.  clip_norm: None where no
     norm is wanted; then Squares is None, too.  nonfinite: whether to count the elements that are not finite."""
@@ -89,12 +97,60 @@ def scan(grads, grad_scale, clip_norm, nonfinite):
     with np.errstate(all="ignore"):
         if clip_norm is not None:
             squares = sum_of_segments(grads)
-            norm = float(np.ldexp(np.sqrt(squares.sum) * grad_scale, squares.exponent))
+            norm = norm_of(squares, grad_scale)
         if nonfinite:
             counts = [sum(block_nonfinite(segment, grad_scale) for segment in segments(grad)) for grad in grads]
     if counts is None:
         return Found(norm, None, -1), squares
     return Found(norm, sum(counts), next((k for k, count in enumerate(counts) if count), -1)), squares
+
+
+def own_message(exchange, grads, grad_scale, clip_norm, nonfinite):
+    """What this rank knows of its pieces: grad_scale and clip_norm, the Squares and the count of each piece, and the
+    elements of the parts of blocks.  Whoever holds all parts of a block sums its squares."""
+    message = np.zeros(exchange.length, np.uint8)
+    message[:16] = np.array([grad_scale, -1.0 if clip_norm is None else clip_norm]).view(np.uint8)
+    for piece in exchange.own:
+        grad = grads[piece.tensor]
+        if grad is None:
+            continue
+        part = grad[piece.begin : piece.begin + piece.length]
+        squares = segment_scan(part) if clip_norm is not None and not piece.values else ZERO
+        count = block_nonfinite(part, grad_scale) if nonfinite else 0
+        message[piece.squares :][: RECORD.itemsize] = np.array((*squares, count), RECORD).reshape(1).view(np.uint8)
+        if piece.values:
+            message[piece.values :][: part.nbytes] = part.view(np.uint8)
+    return message.tobytes()
+
+
+def fold(exchange, gathered, clip_norm):
+    """(Squares, nonfinite, tensor) of the gathered pieces of all ranks, added up in the order in which one process adds up
+    whole tensors.  tensor: as in Found."""
+    total = segment = ZERO
+    nonfinite, tensor, parts = 0, -1, []
+    for piece in exchange.pieces:
+        *squares, count = np.frombuffer(gathered, RECORD, 1, piece.squares)[0].tolist()
+        if count and not nonfinite:
+            tensor = piece.tensor
+        nonfinite += count
+        segment = add(segment, Squares(*squares))
+        if piece.values and clip_norm is not None:
+            parts.append(np.frombuffer(gathered, f"f{piece.stored}", piece.length, piece.values))
+            if piece.ends_block:
+                segment = add(segment, block_squares(np.concatenate(parts)))
+                parts = []
+        if piece.ends_segment:
+            total, segment = add(total, segment), ZERO
+    return total, nonfinite, tensor
+
+
+def scan_shards(exchange, grads, grad_scale, clip_norm, nonfinite):
+    """scan() over the tensors of all ranks."""
+    with np.errstate(all="ignore"):
+        gathered = exchange(own_message(exchange, grads, grad_scale, clip_norm, nonfinite))
+        squares, count, tensor = fold(exchange, gathered, clip_norm)
+        norm = None if clip_norm is None else norm_of(squares, grad_scale)
+    return Found(norm, count if nonfinite else None, tensor), squares
 
 
 def factor(value, exponent):

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from bisect import bisect_left
+from functools import partial
 
 import numpy as np
 
@@ -68,6 +69,7 @@ class Plan(backends.Plan):
         self.recipes = list(recipes)
         self.grads = [None] * len(params)
         self.held = False
+        self.exchange = None  # a shards.Exchange, where the tensors are spread over several ranks
         self.steps = 0
         self.missed = [0] * len(params)  # steps without a gradient, by tensor: mostly 0, and then a step raises one count
         self._kept = {}  # index of a tensor -> Coefficients, see _coefficients()
@@ -89,6 +91,9 @@ class Plan(backends.Plan):
     @staticmethod
     def assign(to, source):
         to[:] = source
+
+    def join(self, exchange):
+        self.exchange = exchange
 
     # a step
 
@@ -160,7 +165,8 @@ class Plan(backends.Plan):
         """Make a step from the gradients that are there; returns (status, Found or None)."""
         found, grad_rescale = None, 1.0
         if clip_norm is not None or self.nonfinite != "propagate":
-            found, squares = norm.scan(self.grads, grad_scale, clip_norm, self.nonfinite != "propagate")
+            scan = norm.scan if self.exchange is None else partial(norm.scan_shards, self.exchange)
+            found, squares = scan(self.grads, grad_scale, clip_norm, self.nonfinite != "propagate")
             if found.nonfinite:
                 if self.zero_grad and self.nonfinite == "skip":
                     self._zero_gradients()
