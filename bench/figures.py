@@ -5,6 +5,7 @@ NumPy; what it measures is stored for each machine in bench/machines, and --docs
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
+torch: steps of fastrms.torch and fastrms on torch tensors against torch.optim; --docs writes into docs/torch.md.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 from datetime import date
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 try:
@@ -61,7 +63,7 @@ def share(what, percent, target):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    sets = ("numpy", "machine", "step", "flat", "numba")
+    sets = ("numpy", "machine", "step", "flat", "numba", "torch")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
     parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")
@@ -72,7 +74,8 @@ def main(arguments=None):
         measured = measure_set(options)
     if options.docs:
         text = machines.markdown() if options.set == "machine" else markdown(options.set, *measured)
-        report.write_page(report.PAGE, f"figures-{options.set}", text)
+        page = Path("docs/torch.md") if options.set == "torch" else report.PAGE
+        report.write_page(page, f"figures-{options.set}", text)
 
 
 def measure_set(options):

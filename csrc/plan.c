@@ -9,7 +9,7 @@
 #define APART __attribute__((noinline))                   /* not inlined: the plain step keeps its registers */
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 typedef struct {
-    uintptr_t start, end, buffer;                         /* buffer: its number, counted through all tensors */
+    uintptr_t start, end, buffer;                         /* buffer: its number among those of its kind */
 } range;
 enum {
     CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
@@ -199,8 +199,9 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
     for (int k = 0; k < recipes; ++k)
         if (fastrms_rule_states(recipe[k].rule) > plan->states)
             plan->states = fastrms_rule_states(recipe[k].rule);
-    for (int64_t k = 0; k < tensors * (2 + plan->states); ++k)
-        ((range *)plan->ranges)[k].buffer = (uintptr_t)k;
+    int64_t stay = tensors * (1 + plan->states);          /* the buffers that are not gradients */
+    for (int64_t k = 0; k < stay + tensors; ++k)
+        ((range *)plan->ranges)[k].buffer = (uintptr_t)(k < stay ? k : k - stay);
 }
 
 static int release(fastrms_plan *plan, int status)
@@ -304,14 +305,24 @@ static void sort(range *ranges, int64_t count)
     }
 }
 
-/* sort the ranges of buffers in memory; do any two of them share a byte? */
-static int overlap(range *ranges, int64_t count)
+/* sort the ranges of some buffers in memory, and those of others; do any two of them all share a byte? */
+static int overlap(range *some, int64_t count, range *others, int64_t more)
 {
-    sort(ranges, count);
-    for (int64_t k = 1; k < count; ++k)
-        if (ranges[k].start < ranges[k - 1].end)
+    uintptr_t end = 0;
+    sort(some, count);
+    sort(others, more);
+    for (range *last = some + count, *last_other = others + more; some < last || others < last_other;) {
+        range next = others == last_other || (some < last && some->start <= others->start) ? *some++ : *others++;
+        if (next.start < end)
             return 1;
+        end = next.end;
+    }
     return 0;
+}
+
+static int64_t bytes_of(const fastrms_plan *plan, int64_t tensor)
+{
+    return plan->tensor[tensor].size * fastrms_stored_itemsize(&plan->recipe[plan->tensor[tensor].recipe]);
 }
 
 /* a buffer that is empty or missing is a range without bytes, which overlaps nothing */
@@ -322,19 +333,23 @@ static range range_of(const void *start, int64_t bytes, uintptr_t buffer)
 }
 
 /* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
- * plan, grad for no gradients.  The ranges are left sorted; their order is mostly that of the next time, too. */
+ * plan, grad for no gradients.  The ranges of parameters and states, and those of gradients, are left sorted; new gradients
+ * mostly have the order of the last ones. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
 {
-    range *ranges = (range *)plan->ranges;
-    int64_t each = 2 + plan->states, count = plan->tensors * each;
+    int64_t each = 1 + plan->states, count = plan->tensors * each;
+    range *stay = (range *)plan->ranges, *grads = stay + count;
     for (int64_t k = 0; k < count; ++k) {
-        int64_t t = (int64_t)ranges[k].buffer / each, which = (int64_t)ranges[k].buffer % each;
+        int64_t t = (int64_t)stay[k].buffer / each, state = (int64_t)stay[k].buffer % each - 1;
         const fastrms_tensor *tensor = &plan->tensor[t];
-        const void *start = which > 1 ? tensor->state[which - 2]
-                          : which ? (grad ? grad[t] : NULL) : param ? param[t] : tensor->param;
-        ranges[k] = range_of(start, tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]), ranges[k].buffer);
+        const void *start = state >= 0 ? tensor->state[state] : param ? param[t] : tensor->param;
+        stay[k] = range_of(start, bytes_of(plan, t), stay[k].buffer);
     }
-    return overlap(ranges, count);
+    for (int64_t k = 0; k < plan->tensors; ++k) {
+        int64_t t = (int64_t)grads[k].buffer;
+        grads[k] = range_of(grad ? grad[t] : NULL, bytes_of(plan, t), grads[k].buffer);
+    }
+    return overlap(stay, count, grads, plan->tensors);
 }
 
 /* does a gradient share a byte with one of the sorted ranges of all parameters and states?  These ranges do not overlap,
@@ -343,7 +358,7 @@ static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes
 {
     const range *ranges = (const range *)plan->ranges;
     uintptr_t start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
-    int64_t before = 0, after = plan->tensors * (2 + plan->states);
+    int64_t before = 0, after = plan->tensors * (1 + plan->states);
     while (before < after) {
         int64_t middle = (before + after) / 2;
         if (ranges[middle].start < end)
@@ -482,7 +497,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
             return FASTRMS_MISSING;
         ranges[k] = range_of(buffer[k], size * fastrms_stored_itemsize(recipe), 0);
     }
-    if (overlap(ranges, 5))
+    if (overlap(ranges, 5, NULL, 0))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double made[FASTRMS_MAX_COEFFICIENTS];

@@ -1,5 +1,5 @@
-"""Optimizers of torch: torch.optim.Optimizer subclasses with the constructors of torch.optim, whose step is one pass in C over
-all parameters.  They import torch, which nothing else in fastrms does.
+"""Optimizers of torch: torch.optim.Optimizer subclasses with the constructors of torch.optim, whose step is one pass in C
+over all parameters.  They import torch, which nothing else in fastrms does.
 """
 
 try:
@@ -46,8 +46,8 @@ class RMSprop(Optimizer):
     clip_value : float > 0 or None, default None
         Bound of each element of the gradient.
     clip_norm : float > 0 or None, default None
-        The norm of all gradients on a device is reduced to it where it is larger (inf: only measured, in step_info).  It is an
-        attribute, too, and may be changed.
+        The norm of all gradients on a device is reduced to it where it is larger (inf: only measured, in step_info).  It is
+        an attribute, too, and may be changed.
     nonfinite : {"propagate", "skip", "raise"}, default "propagate"
         What a step does where a gradient is NaN or infinite: "skip" leaves it out, as step_info says, "raise" raises
         FloatingPointError.

@@ -21,7 +21,6 @@ REASONS = {
 }
 OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad")  # arguments of an optimizer that belong to no group
 GRAD = attrgetter("grad")
-NOTHING = {type(None)}
 BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
 profiling = torch.autograd._profiler_enabled
 
@@ -117,29 +116,29 @@ class Optimizer(torch.optim.Optimizer):
         first of the values of each group, are others; the cores then take them over."""
         if self._cores is None or self._note.changed or len(self.param_groups) != len(self._known):
             return False
-        rates = {}
-        for number, (group, (params, getter, known)) in enumerate(zip(self.param_groups, self._known, strict=True)):
+        rates = False
+        for group, (params, getter, known) in zip(self.param_groups, self._known, strict=True):
             mine, values = group["params"], getter(group)
             if len(mine) != len(params) or not all(map(is_, mine, params)):
                 return False
             if values != known:
                 if values[1:] != known[1:] or type(values[0]) is not float:
                     return False
-                rates[number] = values[0]
+                rates = True
         if len(self.state) != len(self._states) or not all(map(is_, self.state.values(), self._states)):
             return False
         if self._idle and any(grad is not None for grad in map(GRAD, self._idle)):
             return False
-        return not rates or self._takes_rates(rates)
+        if rates:
+            self._take_rates()
+        return True
 
-    def _takes_rates(self, rates):
-        """Give the cores new learning rates of some groups, which are all that has changed."""
+    def _take_rates(self):
+        """Give the cores the learning rates of all groups, which are all that has changed."""
+        rates = [group["lr"] for group in self.param_groups]
         for core in self._cores:
             core.set_rates(rates)
-        for number, rate in rates.items():
-            params, getter, known = self._known[number]
-            self._known[number] = params, getter, (rate, *known[1:])
-        return True
+        self._known = [(p, getter, (rate, *known[1:])) for rate, (p, getter, known) in zip(rates, self._known, strict=True)]
 
     def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
@@ -241,7 +240,8 @@ class Optimizer(torch.optim.Optimizer):
                 grad_scale = 1.0 / self.grad_scale.item()
         if self.in_backward is not nothing and self.in_backward():
             self.in_backward().finish()
-        self._be_known()
+        if not self._is_known():
+            self._renew()
         self.step_info = self._step_cores(grad_scale)
 
     def _be_known(self):
@@ -253,10 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         info = APPLIED
         for number, core in enumerate(self._cores):
             grads = list(map(GRAD, core.params))
-            kinds = {*map(type, grads)}
-            if kinds == NOTHING:
-                continue
-            info = core.step(grads, type(None) in kinds, grad_scale, self.clip_norm)
+            info = core.step(grads, grad_scale, self.clip_norm)
             if info is None:
                 core = self._cores[number] = core.present()
                 info = core.checked_step(grads, grad_scale, self.clip_norm)

@@ -164,14 +164,16 @@ class Core:
         if self._most >= EXACT and self._counts.dtype == np.float32:
             self._show(torch.from_numpy(self._counts.astype(np.float64)))
 
-    def step(self, grads, absent, grad_scale, clip_norm):
-        """Make a step from the gradients of all members; absent: whether a None is among them.  Returns a StepInfo, or None
-        where a tensor is not what it was, or its gradient is not like it."""
+    def step(self, grads, grad_scale, clip_norm):
+        """Make a step from the gradients of all members.  Returns a StepInfo, or None where a tensor is not what it was, or
+        its gradient is not like it."""
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
-        with self.optimizer._one_thread:
-            info = self.optimizer._read_step(grads, grad_scale, clip_norm)
+        optimizer = self.optimizer
+        with optimizer._one_thread:
+            info = optimizer._read_step(grads, grad_scale, clip_norm)
         if info and info.applied:
+            absent = optimizer._tensors.reader(optimizer._plan).absent
             self._count([grad is not None for grad in grads] if absent else self._all)
         return info
 
@@ -198,10 +200,9 @@ class Core:
                 mine.update(changed)
 
     def set_rates(self, rates):
-        """Take over the learning rates of some groups: rates by the number of the group."""
+        """Take over the learning rates of all groups."""
         if "lr" not in self.optimizer.fixed:
-            changes = [(k, "lr", rates[group]) for k, group in enumerate(self.groups) if group in rates]
-            self.optimizer._change(changes)
+            self.optimizer._change([(k, "lr", rates[group]) for k, group in enumerate(self.groups)])
 
     def _arranged(self, grads):
         """The gradients in the structure of the groups, each in the layout of its parameter."""
