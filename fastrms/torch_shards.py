@@ -37,7 +37,7 @@ def spread_like(param, part):
 def refuse_sums(param, name):
     """ValueError for a DTensor of which each rank has a summand."""
     if is_spread(param) and any(placement.is_partial() for placement in param.placements):
-        raise ValueError(f"{name} has placements {param.placements}: each rank has a summand of it, which cannot be updated; "
+        raise ValueError(f"{name} has placements {param.placements}: each rank has a summand of it, which no step can use; "
                          f"call redistribute() on it")  # fmt: skip
 
 
