@@ -1,6 +1,6 @@
-"""What the ranks of tests/test_torch_shards.py do: `python tests/torch_shards_program.py <rank> <ranks> <folder> <functions>`.
+"""What the ranks of tests/test_torch_shards.py do: `python torch_shards_program.py <rank> <ranks> <folder> [function ...]`.
 
-Each function runs on all ranks and leaves a file: empty, or the traceback of what it raised.
+Each function of a folder runs on all ranks and leaves a file: empty, or the traceback of what it raised.
 """
 
 import datetime
@@ -81,7 +81,10 @@ def part(values, like):
 def assert_same(whole, spread, optimizer, sharded):
     """Parameters, states and counts have the same bits."""
     for (name, one), mine in zip(whole.named_parameters(), spread.parameters(), strict=True):
-        pairs = [(one, mine, "param"), *((optimizer.state[one][key], sharded.state[mine][key], key) for key in optimizer.state[one])]
+        pairs = [
+            (one, mine, "param"),
+            *((optimizer.state[one][key], sharded.state[mine][key], key) for key in optimizer.state[one]),
+        ]
         for wanted, found, what in pairs:
             local = found.to_local() if isinstance(found, DTensor) else found
             assert torch.equal(part(wanted, found), local), (name, what)
@@ -103,7 +106,7 @@ def raised(kind, function, *arguments, **options):
     raise AssertionError(f"no {kind.__name__}")
 
 
-def equal_to_one_process(folder):
+def equal_to_one_process(folder: Path):
     """Bit for bit: every class, float32 and float64, uneven and empty parts, gradients that are absent for some steps."""
     for k, (kind, options) in enumerate(CASES):
         whole, spread = whole_and_spread((torch.float32, torch.float64)[k % 2])
@@ -113,7 +116,7 @@ def equal_to_one_process(folder):
         assert optimizer.step_info.grad_norm or "clip_norm" not in options
 
 
-def states_are_spread(folder):
+def states_are_spread(folder: Path):
     """The states are DTensors like their parameter, and counts are plain tensors, as torch.optim has them."""
     _, spread = whole_and_spread()
     made = []
@@ -133,7 +136,7 @@ def states_are_spread(folder):
             assert not state[name].requires_grad
 
 
-def nonfinite_on_one_rank(folder):
+def nonfinite_on_one_rank(folder: Path):
     """What one rank finds, all ranks know."""
     for nonfinite in ("skip", "raise"):
         whole, spread = whole_and_spread()
@@ -162,7 +165,7 @@ class Listed(nn.Module):
         self.params = nn.ParameterList(params)
 
 
-def other_placements(folder):
+def other_placements(folder: Path):
     """Whole tensors beside cut ones, replicas of cut ones; others only without a norm, and then they are updated."""
     values = [random((6, 10), 1), random((5,), 2), random((2 * BLOCK + 9,), 3)]
     meshes = [mesh_of()] if RANKS < 4 else [mesh_of(), mesh_of(2, 2, names=("replicate", "shard"))]
@@ -188,7 +191,7 @@ def other_placements(folder):
     assert "has a summand" in raised(ValueError, sharded.add_param_group, {"params": [summand]})
 
 
-def other_gradients(folder):
+def other_gradients(folder: Path):
     """A gradient that is spread otherwise is brought to its parameter, as torch.optim does."""
     whole, spread = whole_and_spread()
     optimizer, sharded = ft.Adam(whole.parameters(), clip_norm=1.0), ft.Adam(spread.parameters(), clip_norm=1.0)
@@ -205,7 +208,7 @@ def other_gradients(folder):
     step_both(whole, spread, optimizer, sharded, 2)
 
 
-def parts_that_are_exchanged(folder):
+def parts_that_are_exchanged(folder: Path):
     """FSDP2 gives a parameter another local tensor when a module is moved or loaded."""
     whole, spread = whole_and_spread()
     optimizer, sharded = ft.Adam(whole.parameters()), ft.Adam(spread.parameters())
@@ -217,7 +220,7 @@ def parts_that_are_exchanged(folder):
     step_both(whole, spread, optimizer, sharded, 2)
 
 
-def writes_are_seen(folder):
+def writes_are_seen(folder: Path):
     """A backward pass raises where a step has written a DTensor that it saved."""
     for optimizer_of in (ft.Adam, torch.optim.Adam):
         weight = distributed(random((8, 4), 1), CUT)
@@ -228,7 +231,7 @@ def writes_are_seen(folder):
         assert "modified by an inplace operation" in raised(RuntimeError, loss.backward)
 
 
-def other_parameters(folder):
+def other_parameters(folder: Path):
     """Ranks whose steps do not go together are told so, and nothing is written."""
     if RANKS == 1:
         return
@@ -265,7 +268,7 @@ def whole_of(param):
     return param.full_tensor() if isinstance(param, DTensor) else param.detach()
 
 
-def fsdp2_trains(folder):
+def fsdp2_trains(folder: Path):
     """Forward and backward of FSDP2, with CPUOffloadPolicy too, and one process."""
     for options in ({}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
         whole, spread = network(), network()
@@ -279,7 +282,7 @@ def fsdp2_trains(folder):
             close(one.detach(), whole_of(mine))
 
 
-def fsdp2_steps_in_backward(folder):
+def fsdp2_steps_in_backward(folder: Path):
     whole, spread = network(), network()
     for layer in (*spread[::2], spread):
         fully_shard(layer, mesh=mesh_of())
@@ -301,13 +304,13 @@ def trained_for_checkpoint(path=None, steps=3):
     return whole, spread, optimizer, sharded
 
 
-def write_checkpoint(folder):
+def write_checkpoint(folder: Path):
     _, spread, _, sharded = trained_for_checkpoint()
     state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
     dcp.save(state, checkpoint_id=str(folder / f"checkpoint of {RANKS}"))
 
 
-def read_checkpoints(folder):
+def read_checkpoints(folder: Path):
     """Of any number of ranks, into a new optimizer: it then goes on with the bits of an unbroken run."""
     for path in sorted(folder.glob("checkpoint of ?")):
         whole, _, optimizer, _ = trained_for_checkpoint()
@@ -329,7 +332,7 @@ def read_checkpoints(folder):
             step_both(whole, spread, optimizer, sharded, seed)
 
 
-def state_of_torch(folder):
+def state_of_torch(folder: Path):
     """The state_dict of torch.optim on the same DTensors is taken over; one of plain tensors is refused."""
     whole, spread = whole_and_spread()
     theirs = torch.optim.Adam(spread.parameters())
@@ -354,7 +357,7 @@ def part_of(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def zero_and_ddp(folder):
+def zero_and_ddp(folder: Path):
     """ZeroRedundancyOptimizer, which gives each rank some of the parameters, and DistributedDataParallel."""
     whole = network()
     optimizer = ft.Adam(whole.parameters(), lr=0.01)
@@ -367,19 +370,13 @@ def zero_and_ddp(folder):
             close(one.detach(), mine.detach())
 
 
-FUNCTIONS = [
-    equal_to_one_process, states_are_spread, nonfinite_on_one_rank, other_placements, other_gradients,
-    parts_that_are_exchanged, writes_are_seen, other_parameters, fsdp2_trains, fsdp2_steps_in_backward, state_of_torch,
-    zero_and_ddp, write_checkpoint, read_checkpoints,
-]  # fmt: skip
-
-
 def main():
     folder, wanted = Path(sys.argv[3]), sys.argv[4:]
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / f"store of {RANKS}"), RANKS)
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS, timeout=LIMIT)
-    for function in FUNCTIONS:
+    functions = [x for x in globals().values() if getattr(x, "__annotations__", None) == {"folder": Path}]
+    for function in functions:
         if not wanted or function.__name__ in wanted:
             said = ""
             try:
