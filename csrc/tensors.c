@@ -2,6 +2,8 @@
  * (aoti_torch_get_..., its stable C interface). */
 #include "internal.h"
 
+enum { TENSOR_LINES = 4 };                                /* of cache, about, for what torch keeps of a tensor */
+
 typedef int32_t (*get_number)(void *tensor, int32_t *made);
 typedef int32_t (*get_count)(void *tensor, int64_t *made);
 typedef int32_t (*get_counts)(void *tensor, const int64_t **made);
@@ -42,6 +44,8 @@ static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layo
 
 static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
 {
+    if (wanted->axes < 0)                                 /* only its address counts */
+        return *(void **)tensor && !((get_address)torch->get_data_ptr)(tensor, address) && *address == wanted->address;
     if (!*(void **)tensor || !is_number(torch->get_device_type, tensor, wanted->device_type)
         || !is_number(torch->get_device_index, tensor, wanted->device_index)
         || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))
@@ -54,23 +58,38 @@ static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layou
         && (!wanted->address || *address == wanted->address);
 }
 
-int64_t fastrms_read_tensors(const fastrms_torch *torch, int64_t count, void *const *object, const fastrms_layout *wanted,
-                             void **address, int64_t *absent)
+static int is_read(const fastrms_torch *torch, const char *object)
 {
-    *absent = 0;
+    const void *kind = *(const void *const *)(object + torch->kind_at);
+    return kind == torch->kinds[0] || kind == torch->kinds[1];
+}
+
+/* Load what describes the tensors, all at once: one after the other, each would be waited for. */
+static void prefetch(const fastrms_torch *torch, char *const *object, int64_t count)
+{
     for (int64_t k = 0; k < count; ++k) {
-        char *at = object[k];
+        const char *tensor = is_read(torch, object[k]) ? *(char *const *)(object[k] + torch->tensor_at) : NULL;
+        for (int line = 0; tensor && line < TENSOR_LINES; ++line)
+            __builtin_prefetch(tensor + line * 64);
+    }
+}
+
+int64_t fastrms_read_tensors(const fastrms_torch *torch, void *list, int64_t first, int64_t count,
+                             const fastrms_layout *wanted, void **address)
+{
+    char *const *object = *(char *const **)((char *)list + torch->items_at) + first;
+    int64_t absent = 0;
+    prefetch(torch, object, count);
+    for (int64_t k = 0; k < count; ++k) {
         address[k] = NULL;
-        if (at == torch->none) {
-            ++*absent;
+        if (object[k] == torch->none) {
+            ++absent;
             continue;
         }
-        const void *kind = *(const void **)(at + torch->kind_at);
-        if ((kind != torch->kinds[0] && kind != torch->kinds[1]) || !is_like(torch, at + torch->tensor_at, &wanted[k],
-                                                                             &address[k]))
-            return k;
+        if (!is_read(torch, object[k]) || !is_like(torch, object[k] + torch->tensor_at, &wanted[k], &address[k]))
+            return -1;
         if (!wanted[k].size)
             address[k] = address;                         /* an empty tensor may lie at 0, which means "none" */
     }
-    return count;
+    return absent;
 }

@@ -37,17 +37,19 @@ double fastrms_series(double decay, double weight, int64_t terms);
 
 /* ---- tensors of torch ---- */
 
-/* What fastrms_read_tensors needs of torch: where in a Python object its class and its tensor are, in bytes; the classes that
- * are read, and None; the layout "strided"; and torch's functions aoti_torch_get_... . */
+/* What fastrms_read_tensors needs: where in a Python object its class is, in a tensor of torch what C takes for one, in a list
+ * the pointer to its items, all in bytes; the classes that are read, and None; and of torch the layout "strided" and the
+ * functions aoti_torch_get_... . */
 typedef struct {
-    int32_t kind_at, tensor_at, strided;
+    int32_t kind_at, tensor_at, items_at, strided;
     const void *kinds[2], *none;
     void *get_device_type, *get_device_index, *get_layout, *get_dtype, *get_dim, *get_sizes, *get_strides;
     void *get_data_ptr, *get_storage_offset, *get_storage_size;
 } fastrms_torch;
 
 /* What a tensor must be; device_type, device_index and dtype are torch's numbers.  address: where it must lie, NULL for
- * anywhere; shape and strides have one number for each of the axes, the strides in elements. */
+ * anywhere; shape and strides have one number for each of the axes, the strides in elements; axes is -1 where only the address
+ * counts. */
 typedef struct {
     int32_t device_type, device_index, dtype, itemsize;
     int64_t axes, size;
@@ -55,10 +57,10 @@ typedef struct {
     const int64_t *shape, *strides;
 } fastrms_layout;
 
-/* Fill address[] for `count` tensors, which are Python objects: NULL for None, which *absent counts.  Returns count, or the
- * index of the first that is not as wanted. */
-int64_t fastrms_read_tensors(const fastrms_torch *torch, int64_t count, void *const *object, const fastrms_layout *wanted,
-                             void **address, int64_t *absent);
+/* Fill address[] for `count` tensors of a Python list, from the one of index `first` on: NULL for None.  Returns how many are
+ * None, or -1 where one is not as wanted. */
+int64_t fastrms_read_tensors(const fastrms_torch *torch, void *list, int64_t first, int64_t count,
+                             const fastrms_layout *wanted, void **address);
 
 /* ---- the ceilings of the benchmark ---- */
 

@@ -9,6 +9,7 @@ import ctypes
 import sys
 from copy import copy
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 from .backends import c
@@ -48,6 +49,7 @@ class Library:
         self.struct.kinds = [c.pointer(id(type(sample))) for sample in samples]
         self.struct.kind_at = place([(sample, id(type(sample))) for sample in samples])
         self.struct.tensor_at = place([(sample, sample._cdata) for sample in samples])
+        self.struct.items_at = place_of_items([*samples])
 
 
 def place(pairs):
@@ -57,6 +59,16 @@ def place(pairs):
         if all(ctypes.c_void_p.from_address(id(x) + offset).value == wanted for x, wanted in pairs):
             return offset
     raise LookupError("torch has another layout of its objects")
+
+
+def place_of_items(items):
+    """How many bytes after the start of a list the pointer to its items stands: it is the last but one of its fields, behind
+    their number.  LookupError where this list shows another layout."""
+    offset = list.__basicsize__ - 16
+    size, pointer = (ctypes.c_void_p.from_address(id(items) + offset - back).value for back in (8, 0))
+    if size != len(items) or [ctypes.c_void_p.from_address(pointer + 8 * k).value for k in range(size)] != [*map(id, items)]:
+        raise LookupError("this Python has another layout of its lists")
+    return offset
 
 
 def reader_of(tensors, plan):
@@ -80,19 +92,23 @@ class Reader:
         self._known, self._tensors, self._gives_pointers = known, tensors, gives_pointers
         buffers = [buffer for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
         self._rows = [1 + len(tensor.lent) for tensor in tensors]
+        self._firsts = [*accumulate([0, *self._rows])]
         told = [(t.param, *(t.lent.values() if tensors.tells_of_state else ())) for t in tensors]
         self._counted = [[b.owner for b in row if not b.owner.is_inference()] for row in told]
         self._all_counted = [owner for owners in self._counted for owner in owners]
         wanted = [*((buffer, buffer.address) for buffer in buffers), *((tensor.param, 0) for tensor in tensors)]
         self._kept = []
         self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
-        self._objects = c.ffi.new("uintptr_t[]", [*(id(buffer.owner) for buffer in buffers), *[0] * len(tensors)])
+        for first, row in zip(self._firsts, self._rows, strict=False):
+            for k in range(first + 1, first + row):
+                if buffers[k].size:  # nobody gives a state another layout where it lies
+                    self._layouts[k].axes = -1
         self._addresses = c.ffi.new("void *[]", len(wanted))
-        self._count, self._fixed = len(wanted), len(buffers)
-        self.pointers = self._addresses + self._fixed
-        self._absent = c.ffi.new("int64_t *")
-        objects = c.ffi.cast("void *const *", self._objects)
-        self._call = known.struct, self._count, objects, self._layouts, self._addresses, self._absent
+        self._objects = [buffer.owner for buffer in buffers]
+        layouts, fixed = self._layouts, len(buffers)
+        self.pointers = self._addresses + fixed
+        self._stay = known.struct, c.pointer(id(self._objects)), 0, fixed, layouts, self._addresses
+        self._given = 0, len(tensors), layouts + fixed, self.pointers
 
     def _layout(self, buffer, address):
         """What C shall compare a tensor with."""
@@ -106,23 +122,25 @@ class Reader:
 
     def read(self, leaves):
         """Whether every tensor is what it was, and every gradient like its parameter, so that a step may use pointers."""
-        self._objects[self._fixed : self._count] = list(map(id, leaves))
-        if c.lib.fastrms_read_tensors(*self._call) != self._count:
+        leaves = leaves if type(leaves) is list else list(leaves)
+        read = c.lib.fastrms_read_tensors
+        absent = read(self._known.struct, c.pointer(id(leaves)), *self._given)
+        if absent < 0 or read(*self._stay):
             return False
-        self.leaves, self.absent = leaves, self._absent[0] > 0
-        there = [leaf for leaf in leaves if leaf is not None] if self.absent else leaves
+        self.leaves, self.absent = leaves, absent
+        there = [leaf for leaf in leaves if leaf is not None] if absent else leaves
         return not any(map(self._known.is_neg, there))
 
     def read_one(self, k, grad):
         """The address of the gradient of tensor k, as read() has all of them; 0 where a tensor is not as it should be."""
-        first, grads = sum(self._rows[:k]), self._fixed + k
-        self._objects[grads] = id(grad)
-        for start, count in ((first, self._rows[k]), (grads, 1)):
-            objects = c.ffi.cast("void *const *", self._objects + start)
-            tables = objects, self._layouts + start, self._addresses + start
-            if c.lib.fastrms_read_tensors(self._known.struct, count, *tables, self._absent) != count:
-                return 0
-        return 0 if self._absent[0] or grad.is_neg() else int(c.ffi.cast("uintptr_t", self.pointers[k]))
+        grads, read, (_, _, layouts, pointers) = [grad], c.lib.fastrms_read_tensors, self._given
+        if read(self._known.struct, c.pointer(id(grads)), 0, 1, layouts + k, pointers + k) or grad.is_neg():
+            return 0
+        known, stay, _, _, layouts, addresses = self._stay
+        first, count = self._firsts[k], self._rows[k]
+        if read(known, stay, first, count, layouts + first, addresses + first):
+            return 0
+        return int(c.ffi.cast("uintptr_t", self.pointers[k]))
 
     def wrote_one(self, k):
         """Tell torch that a step has written parameter k and its states."""

@@ -779,10 +779,11 @@ class Optimizer(Names, Family):
                 f"group {key.group}: rule {recipe.rule}, {form} form, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} "
                 f"elements, {(3 + 2 * count) * key.dtype.itemsize} bytes moved per element"
             )
-        for tensor, grad in zip(self._tensors, self._gradients.bound or (), strict=False):
-            if grad is not None and self._memory is host and placement.collide(tensor.param, grad):
-                lines.append(
-                    f"{tensor.name} and {tensor.grad_name} start at nearly the same offset modulo 4 KiB and may evict "
-                    f"each other from cache: start one of them some {placement.FAR} bytes further on"
-                )
+        grads = self._gradients.bound or [None] * len(self._tensors)
+        arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
+        for name, other in (pair for named in arrays for pair in placement.collisions(named)):
+            lines.append(
+                f"{name} and {other} start at nearly the same offset modulo 4 KiB and may evict each other from cache: "
+                f"start one of them some {placement.FAR} bytes further on"
+            )
         return "\n".join(lines)

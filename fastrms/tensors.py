@@ -18,15 +18,16 @@ class Tensor:
 
     ``name`` and ``grad_name`` are what error sentences call the parameter and its gradient, ``parts`` the named arrays
     inside it: (name, Part) pairs.  ``param`` is its Buffer, ``recipe`` the index of its RecipeKey, and ``state`` maps the
-    name of a state to a flat array in the memory order of the parameter.  ``lent`` has the Buffers of those states that are
-    torch tensors of the caller, by name: they must learn that they were written, and must not be given other memory.
+    name of a state to a flat array in the memory order of the parameter.  ``given`` has the Buffers of a state that the
+    caller gave, by name, and ``lent`` those of them that are torch tensors: they must learn that they were written, and must
+    not be given other memory.
     """
 
-    __slots__ = ("grad_name", "lent", "name", "param", "parts", "recipe", "state")
+    __slots__ = ("given", "grad_name", "lent", "name", "param", "parts", "recipe", "state")
 
     def __init__(self, name, grad_name, parts, param, recipe):
         self.name, self.grad_name, self.parts, self.param, self.recipe = name, grad_name, parts, param, recipe
-        self.state, self.lent = {}, {}
+        self.state, self.given, self.lent = {}, {}, {}
 
     def shaped(self, flat):
         """A flat state array in the shape and memory order of the parameter."""
@@ -78,6 +79,7 @@ class Tensors(list):
         given = given_state.acquired(self, rules_of_keys, state, not_negative)
         for tensor, buffers in zip(self, given, strict=True):
             tensor.state = {name: buffer.flat for name, buffer in buffers.items()}
+            tensor.given = buffers
             tensor.lent = {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
         self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]
 
@@ -89,6 +91,12 @@ class Tensors(list):
                 if self.memory.again(buffer, label).address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
+
+    def of_the_caller(self, grads):
+        """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
+        for tensor, grad in zip(self, grads, strict=True):
+            state = [(f"state[{name!r}] of {tensor.name}", buffer) for name, buffer in tensor.given.items()]
+            yield [(tensor.name, tensor.param), *([(tensor.grad_name, grad)] if grad is not None else []), *state]
 
     def acquire_grad(self, k, grad, writable):
         """The Buffer of a gradient of tensor k, checked against its parameter; None where there is no gradient."""

@@ -193,6 +193,13 @@ def test_streaming(capsys):
     assert whole[2] == streamed[2]
 
 
+def test_hogwild(capsys):
+    """Four processes at once learn what one does."""
+    accuracies = load("hogwild").main(["--passes", "40"])
+    assert accuracies.keys() == {1, 4} and min(accuracies.values()) > 0.94
+    assert f"4 process(es): test accuracy {accuracies[4]:.1%}" in capsys.readouterr().out
+
+
 def test_fused_cuda():
     """It compiles without a GPU; tests/ptx/test_tester.py executes it."""
     pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")

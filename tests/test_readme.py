@@ -150,7 +150,7 @@ def model():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     made, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
-    return {"fastrms": fastrms, "model": made, "x": x, "loss": made(x).sum()}
+    return {"fastrms": fastrms, "torch": torch, "model": made, "x": x, "loss": made(x).sum()}
 
 
 def weights(model):
@@ -169,11 +169,25 @@ def test_the_readmes_example_with_torch_runs(model):
 
 def test_the_examples_with_torch_run(model):
     before = weights(model["model"])
-    exec(example("model.zero_grad()"), model)
+    exec(example("p.grad for name, p in model.named_parameters()})"), model)
     after = weights(model["model"])
     assert moved(model["model"], before) and model["opt"].steps == 1
     exec(example("p.new_zeros("), model)
     assert moved(model["model"], after) and model["fast"].steps == 1
+
+
+def test_the_examples_with_torch_optimizers_run(model, capsys):
+    param, before = model["model"].weight, weights(model["model"])
+    exec(example("fastrms.torch.RMSprop(model.parameters(), lr=1e-3)"), model)
+    assert moved(model["model"], before) and model["opt"].state[param]["step"] == 3
+    exec(example("theirs.load_state_dict"), model)
+    assert model["theirs"].state[param]["step"] == 3 == model["opt"].state[param]["step"]
+    exec(example("opt.step_info.applied"), model)
+    assert capsys.readouterr().out.startswith("True ")
+    model["opt"] = fastrms.torch.Adam(model["model"].parameters())
+    before = weights(model["model"])
+    exec(example("step_in_backward(opt)"), model)
+    assert moved(model["model"], before) and model["opt"].state[param]["step"] == 1
 
 
 def test_adamax_is_its_formula():

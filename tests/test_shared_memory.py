@@ -1,15 +1,20 @@
 """State that the caller gives, buffers that processes share, and steps of many processes on them at once."""
 
 import mmap
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DTYPES, Guarded, bits
 from test_oracle import RULES
+from test_readme import example
 
 import fastrms
 
+WATCHDOG = 300  # seconds
 SIZES = [0, 1, 3, 17, 1003, 4099]
 NAMES = [f"w{size}" for size in SIZES]
 
@@ -337,6 +342,15 @@ def test_a_torch_state_of_a_flat_buffer():
 # memory that processes share
 
 
+def test_the_report_names_a_state_that_lies_badly():
+    memory, size = mmap.mmap(-1, 1 << 20), 1 << 16
+    flat = fastrms.FlatBuffer({"w": size}, data=memory)
+    for start, bad in ((4 * size, True), (4 * size + 1024, False)):
+        state = np.frombuffer(memory, np.float32, size, offset=start)
+        text = fastrms.RMSProp(flat, state={"square_avg": state}).report()
+        assert ("params and state['square_avg'] of params start at nearly the same offset" in text) is bad
+
+
 def test_the_views_that_make_up_a_state_stay():
     """Each of them, as they need not be of one array."""
     views = dict(fastrms.FlatBuffer({"a": 3, "b": 2}).params)
@@ -356,3 +370,65 @@ def test_the_memory_of_the_state_stays_while_it_is_used():
     optimizer.step(numbers(9, seed=1))
     del optimizer
     memory.close()
+
+
+def test_the_example_of_the_page():
+    names = {"fastrms": fastrms, "np": np}
+    threads = fastrms.get_num_threads()
+    try:
+        exec(example("SharedMemory(create=True"), names)
+    finally:
+        fastrms.set_num_threads(threads)
+    block, count = names.pop("block"), names["count"]
+    seen = np.frombuffer(block.buf, np.float32).copy()
+    assert not seen[: 784 * 10].any() and np.allclose(seen[784 * 10 : count], -7e-3) and (seen[-10:] > 0).all()
+    names.clear()
+    block.close()
+    block.unlink()
+
+
+# many processes at once
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_that_race(method):
+    """No torn word, no word that no update writes, no NaN, no negative square, nothing outside, and no crash."""
+    fork = "ignore:This process:DeprecationWarning"  # Python 3.12 warns where NumPy has threads
+    command = [sys.executable, "-W", "error", "-W", fork, Path(__file__).with_name("racing.py"), method]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG)
+    assert run.stdout.startswith("fine: ") and not run.returncode, run.stdout + run.stderr
+
+
+def bound(rule, h, dtype):
+    """How far an update may move a parameter, by docs/shared-memory.md."""
+    if rule == "rprop":
+        return h["step_max"]
+    if rule == "adagrad":
+        return h["lr"]
+    floor = (2.0**10 if dtype == np.float32 else 2.0**24.5) if "centered" in rule else 1
+    return h["lr"] * floor / np.sqrt(1 - h["rho"]) / (1 - h["momentum"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if "adam" not in rule])
+def test_an_update_from_any_mixture_of_words_is_bounded(rule, dtype):
+    """As far as one process alone could move it, and not further."""
+    rng, size = np.random.default_rng(0), 20_000
+    limits = np.finfo(dtype)
+
+    def wild():
+        return (rng.standard_normal(size) * 10.0 ** rng.uniform(-0.4, 0.4, size) ** 3 * limits.max**0.2).astype(dtype) * (
+            rng.random(size) < 0.9
+        )
+
+    w = np.zeros(size, dtype)
+    h = dict(made(rule, w).groups[0])
+    state = {name: wild() for name in made(rule, w).state}
+    for name in {"square_avg", "sum"} & state.keys():
+        state[name] = state[name] ** 2
+    if rule == "rprop":
+        state["step_size"] = rng.uniform(h["step_min"], h["step_max"], size).astype(dtype)
+    if "momentum_buffer" in state:  # what such updates have left in it
+        state["momentum_buffer"] = rng.uniform(-1, 1, size).astype(dtype) * dtype.type(bound(rule, h, dtype) / h["lr"])
+    made(rule, w, state=state).step(wild())
+    assert (abs(w) <= bound(rule, h, dtype) * 1.0001).all() and abs(w).max() > bound(rule, h, dtype) / 10

@@ -316,8 +316,11 @@ def test_gradients_that_are_not_finite(nonfinite):
     assert ours.state[param]["step"] == (nonfinite == "propagate")
     assert ours.step_info.applied == (nonfinite != "skip")
     if nonfinite == "propagate":
-        ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        other = torch.nn.Parameter(torch.ones(1))
+        other.grad = torch.ones(1)
+        ours.add_param_group({"params": [other]})
         ours.step()  # goes on, as torch does
+        assert ours.state[param]["step"] == 2
 
 
 def test_decoupled_decay_for_rmsprop():

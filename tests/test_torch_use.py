@@ -134,6 +134,16 @@ def test_parameters_can_be_added():
     assert optimizers[1].state[twin[2].bias]["step"] == 2 and optimizers[1].state[twin[0].bias]["step"] == 4
 
 
+def test_a_parameter_that_takes_the_place_of_another_is_updated():
+    old, new = parameter(3), parameter(3)
+    optimizer = ft.Adam([old])
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = new
+    before = old.detach().clone()
+    optimizer.step()
+    assert torch.equal(old, before) and optimizer.state[new]["step"] == 1 and not torch.equal(new, torch.ones(3))
+
+
 def test_named_parameters_give_names_to_sentences():
     model = net()
     optimizer = ft.Adam(model.named_parameters())
@@ -217,7 +227,7 @@ def test_the_profiler_sees_steps():
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_gradient_scaler(unscaled):
     model, twin = net(), net()
-    optimizer, plain = ft.Adam(model.parameters()), ft.Adam(twin.parameters())
+    optimizer, plain = (ft.Adam(each.parameters(), eps=0.1) for each in (model, twin))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for step in range(4):
         optimizer.zero_grad()
@@ -487,6 +497,31 @@ def test_gradients_passed_to_fastrms_are_compared_with_their_parameters(kind, ma
     with pytest.raises((TypeError, ValueError), match=rf"grads\[1\].*{words}"):
         optimizer.step([params[0].grad, make()])
     assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True)) and optimizer.steps == 1
+
+
+def test_a_gradient_with_fewer_rows_and_the_same_strides_is_refused():
+    param = parameter(3, 4)
+    optimizer = fastrms.RMSProp([param])
+    optimizer.step([param.grad])
+    with pytest.raises(ValueError, match=r"grads\[0\] has shape \(2, 4\)"):
+        optimizer.step([torch.ones(3, 4)[:2]])
+    empty = parameter(0)
+    optimizer = fastrms.RMSProp([empty])
+    optimizer.step([empty.grad])
+    with pytest.raises(TypeError, match=r"grads\[0\] is on device meta"):
+        optimizer.step([torch.ones(0, device="meta")])
+
+
+def test_a_subclass_of_tensor_is_looked_at_in_full():
+    class Named(torch.Tensor):
+        pass
+
+    param = parameter(3)
+    optimizer = fastrms.RMSProp([param])
+    named = torch.ones(3).as_subclass(Named)
+    assert not optimizer._tensors.reader(optimizer._plan).read([named])
+    optimizer.step([named])
+    assert optimizer.steps == 1 and not torch.equal(param, torch.ones(3))
 
 
 @pytest.mark.parametrize("make, words", [

@@ -5,6 +5,8 @@ A buffer that is not very small starts at the candidate offset that is farthest,
 beside: loads and stores of 64 bytes that are less than 256 bytes apart modulo 4 KiB wait for each other.
 """
 
+from itertools import combinations
+
 import numpy as np
 
 LINE = 64
@@ -51,3 +53,8 @@ def within(memory, nbytes, beside):
 def collide(a, b):
     """Whether two Buffers that are read side by side are large and start too close modulo 4 KiB."""
     return min(a.flat.nbytes, b.flat.nbytes) >= LARGE and distance(a.address, b.address) < NEAR
+
+
+def collisions(named):
+    """(name, name) of each two of these (name, Buffer) pairs that collide."""
+    return [(name, other) for (name, a), (other, b) in combinations(named, 2) if collide(a, b)]
