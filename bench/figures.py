@@ -6,6 +6,7 @@ step: on all cores, what clipping, looking for nonfinite gradients, zeroing and 
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
 torch: steps of fastrms.torch and fastrms on torch tensors against torch.optim; --docs writes into docs/torch.md.
+shards: steps of fastrms.torch on DTensors in 2 and 4 processes against torch.optim; --docs writes into docs/shards.md.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def share(what, percent, target):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description="Measures the target figures.")
-    sets = ("numpy", "machine", "step", "flat", "numba", "torch")
+    sets = ("numpy", "machine", "step", "flat", "numba", "torch", "shards")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
     parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")
@@ -74,7 +75,7 @@ def main(arguments=None):
         measured = measure_set(options)
     if options.docs:
         text = machines.markdown() if options.set == "machine" else markdown(options.set, *measured)
-        page = Path("docs/torch.md") if options.set == "torch" else report.PAGE
+        page = Path(f"docs/{options.set}.md") if options.set in ("torch", "shards") else report.PAGE
         report.write_page(page, f"figures-{options.set}", text)
 
 
