@@ -1,6 +1,7 @@
 """The base of the torch optimizers: a torch.optim.Optimizer whose step is one call of C for each device."""
 
 import inspect
+import sys
 from functools import wraps
 from operator import attrgetter, is_, itemgetter
 
@@ -12,7 +13,7 @@ from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
 from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
-from .torch_shards import part_of, refuse_other_spread, refuse_sums
+from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FLAGS, NAMES
 
 REASONS = {
@@ -59,6 +60,8 @@ class Optimizer(torch.optim.Optimizer):
         norm = options["clip_norm"]
         self.clip_norm = None if norm is None else hyper.above_zero("clip_norm", norm)
         self.nonfinite = hyper.on_nonfinite("nonfinite", options["nonfinite"])
+        if self.clip_norm is not None or self.nonfinite != "propagate":
+            refuse_zero(sys._getframe(2))
         self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
         self.step_info, self._cores, self._note = APPLIED, None, Note()
         super().__init__(params, self._defaults(given, defaults))

@@ -41,6 +41,15 @@ def refuse_sums(param, name):
                          f"call redistribute() on it")  # fmt: skip
 
 
+def refuse_zero(frame):
+    """ValueError where this is the frame of a ZeroRedundancyOptimizer.  It gives the optimizers that it makes some of the
+    parameters as if they were all, and nothing else tells that there are more."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if isinstance(frame.f_locals.get("self"), getattr(module, "ZeroRedundancyOptimizer", ())):
+        raise ValueError("clip_norm and nonfinite would look at the parameters of one rank of a ZeroRedundancyOptimizer; call "
+                         "torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm) before its step()")  # fmt: skip
+
+
 def refuse_other_spread(value, param, name):
     """ValueError where a loaded state is not spread over ranks as its parameter is."""
     specs = [x._spec if is_spread(x) else None for x in (value, param)]

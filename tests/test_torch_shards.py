@@ -15,6 +15,7 @@ pytestmark = [
 ]
 
 PROGRAM = Path(__file__).parent / "torch_shards_program.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "fsdp2.py"
 RANKS = [4, 1, 2, 3]  # in this order checkpoints are read by fewer and by more ranks than have written them
 LIMIT = 120  # seconds
 
@@ -57,3 +58,14 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize("function", functions())
 def test_ranks(outcome, function, ranks):
     assert not outcome(function, ranks)
+
+
+def test_the_example_gives_the_same_norms_on_1_and_2_ranks():
+    """Started by torchrun, as users start it."""
+    said = []
+    for ranks in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, str(EXAMPLE)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        assert done.returncode == 0, done.stderr
+        said += [line for line in done.stdout.splitlines() if line.startswith("norms ")]
+    assert said[0] == said[1] and len(said[0].split()) == 9

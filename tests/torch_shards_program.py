@@ -13,12 +13,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import fastrms
 import fastrms.torch as ft
 from fastrms.backends.norm import BLOCK, SEGMENT
 
@@ -138,9 +139,9 @@ def states_are_spread(folder: Path):
 
 def nonfinite_on_one_rank(folder: Path):
     """What one rank finds, all ranks know."""
-    for nonfinite in ("skip", "raise"):
+    for nonfinite, clip_norm in (("skip", None), ("raise", 1.0)):
         whole, spread = whole_and_spread()
-        options = {"clip_norm": 1.0, "nonfinite": nonfinite}
+        options = {"clip_norm": clip_norm, "nonfinite": nonfinite}
         optimizer, sharded = ft.RMSprop(whole.parameters(), **options), ft.RMSprop(spread.parameters(), **options)
         step_both(whole, spread, optimizer, sharded, 0)
         give_grads(whole, spread, 1, nan=True)
@@ -168,7 +169,8 @@ class Listed(nn.Module):
 def other_placements(folder: Path):
     """Whole tensors beside cut ones, replicas of cut ones; others only without a norm, and then they are updated."""
     values = [random((6, 10), 1), random((5,), 2), random((2 * BLOCK + 9,), 3)]
-    meshes = [mesh_of()] if RANKS < 4 else [mesh_of(), mesh_of(2, 2, names=("replicate", "shard"))]
+    meshes = [mesh_of(), DeviceMesh("cpu", [*range(RANKS)][::-1])]
+    meshes += [mesh_of(2, 2, names=("replicate", "shard"))] if RANKS == 4 else []
     for mesh in meshes:
         cut = CUT if mesh.ndim == 1 else [Replicate(), Shard(0)]
         kinds = [distributed(values[0], cut, mesh), distributed(values[1], [Replicate()] * mesh.ndim, mesh)]
@@ -206,6 +208,26 @@ def other_gradients(folder: Path):
     assert sharded.step_info == optimizer.step_info
     assert_same(whole, spread, optimizer, sharded)
     step_both(whole, spread, optimizer, sharded, 2)
+    one, copies = Listed(nn.Parameter(full.clone())), Listed(distributed(full.clone(), [Replicate()]))
+    optimizer, sharded = ft.Adam(one.parameters()), ft.Adam(copies.parameters())
+    step_both(one, copies, optimizer, sharded, 0)
+    (param,), (copy,) = one.parameters(), copies.parameters()
+    param.grad = full
+    copy.grad = DTensor.from_local(full if RANK == 0 else torch.zeros_like(full), mesh_of(), [Partial()])
+    optimizer.step()
+    sharded.step()
+    assert_same(one, copies, optimizer, sharded)
+
+
+def example_of_the_docs(folder: Path):
+    from test_readme import example
+
+    model = network()
+    names = {"fastrms": fastrms, "fully_shard": fully_shard, "model": model, "mesh": mesh_of(), "x": random((6, 10), 1)}
+    exec(example("fully_shard(layer, mesh=mesh)"), names)
+    norms = [None] * RANKS
+    dist.all_gather_object(norms, names["optimizer"].step_info.grad_norm)
+    assert norms[0] > 0 and set(norms) == {norms[0]}
 
 
 def parts_that_are_exchanged(folder: Path):
@@ -359,6 +381,9 @@ def part_of(tensor):
 
 def zero_and_ddp(folder: Path):
     """ZeroRedundancyOptimizer, which gives each rank some of the parameters, and DistributedDataParallel."""
+    for options in ({"clip_norm": 1.0}, {"nonfinite": "skip"}):
+        said = raised(ValueError, ZeroRedundancyOptimizer, network().parameters(), optimizer_class=ft.Adam, **options)
+        assert "ZeroRedundancyOptimizer" in said and "clip_grad_norm_" in said, said
     whole = network()
     optimizer = ft.Adam(whole.parameters(), lr=0.01)
     train(whole, optimizer)
