@@ -4,15 +4,10 @@
 
 enum { TENSOR_LINES = 4 };                                /* of cache, about, for what torch keeps of a tensor */
 
-typedef int32_t (*get_number)(void *tensor, int32_t *made);
-typedef int32_t (*get_count)(void *tensor, int64_t *made);
-typedef int32_t (*get_counts)(void *tensor, const int64_t **made);
-typedef int32_t (*get_address)(void *tensor, void **made);
-
-static int is_number(void *read, void *tensor, int32_t wanted)
+static int is_number(int32_t (*read)(void *, int32_t *), void *tensor, int32_t wanted)
 {
     int32_t seen;
-    return !((get_number)read)(tensor, &seen) && seen == wanted;
+    return !read(tensor, &seen) && seen == wanted;
 }
 
 /* does a tensor have these lengths, and these strides wherever a stride decides where an element lies? */
@@ -20,9 +15,9 @@ static int has_layout(const fastrms_torch *torch, void *tensor, const fastrms_la
 {
     int64_t axes;
     const int64_t *shape, *strides;
-    if (((get_count)torch->get_dim)(tensor, &axes) || axes != wanted->axes)
+    if (torch->get_dim(tensor, &axes) || axes != wanted->axes)
         return 0;
-    if (((get_counts)torch->get_sizes)(tensor, &shape) || ((get_counts)torch->get_strides)(tensor, &strides))
+    if (torch->get_sizes(tensor, &shape) || torch->get_strides(tensor, &strides))
         return 0;
     for (int64_t k = 0; k < axes; ++k) {
         if (shape[k] != wanted->shape[k])
@@ -37,7 +32,7 @@ static int has_layout(const fastrms_torch *torch, void *tensor, const fastrms_la
 static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted)
 {
     int64_t offset, bytes;
-    if (((get_count)torch->get_storage_offset)(tensor, &offset) || ((get_count)torch->get_storage_size)(tensor, &bytes))
+    if (torch->get_storage_offset(tensor, &offset) || torch->get_storage_size(tensor, &bytes))
         return 0;
     return (offset + wanted->size) * wanted->itemsize <= bytes;
 }
@@ -45,12 +40,12 @@ static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layo
 static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
 {
     if (wanted->axes < 0)                                 /* only its address counts */
-        return *(void **)tensor && !((get_address)torch->get_data_ptr)(tensor, address) && *address == wanted->address;
+        return *(void **)tensor && !torch->get_data_ptr(tensor, address) && *address == wanted->address;
     if (!*(void **)tensor || !is_number(torch->get_device_type, tensor, wanted->device_type)
         || !is_number(torch->get_device_index, tensor, wanted->device_index)
         || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))
         return 0;
-    if (!has_layout(torch, tensor, wanted) || ((get_address)torch->get_data_ptr)(tensor, address))
+    if (!has_layout(torch, tensor, wanted) || torch->get_data_ptr(tensor, address))
         return 0;
     if (!wanted->size)
         return 1;

@@ -43,8 +43,12 @@ double fastrms_series(double decay, double weight, int64_t terms);
 typedef struct {
     int32_t kind_at, tensor_at, items_at, strided;
     const void *kinds[2], *none;
-    void *get_device_type, *get_device_index, *get_layout, *get_dtype, *get_dim, *get_sizes, *get_strides;
-    void *get_data_ptr, *get_storage_offset, *get_storage_size;
+    int32_t (*get_device_type)(void *tensor, int32_t *made), (*get_device_index)(void *tensor, int32_t *made);
+    int32_t (*get_layout)(void *tensor, int32_t *made), (*get_dtype)(void *tensor, int32_t *made);
+    int32_t (*get_dim)(void *tensor, int64_t *made);
+    int32_t (*get_sizes)(void *tensor, const int64_t **made), (*get_strides)(void *tensor, const int64_t **made);
+    int32_t (*get_data_ptr)(void *tensor, void **made);
+    int32_t (*get_storage_offset)(void *tensor, int64_t *made), (*get_storage_size)(void *tensor, int64_t *made);
 } fastrms_torch;
 
 /* What a tensor must be; device_type, device_index and dtype are torch's numbers.  address: where it must lie, NULL for

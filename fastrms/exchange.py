@@ -40,9 +40,10 @@ class Library:
         self.devices = {name: functions[f"aoti_torch_device_type_{name}"]() for name in ("cpu", "cuda")}
         self.dtypes = {size: functions[f"aoti_torch_dtype_float{8 * size}"]() for size in (4, 8)}
         self.struct = c.ffi.new("fastrms_torch *")
+        fields = dict(c.ffi.typeof(self.struct).item.fields)
         for name in READ:
             address = ctypes.cast(functions[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
-            setattr(self.struct, f"get_{name}", c.pointer(address))
+            setattr(self.struct, f"get_{name}", c.ffi.cast(fields[f"get_{name}"].type, address))
         self.struct.strided, self.struct.none = functions.aoti_torch_layout_strided(), c.pointer(id(None))
         samples = torch.ones(2, 3)[1:], torch.nn.Parameter(torch.ones(2, 3)[1:])
         self.increment_version(samples)

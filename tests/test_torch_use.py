@@ -805,3 +805,26 @@ def test_what_a_step_in_the_backward_pass_refuses():
     with pytest.raises(TypeError, match=r"grads\[0\]\[0\].*sparse"):
         other.sum().backward()
     assert torch.equal(other, torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile looks at .grad of all tensors
+def test_a_compiled_function_leaves_its_graph_for_a_step():
+    model, twin = net(), net()
+    optimizer, other = ft.Adam(model.parameters()), ft.Adam(twin.parameters())
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        loss = (model(x) ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss * 2
+
+    for _ in range(3):
+        x = torch.ones(11, 7)
+        loss = compiled(x)
+        plain = (twin(x) ** 2).sum()
+        plain.backward()
+        other.step()
+        other.zero_grad()
+        assert torch.equal(loss, plain * 2) and same(model, twin)

@@ -94,8 +94,9 @@ class Plan:
         ----------
         params : list of Buffer, optional
             Where all parameters lie now.
-        grads : list of Buffer, ndarray or None, optional
+        grads : list of Buffer, ndarray or None, or exchange.Reader, optional
             The gradients of this step, one per tensor; where it is None, the tensor and its step count stay as they are.
+            Only a plan that takes_pointers is given a Reader.
         recipes : dict, optional
             Index -> Recipe, for the recipes that change.
         hold : int
