@@ -174,7 +174,7 @@ class Core:
     def step(self, grads, grad_scale, clip_norm):
         """Make a step from the gradients of all members.  Returns a StepInfo, or None where a tensor is not what it was, or
         its gradient is not like it."""
-        if self._parts:
+        if self._parts.spread:
             grads = self._parts.of_grads(grads)
             if grads is None:
                 return None
@@ -187,7 +187,7 @@ class Core:
         if info and info.applied:
             absent = optimizer._tensors.reader(optimizer._plan).absent
             self._count([grad is not None for grad in grads] if absent else self._all)
-            if self._parts:
+            if self._parts.spread:
                 self._parts.wrote(grads)
         return info
 

@@ -46,8 +46,8 @@ def refuse_zero(frame):
     parameters as if they were all, and nothing else tells that there are more."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if isinstance(frame.f_locals.get("self"), getattr(module, "ZeroRedundancyOptimizer", ())):
-        raise ValueError("clip_norm and nonfinite would look at the parameters of one rank of a ZeroRedundancyOptimizer; call "
-                         "torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm) before its step()")  # fmt: skip
+        raise ValueError("clip_norm and nonfinite would look at the parameters of one rank of a ZeroRedundancyOptimizer: "
+                         "call torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm) before its step()")  # fmt: skip
 
 
 def refuse_other_spread(value, param, name):
@@ -69,7 +69,8 @@ def alike(spec, other):
 class Parts:
     """The parts of the parameters of a Core, and of their gradients.
 
-    names: what error sentences call the parameters.
+    names: what error sentences call the parameters.  ``parts`` lists the parts of the parameters, and ``spread`` says
+    whether a parameter is a DTensor; without one the parts are the parameters, and the methods do nothing.
     """
 
     def __init__(self, params, names):
@@ -77,11 +78,7 @@ class Parts:
         self.parts = [*map(part_of, params)]
         specs = [param._spec if is_spread(param) else None for param in params]
         self._rows = [*zip(params, self.parts, specs, strict=True)]
-        self._spread = [param for param in params if is_spread(param)]
-        self._joined = False
-
-    def __bool__(self):
-        return bool(self._spread)
+        self.spread, self._joined = any(map(is_spread, params)), False
 
     def present(self):
         """Whether the parameters have the parts that they had."""
@@ -95,7 +92,8 @@ class Parts:
                 if param._local_tensor is not part:
                     return None
                 if grad is not None:
-                    if getattr(grad, "_spec", None) is not spec and not alike(getattr(grad, "_spec", None), spec):
+                    other = getattr(grad, "_spec", None)
+                    if other is not spec and not alike(other, spec):
                         return None
                     grad = grad._local_tensor
             found.append(grad)
