@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 examples/fsdp2.py
 
-Every number of processes prints the same norms where the gradients are the same, as they are here on 1, 2 and 4.
+Every number of processes prints the same norms: all have the same batch here, so that the gradients are the same, too, but
+for the rounding of matrix products.
 """
 
 import tempfile
@@ -28,14 +29,14 @@ def network(mesh):
 
 
 def train(model, optimizer, steps):
-    """Returns the norms.  All processes have the same batch here; give each its own part of the data."""
+    """Returns the norms.  Give each process its own part of the data where you train."""
     inputs = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
     norms = []
     for _ in range(steps):
         optimizer.zero_grad()
         (model(inputs) - inputs[:, :4].sin()).square().sum().backward()
         optimizer.step()
-        norms.append(optimizer.step_info.grad_norm)
+        norms.append(f"{optimizer.step_info.grad_norm:.4g}")
     return norms
 
 
