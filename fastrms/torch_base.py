@@ -233,7 +233,8 @@ class Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
-    _hooked_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+    def _hooked_step(self, *closure):
+        return WITH_HOOKS(self, *closure)
 
     def _update(self):
         """Make a step from the gradients that the parameters have."""
@@ -322,6 +323,10 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self):
         d = super().state_dict()
         return {**d, "state": {key: dict(x) if isinstance(x, State) else x for key, x in d["state"].items()}}
+
+
+# not in the class: torch's function, whose code all optimizers share, must stay one that torch.compile looks into
+WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(Optimizer._plain_step)
 
 
 def refuse(given):
