@@ -131,7 +131,7 @@ def join(optimizer, shards):
         raise TypeError(f"shards={shards!r} must be a fastrms.Shards")
     tensors = optimizer._tensors
     if optimizer.backend == "cuda":
-        raise ValueError("shards= needs a host backend, this optimizer runs on 'cuda', which makes no norm")
+        raise ValueError("shards= needs a host backend, this optimizer runs on 'cuda', whose norm is that of one device")
     if len(shards.table) != len(tensors):
         raise ValueError(f"the table of shards has {len(shards.table)} rows, the optimizer has {len(tensors)} tensor(s)")
     runs = [_run(tensor, row) for tensor, row in zip(tensors, shards.table, strict=True)]

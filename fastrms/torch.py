@@ -21,6 +21,7 @@ class RMSprop(Optimizer):
     ----------
     params : iterable of torch.Tensor, of (name, tensor) pairs or of dicts
         Parameters or groups of them, as in torch: float32 or float64, dense in any memory order, in host memory or on a GPU.
+        Of a DTensor each rank updates its part.
     lr : float or one-element tensor, default 0.01
         Step size.  A scheduler may change it, and so may anything in param_groups: the next step has it.
     alpha : float in [0, 1), default 0.99
@@ -47,10 +48,11 @@ class RMSprop(Optimizer):
         Bound of each element of the gradient.
     clip_norm : float > 0 or None, default None
         The norm of all gradients on a device is reduced to it where it is larger (inf: only measured, in step_info).  It is
-        an attribute, too, and may be changed.
+        an attribute, too, and may be changed.  With DTensors, which are cut along their first dimension or not at all, it
+        is the norm of the whole gradients, and all ranks step together.
     nonfinite : {"propagate", "skip", "raise"}, default "propagate"
         What a step does where a gradient is NaN or infinite: "skip" leaves it out, as step_info says, "raise" raises
-        FloatingPointError.
+        FloatingPointError; with DTensors on all ranks.
     zero_grad : bool, default False
         Whether a step writes zeros over the gradients.
     dialect : {"torch", "keras", "tf1", "mindspore", "optax"} or None, default None

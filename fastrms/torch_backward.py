@@ -72,6 +72,7 @@ class InBackward:
     def _begin(self, number):
         self.finish()  # of a pass that failed
         self._optimizer._be_known()
+        self._optimizer._cores = [core.present() for core in self._optimizer._cores]
         self._where = {id(param): (core, k) for core in self._optimizer._cores for k, param in enumerate(core.params)}
         for core in self._optimizer._cores:
             core.stream_open()

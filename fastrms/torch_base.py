@@ -1,6 +1,7 @@
 """The base of the torch optimizers: a torch.optim.Optimizer whose step is one call of C for each device."""
 
 import inspect
+import sys
 from functools import wraps
 from operator import attrgetter, is_, itemgetter
 
@@ -12,6 +13,7 @@ from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
 from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FLAGS, NAMES
 
 REASONS = {
@@ -58,6 +60,8 @@ class Optimizer(torch.optim.Optimizer):
         norm = options["clip_norm"]
         self.clip_norm = None if norm is None else hyper.above_zero("clip_norm", norm)
         self.nonfinite = hyper.on_nonfinite("nonfinite", options["nonfinite"])
+        if self.clip_norm is not None or self.nonfinite != "propagate":
+            refuse_zero(sys._getframe(2))
         self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
         self.step_info, self._cores, self._note = APPLIED, None, Note()
         super().__init__(params, self._defaults(given, defaults))
@@ -104,7 +108,9 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self._checked(group)
             for label, param in labelled(group):
-                memory_of(param).acquire(param, f"params[{len(self.param_groups) - 1}][{label!r}]", writable=True)
+                name = f"params[{len(self.param_groups) - 1}][{label!r}]"
+                refuse_sums(param, name)
+                memory_of(param).acquire(part_of(param), name, writable=True)
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -272,7 +278,7 @@ class Optimizer(torch.optim.Optimizer):
         for state in self._states:
             for name, value in state.items():
                 if name != "step" and torch.is_tensor(value):
-                    value.share_memory_()
+                    part_of(value).share_memory_()
         for core in self._cores:
             core.share_counts()
         self._note.changed = True  # the states have moved
@@ -361,7 +367,9 @@ def copied(param, state, name):
         if value.shape != param.shape:
             raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
                              f"{tuple(param.shape)}")  # fmt: skip
-        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0).copy_(value)
+        refuse_other_spread(value, param, f"{key} of {name}")
+        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0)
+        part_of(made[key]).copy_(part_of(value))
     return made
 
 

@@ -7,6 +7,7 @@ import torch
 
 from . import optimizers, rules
 from .memory import placement
+from .torch_shards import Parts, part_of, spread_like
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
 
@@ -58,7 +59,12 @@ class Note:
 
 def new_state(param, beside, value):
     """A new state tensor in the layout of a parameter, which holds this value; in host memory it is placed so that it evicts
-    neither the parameter nor the state tensors `beside` from cache."""
+    neither the parameter nor the state tensors `beside` from cache.  It is spread over ranks as the parameter is."""
+    return spread_like(param, new_part(part_of(param), map(part_of, beside), value))
+
+
+def new_part(param, beside, value):
+    """new_state() of plain tensors."""
     if param.device.type != "cpu" or not param.numel():
         return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
     dtype = np.dtype(str(param.dtype).removeprefix("torch."))
@@ -118,15 +124,16 @@ class Core:
         self._keys = [[m.label for m in some] for some in of_group]
         self.names = names = [state_names(kind, values[group]) for group in self.groups]
         state = {
-            name: [{m.label: m.state[name] if name in mine else None for m in some}
+            name: [{m.label: part_of(m.state[name]) if name in mine else None for m in some}
                    for some, mine in zip(of_group, names, strict=True)]
             for name in dict.fromkeys(name for mine in names for name in mine)
         }  # fmt: skip
         groups = [
-            {"params": {m.label: m.param for m in some}, **values[group]}
+            {"params": {m.label: part_of(m.param) for m in some}, **values[group]}
             for group, some in zip(self.groups, of_group, strict=True)
         ]
         self.optimizer = KINDS[kind](groups, state=state, **options)
+        self._parts = Parts(self.params, [tensor.name for tensor in self.optimizer._tensors])
         self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
         self._take_counts()
 
@@ -167,6 +174,11 @@ class Core:
     def step(self, grads, grad_scale, clip_norm):
         """Make a step from the gradients of all members.  Returns a StepInfo, or None where a tensor is not what it was, or
         its gradient is not like it."""
+        if self._parts.spread:
+            grads = self._parts.of_grads(grads)
+            if grads is None:
+                return None
+            self._join(clip_norm)
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
         optimizer = self.optimizer
@@ -175,19 +187,30 @@ class Core:
         if info and info.applied:
             absent = optimizer._tensors.reader(optimizer._plan).absent
             self._count([grad is not None for grad in grads] if absent else self._all)
+            if self._parts.spread:
+                self._parts.wrote(grads)
         return info
 
     def checked_step(self, grads, grad_scale, clip_norm):
         """step(), with all checks and their sentences."""
+        grads = self._parts.brought(grads)
+        self._join(clip_norm)
         info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
         if info.applied:
             self._count([grad is not None for grad in grads])
+            self._parts.wrote(grads)
         return info
+
+    def _join(self, clip_norm):
+        """Find the norm together with the other ranks, if a step with this clip_norm needs one."""
+        if clip_norm is not None or self.optimizer.nonfinite != "propagate":
+            self._parts.join(self.optimizer)
 
     def present(self):
         """This core, or one made anew where torch has given a state other memory."""
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
-        return self if all(b.owner.data_ptr() == b.address for b in lent if b.size) else Core(*self._made_from)
+        same = self._parts.present() and all(b.owner.data_ptr() == b.address for b in lent if b.size)
+        return self if same else Core(*self._made_from)
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""
@@ -206,7 +229,7 @@ class Core:
 
     def _arranged(self, grads):
         """The gradients in the structure of the groups, each in the layout of its parameter."""
-        grads = iter(map(laid_out, self.params, grads))
+        grads = iter(map(laid_out, self._parts.parts, grads))
         return [{key: next(grads) for key in keys} for keys in self._keys]
 
     def stream_open(self):
@@ -217,9 +240,11 @@ class Core:
 
     def stream_step(self, k, grad):
         """Update member k from its gradient, within such a step."""
+        grad = self._parts.brought_one(k, grad)
         if not self.optimizer._stream_read(k, grad):
-            self.optimizer._stream(k, laid_out(self.params[k], grad), 1.0, first=False)
+            self.optimizer._stream(k, laid_out(self._parts.parts[k], grad), 1.0, first=False)
         self._counts[k] += 1
+        self._parts.wrote_one(k)
 
     def stream_close(self):
         self.optimizer._plan.stream_close()
