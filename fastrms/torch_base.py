@@ -198,8 +198,9 @@ class Optimizer(torch.optim.Optimizer):
             values = tuple(frozen(name, group[name]) for name in names)
             self._known.append((list(group["params"]), itemgetter(*names), values))
         self._states = list(self.state.values())
+        updated = {id(param) for core in self._cores for param in core.params}
         params = (param for group in self.param_groups for param in group["params"])
-        self._idle = [param for param in params if param not in self.state]
+        self._idle = [param for param in params if id(param) not in updated]
         self._note.changed = False
 
     # a step

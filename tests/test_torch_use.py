@@ -409,6 +409,38 @@ def test_states_are_made_at_the_first_gradient():
     assert optimizer.state[params[1]]["step"] == 2
 
 
+def looked_at(optimizer, param):
+    assert not optimizer.state[param]  # which makes an entry
+
+
+def cleared(optimizer, param):
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.grad = None
+    optimizer.state[param].clear()
+
+
+def loaded_empty(optimizer, param):
+    saved = optimizer.state_dict()
+    saved["state"][1] = {}
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", [looked_at, cleared, loaded_empty])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_parameter_with_an_empty_state_is_updated_once_it_has_a_gradient(way, late):
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.Adam(params)
+    params[1].grad = None
+    if late:
+        optimizer.step()
+    way(optimizer, params[1])
+    optimizer.step()
+    params[1].grad, before = torch.ones(3), params[1].detach().clone()
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == 1 and not torch.equal(params[1], before)
+
+
 def test_no_gradient_at_all_is_no_step():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = ft.Adam([param])
