@@ -117,7 +117,7 @@ class Core:
     """
 
     def __init__(self, kind, members, values, options):
-        self._made_from = kind, members, values, options
+        self._kind, self._options = kind, options
         self.members, self.params = members, [member.param for member in members]
         self.groups = sorted({member.group for member in members})
         of_group = [[m for m in members if m.group == group] for group in self.groups]
@@ -210,12 +210,11 @@ class Core:
         """This core, or one made anew where torch has given a state other memory."""
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
         same = self._parts.present() and all(b.owner.data_ptr() == b.address for b in lent if b.size)
-        return self if same else Core(*self._made_from)
+        values = dict(zip(self.groups, map(dict, self.optimizer.groups), strict=True))
+        return self if same else Core(self._kind, self.members, values, self._options)
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""
-        kind, members, _, options = self._made_from
-        self._made_from = kind, members, values, options
         for mine, group in zip(self.optimizer.groups, self.groups, strict=True):
             new = values[group].items()
             changed = {name: x for name, x in new if name not in self.optimizer.fixed and mine[name] != x}

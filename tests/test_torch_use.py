@@ -339,6 +339,18 @@ def test_states_that_are_given_other_memory_are_followed():
     assert torch.allclose(state["exp_avg_sq"], torch.full((3,), 1.0)) and state["step"] == 2
 
 
+def test_a_state_with_other_memory_does_not_bring_an_old_rate_back():
+    param = parameter(3)
+    optimizer = ft.RMSprop([param], lr=1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["square_avg"].share_memory_()
+    optimizer.step()
+    assert torch.equal(param, before)
+
+
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
 def test_a_count_that_is_written_counts(name):
     params, twins = [parameter(3), parameter(2)], [parameter(3), parameter(2)]
