@@ -353,9 +353,12 @@ def frozen(name, value):
 
 
 def labelled(group):
-    """(label, parameter) pairs of a group: what error sentences call each, its name or else its index."""
-    names = group.get("param_names") or range(len(group["params"]))
-    return zip(names, group["params"], strict=True)
+    """(label, parameter) pairs of a group: what error sentences call each, its name, or its index unless all have names of
+    their own."""
+    params, names = group["params"], group.get("param_names") or ()
+    if not len(params) == len(names) == len({*names}):
+        names = range(len(params))
+    return zip(names, params, strict=True)
 
 
 def copied(param, state, name):

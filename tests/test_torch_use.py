@@ -155,6 +155,16 @@ def test_named_parameters_give_names_to_sentences():
         optimizer.step()
 
 
+def test_parameters_of_equal_names_are_all_updated():
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.RMSprop([("w", param) for param in params])
+    optimizer.step()
+    del optimizer.param_groups[0]["params"][1]  # its name stays
+    optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [2, 1]
+    assert not any(torch.equal(param, torch.ones(3)) for param in params)
+
+
 @pytest.mark.parametrize("name, flag", [("RMSprop", "momentum"), ("RMSprop", "centered"), ("Adam", "amsgrad")])
 def test_a_group_may_turn_to_a_rule_with_more_state(name, flag):
     model = net()
