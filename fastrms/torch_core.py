@@ -100,6 +100,14 @@ def laid_out(param, grad):
     return torch.empty_like(param, requires_grad=False).copy_(grad)
 
 
+@torch.no_grad()
+def zero_copied(given, used):
+    """Write zeros over those of the given gradients in whose place a step has used a temporary copy, which it has zeroed."""
+    for grad, mine in zip(given, used, strict=True):
+        if grad is not None and part_of(grad) is not mine:
+            part_of(grad).zero_()
+
+
 class Member(NamedTuple):
     """A parameter that has a state: its group, the name by which error sentences call it, and the state."""
 
@@ -193,9 +201,11 @@ class Core:
 
     def checked_step(self, grads, grad_scale, clip_norm):
         """step(), with all checks and their sentences."""
-        grads = self._parts.brought(grads)
+        given, grads = grads, [*map(laid_out, self._parts.parts, self._parts.brought(grads))]
         self._join(clip_norm)
         info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
+        if self._options["zero_grad"]:
+            zero_copied(given, grads)
         if info.applied:
             self._count([grad is not None for grad in grads])
             self._parts.wrote(grads)
@@ -227,8 +237,8 @@ class Core:
             self.optimizer._change([(k, "lr", rates[group]) for k, group in enumerate(self.groups)])
 
     def _arranged(self, grads):
-        """The gradients in the structure of the groups, each in the layout of its parameter."""
-        grads = iter(map(laid_out, self._parts.parts, grads))
+        """The gradients in the structure of the groups."""
+        grads = iter(grads)
         return [{key: next(grads) for key in keys} for keys in self._keys]
 
     def stream_open(self):

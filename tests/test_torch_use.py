@@ -489,6 +489,16 @@ def test_a_gradient_of_another_layout(shape, order):
         assert torch.equal(param, twin) and (param.stride(), param.grad.stride()) == before
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_gradient_of_another_layout_is_zeroed(nonfinite):
+    param = parameter(3, 4)
+    optimizer = ft.Adam([param], zero_grad=True, nonfinite=nonfinite)
+    for value in (1.0, float("nan")):
+        param.grad = torch.full((4, 3), value).t()
+        optimizer.step()
+        assert torch.equal(param.grad, torch.zeros(3, 4))
+
+
 def expanded():
     return torch.ones(1).expand(4)
 
