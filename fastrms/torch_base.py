@@ -96,6 +96,10 @@ class Optimizer(torch.optim.Optimizer):
             rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]
         named = {name for name, _, _ in rows}
         rows += [(name, name, frozen(name, group[name])) for name in kind.defaults if name not in named]
+        for _, said, value in rows:
+            if callable(value):
+                raise TypeError(f"{said}={value!r} is callable; it must be a value: to change the learning rate from step to "
+                                f"step, use torch.optim.lr_scheduler, such as its LambdaLR")  # fmt: skip
         values = {name: kind.check_of(name)(said, value) for name, said, value in rows}
         values = {name: meaning_of_true(self.dialect, name) if x is True else x for name, x in values.items()}
         state_names(self.kind, values)  # ValueError where they do not go together

@@ -123,6 +123,20 @@ def test_a_refused_rate_names_itself_and_changes_nothing():
     assert optimizer.state[param]["step"] == 2
 
 
+def test_a_callable_rate_is_refused_with_what_torch_has_for_it():
+    param = parameter(3)
+    with pytest.raises(TypeError, match=r"lr=.*lr_scheduler"):
+        ft.RMSprop([param], lr=lambda step: 0.1)
+    optimizer = ft.RMSprop([param])
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = lambda step: 0.1
+        with pytest.raises(TypeError, match=r"lr=.*lr_scheduler"):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+    assert optimizer.state[param]["step"] == 2
+
+
 def test_parameters_can_be_added():
     model, twin = net(), net()
     optimizers = torch.optim.Adam(model[0].parameters()), ft.Adam(twin[0].parameters())
