@@ -57,13 +57,11 @@ class Optimizer(torch.optim.Optimizer):
         refuse(given)
         options = {name: given.pop(name, defaults.get(name)) for name in OURS}
         self.dialect = options["dialect"]
-        norm = options["clip_norm"]
-        self.clip_norm = None if norm is None else hyper.above_zero("clip_norm", norm)
-        self.nonfinite = hyper.on_nonfinite("nonfinite", options["nonfinite"])
+        self.step_info, self._cores, self._note = APPLIED, None, Note()
+        self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
         self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
-        self.step_info, self._cores, self._note = APPLIED, None, Note()
         super().__init__(params, self._defaults(given, defaults))
 
     def _defaults(self, given, defaults):
@@ -96,11 +94,7 @@ class Optimizer(torch.optim.Optimizer):
             rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]
         named = {name for name, _, _ in rows}
         rows += [(name, name, frozen(name, group[name])) for name in kind.defaults if name not in named]
-        for _, said, value in rows:
-            if callable(value):
-                raise TypeError(f"{said}={value!r} is callable; it must be a value: to change the learning rate from step to "
-                                f"step, use torch.optim.lr_scheduler, such as its LambdaLR")  # fmt: skip
-        values = {name: kind.check_of(name)(said, value) for name, said, value in rows}
+        values = {name: kind.check_of(name)(said, no_function(said, value)) for name, said, value in rows}
         values = {name: meaning_of_true(self.dialect, name) if x is True else x for name, x in values.items()}
         state_names(self.kind, values)  # ValueError where they do not go together
         return values
@@ -118,6 +112,35 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
+
+    @property
+    def clip_norm(self):
+        """The bound of the norm of all gradients, or None."""
+        return self._clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, value):
+        value = None if value is None else hyper.above_zero("clip_norm", value)
+        self._refuse_in_backward("clip_norm", value, None)
+        self._clip_norm = value
+
+    @property
+    def nonfinite(self):
+        """What a step does where a gradient is NaN or infinite: "propagate", "skip" or "raise"."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value):
+        value = hyper.on_nonfinite("nonfinite", value)
+        self._refuse_in_backward("nonfinite", value, "propagate")
+        self._nonfinite = value
+        self._note.changed = True  # the cores are made anew
+
+    def _refuse_in_backward(self, name, value, allowed):
+        """ValueError where steps are made in the backward pass and this value is not the one that they can serve."""
+        if value != allowed and self.in_backward() is not None:
+            raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the backward "
+                             f"pass cannot do; call remove() of what step_in_backward() returned first")  # fmt: skip
 
     # what each step looks at
 
@@ -245,6 +268,7 @@ class Optimizer(torch.optim.Optimizer):
         """Make a step from the gradients that the parameters have."""
         grad_scale = 1.0
         if "found_inf" in self.__dict__:  # a GradScaler calls
+            self._refuse_scaler()
             if self.found_inf is not None and self.found_inf.item():
                 self.step_info = StepInfo(False, None, None)
                 return
@@ -256,6 +280,13 @@ class Optimizer(torch.optim.Optimizer):
             self._renew()
         self.step_info = self._step_cores(grad_scale)
 
+    def _refuse_scaler(self):
+        """ValueError where steps are made in the backward pass: they have used the gradients with their scale."""
+        if self.in_backward() is not None:
+            del self.found_inf, self.grad_scale  # a later step() is not that of a GradScaler
+            raise ValueError("a GradScaler cannot serve steps in the backward pass, which have used the scaled gradients; "
+                             "call remove() of what step_in_backward() returned before the backward pass")  # fmt: skip
+
     def _be_known(self):
         """Make sure that the cores are those of the present groups, hyper-parameters and states."""
         if not self._is_known():
@@ -265,7 +296,7 @@ class Optimizer(torch.optim.Optimizer):
         info = APPLIED
         for number, core in enumerate(self._cores):
             grads = list(map(GRAD, core.params))
-            info = core.step(grads, grad_scale, self.clip_norm)
+            info = core.step(grads, grad_scale, self._clip_norm)
             if info is None:
                 core = self._cores[number] = core.present()
                 info = core.checked_step(grads, grad_scale, self.clip_norm)
@@ -315,7 +346,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def __getstate__(self):
-        kept = ("dialect", "clip_norm", "nonfinite", "zeroes_grad", "step_info")
+        kept = ("dialect", "_clip_norm", "_nonfinite", "zeroes_grad", "step_info")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state):
@@ -354,6 +385,14 @@ def frozen(name, value):
     if value.numel() != 1:
         raise ValueError(f"{name} is a tensor of {value.numel()} elements; it must have one")
     return float(value)
+
+
+def no_function(name, value):
+    """A hyper-parameter as it is; TypeError for a function, which an optimizer of fastrms takes as a learning rate."""
+    if callable(value):
+        raise TypeError(f"{name}={value!r} is callable; it must be a value: to change the learning rate from step to step, "
+                        f"use torch.optim.lr_scheduler, such as its LambdaLR")  # fmt: skip
+    return value
 
 
 def labelled(group):

@@ -245,6 +245,36 @@ def test_the_profiler_sees_steps():
     assert "Optimizer.step#Adam.step" in {event.key for event in profile.key_averages()}
 
 
+# attributes
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), True, "1"])
+def test_a_wrong_clip_norm_is_refused_when_it_is_set(value):
+    optimizer = ft.RMSprop([parameter(3)], clip_norm=1.0)
+    with pytest.raises((TypeError, ValueError), match="clip_norm"):
+        optimizer.clip_norm = value
+    assert optimizer.clip_norm == 1.0
+    optimizer.clip_norm = 0.5
+    optimizer.step()
+    assert copy.deepcopy(optimizer).clip_norm == 0.5 and abs(optimizer.step_info.grad_norm - 3**0.5) < 1e-6
+    optimizer.clip_norm = None
+    optimizer.step()
+    assert optimizer.step_info.grad_norm is None
+
+
+def test_nonfinite_may_be_set():
+    param = parameter(3)
+    optimizer = ft.RMSprop([param])
+    optimizer.step()
+    before = param.detach().clone()
+    param.grad[1] = float("nan")
+    with pytest.raises(ValueError, match="nonfinite"):
+        optimizer.nonfinite = "ignore"
+    optimizer.nonfinite = "skip"
+    optimizer.step()
+    assert optimizer.step_info.nonfinite == 1 and torch.equal(param, before) and optimizer.state[param]["step"] == 1
+
+
 # gradient scalers
 
 
@@ -862,6 +892,34 @@ def test_layers_that_take_no_part_and_passes_that_fail():
     optimizer.step()
     assert [optimizer.state[layer.bias]["step"].item() for layer in (first, second, third)] == [2, 3, 0]
     ft.step_in_backward(optimizer)
+
+
+def test_a_step_in_the_backward_pass_refuses_what_is_set_later():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = ft.Adam([param])
+    handle = ft.step_in_backward(optimizer)
+    with pytest.raises(ValueError, match=r"clip_norm=1\.0.*backward.*remove\(\)"):
+        optimizer.clip_norm = 1.0
+    with pytest.raises(ValueError, match=r"nonfinite='skip'.*backward.*remove\(\)"):
+        optimizer.nonfinite = "skip"
+    optimizer.clip_norm, optimizer.nonfinite = None, "propagate"
+    handle.remove()
+    optimizer.clip_norm, optimizer.nonfinite = 1.0, "skip"
+
+
+def test_a_step_in_the_backward_pass_refuses_a_scaler():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = ft.Adam([param]), torch.amp.GradScaler("cpu")
+    handle = ft.step_in_backward(optimizer)
+    scaler.scale(param.sum()).backward()
+    with pytest.raises(ValueError, match=r"GradScaler.*remove\(\)"):
+        scaler.step(optimizer)
+    optimizer.step()
+    handle.remove()
+    scaler.update(1024.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.state[param]["step"] == 2
 
 
 def test_what_a_step_in_the_backward_pass_refuses():
