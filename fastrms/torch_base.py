@@ -139,8 +139,8 @@ class Optimizer(torch.optim.Optimizer):
     def _refuse_in_backward(self, name, value, allowed):
         """ValueError where steps are made in the backward pass and this value is not the one that they can serve."""
         if value != allowed and self.in_backward() is not None:
-            raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the backward "
-                             f"pass cannot do; call remove() of what step_in_backward() returned first")  # fmt: skip
+            raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the "
+                             f"backward pass cannot do; call remove() of what step_in_backward() returned first")  # fmt: skip
 
     # what each step looks at
 
@@ -269,7 +269,7 @@ class Optimizer(torch.optim.Optimizer):
         grad_scale = 1.0
         if "found_inf" in self.__dict__:  # a GradScaler calls
             self._refuse_scaler()
-            if self.found_inf is not None and self.found_inf.item():
+            if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
                 self.step_info = StepInfo(False, None, None)
                 return
             if self.grad_scale is not None:

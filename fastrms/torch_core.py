@@ -190,24 +190,32 @@ class Core:
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
         optimizer = self.optimizer
-        with optimizer._one_thread:
-            info = optimizer._read_step(grads, grad_scale, clip_norm)
-        if info and info.applied:
-            absent = optimizer._tensors.reader(optimizer._plan).absent
-            self._count([grad is not None for grad in grads] if absent else self._all)
-            if self._parts.spread:
-                self._parts.wrote(grads)
+        try:
+            with optimizer._one_thread:
+                info = optimizer._read_step(grads, grad_scale, clip_norm)
+            if info and info.applied:
+                absent = optimizer._tensors.reader(optimizer._plan).absent
+                self._count([grad is not None for grad in grads] if absent else self._all)
+        except BaseException:  # Ctrl-C may come after the step and before it is counted
+            self._recount()
+            raise
+        if info and info.applied and self._parts.spread:
+            self._parts.wrote(grads)
         return info
 
     def checked_step(self, grads, grad_scale, clip_norm):
         """step(), with all checks and their sentences."""
         given, grads = grads, [*map(laid_out, self._parts.parts, self._parts.brought(grads))]
         self._join(clip_norm)
-        info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
+        if self._counts.tobytes() != self._seen:
+            self._tell_plan()
+        try:
+            info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
+        finally:
+            self._recount()
         if self._options["zero_grad"]:
             zero_copied(given, grads)
         if info.applied:
-            self._count([grad is not None for grad in grads])
             self._parts.wrote(grads)
         return info
 
@@ -257,7 +265,15 @@ class Core:
 
     def stream_close(self):
         self.optimizer._plan.stream_close()
-        self._count(0)
+        self._recount()
+
+    def _recount(self):
+        """Let the step tensors show the counts of the plan."""
+        plan = self.optimizer._plan
+        self._most = plan.steps
+        self._keep_exact()
+        self._counts[:] = plan.tensor_steps
+        self._seen = self._counts.tobytes()
 
     def _count(self, stepped):
         """Count a step of the members for which `stepped` has a 1."""

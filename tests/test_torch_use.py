@@ -434,6 +434,37 @@ def test_counts_go_on_beyond_those_of_float32():
     assert other.state_dict()["state"][0]["step"].item() == 2**24 + 4
 
 
+class Interrupted:
+    """A plan that an interrupt follows: Ctrl-C comes when the call of C has returned."""
+
+    def __init__(self, plan):
+        self._plan = plan
+
+    def __getattr__(self, name):
+        return getattr(self._plan, name)
+
+    def change(self, *arguments):
+        self._plan.change(*arguments)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "library"])
+def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
+    if lacking == "library":
+        monkeypatch.setattr(exchange, "library", lambda: None)
+    params = [parameter(3), parameter(2), parameter(4)]
+    optimizer = ft.Adam(params)
+    optimizer.step()
+    params[1].grad, inner = None, optimizer._cores[0].optimizer
+    plan, inner._plan = inner._plan, Interrupted(inner._plan)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    inner._plan = plan
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 1, 2] == inner.tensor_steps
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
+
+
 def test_share_memory_shares_states_and_counts():
     model = net()
     model.share_memory()
