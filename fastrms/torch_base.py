@@ -140,7 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         """ValueError where steps are made in the backward pass and this value is not the one that they can serve."""
         if value != allowed and self.in_backward() is not None:
             raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the "
-                             f"backward pass cannot do; call remove() of what step_in_backward() returned first")  # fmt: skip
+                             f"backward pass cannot do; first call remove() of what step_in_backward() returned")  # fmt: skip
 
     # what each step looks at
 

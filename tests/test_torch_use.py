@@ -925,6 +925,54 @@ def test_layers_that_take_no_part_and_passes_that_fail():
     ft.step_in_backward(optimizer)
 
 
+def fresh_loaded(optimizer, twin):
+    for each in (optimizer, twin):
+        each.load_state_dict(ft.Adam([torch.nn.Parameter(torch.ones(3)) for _ in "ab"]).state_dict())
+
+
+def partly_loaded(optimizer, twin):
+    for each in (optimizer, twin):
+        saved = each.state_dict()
+        del saved["state"][1]
+        each.load_state_dict(saved)
+
+
+def all_cleared(optimizer, twin):
+    optimizer.state.clear()
+    twin.state.clear()
+
+
+def one_removed(optimizer, twin):
+    del optimizer.param_groups[0]["params"][1], twin.param_groups[0]["params"][1]
+
+
+@pytest.mark.parametrize("change", [fresh_loaded, partly_loaded, all_cleared, one_removed])
+def test_states_and_parameters_may_go_between_steps_in_the_backward_pass(change):
+    params, twins = ([torch.nn.Parameter(torch.ones(3)) for _ in "ab"] for _ in range(2))
+    optimizer, other = ft.Adam(params, lr=0.1), ft.Adam(twins, lr=0.1)
+    ft.step_in_backward(optimizer)
+    for step in range(4):
+        (params[0] * params[1]).sum().backward()
+        (twins[0] * twins[1]).sum().backward()
+        other.step()
+        twins[0].grad = twins[1].grad = None
+        assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
+        if step == 1:
+            change(optimizer, other)
+    assert [optimizer.state[p]["step"] for p in params] == [other.state[p]["step"] for p in twins]
+
+
+def test_a_model_is_freed_after_remove():
+    param = torch.nn.Parameter(torch.ones(3))
+    handle = ft.step_in_backward(ft.Adam([param]))
+    param.sum().backward()
+    handle.remove()
+    gone = weakref.ref(param)
+    del param, handle
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_step_in_the_backward_pass_refuses_what_is_set_later():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = ft.Adam([param])
