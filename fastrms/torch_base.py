@@ -140,7 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         """ValueError where steps are made in the backward pass and this value is not the one that they can serve."""
         if value != allowed and self.in_backward() is not None:
             raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the "
-                             f"backward pass cannot do; first call remove() of what step_in_backward() returned")  # fmt: skip
+                             f"backward pass cannot do; call remove() of what step_in_backward() gave")  # fmt: skip
 
     # what each step looks at
 
@@ -176,6 +176,8 @@ class Optimizer(torch.optim.Optimizer):
     def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
         values = [self._checked(group) for group in self.param_groups]
+        for core in self._cores or ():
+            core.lay_out_states()
         members = self._members(values, needs_state)
         if not self._has_same(members) or not self._takes(values):
             self._cores = None
@@ -213,6 +215,7 @@ class Optimizer(torch.optim.Optimizer):
         kept = [[state_names(self.kind, values[g]) for g in core.groups] for core in self._cores]
         if kept != [core.names for core in self._cores]:
             return False
+        self._cores = [core.present() for core in self._cores]
         for core in self._cores:
             core.set_values(values)
         return True

@@ -92,7 +92,7 @@ def complete(kind, values, param, state):
 
 
 def laid_out(param, grad):
-    """A gradient in the memory order of its parameter: itself, or a temporary copy where it has another order."""
+    """A gradient, or a state, in the memory order of its parameter: itself, or a copy where it has another order."""
     if grad is None or grad.layout is not torch.strided or grad.stride() == param.stride():
         return grad
     if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
@@ -225,11 +225,20 @@ class Core:
             self._parts.join(self.optimizer)
 
     def present(self):
-        """This core, or one made anew where torch has given a state other memory."""
+        """This core, or one made anew where torch has given a state other memory, or a parameter another memory order."""
+        self.lay_out_states()
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
         same = self._parts.present() and all(b.owner.data_ptr() == b.address for b in lent if b.size)
         values = dict(zip(self.groups, map(dict, self.optimizer.groups), strict=True))
         return self if same else Core(self._kind, self.members, values, self._options)
+
+    def lay_out_states(self):
+        """Give states the memory order of parameters that lie elsewhere in another one: model.to(memory_format=...)."""
+        for part, tensor in zip(self._parts.parts, self.optimizer._tensors, strict=True):
+            if part.data_ptr() != tensor.param.address:
+                for state in (buffer.owner for buffer in tensor.lent.values()):
+                    if laid_out(part, state) is not state:
+                        state.data = laid_out(part, state)
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""

@@ -405,6 +405,49 @@ def test_a_state_with_other_memory_does_not_bring_an_old_rate_back():
     assert torch.equal(param, before)
 
 
+@pytest.mark.parametrize("name, value", [("weight_decay", 0.1), ("lr", torch.tensor(0.1)), ("lr", 1), ("lr", 0.5)])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_state_is_given_other_memory_and_a_hyper_parameter_changed(name, value, in_backward):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in "ab"]
+    optimizers = [torch.optim.RMSprop(params[:1]), ft.RMSprop(params[1:])]
+    if in_backward:
+        ft.step_in_backward(optimizers[1])
+    for step in range(4):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            optimizer.zero_grad()
+            (param * 2).sum().backward()
+            optimizer.step()
+            if step == 1:
+                state = optimizer.state[param]["square_avg"]
+                state.data = state.data.clone()
+                optimizer.param_groups[0][name] = value
+    assert torch.allclose(*params)
+
+
+@pytest.mark.parametrize("then", ["step", "rate", "decay", "group", "in backward"])
+def test_a_model_may_turn_to_another_memory_format(then):
+    model = torch.nn.Conv2d(3, 4, 3)
+    twin = copy.deepcopy(model)
+    optimizers = [getattr(package, "Adam")(each.parameters()) for package, each in ((torch.optim, twin), (ft, model))]
+    if then == "in backward":
+        ft.step_in_backward(optimizers[1])
+    for step in range(4):
+        for each, optimizer in zip((twin, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+            (each(x) ** 2).sum().backward()
+            optimizer.step()
+            if step == 1:
+                each.to(memory_format=torch.channels_last)
+                group = optimizer.param_groups[0]
+                group["lr"] = 0.5 if then == "rate" else group["lr"]
+                group["weight_decay"] = 0.1 if then == "decay" else 0
+                if then == "group":
+                    optimizer.add_param_group({"params": [parameter(3)]})
+        assert near(model, twin)
+    assert optimizers[1].state[model.weight]["exp_avg"].stride() == model.weight.stride()
+
+
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
 def test_a_count_that_is_written_counts(name):
     params, twins = [parameter(3), parameter(2)], [parameter(3), parameter(2)]
