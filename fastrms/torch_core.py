@@ -237,8 +237,8 @@ class Core:
         for part, tensor in zip(self._parts.parts, self.optimizer._tensors, strict=True):
             if part.data_ptr() != tensor.param.address:
                 for state in (buffer.owner for buffer in tensor.lent.values()):
-                    if laid_out(part, state) is not state:
-                        state.data = laid_out(part, state)
+                    if (other := laid_out(part, state)) is not state:
+                        state.data = other
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""

@@ -428,7 +428,7 @@ def test_a_state_is_given_other_memory_and_a_hyper_parameter_changed(name, value
 def test_a_model_may_turn_to_another_memory_format(then):
     model = torch.nn.Conv2d(3, 4, 3)
     twin = copy.deepcopy(model)
-    optimizers = [getattr(package, "Adam")(each.parameters()) for package, each in ((torch.optim, twin), (ft, model))]
+    optimizers = [package.Adam(each.parameters()) for package, each in ((torch.optim, twin), (ft, model))]
     if then == "in backward":
         ft.step_in_backward(optimizers[1])
     for step in range(4):
