@@ -878,6 +878,13 @@ def test_the_usual_step_takes_the_short_way(monkeypatch):
     assert plain.steps == 4
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_list_that_another_thread_has_changed_is_not_read(count):
+    params = [parameter(3), parameter(3)]
+    optimizer = fastrms.Adam(params)
+    assert not optimizer._tensors.reader(optimizer._plan).read([torch.ones(3)] * count)
+
+
 def test_another_layout_of_objects_is_not_trusted(monkeypatch):
     class Broken(exchange.Library):
         pass
