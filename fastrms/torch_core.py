@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from . import optimizers, rules
+from .hyper import MOST_STEPS
 from .memory import placement
 from .torch_shards import Parts, part_of, spread_like
 
@@ -168,6 +169,9 @@ class Core:
 
     def _tell_plan(self):
         """Give the plan the counts that the step tensors show."""
+        for count, tensor in zip(self._counts, self.optimizer._tensors, strict=True):
+            if not 0 <= count <= MOST_STEPS:
+                raise ValueError(f"state['step'] of {tensor.name} is {count}; it must be a number of steps, from 0 to 2**62")
         counts = [int(count) for count in self._counts]
         self._most = max(counts)
         self._keep_exact()

@@ -461,6 +461,20 @@ def test_a_count_that_is_written_counts(name):
     assert all(torch.allclose(p, q) for p, q in zip(params, twins, strict=True))
 
 
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -1.0])
+def test_a_count_that_is_none_is_refused(count):
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.Adam(params)
+    optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(count)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"step.*params\[0\]\[1\]"):
+            optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(1)
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 2]
+
+
 def test_counts_go_on_beyond_those_of_float32():
     param = parameter(3)
     optimizer = ft.Adam([param])
