@@ -219,6 +219,17 @@ def other_gradients(folder: Path):
     assert_same(one, copies, optimizer, sharded)
 
 
+def gradients_that_are_spread_otherwise_are_zeroed(folder: Path):
+    """A step with zero_grad uses such a gradient as a copy that is spread as its parameter is; it zeroes both."""
+    param = nn.Parameter(distributed(random(SHAPES["w0"], 7), [Shard(0)]))
+    param.grad = distributed(random(SHAPES["w0"], 77), [Replicate()])
+    optimizer = ft.Adam([param], zero_grad=True)
+    for _ in range(2):
+        optimizer.step()
+        assert not param.grad.to_local().any()
+        param.grad = distributed(random(SHAPES["w0"], 78), [Replicate()])
+
+
 def example_of_the_docs(folder: Path):
     from test_readme import example
 
