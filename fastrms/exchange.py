@@ -124,6 +124,8 @@ class Reader:
     def read(self, leaves):
         """Whether every tensor is what it was, and every gradient like its parameter, so that a step may use pointers."""
         leaves = [*leaves]  # which no other thread can change: C reads it without Python's lock
+        if len(leaves) != len(self._tensors):  # another thread has changed it since it was looked at
+            return False
         read = c.lib.fastrms_read_tensors
         absent = read(self._known.struct, c.pointer(id(leaves)), *self._given)
         if absent < 0 or read(*self._stay):

@@ -52,7 +52,7 @@ class RMSprop(Optimizer):
         is the norm of the whole gradients, and all ranks step together.
     nonfinite : {"propagate", "skip", "raise"}, default "propagate"
         What a step does where a gradient is NaN or infinite: "skip" leaves it out, as step_info says, "raise" raises
-        FloatingPointError; with DTensors on all ranks.
+        FloatingPointError; with DTensors on all ranks.  It is an attribute, too, and may be changed.
     zero_grad : bool, default False
         Whether a step writes zeros over the gradients.
     dialect : {"torch", "keras", "tf1", "mindspore", "optax"} or None, default None

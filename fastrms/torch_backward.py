@@ -13,7 +13,8 @@ def step_in_backward(optimizer):
     Each parameter is updated when its gradient is complete, and the gradient is freed at once, so that few of them exist at
     any time.  The parameters get the bits of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``; calls of step()
     and zero_grad() find no gradients any more and may stay, as may learning-rate schedulers.  The states of all parameters
-    that require a gradient are made at once.  There is no accumulation over several passes, and no closure.
+    that require a gradient are made at once.  There is no accumulation over several passes, no closure, no GradScaler, and
+    no clip_norm.  The parameters keep the optimizer, and itself each other, in memory until remove() is called.
 
     Parameters
     ----------
@@ -72,6 +73,8 @@ class InBackward:
     def _begin(self, number):
         self.finish()  # of a pass that failed
         self._optimizer._be_known()
+        if any(param.requires_grad for param in self._optimizer._idle):  # its state has been taken away
+            self._optimizer.make_state()
         self._optimizer._cores = [core.present() for core in self._optimizer._cores]
         self._where = {id(param): (core, k) for core in self._optimizer._cores for k, param in enumerate(core.params)}
         for core in self._optimizer._cores:
@@ -81,10 +84,11 @@ class InBackward:
         self._pass = number
 
     def _take(self, param):
-        """Update a parameter whose gradient is complete, and free the gradient."""
+        """Update a parameter whose gradient is complete, and free the gradient, if it is still in a group."""
         number = torch._C._current_graph_task_id()
         if self._pass != number:
             self._begin(number)
-        core, k = self._where[id(param)]
-        core.stream_step(k, param.grad)
-        param.grad = None
+        if id(param) in self._where:
+            core, k = self._where[id(param)]
+            core.stream_step(k, param.grad)
+            param.grad = None

@@ -57,13 +57,11 @@ class Optimizer(torch.optim.Optimizer):
         refuse(given)
         options = {name: given.pop(name, defaults.get(name)) for name in OURS}
         self.dialect = options["dialect"]
-        norm = options["clip_norm"]
-        self.clip_norm = None if norm is None else hyper.above_zero("clip_norm", norm)
-        self.nonfinite = hyper.on_nonfinite("nonfinite", options["nonfinite"])
+        self.step_info, self._cores, self._note = APPLIED, None, Note()
+        self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
         self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
-        self.step_info, self._cores, self._note = APPLIED, None, Note()
         super().__init__(params, self._defaults(given, defaults))
 
     def _defaults(self, given, defaults):
@@ -96,7 +94,7 @@ class Optimizer(torch.optim.Optimizer):
             rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]
         named = {name for name, _, _ in rows}
         rows += [(name, name, frozen(name, group[name])) for name in kind.defaults if name not in named]
-        values = {name: kind.check_of(name)(said, value) for name, said, value in rows}
+        values = {name: kind.check_of(name)(said, no_function(said, value)) for name, said, value in rows}
         values = {name: meaning_of_true(self.dialect, name) if x is True else x for name, x in values.items()}
         state_names(self.kind, values)  # ValueError where they do not go together
         return values
@@ -114,6 +112,35 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
+
+    @property
+    def clip_norm(self):
+        """The bound of the norm of all gradients, or None."""
+        return self._clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, value):
+        value = None if value is None else hyper.above_zero("clip_norm", value)
+        self._refuse_in_backward("clip_norm", value, None)
+        self._clip_norm = value
+
+    @property
+    def nonfinite(self):
+        """What a step does where a gradient is NaN or infinite: "propagate", "skip" or "raise"."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value):
+        value = hyper.on_nonfinite("nonfinite", value)
+        self._refuse_in_backward("nonfinite", value, "propagate")
+        self._nonfinite = value
+        self._note.changed = True  # the cores are made anew
+
+    def _refuse_in_backward(self, name, value, allowed):
+        """ValueError where steps are made in the backward pass and this value is not the one that they can serve."""
+        if value != allowed and self.in_backward() is not None:
+            raise ValueError(f"{name}={value!r} looks at all gradients before the first update, which a step in the "
+                             f"backward pass cannot do; call remove() of what step_in_backward() gave")  # fmt: skip
 
     # what each step looks at
 
@@ -149,6 +176,8 @@ class Optimizer(torch.optim.Optimizer):
     def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
         values = [self._checked(group) for group in self.param_groups]
+        for core in self._cores or ():
+            core.lay_out_states()
         members = self._members(values, needs_state)
         if not self._has_same(members) or not self._takes(values):
             self._cores = None
@@ -186,6 +215,7 @@ class Optimizer(torch.optim.Optimizer):
         kept = [[state_names(self.kind, values[g]) for g in core.groups] for core in self._cores]
         if kept != [core.names for core in self._cores]:
             return False
+        self._cores = [core.present() for core in self._cores]
         for core in self._cores:
             core.set_values(values)
         return True
@@ -198,8 +228,9 @@ class Optimizer(torch.optim.Optimizer):
             values = tuple(frozen(name, group[name]) for name in names)
             self._known.append((list(group["params"]), itemgetter(*names), values))
         self._states = list(self.state.values())
+        updated = {id(param) for core in self._cores for param in core.params}
         params = (param for group in self.param_groups for param in group["params"])
-        self._idle = [param for param in params if param not in self.state]
+        self._idle = [param for param in params if id(param) not in updated]
         self._note.changed = False
 
     # a step
@@ -240,7 +271,8 @@ class Optimizer(torch.optim.Optimizer):
         """Make a step from the gradients that the parameters have."""
         grad_scale = 1.0
         if "found_inf" in self.__dict__:  # a GradScaler calls
-            if self.found_inf is not None and self.found_inf.item():
+            self._refuse_scaler()
+            if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
                 self.step_info = StepInfo(False, None, None)
                 return
             if self.grad_scale is not None:
@@ -251,6 +283,13 @@ class Optimizer(torch.optim.Optimizer):
             self._renew()
         self.step_info = self._step_cores(grad_scale)
 
+    def _refuse_scaler(self):
+        """ValueError where steps are made in the backward pass: they have used the gradients with their scale."""
+        if self.in_backward() is not None:
+            del self.found_inf, self.grad_scale  # a later step() is not that of a GradScaler
+            raise ValueError("a GradScaler cannot serve steps in the backward pass, which have used the scaled gradients; "
+                             "call remove() of what step_in_backward() returned before the backward pass")  # fmt: skip
+
     def _be_known(self):
         """Make sure that the cores are those of the present groups, hyper-parameters and states."""
         if not self._is_known():
@@ -260,7 +299,7 @@ class Optimizer(torch.optim.Optimizer):
         info = APPLIED
         for number, core in enumerate(self._cores):
             grads = list(map(GRAD, core.params))
-            info = core.step(grads, grad_scale, self.clip_norm)
+            info = core.step(grads, grad_scale, self._clip_norm)
             if info is None:
                 core = self._cores[number] = core.present()
                 info = core.checked_step(grads, grad_scale, self.clip_norm)
@@ -310,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def __getstate__(self):
-        kept = ("dialect", "clip_norm", "nonfinite", "zeroes_grad", "step_info")
+        kept = ("dialect", "_clip_norm", "_nonfinite", "zeroes_grad", "step_info")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state):
@@ -351,10 +390,21 @@ def frozen(name, value):
     return float(value)
 
 
+def no_function(name, value):
+    """A hyper-parameter as it is; TypeError for a function, which an optimizer of fastrms takes as a learning rate."""
+    if callable(value):
+        raise TypeError(f"{name}={value!r} is callable; it must be a value: to change the learning rate from step to step, "
+                        f"use torch.optim.lr_scheduler, such as its LambdaLR")  # fmt: skip
+    return value
+
+
 def labelled(group):
-    """(label, parameter) pairs of a group: what error sentences call each, its name or else its index."""
-    names = group.get("param_names") or range(len(group["params"]))
-    return zip(names, group["params"], strict=True)
+    """(label, parameter) pairs of a group: what error sentences call each, its name, or its index unless all have names of
+    their own."""
+    params, names = group["params"], group.get("param_names") or ()
+    if not len(params) == len(names) == len({*names}):
+        names = range(len(params))
+    return zip(names, params, strict=True)
 
 
 def copied(param, state, name):

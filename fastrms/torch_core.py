@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from . import optimizers, rules
+from .hyper import MOST_STEPS
 from .memory import placement
 from .torch_shards import Parts, part_of, spread_like
 
@@ -92,12 +93,20 @@ def complete(kind, values, param, state):
 
 
 def laid_out(param, grad):
-    """A gradient in the memory order of its parameter: itself, or a temporary copy where it has another order."""
+    """A gradient, or a state, in the memory order of its parameter: itself, or a copy where it has another order."""
     if grad is None or grad.layout is not torch.strided or grad.stride() == param.stride():
         return grad
     if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
         return grad
     return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+@torch.no_grad()
+def zero_copied(given, used):
+    """Write zeros over those of the given gradients in whose place a step has used a temporary copy, which it has zeroed."""
+    for grad, mine in zip(given, used, strict=True):
+        if grad is not None and part_of(grad) is not mine:
+            part_of(grad).zero_()
 
 
 class Member(NamedTuple):
@@ -117,7 +126,7 @@ class Core:
     """
 
     def __init__(self, kind, members, values, options):
-        self._made_from = kind, members, values, options
+        self._kind, self._options = kind, options
         self.members, self.params = members, [member.param for member in members]
         self.groups = sorted({member.group for member in members})
         of_group = [[m for m in members if m.group == group] for group in self.groups]
@@ -160,6 +169,9 @@ class Core:
 
     def _tell_plan(self):
         """Give the plan the counts that the step tensors show."""
+        for count, tensor in zip(self._counts, self.optimizer._tensors, strict=True):
+            if not 0 <= count <= MOST_STEPS:
+                raise ValueError(f"state['step'] of {tensor.name} is {count}; it must be a number of steps, from 0 to 2**62")
         counts = [int(count) for count in self._counts]
         self._most = max(counts)
         self._keep_exact()
@@ -182,22 +194,32 @@ class Core:
         if self._counts.tobytes() != self._seen:
             self._tell_plan()
         optimizer = self.optimizer
-        with optimizer._one_thread:
-            info = optimizer._read_step(grads, grad_scale, clip_norm)
-        if info and info.applied:
-            absent = optimizer._tensors.reader(optimizer._plan).absent
-            self._count([grad is not None for grad in grads] if absent else self._all)
-            if self._parts.spread:
-                self._parts.wrote(grads)
+        try:
+            with optimizer._one_thread:
+                info = optimizer._read_step(grads, grad_scale, clip_norm)
+            if info and info.applied:
+                absent = optimizer._tensors.reader(optimizer._plan).absent
+                self._count([grad is not None for grad in grads] if absent else self._all)
+        except BaseException:  # Ctrl-C may come after the step and before it is counted
+            self._recount()
+            raise
+        if info and info.applied and self._parts.spread:
+            self._parts.wrote(grads)
         return info
 
     def checked_step(self, grads, grad_scale, clip_norm):
         """step(), with all checks and their sentences."""
-        grads = self._parts.brought(grads)
+        given, grads = grads, [*map(laid_out, self._parts.parts, self._parts.brought(grads))]
         self._join(clip_norm)
-        info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
+        if self._counts.tobytes() != self._seen:
+            self._tell_plan()
+        try:
+            info = self.optimizer.step(self._arranged(grads), grad_scale=grad_scale, clip_norm=clip_norm)
+        finally:
+            self._recount()
+        if self._options["zero_grad"]:
+            zero_copied(given, grads)
         if info.applied:
-            self._count([grad is not None for grad in grads])
             self._parts.wrote(grads)
         return info
 
@@ -207,15 +229,23 @@ class Core:
             self._parts.join(self.optimizer)
 
     def present(self):
-        """This core, or one made anew where torch has given a state other memory."""
+        """This core, or one made anew where torch has given a state other memory, or a parameter another memory order."""
+        self.lay_out_states()
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
         same = self._parts.present() and all(b.owner.data_ptr() == b.address for b in lent if b.size)
-        return self if same else Core(*self._made_from)
+        values = dict(zip(self.groups, map(dict, self.optimizer.groups), strict=True))
+        return self if same else Core(self._kind, self.members, values, self._options)
+
+    def lay_out_states(self):
+        """Give states the memory order of parameters that lie elsewhere in another one: model.to(memory_format=...)."""
+        for part, tensor in zip(self._parts.parts, self.optimizer._tensors, strict=True):
+            if part.data_ptr() != tensor.param.address:
+                for state in (buffer.owner for buffer in tensor.lent.values()):
+                    if (other := laid_out(part, state)) is not state:
+                        state.data = other
 
     def set_values(self, values):
         """Take over new hyper-parameters of all groups, which ask for the same states."""
-        kind, members, _, options = self._made_from
-        self._made_from = kind, members, values, options
         for mine, group in zip(self.optimizer.groups, self.groups, strict=True):
             new = values[group].items()
             changed = {name: x for name, x in new if name not in self.optimizer.fixed and mine[name] != x}
@@ -228,8 +258,8 @@ class Core:
             self.optimizer._change([(k, "lr", rates[group]) for k, group in enumerate(self.groups)])
 
     def _arranged(self, grads):
-        """The gradients in the structure of the groups, each in the layout of its parameter."""
-        grads = iter(map(laid_out, self._parts.parts, grads))
+        """The gradients in the structure of the groups."""
+        grads = iter(grads)
         return [{key: next(grads) for key in keys} for keys in self._keys]
 
     def stream_open(self):
@@ -248,7 +278,15 @@ class Core:
 
     def stream_close(self):
         self.optimizer._plan.stream_close()
-        self._count(0)
+        self._recount()
+
+    def _recount(self):
+        """Let the step tensors show the counts of the plan."""
+        plan = self.optimizer._plan
+        self._most = plan.steps
+        self._keep_exact()
+        self._counts[:] = plan.tensor_steps
+        self._seen = self._counts.tobytes()
 
     def _count(self, stepped):
         """Count a step of the members for which `stepped` has a 1."""

@@ -123,6 +123,20 @@ def test_a_refused_rate_names_itself_and_changes_nothing():
     assert optimizer.state[param]["step"] == 2
 
 
+def test_a_callable_rate_is_refused_with_what_torch_has_for_it():
+    param = parameter(3)
+    with pytest.raises(TypeError, match=r"lr=.*lr_scheduler"):
+        ft.RMSprop([param], lr=lambda step: 0.1)
+    optimizer = ft.RMSprop([param])
+    for _ in range(2):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = lambda step: 0.1
+        with pytest.raises(TypeError, match=r"lr=.*lr_scheduler"):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+    assert optimizer.state[param]["step"] == 2
+
+
 def test_parameters_can_be_added():
     model, twin = net(), net()
     optimizers = torch.optim.Adam(model[0].parameters()), ft.Adam(twin[0].parameters())
@@ -153,6 +167,16 @@ def test_named_parameters_give_names_to_sentences():
     model[2].weight.grad = torch.ones(3, 4).to_sparse()
     with pytest.raises(TypeError, match=r"grads\[0\]\['2\.weight'\].*sparse"):
         optimizer.step()
+
+
+def test_parameters_of_equal_names_are_all_updated():
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.RMSprop([("w", param) for param in params])
+    optimizer.step()
+    del optimizer.param_groups[0]["params"][1]  # its name stays
+    optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [2, 1]
+    assert not any(torch.equal(param, torch.ones(3)) for param in params)
 
 
 @pytest.mark.parametrize("name, flag", [("RMSprop", "momentum"), ("RMSprop", "centered"), ("Adam", "amsgrad")])
@@ -219,6 +243,36 @@ def test_the_profiler_sees_steps():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train(model, optimizer, 1)
     assert "Optimizer.step#Adam.step" in {event.key for event in profile.key_averages()}
+
+
+# attributes
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan"), True, "1"])
+def test_a_wrong_clip_norm_is_refused_when_it_is_set(value):
+    optimizer = ft.RMSprop([parameter(3)], clip_norm=1.0)
+    with pytest.raises((TypeError, ValueError), match="clip_norm"):
+        optimizer.clip_norm = value
+    assert optimizer.clip_norm == 1.0
+    optimizer.clip_norm = 0.5
+    optimizer.step()
+    assert copy.deepcopy(optimizer).clip_norm == 0.5 and abs(optimizer.step_info.grad_norm - 3**0.5) < 1e-6
+    optimizer.clip_norm = None
+    optimizer.step()
+    assert optimizer.step_info.grad_norm is None
+
+
+def test_nonfinite_may_be_set():
+    param = parameter(3)
+    optimizer = ft.RMSprop([param])
+    optimizer.step()
+    before = param.detach().clone()
+    param.grad[1] = float("nan")
+    with pytest.raises(ValueError, match="nonfinite"):
+        optimizer.nonfinite = "ignore"
+    optimizer.nonfinite = "skip"
+    optimizer.step()
+    assert optimizer.step_info.nonfinite == 1 and torch.equal(param, before) and optimizer.state[param]["step"] == 1
 
 
 # gradient scalers
@@ -339,6 +393,61 @@ def test_states_that_are_given_other_memory_are_followed():
     assert torch.allclose(state["exp_avg_sq"], torch.full((3,), 1.0)) and state["step"] == 2
 
 
+def test_a_state_with_other_memory_does_not_bring_an_old_rate_back():
+    param = parameter(3)
+    optimizer = ft.RMSprop([param], lr=1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["square_avg"].share_memory_()
+    optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("name, value", [("weight_decay", 0.1), ("lr", torch.tensor(0.1)), ("lr", 1), ("lr", 0.5)])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_state_is_given_other_memory_and_a_hyper_parameter_changed(name, value, in_backward):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in "ab"]
+    optimizers = [torch.optim.RMSprop(params[:1]), ft.RMSprop(params[1:])]
+    if in_backward:
+        ft.step_in_backward(optimizers[1])
+    for step in range(4):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            optimizer.zero_grad()
+            (param * 2).sum().backward()
+            optimizer.step()
+            if step == 1:
+                state = optimizer.state[param]["square_avg"]
+                state.data = state.data.clone()
+                optimizer.param_groups[0][name] = value
+    assert torch.allclose(*params)
+
+
+@pytest.mark.parametrize("then", ["step", "rate", "decay", "group", "in backward"])
+def test_a_model_may_turn_to_another_memory_format(then):
+    model = torch.nn.Conv2d(3, 4, 3)
+    twin = copy.deepcopy(model)
+    optimizers = [package.Adam(each.parameters()) for package, each in ((torch.optim, twin), (ft, model))]
+    if then == "in backward":
+        ft.step_in_backward(optimizers[1])
+    for step in range(4):
+        for each, optimizer in zip((twin, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+            (each(x) ** 2).sum().backward()
+            optimizer.step()
+            if step == 1:
+                each.to(memory_format=torch.channels_last)
+                group = optimizer.param_groups[0]
+                group["lr"] = 0.5 if then == "rate" else group["lr"]
+                group["weight_decay"] = 0.1 if then == "decay" else 0
+                if then == "group":
+                    optimizer.add_param_group({"params": [parameter(3)]})
+        assert near(model, twin)
+    assert optimizers[1].state[model.weight]["exp_avg"].stride() == model.weight.stride()
+
+
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
 def test_a_count_that_is_written_counts(name):
     params, twins = [parameter(3), parameter(2)], [parameter(3), parameter(2)]
@@ -350,6 +459,20 @@ def test_a_count_that_is_written_counts(name):
         optimizer.step()
         assert optimizer.state[some[1]]["step"] == 41 and optimizer.state[some[0]]["step"] == 2
     assert all(torch.allclose(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -1.0])
+def test_a_count_that_is_none_is_refused(count):
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.Adam(params)
+    optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(count)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"step.*params\[0\]\[1\]"):
+            optimizer.step()
+    optimizer.state[params[1]]["step"].fill_(1)
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 2]
 
 
 def test_counts_go_on_beyond_those_of_float32():
@@ -366,6 +489,37 @@ def test_counts_go_on_beyond_those_of_float32():
     other.load_state_dict(saved)
     other.step()
     assert other.state_dict()["state"][0]["step"].item() == 2**24 + 4
+
+
+class Interrupted:
+    """A plan that an interrupt follows: Ctrl-C comes when the call of C has returned."""
+
+    def __init__(self, plan):
+        self._plan = plan
+
+    def __getattr__(self, name):
+        return getattr(self._plan, name)
+
+    def change(self, *arguments):
+        self._plan.change(*arguments)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "library"])
+def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
+    if lacking == "library":
+        monkeypatch.setattr(exchange, "library", lambda: None)
+    params = [parameter(3), parameter(2), parameter(4)]
+    optimizer = ft.Adam(params)
+    optimizer.step()
+    params[1].grad, inner = None, optimizer._cores[0].optimizer
+    plan, inner._plan = inner._plan, Interrupted(inner._plan)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    inner._plan = plan
+    assert [optimizer.state[param]["step"].item() for param in params] == [2, 1, 2] == inner.tensor_steps
+    optimizer.step()
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
 
 
 def test_share_memory_shares_states_and_counts():
@@ -409,6 +563,38 @@ def test_states_are_made_at_the_first_gradient():
     assert optimizer.state[params[1]]["step"] == 2
 
 
+def looked_at(optimizer, param):
+    assert not optimizer.state[param]  # which makes an entry
+
+
+def cleared(optimizer, param):
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.grad = None
+    optimizer.state[param].clear()
+
+
+def loaded_empty(optimizer, param):
+    saved = optimizer.state_dict()
+    saved["state"][1] = {}
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", [looked_at, cleared, loaded_empty])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_parameter_with_an_empty_state_is_updated_once_it_has_a_gradient(way, late):
+    params = [parameter(3), parameter(3)]
+    optimizer = ft.Adam(params)
+    params[1].grad = None
+    if late:
+        optimizer.step()
+    way(optimizer, params[1])
+    optimizer.step()
+    params[1].grad, before = torch.ones(3), params[1].detach().clone()
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == 1 and not torch.equal(params[1], before)
+
+
 def test_no_gradient_at_all_is_no_step():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = ft.Adam([param])
@@ -433,6 +619,16 @@ def test_a_gradient_of_another_layout(shape, order):
             optimizer.step()
             optimizer.step()
         assert torch.equal(param, twin) and (param.stride(), param.grad.stride()) == before
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_gradient_of_another_layout_is_zeroed(nonfinite):
+    param = parameter(3, 4)
+    optimizer = ft.Adam([param], zero_grad=True, nonfinite=nonfinite)
+    for value in (1.0, float("nan")):
+        param.grad = torch.full((4, 3), value).t()
+        optimizer.step()
+        assert torch.equal(param.grad, torch.zeros(3, 4))
 
 
 def expanded():
@@ -696,6 +892,13 @@ def test_the_usual_step_takes_the_short_way(monkeypatch):
     assert plain.steps == 4
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_list_that_another_thread_has_changed_is_not_read(count):
+    params = [parameter(3), parameter(3)]
+    optimizer = fastrms.Adam(params)
+    assert not optimizer._tensors.reader(optimizer._plan).read([torch.ones(3)] * count)
+
+
 def test_another_layout_of_objects_is_not_trusted(monkeypatch):
     class Broken(exchange.Library):
         pass
@@ -784,6 +987,82 @@ def test_layers_that_take_no_part_and_passes_that_fail():
     optimizer.step()
     assert [optimizer.state[layer.bias]["step"].item() for layer in (first, second, third)] == [2, 3, 0]
     ft.step_in_backward(optimizer)
+
+
+def fresh_loaded(optimizer, twin):
+    for each in (optimizer, twin):
+        each.load_state_dict(ft.Adam([torch.nn.Parameter(torch.ones(3)) for _ in "ab"]).state_dict())
+
+
+def partly_loaded(optimizer, twin):
+    for each in (optimizer, twin):
+        saved = each.state_dict()
+        del saved["state"][1]
+        each.load_state_dict(saved)
+
+
+def all_cleared(optimizer, twin):
+    optimizer.state.clear()
+    twin.state.clear()
+
+
+def one_removed(optimizer, twin):
+    del optimizer.param_groups[0]["params"][1], twin.param_groups[0]["params"][1]
+
+
+@pytest.mark.parametrize("change", [fresh_loaded, partly_loaded, all_cleared, one_removed])
+def test_states_and_parameters_may_go_between_steps_in_the_backward_pass(change):
+    params, twins = ([torch.nn.Parameter(torch.ones(3)) for _ in "ab"] for _ in range(2))
+    optimizer, other = ft.Adam(params, lr=0.1), ft.Adam(twins, lr=0.1)
+    ft.step_in_backward(optimizer)
+    for step in range(4):
+        (params[0] * params[1]).sum().backward()
+        (twins[0] * twins[1]).sum().backward()
+        other.step()
+        twins[0].grad = twins[1].grad = None
+        assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
+        if step == 1:
+            change(optimizer, other)
+    assert [optimizer.state[p]["step"] for p in params] == [other.state[p]["step"] for p in twins]
+
+
+def test_a_model_is_freed_after_remove():
+    param = torch.nn.Parameter(torch.ones(3))
+    handle = ft.step_in_backward(ft.Adam([param]))
+    param.sum().backward()
+    handle.remove()
+    gone = weakref.ref(param)
+    del param, handle
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_step_in_the_backward_pass_refuses_what_is_set_later():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = ft.Adam([param])
+    handle = ft.step_in_backward(optimizer)
+    with pytest.raises(ValueError, match=r"clip_norm=1\.0.*backward.*remove\(\)"):
+        optimizer.clip_norm = 1.0
+    with pytest.raises(ValueError, match=r"nonfinite='skip'.*backward.*remove\(\)"):
+        optimizer.nonfinite = "skip"
+    optimizer.clip_norm, optimizer.nonfinite = None, "propagate"
+    handle.remove()
+    optimizer.clip_norm, optimizer.nonfinite = 1.0, "skip"
+
+
+def test_a_step_in_the_backward_pass_refuses_a_scaler():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = ft.Adam([param]), torch.amp.GradScaler("cpu")
+    handle = ft.step_in_backward(optimizer)
+    scaler.scale(param.sum()).backward()
+    with pytest.raises(ValueError, match=r"GradScaler.*remove\(\)"):
+        scaler.step(optimizer)
+    optimizer.step()
+    handle.remove()
+    scaler.update(1024.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.state[param]["step"] == 2
 
 
 def test_what_a_step_in_the_backward_pass_refuses():
