@@ -109,6 +109,7 @@ class Tensors(list):
 
     def moved(self, which):
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        self.structure.refuse_moved()
         self.refuse_moved_state()
         params, memory = self.params, self.memory
         for k in which:
