@@ -316,6 +316,19 @@ def test_a_torch_tensor_with_other_memory_is_refused(how, backend):
     assert torch.equal(w[0], before) and optimizer.steps == 1
 
 
+@pytest.mark.parametrize("of_params", ["numpy", "torch"])
+def test_a_torch_tensor_that_becomes_a_part_of_itself_is_refused(of_params, backend):
+    torch = pytest.importorskip("torch")
+    w, grad = (torch.zeros(9), torch.ones(9)) if of_params == "torch" else (numbers(9), numbers(9))
+    state = {"square_avg": torch.zeros(9)}
+    optimizer = fastrms.RMSProp([w], state={"square_avg": [state["square_avg"]]}, backend=backend)
+    optimizer.step([grad])
+    state["square_avg"].data = state["square_avg"].data[:5]
+    with pytest.raises(ValueError, match=r"state\['square_avg'\] of params\[0\] has shape \(5,\)"):
+        optimizer.step([grad])
+    assert optimizer.steps == 1
+
+
 def test_a_shared_tensor_that_stays_is_updated(backend):
     torch = pytest.importorskip("torch")
     state = {"square_avg": torch.zeros(9).share_memory_()}

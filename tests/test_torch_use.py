@@ -339,6 +339,17 @@ def test_states_that_are_given_other_memory_are_followed():
     assert torch.allclose(state["exp_avg_sq"], torch.full((3,), 1.0)) and state["step"] == 2
 
 
+def test_a_state_that_becomes_a_part_of_itself_is_refused():
+    param = parameter(9)
+    optimizer = ft.RMSprop([param])
+    optimizer.step()
+    state, before = optimizer.state[param]["square_avg"], param.detach().clone()
+    state.data = state.data[:5]
+    with pytest.raises(ValueError, match=r"state\['square_avg'\].* has shape \(5,\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
 def test_a_count_that_is_written_counts(name):
     params, twins = [parameter(3), parameter(2)], [parameter(3), parameter(2)]
