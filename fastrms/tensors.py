@@ -88,7 +88,9 @@ class Tensors(list):
         for tensor in self:
             for name, buffer in tensor.lent.items():
                 label = f"state[{name!r}] of {tensor.name}"
-                if self.memory.again(buffer, label).address != buffer.address and buffer.size:
+                found = self.memory.again(buffer, label)
+                self.memory.same_layout(found, label, buffer, f"{label} when it was bound")
+                if found.address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
 
@@ -109,6 +111,7 @@ class Tensors(list):
 
     def moved(self, which):
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        self.structure.refuse_moved()
         self.refuse_moved_state()
         params, memory = self.params, self.memory
         for k in which:

@@ -393,6 +393,16 @@ def test_states_that_are_given_other_memory_are_followed():
     assert torch.allclose(state["exp_avg_sq"], torch.full((3,), 1.0)) and state["step"] == 2
 
 
+@pytest.mark.parametrize("name, value", [("clip_norm", 1.0), ("nonfinite", "skip"), ("zero_grad", True), ("dialect", "tf1")])
+def test_what_is_for_all_groups_is_refused_in_one(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* stands in a group of parameters; .* to the constructor"):
+        ft.RMSprop([{"params": [parameter(3)], name: value}])
+    optimizer = ft.RMSprop([parameter(3)])
+    with pytest.raises(ValueError, match=f"{name}=.* stands in a group"):
+        optimizer.add_param_group({"params": [parameter(3)], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_state_with_other_memory_does_not_bring_an_old_rate_back():
     param = parameter(3)
     optimizer = ft.RMSprop([param], lr=1.0)
@@ -446,6 +456,17 @@ def test_a_model_may_turn_to_another_memory_format(then):
                     optimizer.add_param_group({"params": [parameter(3)]})
         assert near(model, twin)
     assert optimizers[1].state[model.weight]["exp_avg"].stride() == model.weight.stride()
+
+
+def test_a_state_that_becomes_a_part_of_itself_is_refused():
+    param = parameter(9)
+    optimizer = ft.RMSprop([param])
+    optimizer.step()
+    state, before = optimizer.state[param]["square_avg"], param.detach().clone()
+    state.data = state.data[:5]
+    with pytest.raises(ValueError, match=r"state\['square_avg'\].* has shape \(5,\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
