@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import exchange, given_state, rules
+from . import given_state, rules, torch_reader
 from .memory import host
 
 
@@ -123,9 +123,9 @@ class Tensors(list):
         return params if moved else None
 
     def reader(self, plan):
-        """The exchange.Reader of these tensors for a Plan, or None where they cannot be read so."""
+        """The torch_reader.Reader of these tensors for a Plan, or None where they cannot be read so."""
         if self._reader is None:
-            self._reader = exchange.reader_of(self, plan) or False
+            self._reader = torch_reader.reader_of(self, plan) or False
         return self._reader or None
 
     def take(self, params):

@@ -13,7 +13,7 @@ import weakref
 import pytest
 
 import fastrms
-from fastrms import exchange
+from fastrms import torch_reader
 
 torch = pytest.importorskip("torch", reason="not installed: torch")
 ft = pytest.importorskip("fastrms.torch")
@@ -529,7 +529,7 @@ class Interrupted:
 @pytest.mark.parametrize("lacking", ["nothing", "library"])
 def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     if lacking == "library":
-        monkeypatch.setattr(exchange, "library", lambda: None)
+        monkeypatch.setattr(torch_reader, "library", lambda: None)
     params = [parameter(3), parameter(2), parameter(4)]
     optimizer = ft.Adam(params)
     optimizer.step()
@@ -880,7 +880,7 @@ def test_an_optimizer_is_freed_without_the_collector():
 
 def test_this_torch_is_read_in_c():
     """Otherwise every step takes the long way, with the same results."""
-    assert exchange.library() is not None
+    assert torch_reader.library() is not None
 
 
 @pytest.mark.parametrize("lacking", ["library", "c"])
@@ -889,7 +889,7 @@ def test_without_that_a_step_has_the_same_bits(lacking, monkeypatch):
     train(model, ft.Adam(model.parameters()), 3)
     if lacking == "c":
         monkeypatch.setenv("FASTRMS_BACKEND", "numpy")
-    monkeypatch.setattr(exchange, "library", lambda: None)
+    monkeypatch.setattr(torch_reader, "library", lambda: None)
     optimizer = ft.Adam(twin.parameters())
     train(twin, optimizer, 3)
     assert same(model, twin) and optimizer.state[twin[0].bias]["step"] == 3
@@ -924,8 +924,8 @@ def test_another_layout_of_objects_is_not_trusted(monkeypatch):
     class Broken(exchange.Library):
         pass
 
-    monkeypatch.setattr(exchange, "place", lambda pairs: (_ for _ in ()).throw(LookupError()))
-    assert exchange.library.__wrapped__() is None
+    monkeypatch.setattr(torch_reader, "place", lambda pairs: (_ for _ in ()).throw(LookupError()))
+    assert torch_reader.library.__wrapped__() is None
 
 
 # imports
