@@ -921,7 +921,7 @@ def test_a_list_that_another_thread_has_changed_is_not_read(count):
 
 
 def test_another_layout_of_objects_is_not_trusted(monkeypatch):
-    class Broken(exchange.Library):
+    class Broken(torch_reader.Library):
         pass
 
     monkeypatch.setattr(torch_reader, "place", lambda pairs: (_ for _ in ()).throw(LookupError()))
