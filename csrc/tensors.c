@@ -10,6 +10,12 @@ static int is_number(int32_t (*read)(void *, int32_t *), void *tensor, int32_t w
     return !read(tensor, &seen) && seen == wanted;
 }
 
+static int has_size(const fastrms_torch *torch, void *tensor, int64_t wanted)
+{
+    int64_t seen;
+    return !torch->get_numel(tensor, &seen) && seen == wanted;
+}
+
 /* does a tensor have these lengths, and these strides wherever a stride decides where an element lies? */
 static int has_layout(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted)
 {
@@ -39,8 +45,9 @@ static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layo
 
 static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
 {
-    if (wanted->axes < 0)                                 /* only its address counts */
-        return *(void **)tensor && !torch->get_data_ptr(tensor, address) && *address == wanted->address;
+    if (wanted->axes < 0)                                 /* only its address and its size count */
+        return *(void **)tensor && !torch->get_data_ptr(tensor, address) && *address == wanted->address
+            && has_size(torch, tensor, wanted->size);
     if (!*(void **)tensor || !is_number(torch->get_device_type, tensor, wanted->device_type)
         || !is_number(torch->get_device_index, tensor, wanted->device_index)
         || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))

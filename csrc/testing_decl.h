@@ -49,7 +49,7 @@ typedef struct {
     const void *kinds[2], *none;
     int32_t (*get_device_type)(void *tensor, int32_t *made), (*get_device_index)(void *tensor, int32_t *made);
     int32_t (*get_layout)(void *tensor, int32_t *made), (*get_dtype)(void *tensor, int32_t *made);
-    int32_t (*get_dim)(void *tensor, int64_t *made);
+    int32_t (*get_dim)(void *tensor, int64_t *made), (*get_numel)(void *tensor, int64_t *made);
     int32_t (*get_sizes)(void *tensor, const int64_t **made), (*get_strides)(void *tensor, const int64_t **made);
     int32_t (*get_data_ptr)(void *tensor, void **made);
     int32_t (*get_storage_offset)(void *tensor, int64_t *made), (*get_storage_size)(void *tensor, int64_t *made);
@@ -57,7 +57,7 @@ typedef struct {
 
 /* What a tensor must be; device_type, device_index and dtype are torch's numbers.  address: where it must lie, NULL for
  * anywhere; shape and strides have one number for each of the axes, the strides in elements; axes is -1 where only the address
- * counts. */
+ * and the number of elements count. */
 typedef struct {
     int32_t device_type, device_index, dtype, itemsize;
     int64_t axes, size;

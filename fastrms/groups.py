@@ -63,7 +63,7 @@ class Groups:
 
     def take(self, values, recipes=None):
         """Replace the hyper-parameters of all groups.  recipes: those that they make, None where only a rate has changed."""
-        self.values = values
+        self.values, self._asked = values, (None, None)
         if recipes is not None:
             self.recipes = list(recipes)
             self._most_rates = [recipe.most_rate for recipe in self.recipes]
@@ -93,9 +93,18 @@ class Groups:
         rates = [values[key.group]["lr"] for key in self._tensors.keys]
         return [None if callable(rate) else self._checked_rate(k, values, rate) for k, rate in enumerate(rates)]
 
+    def ask(self, steps):
+        """The learning rate of each RecipeKey for the step that comes after `steps` steps.  Schedules are evaluated, and
+        rates() gives the same rates for this step without evaluating them again."""
+        self._asked = None, None
+        self._asked = steps, self.rates(steps, 1)
+        return self._asked[1]
+
     def rates(self, steps, rows):
         """The learning rate of each RecipeKey for `rows` steps, the first of which comes after `steps` steps, one row after
         the other; schedules are evaluated."""
+        if (steps, 1) == (self._asked[0], rows):
+            return self._asked[1]
         rates, keys = [], self._tensors.keys
         for step in range(steps, steps + rows):
             rate_of = {}

@@ -7,8 +7,10 @@ parameters of all parts (all-gather).  The caller's parameters are written when 
 
 import hashlib
 import itertools
+import json
 import math
 import time
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,13 @@ _abandoned = []  # buffers that MPI may still write into, after a rank has gone
 DIFFERENT_PARAMS = (
     "params of rank(s) {others} are not those of rank 0, in names, shapes, dtypes, groups or values: "
     "send the values of rank 0 to all, comm.Bcast(param)"
+)
+DIFFERENT_OPTIONS = (
+    "the optimizer class, bucket or nonfinite of rank(s) {others} is not that of rank 0: give all ranks the same"
+)
+DIFFERENT_SAVED = (
+    "the state_dict of rank(s) {others} has other hyper-parameters or step counts than that of rank 0; nothing was loaded: "
+    "give all ranks the same"
 )
 DIFFERENT_HYPER = "the hyper-parameters of rank(s) {others} are not those of rank 0: give all ranks the same"
 WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it does take, and what to do in place of others
@@ -163,12 +172,14 @@ def parted(received, lengths):
     ]
 
 
-def present_of(most):
-    """For each tensor, whether a rank has its gradient; ValueError where the ranks ask for different steps."""
-    for name, high, low in zip(("grad_scale", "clip_norm"), most[:2], -most[2:4], strict=True):
+def present_of(most, names):
+    """For each tensor, whether a rank has its gradient; ValueError where the ranks ask for different steps.  names: of the
+    numbers that must be the same."""
+    count = len(names)
+    for name, high, low in zip(names, most[:count], -most[count : 2 * count], strict=True):
         if high != low:
-            raise ValueError(f"{name} must be the same on all ranks, it goes from {low:g} to {high:g} (-1: None)")
-    return most[4:].astype(bool)
+            raise ValueError(f"{name} must be the same on all ranks, it goes from {low:.9g} to {high:.9g} (-1: None)")
+    return most[2 * count :].astype(bool)
 
 
 def text_of(error):
@@ -308,7 +319,8 @@ class ShardedOptimizer:
     ImportError
         Without mpi4py.
     TypeError, ValueError
-        As the optimizer has it, and where the parameters differ between ranks.
+        As the optimizer has it, and where the parameters, the class, bucket, nonfinite or hyper-parameters differ between
+        ranks.
     TimeoutError
         Where a rank does not come.
     """
@@ -317,10 +329,15 @@ class ShardedOptimizer:
         self._ranks, self.sent = Ranks(comm, timeout), 0
         self._ranks.together(self._arrange, params, optimizer, groups, bucket, options)
         self._ranks.refuse_different(self._digest(), DIFFERENT_PARAMS)
-        table = [(piece.tensor, piece.start, self._tensors[piece.tensor].param.size) for piece in self._pieces]
-        held = shards.Shards(self._ranks.gather, table)
-        self._local = self._ranks.together(optimizer, self._local_params, shards=held, **options)
+        self._local = self._ranks.together(optimizer, self._local_params, **options)
+        decides = self._kind.__name__, bucket, self._local.nonfinite
+        self._ranks.refuse_different(repr(decides).encode(), DIFFERENT_OPTIONS)
         self._ranks.refuse_different(repr(states.described(self._local._groups.values)).encode(), DIFFERENT_HYPER)
+        table = [(piece.tensor, piece.start, self._tensors[piece.tensor].param.size) for piece in self._pieces]
+        self._ranks.together(shards.join, self._local, shards.Shards(self._ranks.gather, table))
+        self._hashed = None, 0
+        self._names = "grad_scale", "clip_norm", "the number of steps made", "the hash of all hyper-parameters but lr"
+        self._names += tuple(f"lr of group {key.group}" for key in self._local._tensors.keys)
         for piece, tensor in zip(self._pieces, self._local._tensors, strict=True):
             tensor.name, tensor.grad_name = self._tensors[piece.tensor].name, self._tensors[piece.tensor].grad_name
 
@@ -396,7 +413,8 @@ class ShardedOptimizer:
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            Before anything is written: RuntimeError where another rank raised.
+            Before anything is written: ValueError where grad_scale, clip_norm, a hyper-parameter, the learning rate that a
+            schedule gives, or the number of steps made differs between ranks; RuntimeError where another rank raised.
         FloatingPointError
             With ``nonfinite="raise"``, on all ranks; nothing was updated.
         TimeoutError
@@ -404,13 +422,15 @@ class ShardedOptimizer:
         """
         ranks = self._ranks
         ranks.refuse_broken()
-        count = 4 + len(self._tensors)
+        count = 2 * len(self._names) + len(self._tensors)
         try:
             grads, asked = self._checked(grads, grad_scale, clip_norm)
+            asked += self._local_numbers()
         except Exception as error:
             ranks.agree(text_of(error), [0] * count)
             raise
-        present = present_of(ranks.agree(None, [*asked, *(-x for x in asked), *(grad is not None for grad in grads)]))
+        said = [*asked, *(-x for x in asked), *(grad is not None for grad in grads)]
+        present = present_of(ranks.agree(None, said), self._names)
         try:
             return self._exchange_and_update(grads, present, asked[0], clip_norm)
         except FloatingPointError:
@@ -429,6 +449,14 @@ class ShardedOptimizer:
             tensors.take(moved)
         leaves = tensors.structure.leaves(grads, "grads")
         return [tensors.acquire_grad(k, grad, False) for k, grad in enumerate(leaves)], [scale, norm]
+
+    def _local_numbers(self):
+        """What else must be the same on all ranks before a step: steps made, hyper-parameters, and the learning rates."""
+        steps, groups = self._local.steps, self._local._groups
+        if self._hashed[0] is not groups.values:  # what changes another hyper-parameter than lr makes a new list
+            others = [{**values, "lr": None} for values in groups.values]
+            self._hashed = groups.values, zlib.crc32(repr(others).encode())
+        return [steps, self._hashed[1], *groups.ask(steps)]
 
     def _exchange_and_update(self, grads, present, grad_scale, clip_norm):
         summed, ranks = [], self._ranks
@@ -502,7 +530,7 @@ class ShardedOptimizer:
 
     @property
     def lr(self):
-        """As Optimizer.lr; set it to the same on all ranks."""
+        """As Optimizer.lr; set it to the same on all ranks, which the next step compares."""
         return self._local.lr
 
     @lr.setter
@@ -567,17 +595,21 @@ class ShardedOptimizer:
         Parameters
         ----------
         d : dict
-            The whole dict, on all ranks.
+            The whole dict, the same on all ranks; its arrays are not compared.
 
         Raises
         ------
         ValueError, RuntimeError
-            As Optimizer.load_state_dict(); RuntimeError where another rank raised.
+            As Optimizer.load_state_dict(), and ValueError where the hyper-parameters or step counts in it differ between
+            ranks; RuntimeError where another rank raised.
         """
-        self._local.load_state_dict(self._ranks.together(self._own_part, d))
+        part, digest = self._ranks.together(self._own_part, d)
+        self._ranks.refuse_different(digest, DIFFERENT_SAVED)
+        self._local.load_state_dict(part)
 
     def _own_part(self, d):
-        """What the local optimizer must load, from a state_dict of the whole that is checked."""
+        """(what the local optimizer must load, what all ranks must have equal), from a state_dict of the whole that is
+        checked."""
         local = self._local._tensors
         for piece, tensor in zip(self._pieces, local, strict=True):
             self._tensors[piece.tensor].state = dict.fromkeys(tensor.state)
@@ -593,7 +625,9 @@ class ShardedOptimizer:
             }
             for piece, tensor in zip(self._pieces, local, strict=True)
         ]
-        return {**d, "patterns": [], "tensors": tensors}
+        self._local._groups.recipes_for(loaded.values, [tensor["state"] for tensor in tensors], "this state_dict")
+        equal = json.dumps([d["groups"], loaded.steps, loaded.dialect], sort_keys=True, default=repr)
+        return {**d, "patterns": [], "tensors": tensors}, equal.encode()
 
     def save(self, path):
         """Write state_dict() to a safetensors file, as Optimizer.save() does; rank 0 writes it.

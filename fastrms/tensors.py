@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from . import exchange, given_state, rules
+from . import given_state, rules, torch_reader
 from .memory import host
 
 
@@ -88,7 +88,9 @@ class Tensors(list):
         for tensor in self:
             for name, buffer in tensor.lent.items():
                 label = f"state[{name!r}] of {tensor.name}"
-                if self.memory.again(buffer, label).address != buffer.address and buffer.size:
+                found = self.memory.again(buffer, label)
+                self.memory.same_layout(found, label, buffer, f"{label} when it was bound")
+                if found.address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
                                      f"optimizer had been made; make a new one with state=")  # fmt: skip
 
@@ -109,6 +111,7 @@ class Tensors(list):
 
     def moved(self, which):
         """The Buffers of all parameters where torch has given one of these other memory (p.data = ...), else None."""
+        self.structure.refuse_moved()
         self.refuse_moved_state()
         params, memory = self.params, self.memory
         for k in which:
@@ -120,9 +123,9 @@ class Tensors(list):
         return params if moved else None
 
     def reader(self, plan):
-        """The exchange.Reader of these tensors for a Plan, or None where they cannot be read so."""
+        """The torch_reader.Reader of these tensors for a Plan, or None where they cannot be read so."""
         if self._reader is None:
-            self._reader = exchange.reader_of(self, plan) or False
+            self._reader = torch_reader.reader_of(self, plan) or False
         return self._reader or None
 
     def take(self, params):

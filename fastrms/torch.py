@@ -5,7 +5,7 @@ over all parameters.  They import torch, which nothing else in fastrms does.
 try:
     import torch  # noqa: F401
 except ImportError:
-    raise ImportError("fastrms.torch needs torch: pip install fastrms[torch]") from None
+    raise ImportError("fastrms.torch needs torch: pip install torch (what the extra fastrms[torch] names)") from None
 
 from . import graph_breaks, torch_core
 from .torch_backward import step_in_backward

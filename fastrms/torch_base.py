@@ -101,6 +101,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         """Add parameters, with hyper-parameters of their own where param_group has these, as torch's optimizers do."""
+        misplaced = next((name for name in OURS if name in param_group), None) if isinstance(param_group, dict) else None
+        if misplaced is not None:
+            raise ValueError(f"{misplaced}={param_group[misplaced]!r} stands in a group of parameters; it is for all: "
+                             f"pass {misplaced} to the constructor")  # fmt: skip
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,63 @@ def errors(folder):
         assert words in raised(ValueError, fastrms.mpi.ShardedOptimizer, COMM, mine, fastrms.Adam, **options)
     assert "'bets1'" in raised(TypeError, fastrms.mpi.ShardedOptimizer, COMM, mine, fastrms.Adam, bets1=1)
     assert "empty" in raised(ValueError, fastrms.mpi.ShardedOptimizer, COMM, [], fastrms.Adam)
+
+
+def differences(folder):
+    """All ranks raise where one of them differs in what decides the exchanges, or what becomes of a step."""
+    first = RANK == 0
+    made = partial(fastrms.mpi.ShardedOptimizer, COMM, timeout=20.0)
+    for kind, options in (
+        (fastrms.Adam, {"nonfinite": "skip" if first else "propagate"}),
+        (fastrms.Adam if first else fastrms.AdamW, {"weight_decay": 0.1, "decoupled": True}),
+        (fastrms.Adam, {"bucket": BLOCK if first else 1 << 20}),
+    ):  # fmt: skip
+        said = raised(ValueError, made, {"w": np.ones(BLOCK, np.float32)}, kind, **options)
+        assert said.startswith("the optimizer class, bucket or nonfinite of rank(s) 1"), said
+    said = raised(ValueError if RANK == 1 else RuntimeError, made, arrays(5), fastrms.Adam, lr=-1.0 if RANK == 1 else 0.1)
+    assert "lr=-1.0 must be finite" in said, said
+    asked, mine, grads = [], arrays(5), arrays(6)
+    sharded = made(mine, fastrms.Adam, lr=lambda step: asked.append(step) or (0.1 if first or step != 2 else 0.5))
+    for how in ({}, {"clip_norm": 1.0}):
+        sharded.step(grads, **how)
+    assert asked == [0, 1], asked
+    before = {name: array.copy() for name, array in mine.items()}
+    assert (
+        raised(ValueError, sharded.step, grads)
+        == "lr of group 0 must be the same on all ranks, it goes from 0.1 to 0.5 (-1: None)"
+    )
+    sharded.lr = lambda step: 0.1 if first else step / 0
+    assert (
+        "ZeroDivisionError" in raised(RuntimeError, sharded.step, grads)
+        if first
+        else raised(ZeroDivisionError, sharded.step, grads)
+    )
+    sharded.lr = 0.1 * (1 + RANK)
+    assert raised(ValueError, sharded.step, grads).startswith("lr of group 0 must be the same")
+    sharded.lr = 0.1
+    sharded.groups[0]["beta1"] = 0.9 if first else 0.8
+    assert raised(ValueError, sharded.step, grads).startswith("the hash of all hyper-parameters but lr must be the same")
+    sharded.groups[0]["beta1"] = 0.9
+    whole = COMM.bcast(sharded.state_dict())
+    for change in ({"steps": 51}, {"groups": [{**whole["groups"][0], "lr": 0.7}]},
+                   {"tensors": [{**tensor, "steps": 9} for tensor in whole["tensors"]]}):  # fmt: skip
+        said = raised(ValueError, sharded.load_state_dict, whole if first else {**whole, **change})
+        assert said.startswith("the state_dict of rank(s) 1") and sharded.steps == 2 and sharded.lr == 0.1, said
+    same(mine, before)
+    sharded.load_state_dict(whole)
+    sharded.step(grads)
+    zero_on_one_rank()
+
+
+def zero_on_one_rank():
+    """A state that only some ranks cannot load is loaded on none."""
+    w = np.ones(2 * BLOCK, np.float32)
+    sharded = fastrms.mpi.ShardedOptimizer(COMM, [w], fastrms.AdaGrad, eps=0.0, initial_value=1.0)
+    saved = COMM.bcast(sharded.state_dict())
+    saved["tensors"][0]["state"]["sum"][0] = 0.0
+    saved["steps"] = 7
+    assert "holds a 0" in raised((ValueError, RuntimeError), sharded.load_state_dict, saved)
+    assert sharded.steps == 0
 
 
 def counted(folder):

@@ -55,6 +55,12 @@ def test_errors_are_those_of_all_ranks(tmp_path, ranks):
 
 
 @needs_mpi
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_differ_are_refused_on_all(tmp_path, ranks):
+    succeed(ranks, tmp_path, "differences")
+
+
+@needs_mpi
 @pytest.mark.parametrize("written", RANKS)
 def test_a_checkpoint_of_some_ranks_is_read_by_others(tmp_path, written):
     pytest.importorskip("safetensors")

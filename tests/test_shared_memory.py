@@ -316,6 +316,19 @@ def test_a_torch_tensor_with_other_memory_is_refused(how, backend):
     assert torch.equal(w[0], before) and optimizer.steps == 1
 
 
+@pytest.mark.parametrize("of_params", ["numpy", "torch"])
+def test_a_torch_tensor_that_becomes_a_part_of_itself_is_refused(of_params, backend):
+    torch = pytest.importorskip("torch")
+    w, grad = (torch.zeros(9), torch.ones(9)) if of_params == "torch" else (numbers(9), numbers(9))
+    state = {"square_avg": torch.zeros(9)}
+    optimizer = fastrms.RMSProp([w], state={"square_avg": [state["square_avg"]]}, backend=backend)
+    optimizer.step([grad])
+    state["square_avg"].data = state["square_avg"].data[:5]
+    with pytest.raises(ValueError, match=r"state\['square_avg'\] of params\[0\] has shape \(5,\)"):
+        optimizer.step([grad])
+    assert optimizer.steps == 1
+
+
 def test_a_shared_tensor_that_stays_is_updated(backend):
     torch = pytest.importorskip("torch")
     state = {"square_avg": torch.zeros(9).share_memory_()}
@@ -337,6 +350,40 @@ def test_a_torch_state_of_a_flat_buffer():
     named = {name: part.reshape(x.shape) for part, (name, x) in zip(parts, flat.params.items(), strict=True)}
     with pytest.raises(ValueError, match="one array"):  # nobody would look whether these get other memory
         fastrms.RMSProp(flat, state={"square_avg": named})
+
+
+@pytest.mark.parametrize("how", ["alone", "group", "patterns"])
+@pytest.mark.parametrize("what", ["data", "grad"])
+def test_a_flat_buffer_over_a_tensor_that_moves_is_refused(what, how, backend):
+    """The optimizer would use other memory than flat.params shows."""
+    torch = pytest.importorskip("torch")
+    over = {name: torch.ones(11).share_memory_() for name in ("data", "grad")}
+    flat = fastrms.FlatBuffer({"a": (2, 3), "b": 5}, **over)
+    groups = {"groups": {"b": {"lr": 0.5}}} if how == "patterns" else {}
+    params, grads = ([{"params": flat}], [flat.grads]) if how == "group" else (flat, flat.grads)
+    optimizer = fastrms.Adam(params, backend=backend, **groups)
+    bound = fastrms.Adam(params, backend=backend, **groups)
+    bound.bind(grads)
+    for _ in range(3):
+        optimizer.step(grads)
+        bound.step()
+    before = flat.data.copy()
+    over[what].data = torch.full((11,), 5.0)
+    makes = lambda: fastrms.Adam(params, backend=backend, **groups)  # noqa: E731
+    for use in (lambda: optimizer.step(grads), bound.step, makes):
+        with pytest.raises(ValueError, match=f"tensor under {what} of the FlatBuffer was given other memory"):
+            use()
+    assert np.array_equal(flat.data, before) and (over[what] == 5).all() and optimizer.steps == 3
+
+
+def test_a_state_of_a_flat_buffer_that_moves_is_refused(backend):
+    torch = pytest.importorskip("torch")
+    flat, state = fastrms.FlatBuffer({"a": (2, 3), "b": 5}), torch.zeros(11)
+    optimizer = fastrms.RMSProp(flat, state={"square_avg": state}, backend=backend)
+    optimizer.step(flat.grads)
+    state.data = torch.zeros(11)
+    with pytest.raises(ValueError, match=r"state\['square_avg'\] of params was given other memory"):
+        optimizer.step(flat.grads)
 
 
 # memory that processes share

@@ -13,7 +13,7 @@ import weakref
 import pytest
 
 import fastrms
-from fastrms import exchange
+from fastrms import torch_reader
 
 torch = pytest.importorskip("torch", reason="not installed: torch")
 ft = pytest.importorskip("fastrms.torch")
@@ -393,6 +393,16 @@ def test_states_that_are_given_other_memory_are_followed():
     assert torch.allclose(state["exp_avg_sq"], torch.full((3,), 1.0)) and state["step"] == 2
 
 
+@pytest.mark.parametrize("name, value", [("clip_norm", 1.0), ("nonfinite", "skip"), ("zero_grad", True), ("dialect", "tf1")])
+def test_what_is_for_all_groups_is_refused_in_one(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* stands in a group of parameters; .* to the constructor"):
+        ft.RMSprop([{"params": [parameter(3)], name: value}])
+    optimizer = ft.RMSprop([parameter(3)])
+    with pytest.raises(ValueError, match=f"{name}=.* stands in a group"):
+        optimizer.add_param_group({"params": [parameter(3)], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_state_with_other_memory_does_not_bring_an_old_rate_back():
     param = parameter(3)
     optimizer = ft.RMSprop([param], lr=1.0)
@@ -446,6 +456,17 @@ def test_a_model_may_turn_to_another_memory_format(then):
                     optimizer.add_param_group({"params": [parameter(3)]})
         assert near(model, twin)
     assert optimizers[1].state[model.weight]["exp_avg"].stride() == model.weight.stride()
+
+
+def test_a_state_that_becomes_a_part_of_itself_is_refused():
+    param = parameter(9)
+    optimizer = ft.RMSprop([param])
+    optimizer.step()
+    state, before = optimizer.state[param]["square_avg"], param.detach().clone()
+    state.data = state.data[:5]
+    with pytest.raises(ValueError, match=r"state\['square_avg'\].* has shape \(5,\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize("name", ["Adam", "Adagrad"])
@@ -508,7 +529,7 @@ class Interrupted:
 @pytest.mark.parametrize("lacking", ["nothing", "library"])
 def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     if lacking == "library":
-        monkeypatch.setattr(exchange, "library", lambda: None)
+        monkeypatch.setattr(torch_reader, "library", lambda: None)
     params = [parameter(3), parameter(2), parameter(4)]
     optimizer = ft.Adam(params)
     optimizer.step()
@@ -859,7 +880,7 @@ def test_an_optimizer_is_freed_without_the_collector():
 
 def test_this_torch_is_read_in_c():
     """Otherwise every step takes the long way, with the same results."""
-    assert exchange.library() is not None
+    assert torch_reader.library() is not None
 
 
 @pytest.mark.parametrize("lacking", ["library", "c"])
@@ -868,7 +889,7 @@ def test_without_that_a_step_has_the_same_bits(lacking, monkeypatch):
     train(model, ft.Adam(model.parameters()), 3)
     if lacking == "c":
         monkeypatch.setenv("FASTRMS_BACKEND", "numpy")
-    monkeypatch.setattr(exchange, "library", lambda: None)
+    monkeypatch.setattr(torch_reader, "library", lambda: None)
     optimizer = ft.Adam(twin.parameters())
     train(twin, optimizer, 3)
     assert same(model, twin) and optimizer.state[twin[0].bias]["step"] == 3
@@ -900,11 +921,11 @@ def test_a_list_that_another_thread_has_changed_is_not_read(count):
 
 
 def test_another_layout_of_objects_is_not_trusted(monkeypatch):
-    class Broken(exchange.Library):
+    class Broken(torch_reader.Library):
         pass
 
-    monkeypatch.setattr(exchange, "place", lambda pairs: (_ for _ in ()).throw(LookupError()))
-    assert exchange.library.__wrapped__() is None
+    monkeypatch.setattr(torch_reader, "place", lambda pairs: (_ for _ in ()).throw(LookupError()))
+    assert torch_reader.library.__wrapped__() is None
 
 
 # imports

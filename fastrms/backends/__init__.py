@@ -67,7 +67,7 @@ class Plan:
     tensor_steps: list  #: how many updates each tensor has had
     most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
     capturable = False  #: whether a CUDA graph may capture a step, for which bound gradients must stay held
-    takes_pointers = False  #: whether change() takes an exchange.Reader as the gradients of a step
+    takes_pointers = False  #: whether change() takes an torch_reader.Reader as the gradients of a step
 
     def join(self, exchange):
         """Find norms and nonfinite elements together with other ranks from now on; exchange: a shards.Exchange."""
@@ -95,7 +95,7 @@ class Plan:
         ----------
         params : list of Buffer, optional
             Where all parameters lie now.
-        grads : list of Buffer, ndarray or None, or exchange.Reader, optional
+        grads : list of Buffer, ndarray or None, or torch_reader.Reader, optional
             The gradients of this step, one per tensor; where it is None, the tensor and its step count stay as they are.
             Only a plan that takes_pointers is given a Reader.
         recipes : dict, optional

@@ -216,6 +216,14 @@ class FlatBuffer:
         data = self._given.get("data")
         return data.detach() if host.is_torch(data) else self.data
 
+    def refuse_moved(self):
+        """ValueError where torch has given a tensor that this FlatBuffer lies over other memory."""
+        for name, x in self._given.items():
+            flat = getattr(self, name)
+            if host.is_torch(x) and flat.size and x.data_ptr() != host.address(flat):
+                raise ValueError(f"the torch tensor under {name} of the FlatBuffer was given other memory (tensor.data = "
+                                 f"...) after the FlatBuffer had been made; make a new FlatBuffer over it")  # fmt: skip
+
     def __reduce__(self):
         if self._given:
             raise TypeError("a FlatBuffer over your own memory cannot be copied or pickled, as the copy would not share it: "

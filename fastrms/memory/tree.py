@@ -139,6 +139,9 @@ class Structure:
 
     count: int
 
+    def refuse_moved(self):
+        """ValueError where torch has given a tensor under a FlatBuffer other memory."""
+
     def state_leaves(self, value, what):
         return self.leaves(value, what)
 
@@ -227,10 +230,14 @@ class FlatOf(Structure):
 
     def __init__(self, flat, owner):
         self.flat = flat
+        flat.refuse_moved()
         self.runs = [self._run(list(names)) for _, names in groupby(owner, owner.get)]
         self.keys = [next(iter(run)) for run in self.runs]
         self.count = len(self.runs)
         self.spans = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
+
+    def refuse_moved(self):
+        self.flat.refuse_moved()
 
     def _run(self, names):
         views = [self.flat.params[name] for name in names]
@@ -268,7 +275,9 @@ class FlatOf(Structure):
         array, size = value if host.is_torch(value) else host.as_array(value, what), self.flat.data.size
         if tuple(array.shape) != (size,):
             raise ValueError(f"{what} has shape {tuple(array.shape)}, the FlatBuffer has {size} elements in one dimension")
-        return self.cut(array)
+        return (
+            [array] if self.count == 1 else self.cut(array)
+        )  # torch may give this tensor other memory, but not a view of it
 
     def _joined(self, arrays, what):
         """One array over the named arrays of a run, which lie one after the other in memory; None where there are none."""
@@ -307,6 +316,10 @@ class GroupsOf(Structure):
     def __init__(self, members):
         self.members = members
         self.count = sum(member.count for member in members)
+
+    def refuse_moved(self):
+        for member in self.members:
+            member.refuse_moved()
 
     def labels(self):
         return [(k, label) for k, member in enumerate(self.members) for label in member.labels()]

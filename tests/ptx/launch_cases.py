@@ -363,7 +363,7 @@ def test_gradients_at_the_same_addresses_need_nothing_new(driver, monkeypatch):
 
 
 def test_addresses_that_were_read_in_c_are_taken(driver):
-    """As fastrms.exchange.Reader reads those of torch tensors: a table is made only where they have changed."""
+    """As fastrms.torch_reader.Reader reads those of torch tensors: a table is made only where they have changed."""
     params, theirs, grads = ([numbers(33, seed=k) for k in range(3)] for _ in range(3))
     optimizer, reference = fastrms.Adam([OnDevice(p) for p in params]), fastrms.Adam(theirs, backend="numpy")
     plan = optimizer._plan

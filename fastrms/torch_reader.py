@@ -15,7 +15,7 @@ from pathlib import Path
 from .backends import c
 from .memory import host
 
-READ = ("device_type", "device_index", "layout", "dtype", "dim", "sizes", "strides", "data_ptr", "storage_offset",
+READ = ("device_type", "device_index", "layout", "dtype", "dim", "numel", "sizes", "strides", "data_ptr", "storage_offset",
         "storage_size")  # fmt: skip
 FILES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
@@ -102,7 +102,7 @@ class Reader:
         self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
         for first, row in zip(self._firsts, self._rows, strict=False):
             for k in range(first + 1, first + row):
-                if buffers[k].size:  # nobody gives a state another layout where it lies
+                if buffers[k].size:  # a state may become a part of itself, but nobody permutes its axes
                     self._layouts[k].axes = -1
         self._addresses = c.ffi.new("void *[]", len(wanted))
         self._objects = [buffer.owner for buffer in buffers]
