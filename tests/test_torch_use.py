@@ -237,6 +237,7 @@ def test_step_hooks():
     assert len(seen) == 3 and optimizer.state[model[0].bias]["step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore")  # the profiler warns where there is a GPU that it does not look at
 def test_the_profiler_sees_steps():
     model = net()
     optimizer = ft.Adam(model.parameters())
@@ -543,6 +544,7 @@ def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the threads of autograd for a GPU do not survive a fork")
 def test_share_memory_shares_states_and_counts():
     model = net()
     model.share_memory()
