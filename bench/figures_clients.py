@@ -10,7 +10,7 @@ from . import peers
 from .figures import Figure
 
 ROUNDS, STEPS = 5, 2000  # of each training; steps of the environment, 5 to an update
-PLACED = "every tensor lies where torch allocates it"
+PLACED = "every tensor lies where torch allocates it; figures are medians of 5 trainings"
 RMSPROP, LIKE_TF = "torch.optim.RMSprop", "SB3's RMSpropTFLike"
 
 
