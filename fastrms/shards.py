@@ -7,7 +7,7 @@ a block that is cut it sends the elements themselves.  All ranks gather these pi
 """
 
 import operator
-import secrets
+import os
 from itertools import groupby
 from typing import NamedTuple
 
@@ -149,7 +149,7 @@ def _run(tensor, row):
 
 def everyone(gather, runs):
     """(runs of all ranks, number of this rank): all ranks tell each other what they hold."""
-    token = secrets.token_bytes(TOKEN)
+    token = os.urandom(TOKEN)
     sent = [bytes(message) for message in gather(token + np.array(runs, np.int64).tobytes())]
     tokens = [message[:TOKEN] for message in sent]
     if token not in tokens:
