@@ -768,7 +768,10 @@ def test_a_clipped_step_waits_for_nothing(driver):
         optimizer.step(clip_norm=0.25)
         calls = driver.census(lambda optimizer=optimizer: optimizer.step(clip_norm=0.25))
         assert calls == {"cuLaunchKernelEx": 4}
-        want = [reference.step(grad, scale, clip).grad_norm for scale, clip in ((0.5, 0.5), (1.0, 0.25), (1.0, 0.25))]
+        want = [
+            reference.step(grad, grad_scale=scale, clip_norm=clip).grad_norm
+            for scale, clip in ((0.5, 0.5), (1.0, 0.25), (1.0, 0.25))
+        ]
         assert first.grad_norm == want[0] and first[1] == want[0]
         optimizer.step()
         assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 1}
