@@ -67,7 +67,7 @@ class Plan:
     tensor_steps: list  #: how many updates each tensor has had
     most_rate_rows = 1  #: for how many steps set_rates() takes learning rates
     capturable = False  #: whether a CUDA graph may capture a step, for which bound gradients must stay held
-    takes_pointers = False  #: whether change() takes an torch_reader.Reader as the gradients of a step
+    takes_pointers = False  #: whether change() takes a torch_reader.Reader as the gradients of a step
 
     def join(self, exchange):
         """Find norms and nonfinite elements together with other ranks from now on; exchange: a shards.Exchange."""

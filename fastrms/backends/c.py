@@ -250,7 +250,7 @@ class Plan(backends.Plan):
         lib.fastrms_stream_close(self._plan)
 
     def _addresses(self, grads):
-        """A C array of the addresses of all gradients, which an torch_reader.Reader has ready."""
+        """A C array of the addresses of all gradients, which a torch_reader.Reader has ready."""
         return ffi.new(self._pointers, [self._address(grad) for grad in grads]) if type(grads) is list else grads.pointers
 
     def _address(self, grad):

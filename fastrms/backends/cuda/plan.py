@@ -100,7 +100,7 @@ class Plan(plan.Plan):
         return super().change(params, grads, recipes, hold, run, grad_scale, clip_norm)
 
     def _read(self, reader):
-        """The gradients that an torch_reader.Reader has read: the list of the last time where they still lie there."""
+        """The gradients that a torch_reader.Reader has read: the list of the last time where they still lie there."""
         addresses = bytes(ffi.buffer(reader.pointers, ffi.sizeof("void *") * len(self.params)))
         if addresses != self._read_last[0]:
             rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, strict=True)
