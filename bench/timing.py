@@ -75,9 +75,10 @@ def sampled(calls, seconds, least_rounds=3, before=lambda key: None, measurement
 
 
 def calibrate(timer, measurement=MEASUREMENT):
-    """(how many calls make one measurement, whether one call is short enough for a warm-up)."""
+    """(how many calls make one measurement, whether one call is short enough for a warm-up).  The shorter of two timings
+    counts: after a rest, threads that sleep make the first call of some libraries a hundred times as long."""
     repetitions = 1
-    while (taken := timer.timeit(repetitions)) < measurement:
+    while (taken := min(timer.repeat(2, repetitions))) < measurement:
         repetitions = max(2 * repetitions, int(1.1 * measurement / max(taken, 1e-7) * repetitions))
     return repetitions, taken < WARM_UP
 

@@ -17,7 +17,7 @@ from ... import threads
 from ...memory import host
 from .. import find_spec, plan
 
-LEAST = {"omp": 1 << 16, "tbb": 1 << 17, "workqueue": 1 << 20}  # elements from which two threads gain
+LEAST = {"omp": 1 << 16, "tbb": 1 << 18, "workqueue": 1 << 21}  # elements from which two threads gain, steps every 1 ms too
 SMALLEST = min(LEAST.values())
 _one_at_a_time = threading.Lock()
 _process = os.getpid()
