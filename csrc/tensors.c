@@ -1,5 +1,6 @@
 /* Where the tensors of torch lie, read from the Python objects through the C functions that torch offers to compiled code
  * (aoti_torch_get_..., its stable C interface). */
+#include <string.h>
 #include "internal.h"
 
 enum { TENSOR_LINES = 4 };                                /* of cache, about, for what torch keeps of a tensor */
@@ -43,12 +44,17 @@ static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layo
     return (offset + wanted->size) * wanted->itemsize <= bytes;
 }
 
+static int is_negative(const fastrms_torch *torch, void *tensor)
+{
+    return (*(const uint64_t *)(*(const char **)tensor + torch->flags_at) & torch->negative) != 0;
+}
+
 static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
 {
     if (wanted->axes < 0)                                 /* only its address and its size count */
         return *(void **)tensor && !torch->get_data_ptr(tensor, address) && *address == wanted->address
             && has_size(torch, tensor, wanted->size);
-    if (!*(void **)tensor || !is_number(torch->get_device_type, tensor, wanted->device_type)
+    if (!*(void **)tensor || is_negative(torch, tensor) || !is_number(torch->get_device_type, tensor, wanted->device_type)
         || !is_number(torch->get_device_index, tensor, wanted->device_index)
         || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))
         return 0;
@@ -76,10 +82,20 @@ static void prefetch(const fastrms_torch *torch, char *const *object, int64_t co
     }
 }
 
-int64_t fastrms_read_tensors(const fastrms_torch *torch, void *list, int64_t first, int64_t count,
+static char *const *items(const fastrms_torch *torch, uintptr_t list)
+{
+    return *(char *const **)(list + torch->items_at);
+}
+
+int fastrms_same_items(const fastrms_torch *torch, uintptr_t list, uintptr_t other, int64_t count)
+{
+    return !memcmp(items(torch, list), items(torch, other), (size_t)count * sizeof(char *));
+}
+
+int64_t fastrms_read_tensors(const fastrms_torch *torch, uintptr_t list, int64_t first, int64_t count,
                              const fastrms_layout *wanted, void **address)
 {
-    char *const *object = *(char *const **)((char *)list + torch->items_at) + first;
+    char *const *object = items(torch, list) + first;
     int64_t absent = 0;
     prefetch(torch, object, count);
     for (int64_t k = 0; k < count; ++k) {

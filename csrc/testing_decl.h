@@ -42,10 +42,12 @@ double fastrms_series(double decay, double weight, int64_t terms);
 /* ---- tensors of torch ---- */
 
 /* What fastrms_read_tensors needs: where in a Python object its class is, in a tensor of torch what C takes for one, in a list
- * the pointer to its items, all in bytes; the classes that are read, and None; and of torch the layout "strided" and the
- * functions aoti_torch_get_... . */
+ * the pointer to its items, and in what C takes for a tensor the flags of which `negative` is set where the numbers in memory
+ * have the other sign, all in bytes; the classes that are read, and None; and of torch the layout "strided" and the functions
+ * aoti_torch_get_... . */
 typedef struct {
-    int32_t kind_at, tensor_at, items_at, strided;
+    int32_t kind_at, tensor_at, items_at, flags_at, strided;
+    uint64_t negative;
     const void *kinds[2], *none;
     int32_t (*get_device_type)(void *tensor, int32_t *made), (*get_device_index)(void *tensor, int32_t *made);
     int32_t (*get_layout)(void *tensor, int32_t *made), (*get_dtype)(void *tensor, int32_t *made);
@@ -67,8 +69,11 @@ typedef struct {
 
 /* Fill address[] for `count` tensors of a Python list, from the one of index `first` on: NULL for None.  Returns how many are
  * None, or -1 where one is not as wanted. */
-int64_t fastrms_read_tensors(const fastrms_torch *torch, void *list, int64_t first, int64_t count,
+int64_t fastrms_read_tensors(const fastrms_torch *torch, uintptr_t list, int64_t first, int64_t count,
                              const fastrms_layout *wanted, void **address);
+
+/* Have two Python lists of `count` items the same objects in them? */
+int fastrms_same_items(const fastrms_torch *torch, uintptr_t list, uintptr_t other, int64_t count);
 
 /* ---- the ceilings of the benchmark ---- */
 

@@ -381,7 +381,8 @@ class Optimizer(Names, Family):
         if tensors.of_torch and not (grads is None and self._plan.capturable):
             grads = gradients.listed(grads)
             leaves = gradients.torch_leaves(grads)
-            info = leaves and self._read_step(leaves, grad_scale, clip_norm)
+            reader = leaves and tensors.reader(self._plan)
+            info = reader and self._read_step(reader, leaves, grad_scale, clip_norm)
             if info:
                 return info
         params = tensors.moved(tensors.of_torch) if tensors.of_torch else None
@@ -394,11 +395,10 @@ class Optimizer(Names, Family):
             self._hold(hold)
         return APPLIED if found is None else self._info(found)
 
-    def _read_step(self, leaves, grad_scale, clip_norm):
+    def _read_step(self, reader, leaves, grad_scale, clip_norm):
         """The StepInfo of a step from gradients that are torch tensors, a list with one for each tensor or None, whose
-        addresses C reads; None where it cannot be made so."""
-        reader = self._tensors.reader(self._plan)
-        if reader is None or not reader.read(leaves):
+        addresses this Reader finds; None where it cannot be made so."""
+        if not reader.read(leaves):
             return None
         if self._gradients.held is not None:
             self._hold(None)

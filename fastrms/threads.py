@@ -23,9 +23,9 @@ _without_c = None
 def set_num_threads(n):
     """Let large steps use several threads, for the whole process.
 
-    On the C backend these are steps of 320 Ki elements and more, and in a loop in which at most 50 us lie between two steps,
-    once it has had 320 Ki elements, of 32 Ki and more.  In such a loop, threads that have nothing to do wait awake for up to
-    50 us after a step, so that the next one finds them ready; they never do so on the CPU that the caller runs on.
+    On the C backend these are steps of 320 Ki elements and more, and in a loop in which at most 100 us lie between two steps
+    of 32 Ki and more, once it has had 320 Ki elements.  In such a loop, threads that have nothing to do wait awake for up to
+    100 us after a step, so that the next one finds them ready; they never do so on the CPU that the caller runs on.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from functools import wraps
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 
 import torch
 from torch.optim import optimizer as of_torch
@@ -13,6 +13,7 @@ from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
 from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FLAGS, NAMES
 
@@ -153,16 +154,17 @@ class Optimizer(torch.optim.Optimizer):
         first of the values of each group, are others; the cores then take them over."""
         if self._cores is None or self._note.changed or len(self.param_groups) != len(self._known):
             return False
-        rates = False
-        for group, (params, getter, known) in zip(self.param_groups, self._known, strict=True):
-            mine, values = group["params"], getter(group)
-            if len(mine) != len(params) or not all(map(is_, mine, params)):
+        rates, objects = False, [*self.state.values()]
+        for group, (count, getter, known) in zip(self.param_groups, self._known, strict=True):
+            params, values = group["params"], getter(group)
+            if len(params) != count:
                 return False
+            objects += params
             if values != known:
                 if values[1:] != known[1:] or type(values[0]) is not float:
                     return False
                 rates = True
-        if len(self.state) != len(self._states) or not all(map(is_, self.state.values(), self._states)):
+        if not same_items(objects, self._objects):
             return False
         if self._idle and any(grad is not None for grad in map(GRAD, self._idle)):
             return False
@@ -175,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups]
         for core in self._cores:
             core.set_rates(rates)
-        self._known = [(p, getter, (rate, *known[1:])) for rate, (p, getter, known) in zip(rates, self._known, strict=True)]
+        self._known = [(n, getter, (rate, *known[1:])) for rate, (n, getter, known) in zip(rates, self._known, strict=True)]
 
     def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
@@ -230,10 +232,10 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             names = [name for name in self.defaults if name not in FLAGS and name in group]
             values = tuple(frozen(name, group[name]) for name in names)
-            self._known.append((list(group["params"]), itemgetter(*names), values))
-        self._states = list(self.state.values())
+            self._known.append((len(group["params"]), itemgetter(*names), values))
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._objects = [*self.state.values(), *params]
         updated = {id(param) for core in self._cores for param in core.params}
-        params = (param for group in self.param_groups for param in group["params"])
         self._idle = [param for param in params if id(param) not in updated]
         self._note.changed = False
 
@@ -318,7 +320,7 @@ class Optimizer(torch.optim.Optimizer):
     def share_memory(self):
         """Move all states, the numbers of steps included, into memory that processes share; torch's Adagrad has this."""
         self.make_state()
-        for state in self._states:
+        for state in self.state.values():
             for name, value in state.items():
                 if name != "step" and torch.is_tensor(value):
                     part_of(value).share_memory_()

@@ -196,10 +196,10 @@ class Core:
         optimizer = self.optimizer
         try:
             with optimizer._one_thread:
-                info = optimizer._read_step(grads, grad_scale, clip_norm)
+                reader = optimizer._tensors.reader(optimizer._plan)
+                info = reader and optimizer._read_step(reader, grads, grad_scale, clip_norm)
             if info and info.applied:
-                absent = optimizer._tensors.reader(optimizer._plan).absent
-                self._count([grad is not None for grad in grads] if absent else self._all)
+                self._count([grad is not None for grad in grads] if reader.absent else self._all)
         except BaseException:  # Ctrl-C may come after the step and before it is counted
             self._recount()
             raise

@@ -10,6 +10,7 @@ import sys
 from copy import copy
 from functools import cache
 from itertools import accumulate
+from operator import is_
 from pathlib import Path
 
 from .backends import c
@@ -34,7 +35,7 @@ class Library:
     torch is another than is expected here."""
 
     def __init__(self, torch):
-        self.is_neg, self.increment_version = torch.Tensor.is_neg, torch.autograd.graph.increment_version
+        self.increment_version = torch.autograd.graph.increment_version
         folder = Path(torch.__file__).parent / "lib"
         functions = ctypes.CDLL(next(str(folder / name) for name in FILES if (folder / name).exists()))
         self.devices = {name: functions[f"aoti_torch_device_type_{name}"]() for name in ("cpu", "cuda")}
@@ -51,6 +52,8 @@ class Library:
         self.struct.kind_at = place([(sample, id(type(sample))) for sample in samples])
         self.struct.tensor_at = place([(sample, sample._cdata) for sample in samples])
         self.struct.items_at = place_of_items([*samples])
+        pairs = [(sample._cdata, torch._neg_view(sample)) for sample in samples]
+        self.struct.flags_at, self.struct.negative = flag_between([(plain, other._cdata) for plain, other in pairs])
 
 
 def place(pairs):
@@ -72,6 +75,17 @@ def place_of_items(items):
     return offset
 
 
+def flag_between(pairs):
+    """(how many bytes after the address of a tensor a word stands, a bit of it): in this word, the tensors of each pair of
+    addresses differ only in that the second has the bit.  LookupError where there is no such word."""
+    for offset in range(16, 192, 8):  # behind the pointer to its functions and the number of references to it
+        words = {tuple(ctypes.c_uint64.from_address(address + offset).value for address in pair) for pair in pairs}
+        (plain, other), *more = words
+        if not more and plain < other and (plain ^ other).bit_count() == 1:
+            return offset, plain ^ other
+    raise LookupError("torch has another layout of its tensors")
+
+
 def reader_of(tensors, plan):
     """A Reader for these Tensors; None where one of them is no tensor of torch, where torch cannot be read in C, and where
     the Plan needs arrays, as those of the host do that take no pointers."""
@@ -80,6 +94,16 @@ def reader_of(tensors, plan):
     owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
     known = library() if all(map(host.is_torch, owners)) else None
     return known and Reader(known, tensors, plan.takes_pointers)
+
+
+def same_items(some, others):
+    """Whether two lists, which no other thread changes, have the same objects in them."""
+    if len(some) != len(others):
+        return False
+    known = library()
+    if known is None:
+        return all(map(is_, some, others))
+    return bool(c.lib.fastrms_same_items(known.struct, id(some), id(others), len(some)))
 
 
 class Reader:
@@ -108,7 +132,7 @@ class Reader:
         self._objects = [buffer.owner for buffer in buffers]
         layouts, fixed = self._layouts, len(buffers)
         self.pointers = self._addresses + fixed
-        self._stay = known.struct, c.pointer(id(self._objects)), 0, fixed, layouts, self._addresses
+        self._stay = known.struct, id(self._objects), 0, fixed, layouts, self._addresses
         self._given = 0, len(tensors), layouts + fixed, self.pointers
 
     def _layout(self, buffer, address):
@@ -127,17 +151,16 @@ class Reader:
         if len(leaves) != len(self._tensors):  # another thread has changed it since it was looked at
             return False
         read = c.lib.fastrms_read_tensors
-        absent = read(self._known.struct, c.pointer(id(leaves)), *self._given)
+        absent = read(self._known.struct, id(leaves), *self._given)
         if absent < 0 or read(*self._stay):
             return False
         self.leaves, self.absent = leaves, absent
-        there = [leaf for leaf in leaves if leaf is not None] if absent else leaves
-        return not any(map(self._known.is_neg, there))
+        return True
 
     def read_one(self, k, grad):
         """The address of the gradient of tensor k, as read() has all of them; 0 where a tensor is not as it should be."""
         grads, read, (_, _, layouts, pointers) = [grad], c.lib.fastrms_read_tensors, self._given
-        if read(self._known.struct, c.pointer(id(grads)), 0, 1, layouts + k, pointers + k) or grad.is_neg():
+        if read(self._known.struct, id(grads), 0, 1, layouts + k, pointers + k):
             return 0
         known, stay, _, _, layouts, addresses = self._stay
         first, count = self._firsts[k], self._rows[k]
