@@ -9,7 +9,8 @@
     static int isa##_is_supported(void) { return supported; }
 TIERS(DEFINE_SUPPORTED, )
 #define ROW(isa, target, supported, roots, with) \
-    {#isa, isa##_is_supported, fastrms_kernels_##isa, fastrms_scan_##isa, &fastrms_ceilings_##isa},
+    {#isa, isa##_is_supported, fastrms_kernels_##isa, fastrms_scan_##isa, fastrms_decode_##isa, fastrms_encode_##isa, \
+     &fastrms_ceilings_##isa},
 static const fastrms_tier tiers[] = {TIERS(ROW, )};
 
 enum { COUNT = sizeof tiers / sizeof *tiers };

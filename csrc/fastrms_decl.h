@@ -50,15 +50,48 @@ typedef struct {
     double lr, value[FASTRMS_MAX_COEFFICIENTS];
 } fastrms_recipe;
 
+/* ---- storage formats ---- */
+
+/* How a buffer of floats is stored.  FASTRMS_FP16S is FASTRMS_FP16 of a state: it saturates, and nothing but 0 becomes 0.
+ * FASTRMS_Q8 has 8 bits for a number with a sign, FASTRMS_Q8U for one that is never negative: the codes of all elements, a byte
+ * each, up to a multiple of 64 bytes, and after them an int32 for each block of 256 elements.  FASTRMS_SPLIT16 and
+ * FASTRMS_SPLIT8 are a bf16 parameter and, in a buffer of its own, 16 or 8 bits more of each element. */
+#define FASTRMS_FLOAT 0
+#define FASTRMS_BF16 1
+#define FASTRMS_FP16 2
+#define FASTRMS_FP16S 3
+#define FASTRMS_Q8 4
+#define FASTRMS_Q8U 5
+#define FASTRMS_SPLIT16 6
+#define FASTRMS_SPLIT8 7
+
+/* The bytes of a buffer of `size` elements; for the last two formats, of the buffer with their lower bits. */
+int64_t fastrms_stored_bytes(int format, int64_t size);
+
+/* How the buffers of a tensor, whose compute dtype is float, are stored.
+ * param, state: their formats.  low: with a split format the buffer of the lower bits; with FASTRMS_BF16 and FASTRMS_FP16 NULL,
+ *     or the parameter in floats, which is updated and then rounded to param.
+ * copy: NULL, or where the new parameter is written once more, in copy_format.
+ * stochastic: states, and a parameter without low, are rounded up or down at random, else to nearest; the random numbers depend
+ *     on seed, on the number of the update and on the position of an element, which is that in the tensor plus `origin`. */
+typedef struct {
+    int32_t param, state[FASTRMS_MAX_STATES], copy_format, stochastic;
+    void *low, *copy;
+    uint64_t seed;
+    int64_t origin;
+} fastrms_storage;
+
 /* ---- plans: all tensors of an optimizer ---- */
 
 /* One parameter and its states.  size: in elements; steps: how many updates it has had; recipe: index into the recipes of
- * the plan; set: for the plan's own use. */
+ * the plan; grad_format: of the gradient, FASTRMS_FLOAT, FASTRMS_BF16 or FASTRMS_FP16; set: for the plan's own use; storage:
+ * NULL where parameter and states are in the compute dtype. */
 typedef struct {
     int64_t size, steps;
-    int32_t recipe, set;
+    int32_t recipe, set, grad_format;
     void *param;
     void *state[FASTRMS_MAX_STATES];
+    fastrms_storage *storage;
 } fastrms_tensor;
 
 /* A sum of squares, kept as sum * 2^(2*exponent) so that it neither overflows nor vanishes; nonfinite: how many of the
@@ -132,11 +165,11 @@ typedef struct {
     const double *rates;
     int64_t first_rate, rate_rows;
     fastrms_found found;
-    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled;
+    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled, unit, each;
     fastrms_shards *shards;
 } fastrms_plan;
 
-/* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size must be set.  grad: room for
+/* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size and storage must be set.  grad: room for
  * one address per tensor, that of its gradient.  scratch: fastrms_scratch_bytes() bytes, aligned like a double. */
 int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor);
 void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
@@ -166,6 +199,11 @@ double fastrms_step_clipped(fastrms_plan *plan, int held, double grad_scale, dou
 int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
                    int hold, int run, double grad_scale, double clip_norm, fastrms_found *found);
 
+/* The same with gradients of other formats: format[k] is that of grad[k], FASTRMS_FLOAT, FASTRMS_BF16 or FASTRMS_FP16. */
+int fastrms_change_as(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format,
+                      const fastrms_recipe *recipe, int hold, int run, double grad_scale, double clip_norm,
+                      fastrms_found *found);
+
 /* fastrms_set_rate gives every recipe one learning rate for all steps from now on.
  * fastrms_set_rates gives each its own: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
  * 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows; this
@@ -176,11 +214,11 @@ int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const dou
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; rates: the learning rate of each recipe, or NULL.  A gradient that shares
+ * FASTRMS_STREAMING.  param: a new address, or NULL; format: that of the gradient; rates: the learning rate of each recipe, or NULL.  A gradient that shares
  * a byte with a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The plan goes on holding the gradients
  * that it held before. */
 int fastrms_stream_open(fastrms_plan *plan);
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const double *rates,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format, const double *rates,
                         double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 

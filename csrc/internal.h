@@ -44,6 +44,8 @@ int fastrms_roots_are_right(void);                        /* roots.c */
 enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_PREFETCHED = 24 * FASTRMS_LINE };      /* bytes */
 #define FASTRMS_PREFETCH(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_PREFETCHED + (line));
 
+enum { FASTRMS_BLOCK = 256 };                             /* elements of a block of an 8-bit format */
+
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 
 /* norm.c: what a scan of a gradient looks for, and the function that finds the sum of squares and the number of nonfinite
@@ -56,16 +58,31 @@ typedef fastrms_squares fastrms_scan_function(int64_t size, int stored, const vo
 
 typedef struct fastrms_ceiling_loops fastrms_ceiling_loops;      /* ceilings.c */
 
+/* formats.c: a part of a stored buffer, and the loops that read and write it.  low: the lower bits of a split format, and the
+ * int32 of the blocks of an 8-bit format, at whose borders such a part begins and ends, unless the tensor ends.  rounding: of
+ * the first element of the part. */
+typedef struct {
+    void *stored, *low;
+} fastrms_stored;
+typedef void fastrms_decoder(int format, int64_t size, fastrms_stored from, float *to);
+typedef void fastrms_encoder(int format, int64_t size, const float *from, fastrms_stored to, fastrms_rounding rounding);
+fastrms_stored fastrms_part(int format, int64_t size, void *stored, void *low, int64_t begin);
+int fastrms_format_itemsize(int format);                  /* bytes; of a split format, of the lower bits */
+
 typedef struct {
     const char *name;
     int (*supported)(void);
     fastrms_kernel *const (*kernels)[2][2];               /* [rule][float, double][neutral, general] */
     fastrms_scan_function *scan;
+    fastrms_decoder *decode;
+    fastrms_encoder *encode;
     const fastrms_ceiling_loops *ceilings;
 } fastrms_tier;
 #define DECLARE_TIER(isa, target, supported, roots, with)                                                              \
     extern fastrms_kernel *const fastrms_kernels_##isa[][2][2];                                                 \
     fastrms_scan_function fastrms_scan_##isa;                                                                   \
+    fastrms_decoder fastrms_decode_##isa;                                                                       \
+    fastrms_encoder fastrms_encode_##isa;                                                                       \
     extern const fastrms_ceiling_loops fastrms_ceilings_##isa;
 TIERS(DECLARE_TIER, )
 
@@ -87,10 +104,6 @@ void fastrms_enter_step(void);
 void fastrms_leave_step(void);
 int32_t fastrms_generation(void);
 #define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds such functions by name */
-
-/* Bytes of an element as the buffers of a tensor store it.  Today every buffer is stored in the compute dtype of its recipe,
- * whose bytes are recipe->itemsize; with storage formats this will be said of each buffer. */
-static inline int fastrms_stored_itemsize(const fastrms_recipe *recipe) { return recipe->itemsize; }
 
 /* norm.c.  A step multiplies every gradient by grad_scale * grad_rescale.  grad_rescale is a power of two, and 1 except
  * where the product is below the normal numbers of float; such a step runs the general form of its rules. */

@@ -115,6 +115,18 @@ INLINE fastrms_squares block_scan(int64_t size, int stored, const void *grad, fa
     }
 TIERS(OF_TIER, )
 
+/* a gradient: its format, and the bytes of an element in the compute dtype */
+typedef struct {
+    const void *at;
+    int format, stored;
+} gradient;
+
+static gradient gradient_of(const fastrms_plan *plan, int64_t k)
+{
+    const fastrms_tensor *tensor = &plan->tensor[k];
+    return (gradient){plan->grad[k], tensor->grad_format, plan->recipe[tensor->recipe].itemsize};
+}
+
 static void add(fastrms_squares *total, fastrms_squares part)
 {
     total->nonfinite += part.nonfinite;
@@ -125,13 +137,23 @@ static void add(fastrms_squares *total, fastrms_squares part)
     total->exponent = most;
 }
 
-static fastrms_squares segment_scan(int64_t size, int stored, const void *grad, fastrms_scan_options options)
+/* `size` elements of a gradient in its compute dtype: in the gradient itself, or decoded into `floats` */
+static const void *decoded(gradient from, int64_t begin, int64_t size, float *floats)
+{
+    if (from.format == FASTRMS_FLOAT)
+        return (const char *)from.at + begin * from.stored;
+    fastrms_current_tier()->decode(from.format, size, fastrms_part(from.format, size, (void *)from.at, NULL, begin), floats);
+    return floats;
+}
+
+static fastrms_squares segment_scan(gradient from, int64_t begin, int64_t size, fastrms_scan_options options)
 {
     fastrms_scan_function *scan = fastrms_current_tier()->scan;
     fastrms_squares total = ZERO;
+    float floats[BLOCK];
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t length = size - start < BLOCK ? size - start : BLOCK;
-        add(&total, scan(length, stored, (const char *)grad + start * stored, options));
+        add(&total, scan(length, from.stored, decoded(from, begin + start, length, floats), options));
     }
     return total;
 }
@@ -155,9 +177,7 @@ static void scan_range(void *context, int64_t begin, int64_t end)
         int64_t size = plan->grad[k] ? plan->tensor[k].size : 0, count = fastrms_segments(size);
         for (int64_t s = begin > first ? begin - first : 0; s < count && first + s < end; ++s) {
             int64_t start = s * SEGMENT, length = size - start < SEGMENT ? size - start : SEGMENT;
-            int stored = fastrms_stored_itemsize(&plan->recipe[plan->tensor[k].recipe]);
-            const char *part = (const char *)plan->grad[k] + start * stored;
-            plan->segments[first + s] = segment_scan(length, stored, part, options);
+            plan->segments[first + s] = segment_scan(gradient_of(plan, k), start, length, options);
         }
         first += count;
     }
@@ -209,17 +229,18 @@ static void scan_pieces(void *context, int64_t begin, int64_t end)
     for (const fastrms_piece *piece = plan->shards->own + begin; piece < plan->shards->own + end; ++piece) {
         fastrms_squares found = ZERO;
         fastrms_scan_options options = options_of(plan, piece->tensor);
-        const char *grad = plan->grad[piece->tensor];
+        gradient grad = gradient_of(plan, piece->tensor);
         size_t bytes = (size_t)(piece->length * piece->stored);
         if (piece->values) {                              /* whoever holds all parts of the block sums its squares */
             options.squares = 0;
-            if (grad)
-                memcpy(message + piece->values, grad + piece->begin * piece->stored, bytes);
+            float floats[BLOCK];
+            if (grad.at)
+                memcpy(message + piece->values, decoded(grad, piece->begin, piece->length, floats), bytes);
             else
                 memset(message + piece->values, 0, bytes);
         }
-        if (grad)
-            found = segment_scan(piece->length, piece->stored, grad + piece->begin * piece->stored, options);
+        if (grad.at)
+            found = segment_scan(grad, piece->begin, piece->length, options);
         memcpy(message + piece->squares, &found, sizeof found);
     }
     fastrms_restore_float_mode(mode);
@@ -235,7 +256,8 @@ static fastrms_squares part_squares(const fastrms_plan *plan, const fastrms_piec
         return ZERO;
     int64_t size = *filled / piece->stored;
     *filled = 0;
-    return segment_scan(size, piece->stored, buffer, (fastrms_scan_options){plan->clip_norm >= 0, 0, 0});
+    gradient whole = {buffer, FASTRMS_FLOAT, piece->stored};
+    return segment_scan(whole, 0, size, (fastrms_scan_options){plan->clip_norm >= 0, 0, 0});
 }
 
 /* add up the gathered pieces of all ranks in the order in which one process adds up whole tensors, and fill plan->found */

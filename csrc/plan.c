@@ -13,7 +13,10 @@ typedef struct {
 } range;
 enum {
     CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
-    MOST_RANGES = 2 + FASTRMS_MAX_STATES                  /* of one tensor: its parameter, its gradient and its states */
+    TILE = 4 * FASTRMS_BLOCK,                             /* elements that are decoded at a time: their floats stay in L1 */
+    ROW = TILE + 80,                                      /* rows of such floats lie apart modulo 4 KiB */
+    MOST_RANGES = 4 + FASTRMS_MAX_STATES                  /* of one tensor: its gradient, its parameter with what belongs to it, and
+                                                             its states */
 };
 
 /* the coefficients of step number `step`, with both parts of the factor of the gradient */
@@ -28,17 +31,30 @@ static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fast
     fastrms_evaluate(recipe, step, scale.grad_scale, made);
 }
 
-/* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts elements */
+/* is a tensor updated tile by tile, through floats? */
+static int is_stored(const fastrms_tensor *tensor) { return tensor->storage || tensor->grad_format != FASTRMS_FLOAT; }
+
+/* threads share out elements, or, where a tensor is stored in blocks, blocks */
+static int unit_of(const fastrms_plan *plan)
+{
+    for (int64_t k = 0; k < plan->tensors; ++k)
+        if (plan->grad[k] && is_stored(&plan->tensor[k]))
+            return FASTRMS_BLOCK;
+    return 1;
+}
+
+/* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts units */
 static void make_coefficients(fastrms_plan *plan, fastrms_factor scale)
 {
     const fastrms_tensor *last = NULL;
     int32_t sets = 0;
     plan->rescaled = scale.grad_rescale != 1;
     plan->unchanging = scale.grad_scale == 1 && !plan->rescaled;
+    plan->unit = unit_of(plan);
     plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
-        plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? tensor->size : 0);
+        plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? (tensor->size + plan->unit - 1) / plan->unit : 0);
         if (!plan->grad[k])
             continue;
         if (last && last->recipe == tensor->recipe && last->steps == tensor->steps) {
@@ -53,38 +69,123 @@ static void make_coefficients(fastrms_plan *plan, fastrms_factor scale)
     }
 }
 
+/* put the parts of the buffers of a tensor that are given through its kernel */
+static void run_kernel(const fastrms_plan *plan, const fastrms_tensor *tensor, int64_t size, void *param, const void *grad,
+                       void *const *state)
+{
+    const fastrms_recipe *recipe = &plan->recipe[tensor->recipe];
+    int general = recipe->general || plan->rescaled;
+    fastrms_kernel *kernel = fastrms_kernel_of(recipe->rule, recipe->itemsize == 8, general);
+    kernel(size, param, grad, state, plan->made + (int64_t)tensor->set * FASTRMS_MAX_COEFFICIENTS);
+}
+
 static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     const fastrms_tensor *tensor = &plan->tensor[k];
-    const fastrms_recipe *recipe = &plan->recipe[tensor->recipe];
-    int64_t bytes = offset * fastrms_stored_itemsize(recipe);
+    int64_t bytes = offset * plan->recipe[tensor->recipe].itemsize;
     void *state[FASTRMS_MAX_STATES];
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = tensor->state[s] ? (char *)tensor->state[s] + bytes : NULL;
-    int general = recipe->general || plan->rescaled;
-    fastrms_kernel *kernel = fastrms_kernel_of(recipe->rule, recipe->itemsize == 8, general);
-    kernel(size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state,
-           plan->made + (int64_t)tensor->set * FASTRMS_MAX_COEFFICIENTS);
+    run_kernel(plan, tensor, size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state);
+}
+
+/* the part of a buffer that begins at an element */
+typedef struct {
+    int format;
+    fastrms_stored at;
+} part;
+
+static part part_at(int format, int64_t size, void *stored, void *low, int64_t offset)
+{
+    return (part){format, fastrms_part(format, size, stored, low, offset)};
+}
+
+/* its floats, in the buffer itself or decoded into a row */
+static void *opened(part from, int64_t size, float *row)
+{
+    if (from.format == FASTRMS_FLOAT)
+        return from.at.stored;
+    fastrms_current_tier()->decode(from.format, size, from.at, row);
+    return row;
+}
+
+static void close_part(part to, int64_t size, const float *floats, fastrms_rounding rounding)
+{
+    if (to.format != FASTRMS_FLOAT && to.at.stored)
+        fastrms_current_tier()->encode(to.format, size, floats, to.at, rounding);
+}
+
+static fastrms_rounding rounding_of(const fastrms_tensor *tensor, int stream, int64_t offset)
+{
+    const fastrms_storage *storage = tensor->storage;
+    return (fastrms_rounding){storage->stochastic, fastrms_key(storage->seed, tensor->steps + 1, stream),
+                              (uint32_t)(storage->origin + offset)};
+}
+
+static int has_floats(const fastrms_storage *storage)
+{
+    return storage->low && (storage->param == FASTRMS_BF16 || storage->param == FASTRMS_FP16);
+}
+
+/* Decode a tile of a tensor, update it, and encode what has changed. */
+static void update_tile(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+{
+    static const fastrms_storage floats;
+    static const fastrms_rounding nearest;
+    __attribute__((aligned(FASTRMS_LINE))) float row[2 + FASTRMS_MAX_STATES][ROW];
+    const fastrms_tensor *tensor = &plan->tensor[k];
+    const fastrms_storage *storage = tensor->storage ? tensor->storage : &floats;
+    int64_t all = tensor->size, is_master = has_floats(storage);
+    part param = is_master ? part_at(FASTRMS_FLOAT, all, storage->low, NULL, offset)
+                           : part_at(storage->param, all, tensor->param, storage->low, offset);
+    part states[FASTRMS_MAX_STATES];
+    void *state[FASTRMS_MAX_STATES] = {NULL}, *at = opened(param, size, row[0]);
+    void *grad = opened(part_at(tensor->grad_format, all, (void *)plan->grad[k], NULL, offset), size, row[1]);
+    int count = fastrms_rule_states(plan->recipe[tensor->recipe].rule);
+    for (int s = 0; s < count; ++s) {
+        states[s] = part_at(storage->state[s], all, tensor->state[s], NULL, offset);
+        state[s] = opened(states[s], size, row[2 + s]);
+    }
+    run_kernel(plan, tensor, size, at, grad, state);
+    if (storage == &floats)
+        return;
+    close_part(param, size, at, rounding_of(tensor, 0, offset));
+    for (int s = 0; s < count; ++s)
+        close_part(states[s], size, state[s], rounding_of(tensor, 1 + s, offset));
+    if (is_master)
+        close_part(part_at(storage->param, all, tensor->param, NULL, offset), size, at, nearest);
+    if (storage->copy)
+        close_part(part_at(storage->copy_format, all, storage->copy, NULL, offset), size, at, nearest);
+}
+
+static int grad_itemsize(const fastrms_plan *plan, int64_t k, int32_t format)
+{
+    return format ? fastrms_format_itemsize(format) : plan->recipe[plan->tensor[k].recipe].itemsize;
 }
 
 static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    int stored = fastrms_stored_itemsize(&plan->recipe[plan->tensor[k].recipe]);
-    memset((char *)plan->grad[k] + offset * stored, 0, (size_t)(size * stored));
+    int itemsize = grad_itemsize(plan, k, plan->tensor[k].grad_format);
+    memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
 }
 
-/* Update a part in chunks, and do to each chunk what belongs to it while it is in cache.  Today that is the zeroing of the
- * gradient; a storage format will decode before the update and encode after it here, and nowhere else. */
-static APART void update_and_zero(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+/* Update a part in chunks, and do to each chunk what belongs to it while it is in cache: decode and encode what is stored in
+ * another format, and zero the gradient. */
+static APART void update_chunks(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    for (; size > 0; offset += CACHE_CHUNK, size -= CACHE_CHUNK) {
-        int64_t length = size < CACHE_CHUNK ? size : CACHE_CHUNK;
-        update_part(plan, k, offset, length);
-        zero_part(plan, k, offset, length);
+    int64_t chunk = is_stored(&plan->tensor[k]) ? TILE : CACHE_CHUNK;
+    for (; size > 0; offset += chunk, size -= chunk) {
+        int64_t length = size < chunk ? size : chunk;
+        if (chunk == TILE)
+            update_tile(plan, k, offset, length);
+        else
+            update_part(plan, k, offset, length);
+        if (plan->zero_grad)
+            zero_part(plan, k, offset, length);
     }
 }
 
-/* update elements [begin, end), counted through all tensors of the step; they may belong to several tensors */
+/* update units [begin, end), counted through all tensors of the step; they may belong to several tensors */
 static void update_range(void *context, int64_t begin, int64_t end)
 {
     const fastrms_plan *plan = context;
@@ -99,10 +200,12 @@ static void update_range(void *context, int64_t begin, int64_t end)
     }
     for (; begin < end; ++k) {
         int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
-        if (begin < stop && plan->zero_grad)
-            update_and_zero(plan, k, begin - plan->starts[k], stop - begin);
+        int64_t offset = (begin - plan->starts[k]) * plan->unit, beyond = (stop - plan->starts[k]) * plan->unit;
+        int64_t size = (beyond < plan->tensor[k].size ? beyond : plan->tensor[k].size) - offset;
+        if (begin < stop && (plan->zero_grad || is_stored(&plan->tensor[k])))
+            update_chunks(plan, k, offset, size);
         else if (begin < stop)
-            update_part(plan, k, begin - plan->starts[k], stop - begin);
+            update_part(plan, k, offset, size);
         begin = stop;
     }
     fastrms_restore_float_mode(mode);
@@ -112,8 +215,8 @@ static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
 {
     if (!plan->unchanging || scale.grad_scale != 1)
         make_coefficients(plan, scale);
-    int64_t elements = plan->starts[plan->tensors];
-    fastrms_parallel(elements, update_range, plan, elements, fastrms_chunk_size());
+    int64_t units = plan->starts[plan->tensors], chunk = fastrms_chunk_size();
+    fastrms_parallel(units * plan->unit, update_range, plan, units, chunk > plan->unit ? chunk / plan->unit : 1);
     for (int64_t k = 0; k < plan->tensors; ++k)
         plan->tensor[k].steps += plan->grad[k] != NULL;
     ++plan->steps;
@@ -203,7 +306,11 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
     for (int k = 0; k < recipes; ++k)
         if (fastrms_rule_states(recipe[k].rule) > plan->states)
             plan->states = fastrms_rule_states(recipe[k].rule);
-    int64_t stay = tensors * (1 + plan->states);          /* the buffers that are not gradients */
+    plan->each = 1 + plan->states;
+    for (int64_t k = 0; k < tensors; ++k)
+        if (tensor[k].storage)
+            plan->each = 3 + plan->states;
+    int64_t stay = tensors * plan->each;                  /* the buffers that are not gradients */
     for (int64_t k = 0; k < stay + tensors; ++k)
         ((range *)plan->ranges)[k].buffer = (uintptr_t)(k < stay ? k : k - stay);
 }
@@ -342,11 +449,6 @@ static int overlap(range *some, int64_t count, range *others, int64_t more)
     return 0;
 }
 
-static int64_t bytes_of(const fastrms_plan *plan, int64_t tensor)
-{
-    return plan->tensor[tensor].size * fastrms_stored_itemsize(&plan->recipe[plan->tensor[tensor].recipe]);
-}
-
 /* a buffer that is empty or missing is a range without bytes, which overlaps nothing */
 static range range_of(const void *start, int64_t bytes, uintptr_t buffer)
 {
@@ -354,22 +456,40 @@ static range range_of(const void *start, int64_t bytes, uintptr_t buffer)
     return (range){first, first ? first + (uintptr_t)bytes : 0, buffer};
 }
 
-/* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
- * plan, grad for no gradients.  The ranges of parameters and states, and those of gradients, are left sorted; new gradients
- * mostly have the order of the last ones. */
-static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad)
+/* Buffer number `which` of a tensor that is not its gradient: the parameter, the states, and with a storage the lower bits, or
+ * floats, of the parameter, and the copy of it. */
+static range range_in(const fastrms_plan *plan, int64_t t, int64_t which, void *param, uintptr_t buffer)
 {
-    int64_t each = 1 + plan->states, count = plan->tensors * each;
+    static const fastrms_storage none;
+    const fastrms_tensor *tensor = &plan->tensor[t];
+    const fastrms_storage *storage = tensor->storage ? tensor->storage : &none;
+    int64_t floats = tensor->size * plan->recipe[tensor->recipe].itemsize, s = which - 1;
+    int is_split = storage->param == FASTRMS_SPLIT16 || storage->param == FASTRMS_SPLIT8;
+    int high = is_split ? FASTRMS_BF16 : storage->param;
+    if (which == 0)
+        return range_of(param, high ? fastrms_stored_bytes(high, tensor->size) : floats, buffer);
+    if (s < plan->states)
+        return range_of(tensor->state[s], storage->state[s] ? fastrms_stored_bytes(storage->state[s], tensor->size) : floats, buffer);
+    if (s == plan->states)
+        return range_of(storage->low, is_split ? fastrms_stored_bytes(storage->param, tensor->size) : floats, buffer);
+    return range_of(storage->copy, fastrms_stored_bytes(storage->copy_format, tensor->size), buffer);
+}
+
+/* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
+ * plan, grad for no gradients; format: those of gradients that are not the ones of the plan, NULL for floats.  The ranges of parameters and states, and those of gradients, are
+ * left sorted; new gradients mostly have the order of the last ones. */
+static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format)
+{
+    int64_t count = plan->tensors * plan->each;
     range *stay = (range *)plan->ranges, *grads = stay + count;
     for (int64_t k = 0; k < count; ++k) {
-        int64_t t = (int64_t)stay[k].buffer / each, state = (int64_t)stay[k].buffer % each - 1;
-        const fastrms_tensor *tensor = &plan->tensor[t];
-        const void *start = state >= 0 ? tensor->state[state] : param ? param[t] : tensor->param;
-        stay[k] = range_of(start, bytes_of(plan, t), stay[k].buffer);
+        int64_t t = (int64_t)stay[k].buffer / plan->each, which = (int64_t)stay[k].buffer % plan->each;
+        stay[k] = range_in(plan, t, which, param ? param[t] : plan->tensor[t].param, stay[k].buffer);
     }
     for (int64_t k = 0; k < plan->tensors; ++k) {
         int64_t t = (int64_t)grads[k].buffer;
-        grads[k] = range_of(grad ? grad[t] : NULL, bytes_of(plan, t), grads[k].buffer);
+        int itemsize = grad_itemsize(plan, t, grad == plan->grad ? plan->tensor[t].grad_format : format ? format[t] : 0);
+        grads[k] = range_of(grad ? grad[t] : NULL, plan->tensor[t].size * itemsize, grads[k].buffer);
     }
     return overlap(stay, count, grads, plan->tensors);
 }
@@ -380,7 +500,7 @@ static int is_occupied(const fastrms_plan *plan, const void *grad, int64_t bytes
 {
     const range *ranges = (const range *)plan->ranges;
     uintptr_t start = (uintptr_t)grad, end = start + (uintptr_t)bytes;
-    int64_t before = 0, after = plan->tensors * (1 + plan->states);
+    int64_t before = 0, after = plan->tensors * plan->each;
     while (before < after) {
         int64_t middle = (before + after) / 2;
         if (ranges[middle].start < end)
@@ -401,21 +521,33 @@ static void set_recipes(fastrms_plan *plan, const fastrms_recipe *recipe)
     plan->rate_rows = 0;
 }
 
-static void take_over(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe, int hold)
+static void take_over(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format,
+                      const fastrms_recipe *recipe, int hold)
 {
     set_recipes(plan, recipe);
     for (int64_t k = 0; param && k < plan->tensors; ++k)
         plan->tensor[k].param = param[k];
     if (!grad)
         return;
-    for (int64_t k = 0; k < plan->tensors; ++k)
+    for (int64_t k = 0; k < plan->tensors; ++k) {
         plan->grad[k] = grad[k];
+        plan->tensor[k].grad_format = format ? format[k] : FASTRMS_FLOAT;
+    }
     plan->held = hold;
     plan->unchanging = 0;
 }
 
-int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
-                   int hold, int run_now, double grad_scale, double clip_norm, fastrms_found *found)
+/* would new parameters and gradients, each of which may be NULL, overlap each other or other buffers of the plan? */
+static int new_ones_overlap(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format)
+{
+    if (grad)
+        return would_overlap(plan, param, grad, format);
+    return param && would_overlap(plan, param, plan->held ? plan->grad : NULL, NULL);
+}
+
+int fastrms_change_as(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format,
+                      const fastrms_recipe *recipe, int hold, int run_now, double grad_scale, double clip_norm,
+                      fastrms_found *found)
 {
     int status = acquire(plan);
     if (status)
@@ -424,10 +556,16 @@ int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *gr
         return release(plan, FASTRMS_NOT_HELD);
     if (run_now && lacks_rate(plan))
         return release(plan, FASTRMS_NO_RATE);
-    if ((grad || param) && would_overlap(plan, param, grad ? grad : plan->held ? plan->grad : NULL))
+    if (new_ones_overlap(plan, param, grad, format))
         return release(plan, FASTRMS_OVERLAP);
-    take_over(plan, param, grad, recipe, hold);
+    take_over(plan, param, grad, format, recipe, hold);
     return release(plan, run_now ? run_with(plan, grad_scale, clip_norm, found) : FASTRMS_OK);
+}
+
+int fastrms_change(fastrms_plan *plan, void *const *param, const void *const *grad, const fastrms_recipe *recipe,
+                   int hold, int run_now, double grad_scale, double clip_norm, fastrms_found *found)
+{
+    return fastrms_change_as(plan, param, grad, NULL, recipe, hold, run_now, grad_scale, clip_norm, found);
 }
 
 int fastrms_stream_open(fastrms_plan *plan)
@@ -437,45 +575,49 @@ int fastrms_stream_open(fastrms_plan *plan)
         return status;
     plan->streaming = 1;
     plan->streamed = 0;
-    would_overlap(plan, NULL, NULL);                      /* sorts the ranges for is_occupied */
+    would_overlap(plan, NULL, NULL, NULL);                /* sorts the ranges for is_occupied */
     return release(plan, FASTRMS_OK);
 }
 
 void fastrms_stream_close(fastrms_plan *plan) { plan->streaming = 0; }
 
 /* note where the parameter of a streamed tensor has moved, unless it or the gradient overlaps another buffer */
-static int accept_streamed(fastrms_plan *plan, fastrms_tensor *tensor, void *param, const void *grad)
+static int accept_streamed(fastrms_plan *plan, int64_t k, void *param, const void *grad, int32_t format)
 {
-    int64_t bytes = tensor->size * fastrms_stored_itemsize(&plan->recipe[tensor->recipe]);
+    fastrms_tensor *tensor = &plan->tensor[k];
+    int64_t bytes = tensor->size * grad_itemsize(plan, k, format);
     void *before = tensor->param;
     if (param)
         tensor->param = param;
     int moved = tensor->param != before;
-    if (!(moved && would_overlap(plan, NULL, NULL)) && !is_occupied(plan, grad, bytes))
+    if (!(moved && would_overlap(plan, NULL, NULL, NULL)) && !is_occupied(plan, grad, bytes))
         return FASTRMS_OK;
     tensor->param = before;
     if (moved)
-        would_overlap(plan, NULL, NULL);
+        would_overlap(plan, NULL, NULL, NULL);
     return FASTRMS_OVERLAP;
 }
 
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, const double *rates,
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format, const double *rates,
                         double grad_scale)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;
     if (!plan->streaming)
         return release(plan, FASTRMS_STREAMING);
-    int status = accept_streamed(plan, &plan->tensor[tensor], param, grad);
+    int status = accept_streamed(plan, tensor, param, grad, format);
     if (status)
         return release(plan, status);
     if (rates)
         take_rates(plan, rates);
     double made[FASTRMS_MAX_COEFFICIENTS];
     int64_t starts[2];
+    int32_t usual = plan->tensor[tensor].grad_format;
+    plan->tensor[tensor].grad_format = format;
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .made = made,
                         .starts = starts, .grad_scale = grad_scale, .clip_norm = -1, .zero_grad = plan->zero_grad};
     run(&one);
+    plan->tensor[tensor].grad_format = usual;             /* the gradients that the plan holds are others */
     plan->steps += !plan->streamed;
     plan->streamed = 1;
     plan->unchanging = 0;                                 /* the step count of this tensor has changed */
@@ -513,11 +655,11 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
     if (step < 1 || step > INT64_C(1) << 62)
         return FASTRMS_STEP;
     for (int k = 0; k < 5; ++k) {
-        if ((uintptr_t)buffer[k] % (uintptr_t)fastrms_stored_itemsize(recipe))
+        if ((uintptr_t)buffer[k] % (uintptr_t)recipe->itemsize)
             return FASTRMS_MISALIGNED;
         if (!buffer[k] && size && k < 2 + fastrms_rule_states(recipe->rule))
             return FASTRMS_MISSING;
-        ranges[k] = range_of(buffer[k], size * fastrms_stored_itemsize(recipe), 0);
+        ranges[k] = range_of(buffer[k], size * recipe->itemsize, 0);
     }
     if (overlap(ranges, 5, NULL, 0))
         return FASTRMS_OVERLAP;

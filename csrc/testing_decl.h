@@ -39,6 +39,19 @@ int fastrms_update_one_state(const fastrms_recipe *recipe, double lr, int64_t si
 /* weight * (1 + decay + ... + decay^(terms-1)) */
 double fastrms_series(double decay, double weight, int64_t terms);
 
+/* ---- storage formats ---- */
+
+/* stochastic: whether to round at random, by the numbers of this key from this position on */
+typedef struct {
+    int32_t stochastic;
+    uint32_t key, position;
+} fastrms_rounding;
+uint32_t fastrms_key(uint64_t seed, int64_t step, int stream);
+
+/* All elements of a buffer, by a tier; low: the lower bits of a split format, else NULL. */
+void fastrms_decode(int isa, int format, int64_t size, const void *stored, const void *low, float *x);
+void fastrms_encode(int isa, int format, int64_t size, const float *x, void *stored, void *low, fastrms_rounding rounding);
+
 /* ---- tensors of torch ---- */
 
 /* What fastrms_read_tensors needs: where in a Python object its class is, in a tensor of torch what C takes for one, in a list

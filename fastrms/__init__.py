@@ -7,6 +7,7 @@ from .family import Family
 from .functional import *  # noqa: F403
 from .groups import Group
 from .memory.flat import FlatBuffer
+from .memory.host import Stored
 from .names import Names
 from .optimizer import Optimizer, StepInfo
 from .optimizers import *  # noqa: F403
@@ -22,6 +23,7 @@ __all__ = [
     "Optimizer",
     "Shards",
     "StepInfo",
+    "Stored",
     "available_backends",
     "get_include",
     "get_num_threads",

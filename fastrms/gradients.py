@@ -31,7 +31,7 @@ class Gradients:
         self._last = None  # a weak reference to the array of the last step
         plain = tensors.memory is host  # only on the host may an ndarray pass without acquire()
         self._quick = [
-            (k, t.param.dtype, t.param.shape if plain and t.shaped(t.param.flat).flags.c_contiguous else None)
+            (k, t.dtype, t.param.shape if plain and t.shaped(t.param.flat).flags.c_contiguous else None)
             for k, t in enumerate(tensors)
         ]
 

@@ -68,6 +68,15 @@ def step_count(name, value, least):
     return int(value)
 
 
+def seed(name, value):
+    """A seed of random numbers as an int."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an int")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name}={value!r} must be from 0 to 2**64 - 1")
+    return int(value)
+
+
 def flag(name, value):
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={value!r} must be True or False")

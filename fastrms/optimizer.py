@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules
+from . import backends, hyper, rules, storage
 from . import state as states
 from .family import Family
 from .gradients import Gradients
@@ -151,26 +151,32 @@ class Optimizer(Names, Family):
         return super().__new__(cls)
 
     def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
-                 shards=None, backend="auto", stream=None, capturable=False, check=False, **options):  # fmt: skip
+                 param_copy=None, seed=0, shards=None, backend="auto", stream=None, capturable=False, check=False,
+                 **options):  # fmt: skip
         self._nonfinite, self._zero_grad = hyper.on_nonfinite("nonfinite", nonfinite), hyper.flag("zero_grad", zero_grad)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
-        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module))
+        common, stored = storage.taken(options), [storage.taken(extra) for extra in overrides]
+        stored = [{**common, **mine} for mine in stored]
+        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
+        self._tensors.make_storage(stored, self._groups.rules, self.not_negative, param_copy, hyper.seed("seed", seed))
         if state is None:
             self._tensors.make_state(self._groups.initial, self._groups.rules)
         else:
             self._tensors.take_state(state, self._groups.rules, self.not_negative)
+        self._tensors.make_low()
         self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)
         flats = [list(flats.values()) for flats in self._tensors.state]
         which = [tensor.recipe for tensor in self._tensors]
         gradients = self._nonfinite, self._zero_grad
-        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients, *extra))
+        self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients,
+                                    *extra, **self._tensors.storages()))  # fmt: skip
         if shards is not None:
             join(self, shards)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import dialects, hyper
+from . import dialects, hyper, storage
 from .memory.flat import ReadOnlyDict
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
@@ -16,9 +16,16 @@ def mapping(tensors):
     """Mapping: state name -> the state arrays in the structure of params, None where a tensor has no such state."""
     names = dict.fromkeys(name for tensor in tensors for name in tensor.state)
     return ReadOnlyDict({
-        name: tensors.structure.build([t.shaped(t.state[name]) if name in t.state else None for t in tensors])
+        name: tensors.structure.build([shown(t, name) if name in t.state else None for t in tensors])
         for name in names
     })  # fmt: skip
+
+
+def shown(tensor, name):
+    """A state of a tensor as people see it: an array, or a StoredState."""
+    if tensor.storage is None:
+        return tensor.shaped(tensor.state[name])
+    return storage.shown(tensor, name)
 
 
 def saved(tensors, copies, counts):

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from . import given_state, rules, torch_reader
+import numpy as np
+
+from . import given_state, rules, storage, torch_reader
 from .memory import host
 
 
@@ -17,16 +19,18 @@ class Tensor:
     """One parameter with its state.
 
     ``name`` and ``grad_name`` are what error sentences call the parameter and its gradient, ``parts`` the named arrays
-    inside it: (name, Part) pairs.  ``param`` is its Buffer, ``recipe`` the index of its RecipeKey, and ``state`` maps the
-    name of a state to a flat array in the memory order of the parameter.  ``given`` has the Buffers of a state that the
+    inside it: (name, Part) pairs.  ``param`` is its Buffer, ``dtype`` the dtype in which it is updated, ``recipe`` the index
+    of its RecipeKey, and ``state`` maps the name of a state to a flat array in the memory order of the parameter.
+    ``storage`` is its Storage, None where all of it is in its compute dtype.  ``given`` has the Buffers of a state that the
     caller gave, by name, and ``lent`` those of them that are torch tensors: they must learn that they were written, and must
     not be given other memory.
     """
 
-    __slots__ = ("given", "grad_name", "lent", "name", "param", "parts", "recipe", "state")
+    __slots__ = ("dtype", "given", "grad_name", "lent", "name", "param", "parts", "recipe", "state", "storage")
 
     def __init__(self, name, grad_name, parts, param, recipe):
         self.name, self.grad_name, self.parts, self.param, self.recipe = name, grad_name, parts, param, recipe
+        self.dtype, self.storage = storage.compute_dtype(param), None
         self.state, self.given, self.lent = {}, {}, {}
 
     def shaped(self, flat):
@@ -41,15 +45,16 @@ class Tensors(list):
     ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.
     """
 
-    def __init__(self, structure, leaves, groups, memory):
+    def __init__(self, structure, leaves, groups, memory, halves=False):
         self.structure, self.memory = structure, memory
         self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
-        params = [memory.acquire(leaf, name, writable=True) for leaf, name in zip(leaves, names, strict=True)]
+        also = {"halves": True} if halves else {}
+        params = [memory.acquire(leaf, name, writable=True, **also) for leaf, name in zip(leaves, names, strict=True)]
         memory.same_device(params, names)
         host.refuse_overlap(zip(names, params, strict=True))
-        keys = [RecipeKey(group, param.dtype) for group, param in zip(groups, params, strict=True)]
+        keys = [RecipeKey(group, storage.compute_dtype(param)) for group, param in zip(groups, params, strict=True)]
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
         super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
@@ -72,7 +77,35 @@ class Tensors(list):
         """Allocate the state of every tensor.  initial_of(key, name): the value at which a state of this name starts."""
         for tensor, twin in zip(self, self.structure.twins(), strict=True):
             rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
-            tensor.state = new_state(rule, lambda name, key=key: initial_of(key, name), tensor.param, self.memory, twin)
+            formats = tensor.storage.states if tensor.storage else None
+            initial = lambda name, key=key: initial_of(key, name)  # noqa: E731
+            tensor.state = new_state(rule, initial, tensor.param, self.memory, twin, formats)
+
+    def make_storage(self, options, rules_of_keys, not_negative, copies, seed):
+        """Decide how the buffers of every tensor are stored.  options: those of storage.OPTIONS for each group; copies: where
+        the parameters are written once more, in the structure of params, or None."""
+        structure, origin = self.structure, 0
+        copies = [None] * len(self) if copies is None else structure.state_leaves(copies, "param_copy")
+        names = structure.names("param_copy")
+        for tensor, copy, name in zip(self, copies, names, strict=True):
+            mine = options[self.keys[tensor.recipe].group]
+            if copy is not None:
+                copy = storage.acquired_copy(copy, name, tensor)
+            tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
+            origin += tensor.param.size
+        named = [(name, tensor.storage.copy) for tensor, name in zip(self, names, strict=True) if tensor.storage]
+        host.refuse_overlap([*((n, copy) for n, copy in named if copy), *((t.name, t.param) for t in self)])
+
+    def make_low(self):
+        """Make the buffers with what bf16 and fp16 parameters lack of a float32."""
+        for tensor in self:
+            if tensor.storage:
+                tensor.storage = storage.with_low(tensor, self.memory)
+
+    def storages(self):
+        """The last argument of a Plan; nothing where every buffer is in its compute dtype."""
+        found = [tensor.storage for tensor in self]
+        return {"storages": found} if any(found) else {}
 
     def take_state(self, state, rules_of_keys, not_negative):
         """Use arrays of the caller as the state, in place; see given_state.acquired, which checks them."""
@@ -105,8 +138,12 @@ class Tensors(list):
         if grad is None:
             return None
         tensor = self[k]
-        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
-        self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
+        if self.memory is not host or tensor.dtype != np.float32:
+            buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
+            self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
+            return buffer
+        buffer = host.acquire(grad, tensor.grad_name, writable=writable, halves=True)
+        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=storage.GRADIENTS)
         return buffer
 
     def moved(self, which):
@@ -149,13 +186,14 @@ class Tensors(list):
         raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
 
 
-def new_state(rule, initial, param, memory, twin=None):
+def new_state(rule, initial, param, memory, twin=None, formats=None):
     """Name -> flat state array, for a parameter (Buffer), placed so that none evicts another from cache.  initial(name): the
-    value at which a state starts.  twin: the flat gradient where it is known, which the placement then regards, too."""
+    value at which a state starts.  twin: the flat gradient where it is known, which the placement then regards, too.
+    formats: that of each state, None for the dtype of the parameter."""
     state, known = {}, [] if twin is None else [twin]
-    for name in rules.state_names(rules.find(rule)):
-        state[name] = memory.place_beside(param, [*known, *state.values()])
-        state[name].fill(initial(name))
+    for k, name in enumerate(rules.state_names(rules.find(rule))):
+        format = formats[k] if formats else storage.FLOAT
+        state[name] = storage.new_state(format, param, [*known, *state.values()], initial(name), memory)
     return state
 
 

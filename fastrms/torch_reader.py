@@ -91,6 +91,8 @@ def reader_of(tensors, plan):
     the Plan needs arrays, as those of the host do that take no pointers."""
     if not plan.takes_pointers and tensors.memory is host:
         return None
+    if any(tensor.storage or tensor.dtype != tensor.param.dtype for tensor in tensors):
+        return None
     owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
     known = library() if all(map(host.is_torch, owners)) else None
     return known and Reader(known, tensors, plan.takes_pointers)

@@ -21,6 +21,7 @@ else:
 RULE_INDEX = {}
 FOUND = ffi and ffi.typeof("fastrms_found *")
 PIECE = np.dtype([*((f"{k}", "i8") for k in range(5)), *((f"{k}", "i4") for k in range(5, 9))])  # a fastrms_piece
+HALVES = {host.BF16: lib.FASTRMS_BF16, host.FP16: lib.FASTRMS_FP16} if lib else {}
 DOUBLES = ffi and ffi.typeof("double[]")
 ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
@@ -108,6 +109,30 @@ def update(recipe, step, grad_scale, param, grad, states):
         raise RuntimeError(f"fastrms_update answered {status}: buffers overlap, are misaligned or missing")
 
 
+def storage_fields(storage):
+    """The fields of a fastrms_storage."""
+    return {
+        "param": storage.param.number, "state": [format.number for format in storage.states],
+        "copy_format": storage.copy_format.number, "stochastic": storage.stochastic,
+        "low": ffi.NULL if storage.low is None else pointer(host.ours(storage.low).address),
+        "copy": ffi.NULL if storage.copy is None else pointer(storage.copy.address),
+        "seed": storage.seed, "origin": storage.origin,
+    }  # fmt: skip
+
+
+def format_of(grad):
+    """The number of the format of a gradient, a Buffer, an array or None."""
+    return 0 if grad is None else HALVES.get(grad.dtype, 0)
+
+
+def formats_of(grads):
+    """A C array of the formats of gradients; NULL where all are in their compute dtype, as arrays always are."""
+    if host.Buffer not in set(map(type, grads)):
+        return ffi.NULL
+    found = [*map(format_of, grads)]
+    return ffi.new("int32_t[]", found) if any(found) else ffi.NULL
+
+
 class Gathering:
     """A fastrms_shards, whose gather function calls a shards.Exchange."""
 
@@ -155,7 +180,7 @@ class Plan(backends.Plan):
     most_rate_rows = 256
     takes_pointers = True
 
-    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
+    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False, storages=None):
         self._pointers = ffi.typeof("void *[]")
         self._tensor = ffi.new("fastrms_tensor[]", len(params))
         self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
@@ -166,6 +191,11 @@ class Plan(backends.Plan):
             addresses = [pointer(host.ours(flat).address) for flat in state]
             at = pointer(param.address)
             self._tensor[k] = {"size": param.size, "recipe": recipe_of[k], "param": at, "state": addresses}
+        self._storage = ffi.new("fastrms_storage[]", len(params)) if storages else None
+        for k, storage in enumerate(storages or ()):
+            if storage is not None:
+                self._storage[k] = storage_fields(storage)
+                self._tensor[k].storage = self._storage + k
         self._scratch = ffi.new("double[]", lib.fastrms_scratch_bytes(len(params), self._tensor) // 8)
         self._plan = ffi.new("fastrms_plan *")
         tables = len(params), self._tensor, len(recipes), self._recipe, self._grad
@@ -203,10 +233,11 @@ class Plan(backends.Plan):
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         looks = run and (clip_norm is not None or self._watches)
         found = ffi.new(FOUND) if looks else ffi.NULL
-        status = lib.fastrms_change(
+        status = lib.fastrms_change_as(
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
             ffi.NULL if grads is None else self._addresses(grads),
+            formats_of(grads) if type(grads) is list else ffi.NULL,
             self._recipes_with(recipes) if recipes else ffi.NULL,
             hold,
             run,
@@ -242,6 +273,7 @@ class Plan(backends.Plan):
             k,
             ffi.NULL if param is None else pointer(param.address),
             self._address(grad),
+            format_of(grad),
             ffi.NULL if rates is None else ffi.new(DOUBLES, rates),
             grad_scale,
         )

@@ -15,6 +15,8 @@ import numpy as np
 from . import placement, remedies
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
+BF16, FP16 = np.dtype(np.uint16), np.dtype(np.float16)  # NumPy has no bf16: its numbers are here what their bits are
+IN_HALF = {"bfloat16": BF16, "float16": FP16}  # dtypes of other libraries -> what a Buffer has for them
 _NOT_ARRAYS = (list, tuple, Mapping, set, str, bytes, *remedies.NUMBERS)
 
 
@@ -40,12 +42,44 @@ class Buffer(NamedTuple):
         return self.address + self.flat.nbytes
 
 
-def acquire(x, name, *, writable):
+class Stored:
+    """An array of 16 bits for each number, and which numbers these are, where its dtype does not say so.
+
+    Parameters
+    ----------
+    array : array of uint16 or int16
+        Such as the memory of a program that has no dtype for bf16.  It is used in place.
+    format : "bf16" or "fp16"
+    """
+
+    __slots__ = ("array", "format")
+
+    def __init__(self, array, format):
+        if format not in ("bf16", "fp16"):
+            raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
+        found = as_array(array, "array")
+        if found.dtype not in (np.uint16, np.int16):
+            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of ml_dtypes.bfloat16 "
+                            f"or of torch.bfloat16 is passed as it is")  # fmt: skip
+        self.array, self.format = array, format
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    def __repr__(self):
+        return f"Stored({self.array!r}, {self.format!r})"
+
+
+def acquire(x, name, *, writable, halves=False):
     """The Buffer of x; TypeError or ValueError that calls x `name`.  x: a NumPy array, torch CPU tensor, or an object with
-    the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense."""
-    array = as_array(x, name)
+    the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense.
+    halves: whether it may also be bf16 or fp16, whose Buffer has the dtype uint16 or float16."""
+    array = half_array(x, name) if halves else None
+    if array is None:
+        array = as_array(x, name)
+        refuse_dtype(array.dtype, name, x, halves)
     start = address(array)
-    refuse_dtype(array.dtype, name, x)
     if start % array.itemsize:
         raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
     if writable and not array.flags.writeable:
@@ -53,10 +87,36 @@ def acquire(x, name, *, writable):
     return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
 
 
-def refuse_dtype(dtype, name, x):
+def half_array(x, name):
+    """The array of the 16 bits of each number of x, with the dtype BF16 or FP16; None where x is no bf16 or fp16."""
+    if isinstance(x, Stored):
+        return as_array(x.array, name).view(BF16 if x.format == "bf16" else FP16)
+    kind = IN_HALF.get(str(getattr(x, "dtype", "")).removeprefix("torch."))
+    if kind is None:
+        return None
+    if is_torch(x):
+        return _from_torch(x, name, kind)
+    if remedies.is_jax(x):
+        return _of_jax(x, name).view(kind)
+    return as_array(x, name).view(kind)
+
+
+def _of_jax(x, name):
+    """A JAX array of a dtype that NumPy lacks, without a copy."""
+    _refuse_without_numbers(x, name)
+    array = np.asarray(x)
+    if address(array) != x.unsafe_buffer_pointer():
+        raise TypeError(f"{name} is a JAX array whose memory NumPy does not share: pass {name}.astype('float32')")
+    return array
+
+
+def refuse_dtype(dtype, name, x, halves=False):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
     if dtype in DTYPES:
         return
+    if halves and dtype in (np.uint16, np.int16):
+        raise TypeError(f"{name} has dtype {dtype}; say which numbers its bits are: fastrms.Stored({name}, 'bf16') or "
+                        f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:
         fault = f"{dtype.str}, which is not in native byte order"
@@ -85,6 +145,8 @@ def as_array(x, name):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
+    if isinstance(x, Stored):
+        raise TypeError(f"{name} is a Stored {x.format}; it must be float32 or float64 here")
     refuse_non_array(x, name)
     if remedies.is_jax(x):
         _refuse_without_numbers(x, name)
@@ -101,21 +163,25 @@ def is_torch(x):
     return isinstance(x, getattr(torch, "Tensor", ()))  # torch is None, or may be in the middle of its import
 
 
-def _from_torch(x, name):
-    """A CPU tensor as an ndarray of the same memory; requires_grad does not matter."""
-    _refuse_tensor(x, name, sys.modules["torch"])
+def _from_torch(x, name, kind=None):
+    """A CPU tensor as an ndarray of the same memory; requires_grad does not matter.  kind: the dtype of the array where the
+    tensor is bf16 or fp16."""
+    torch = sys.modules["torch"]
+    _refuse_tensor(x, name, torch, kind)
     try:
-        array, storage = x.detach().numpy(), x.untyped_storage()
+        bits = x.detach() if kind is None else x.detach().view(torch.int16)
+        array, storage = bits.numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
     if array.size and (address(array) != start or start + _extent(array) > storage.data_ptr() + storage.nbytes()):
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
-    return array
+    return array if kind is None else array.view(kind)
 
 
-def _refuse_tensor(x, name, torch):
-    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64."""
+def _refuse_tensor(x, name, torch, kind=None):
+    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16 or
+    fp16 may be."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
@@ -126,7 +192,7 @@ def _refuse_tensor(x, name, torch):
                         f"pass {name}.to_dense()")  # fmt: skip
     if x.is_neg() or x.is_conj():
         raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
-    if x.dtype not in (torch.float32, torch.float64):
+    if kind is None and x.dtype not in (torch.float32, torch.float64):
         dtype = str(x.dtype).removeprefix("torch.")
         remedy = remedies.of_torch_dtype(dtype, name)
         raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64: {remedy}")
@@ -203,9 +269,9 @@ def _flat(array, name, x):
     return packed.reshape(-1)
 
 
-def same_layout(buffer, name, reference, reference_name):
-    """Refuse unless buffer has the dtype, shape and strides of reference."""
-    if buffer.dtype != reference.dtype:
+def same_layout(buffer, name, reference, reference_name, dtypes=None):
+    """Refuse unless buffer has the shape and strides of reference, and its dtype or one of dtypes."""
+    if buffer.dtype not in (dtypes or (reference.dtype,)):
         dtype = reference.dtype
         raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {dtype}; give both the same: "
                         f"{name}.astype(np.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
@@ -250,7 +316,12 @@ def shaped(flat, like):
 
 def again(buffer, name):
     """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
-    return acquire(buffer.owner, name, writable=True)
+    return acquire(buffer.owner, name, writable=True, halves=buffer.dtype not in DTYPES)
+
+
+def bits(flat):
+    """A flat array of bf16 or fp16 as the 16 bits of each number."""
+    return flat.view(np.uint16)
 
 
 def wrote(buffers):
@@ -286,6 +357,8 @@ def on_host(array):
     return array
 
 
-def place_beside(param, others):
-    """A new uninitialised flat array like a Buffer, well away from it and from others that run beside it."""
-    return placement.place(param.size, param.dtype, [param.address, *(ours(flat).address for flat in others)])
+def place_beside(param, others, size=None, dtype=None):
+    """A new uninitialised flat array, like a Buffer unless it is to have another size and dtype, well away from the Buffer and
+    from others that run beside it."""
+    addresses = [param.address, *(ours(flat).address for flat in others)]
+    return placement.place(param.size if size is None else size, dtype or param.dtype, addresses)

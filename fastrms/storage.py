@@ -1,0 +1,188 @@
+"""How the buffers of a tensor are stored: the options state_format, master, rounding and param_copy, checked, and what they
+make for each tensor.  The formats themselves are in formats.py."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import formats, hyper, rules
+from .memory import host
+
+FLOAT, BF16, FP16, FP16S, Q8, Q8U, SPLIT16, SPLIT8 = formats.FORMATS.values()
+OF_DTYPE = {host.BF16: BF16, host.FP16: FP16}
+
+OPTIONS = {"state_format": None, "master": None, "rounding": "stochastic"}  # of an optimizer, or of a group
+CHECKS = {
+    "state_format": hyper.choice(None, "bf16", "fp16", "q8"),
+    "master": hyper.choice(None, "float32", "split16", "split8"),
+    "rounding": hyper.choice("nearest", "stochastic"),
+}
+GRADIENTS = (np.dtype(np.float32), host.BF16, host.FP16)  # dtypes of Buffers of gradients for a float32 update
+SPLIT = {"split16": SPLIT16, "split8": SPLIT8}
+SIGNED = {"bf16": BF16, "fp16": FP16S, "q8": Q8}
+NEVER_NEGATIVE = {**SIGNED, "q8": Q8U}
+NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
+    ("fp16", "prev"): "fp16 would round the sign of a small gradient away",
+    ("q8", "prev"): "q8 would round the sign of a small gradient away",
+    ("q8", "max_exp_avg_sq"): "a maximum would keep every error of rounding upwards, which is 1/8 in q8",
+    ("fp16", "grad_avg"): "a variance is a small difference of averages, which fp16 and q8 do not keep",
+    ("q8", "grad_avg"): "a variance is a small difference of averages, which fp16 and q8 do not keep",
+    ("bf16", "grad_avg"): "a variance is a small difference of averages, which bf16 does not keep",
+}
+
+
+def taken(options):
+    """The options of OPTIONS out of a dict of options, which loses them, checked; those that are not there are left out."""
+    return {name: CHECKS[name](name, options.pop(name)) for name in OPTIONS if name in options}
+
+
+class Storage(NamedTuple):
+    """How the buffers of one tensor are stored.
+
+    param, states, copy_format : Format
+        Of the parameter, of each state in the order of the rule, and of the copy.
+    master : str or None
+        The option of this name.
+    low : flat array or None
+        The lower bits of a split parameter, or the parameter in floats, which is updated in place of it.
+    copy : Buffer or None
+        Where the new parameter is written once more.
+    stochastic : bool
+    seed, origin : int
+        What random numbers depend on, beside the step: origin is the position of the first element.
+    """
+
+    param: Any
+    states: tuple
+    master: str | None = None
+    low: Any = None
+    copy: Any = None
+    copy_format: Any = FLOAT
+    stochastic: bool = True
+    seed: int = 0
+    origin: int = 0
+
+
+def of_buffer(buffer):
+    """The Format of the numbers of a Buffer."""
+    return OF_DTYPE.get(buffer.dtype, FLOAT)
+
+
+def compute_dtype(buffer):
+    """The dtype in which a parameter is updated."""
+    return np.dtype(np.float32) if of_buffer(buffer) is not FLOAT else buffer.dtype
+
+
+def state_format(options, name, dtype, not_negative, label):
+    """The Format of a state of this name; ValueError where it must be stored in the compute dtype."""
+    said = options.state_format
+    if said is None:
+        return FLOAT
+    if dtype != np.float32:
+        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}")
+    reason = NEEDS_FLOATS.get((said, name))
+    if reason:
+        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out for this optimizer")
+    return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
+
+
+def takes_halves(options):
+    """Whether these options, some of OPTIONS, say how a parameter in bf16 or fp16 is updated."""
+    return options.get("master") is not None or "rounding" in options
+
+
+def of_tensor(tensor, rule, options, copy, not_negative, seed, origin):
+    """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of its
+    group; copy: a Buffer or None."""
+    o = SimpleNamespace(**{**OPTIONS, **options})
+    names = rules.state_names(rules.find(rule))
+    states = tuple(state_format(o, name, tensor.dtype, not_negative, tensor.name) for name in names)
+    param = of_buffer(tensor.param)
+    refuse_master(o.master, param, tensor)
+    if copy is None and param is FLOAT and all(format is FLOAT for format in states):
+        return None
+    copied = FLOAT if copy is None else of_buffer(copy)
+    return Storage(param, states, o.master, None, copy, copied, o.rounding == "stochastic", seed, origin)
+
+
+def refuse_master(master, param, tensor):
+    """ValueError where a parameter cannot have this master."""
+    if master is None:
+        return
+    if param is FLOAT:
+        raise ValueError(f"master={master!r} is for parameters in bf16 or fp16; {tensor.name} has dtype "
+                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a bf16 copy")  # fmt: skip
+    if master in SPLIT and param is not BF16:
+        raise ValueError(f"master={master!r} splits a float32 into a bf16 and a remainder; {tensor.name} is "
+                         f"{param.name}: pass master='float32'")  # fmt: skip
+
+
+def with_low(tensor, memory):
+    """The Storage of a Tensor with the new buffer that its master needs; it makes a float32 of the parameter as it is now."""
+    made, param = tensor.storage, tensor.param
+    if made.master is None:
+        return made
+    dtype = np.dtype(np.float32) if made.master == "float32" else SPLIT[made.master].low
+    low = memory.place_beside(param, list(tensor.state.values()), param.size, dtype)
+    low[:] = formats.decode(made.param, host.bits(param.flat), param.size) if made.master == "float32" else 0
+    return made._replace(low=low, param=SPLIT.get(made.master, made.param))
+
+
+def acquired_copy(copy, name, tensor):
+    """The Buffer of the bf16 or fp16 array to which a parameter is written once more."""
+    if tensor.dtype != np.float32:
+        raise ValueError(f"{name} is for parameters that are updated in float32; {tensor.name} has dtype {tensor.dtype}")
+    buffer = host.acquire(copy, name, writable=True, halves=True)
+    if of_buffer(buffer) is FLOAT:
+        raise TypeError(f"{name} has dtype {buffer.dtype}; it must be bf16 or fp16: an array of float16, of "
+                        f"ml_dtypes.bfloat16, a torch tensor, or fastrms.Stored(array, 'bf16')")  # fmt: skip
+    host.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
+    return buffer
+
+
+def new_state(format, param, beside, value, memory):
+    """A new flat state array in a Format, every element of which holds a value."""
+    if format is FLOAT:
+        made = memory.place_beside(param, beside, param.size, compute_dtype(param))
+        made.fill(value)
+        return made
+    items = formats.stored_bytes(format, param.size) // format.dtype.itemsize
+    made = memory.place_beside(param, beside, items, format.dtype)
+    made.fill(0)
+    if value:
+        numbers = np.full(param.size, value, np.float32)
+        formats.encode(format, numbers, made, param.size, formats.Rounding())
+    return made
+
+
+class StoredState:
+    """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32.
+
+    Attributes
+    ----------
+    bits : numpy.ndarray
+        The memory that is in use, flat: uint16 for bf16 and fp16, uint8 for q8.
+    format : str
+        "bf16", "fp16" or "q8".
+    shape : tuple of int
+        That of the parameter.
+    """
+
+    def __init__(self, tensor, format, bits):
+        self._tensor, self._format, self.bits = tensor, format, bits
+        self.format, self.shape = format.name.removesuffix("s" if format is FP16S else "u"), tensor.param.shape
+
+    def __array__(self, dtype=None, copy=None):
+        numbers = formats.decode(self._format, self.bits, self._tensor.param.size)
+        return np.asarray(self._tensor.shaped(numbers), dtype)
+
+    def __repr__(self):
+        return f"<state of shape {self.shape}, stored in {self.format}>"
+
+
+def shown(tensor, name):
+    """A state of a Tensor that has a Storage, as people see it."""
+    flat = tensor.state[name]
+    format = tensor.storage.states[list(tensor.state).index(name)]
+    return tensor.shaped(flat) if format is FLOAT else StoredState(tensor, format, flat)
