@@ -56,25 +56,29 @@ LOOPS void decode(int format, int64_t size, fastrms_stored from, float *to_)
 
 LOOPS uint32_t largest(int64_t size, const word *from)
 {
-    uint32_t top = 0;
-    EACH(size) {
-        uint32_t a = from[i] & MAGNITUDE;
-        a = a < INFINITE ? a : 0;
-        top = a > top ? a : top;
+    int32_t top = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        int32_t a = (int32_t)(from[i] & MAGNITUDE), finite = a < INFINITE ? a : 0;
+        top = finite > top ? finite : top;
     }
-    return top;
+    return (uint32_t)top;
 }
 
-#define RANDOM random_of(first + (uint32_t)i * GOLDEN)
+/* each element with its random number; w grows by additions, since multiplications of i would be made in 64 bits */
+#define EACH_RANDOM(size) \
+    uint32_t w = first; \
+    INDEPENDENT for (int64_t i = 0; i < (size); ++i, w += GOLDEN)
+#define RANDOM random_of(w)
 LOOPS int32_t encode_q8(int is_signed, int stochastic, int64_t size, const word *from, uint8_t *code, uint32_t first)
 {
     uint32_t top = largest(size, from);
     int32_t base = is_signed ? q8_base(top) : q8u_base(top);
     float per_unit = q8_per_unit(base);
-    if (is_signed)
-        EACH(size) code[i] = (uint8_t)q8_encoded(from[i], base, per_unit, stochastic, RANDOM);
-    else
-        EACH(size) code[i] = (uint8_t)q8u_encoded(from[i], base, stochastic, RANDOM);
+    if (is_signed) {
+        EACH_RANDOM(size) code[i] = (uint8_t)q8_encoded(from[i], base, per_unit, stochastic, RANDOM);
+    } else {
+        EACH_RANDOM(size) code[i] = (uint8_t)q8u_encoded(from[i], base, stochastic, RANDOM);
+    }
     return base;
 }
 
@@ -85,9 +89,9 @@ LOOPS void encode(int format, int stochastic, int64_t size, const float *from_, 
     uint8_t *code = to.stored, *low8 = to.low;
     int32_t *base = to.low;
     switch (format) {
-    case FASTRMS_BF16: EACH(size) half[i] = (uint16_t)bf16_encoded(from[i], stochastic, RANDOM); break;
-    case FASTRMS_FP16: EACH(size) half[i] = (uint16_t)fp16_encoded(from[i], stochastic, RANDOM); break;
-    case FASTRMS_FP16S: EACH(size) half[i] = (uint16_t)fp16s_encoded(from[i], stochastic, RANDOM); break;
+    case FASTRMS_BF16: { EACH_RANDOM(size) half[i] = (uint16_t)bf16_encoded(from[i], stochastic, RANDOM); } break;
+    case FASTRMS_FP16: { EACH_RANDOM(size) half[i] = (uint16_t)fp16_encoded(from[i], stochastic, RANDOM); } break;
+    case FASTRMS_FP16S: { EACH_RANDOM(size) half[i] = (uint16_t)fp16s_encoded(from[i], stochastic, RANDOM); } break;
     case FASTRMS_SPLIT16:
         EACH(size) {
             uint32_t u = without_payload(from[i]);
@@ -95,13 +99,14 @@ LOOPS void encode(int format, int stochastic, int64_t size, const float *from_, 
             low16[i] = (uint16_t)u;
         }
         break;
-    case FASTRMS_SPLIT8:
-        EACH(size) {
+    case FASTRMS_SPLIT8: {
+        EACH_RANDOM(size) {
             uint32_t v = split8_rounded(from[i], stochastic, RANDOM);
             half[i] = (uint16_t)split8_high(v);
             low8[i] = (uint8_t)v;
         }
         break;
+    }
     default:
         for (; size > 0; size -= Q8_BLOCK, code += Q8_BLOCK, from += Q8_BLOCK, first += Q8_BLOCK * GOLDEN, ++base)
             if (size < Q8_BLOCK)
