@@ -131,8 +131,8 @@ def gathered(gather, message):
     try:
         return [bytes(other) for other in found]
     except TypeError:
-        raise TypeError(f"gather gave {found!r:.80}; it must give every rank the messages of all ranks, a sequence of bytes, "
-                        f"as comm.allgather of mpi4py does") from None  # fmt: skip
+        raise TypeError(f"gather gave {found!r:.80}; it must give every rank the messages of all ranks, a sequence of bytes"
+                        f", as comm.allgather of mpi4py does") from None  # fmt: skip
 
 
 def join(optimizer, shards):

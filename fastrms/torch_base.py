@@ -366,8 +366,8 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def _refuse_foreign(self, group, name):
-        """ValueError where a group, or the state of one of its parameters, lacks what torch has always written for this class,
-        and has what it has not: it is of another class.  Other additions, which torch lets people make, stay."""
+        """ValueError where a group, or the state of one of its parameters, lacks what torch has always written for this
+        class, and has what the class does not know: it is of another class.  Other additions, which torch lets people make, stay."""
         always = [name for name in self._names if name not in FILLED]
         refuse_foreign(type(self), group, always, {*self.defaults, "params", "param_names"}, name)
         always = state_names(self.kind, KINDS[self.kind].defaults)
@@ -427,8 +427,8 @@ def refuse_foreign(kind, values, always, known, name):
     """ValueError where values, which error sentences call `name`, lack what is always there and have what is not known."""
     lacking, foreign = [x for x in always if x not in values], [str(x) for x in values if x not in known]
     if lacking and foreign:
-        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; load "
-                         f"it into an optimizer of the class that it came from")  # fmt: skip
+        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; "
+                         f"load it into an optimizer of the class that it came from")  # fmt: skip
 
 
 def copied(param, state, name):

@@ -103,8 +103,8 @@ def laid_out(param, grad):
 
 
 def is_lazy(tensor):
-    """Whether the numbers of a tensor are not those in its memory: torch negates them when it reads them, or has none, as all
-    are 0."""
+    """Whether the numbers of a tensor are not those in its memory: torch negates them when it reads them, or it has none, as
+    all of them are 0."""
     return tensor.is_neg() or tensor._is_zerotensor()
 
 

@@ -205,8 +205,8 @@ def digest(x):
 class Gather:
     """Gives each rank of a group the messages of all ranks, which have the lengths that follow from the runs of each.
 
-    rule: what the ranks must have in common and keep; groups: the Groups of the optimizer, whose values the ranks must have in
-    common at each step.
+    rule: what the ranks must have in common and keep; groups: the Groups of the optimizer, whose values the ranks must have
+    in common at each step.
     """
 
     def __init__(self, group, runs, rule, groups):
@@ -222,7 +222,8 @@ class Gather:
                              "steps together, and have gradients for the same parameters")  # fmt: skip
         if any(other != mine for other in known):
             raise ValueError(f"the ranks step with different hyper-parameters; those of this rank are {self._rule} "
-                             f"{self._groups.values}: set the same in param_groups, and the same nonfinite, on all ranks")  # fmt: skip
+                             f"{self._groups.values}: set the same in param_groups, and the same nonfinite, on all "
+                             f"ranks")  # fmt: skip
         found = self._all(message, max(self._lengths))
         return [part[:length] for part, length in zip(found, self._lengths, strict=True)]
 

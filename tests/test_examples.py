@@ -229,7 +229,7 @@ def test_every_example_is_tested():
 def test_what_an_example_lacks_is_named(path):
     """One sentence, and nothing else, says what to install."""
     absent = "matplotlib", "mlxtend", "numba", "rich", "sklearn", "torch"
-    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); runpy.run_path({str(path)!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); runpy.run_path({str(path)!r}, None, '__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=path.parent)
     if path.name not in ("network.py", "same.py", "export_digits.py"):  # which need none, or print how to run them
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
