@@ -367,7 +367,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refuse_foreign(self, group, name):
         """ValueError where a group, or the state of one of its parameters, lacks what torch has always written for this
-        class, and has what the class does not know: it is of another class.  Other additions, which torch lets people make, stay."""
+        class, and has what the class does not know: it is of another class.  Other additions, which torch lets people make,
+        stay."""
         always = [name for name in self._names if name not in FILLED]
         refuse_foreign(type(self), group, always, {*self.defaults, "params", "param_names"}, name)
         always = state_names(self.kind, KINDS[self.kind].defaults)
