@@ -6,15 +6,21 @@ Every number of processes prints the same norms: all have the same batch here, s
 for the rounding of matrix products.
 """
 
+import sys
 import tempfile
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+try:
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+except ModuleNotFoundError as error:
+    if error.name.partition(".")[0] != "torch":
+        raise
+    sys.exit("torch is missing, which this example needs: pip install -e '.[torch]'")
 
 import fastrms
 import fastrms.torch

@@ -3,8 +3,15 @@
 The gradient never goes to memory.  Run as a script it compiles for --cc 9.0 and prints the PTX; no GPU is needed.
 """
 
-from numba import cuda
-from numba.cuda import types
+import sys
+
+try:
+    from numba import cuda
+    from numba.cuda import types
+except ModuleNotFoundError as error:
+    if error.name.partition(".")[0] != "numba":
+        raise
+    sys.exit("numba is missing, which this example needs: pip install -e '.[cu13]', or cu12")
 
 import fastrms.cuda
 from fastrms import rules

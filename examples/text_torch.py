@@ -7,17 +7,25 @@ pair see the same batches, rates and clipping, so that their losses lie on each 
     python examples/text_torch.py                # two minutes on two cores; draws fastrms-text.png
     python examples/text_torch.py --steps 20     # a try
 
-Needs the extras torch, and matplotlib for the picture.
+Needs the extra torch, and matplotlib (extra examples) for the picture.
 """
 
 import argparse
 import pathlib
 import pydoc_data.topics
+import sys
 import time
 
 import numpy as np
-import torch
-from torch import nn
+
+try:
+    import torch
+    from matplotlib.figure import Figure
+    from torch import nn
+except ModuleNotFoundError as error:
+    if error.name.partition(".")[0] not in ("matplotlib", "torch"):
+        raise
+    sys.exit(f"{error.name} is missing, which this example needs: pip install -e '.[torch,examples]'")
 
 import fastrms.torch
 
@@ -78,8 +86,6 @@ def train(make, steps, codes, kinds):
 
 
 def draw(found, path):
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, (name, runs) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         for (label, (losses, _, _)), style in zip(runs.items(), ("-", "--"), strict=True):

@@ -18,8 +18,11 @@ fastrms.RMSProp(..., backend="numba") and its like are safe there.
 from functools import cache
 from types import ModuleType
 
-import numba
-from numba.extending import overload
+try:
+    import numba
+    from numba.extending import overload
+except ImportError:
+    raise ImportError("fastrms.numba needs Numba: pip install numba (what the extra fastrms[numba] names)") from None
 
 from . import jitted
 from . import rules as texts

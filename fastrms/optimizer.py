@@ -412,12 +412,14 @@ class Optimizer(Names, Family):
             found = self._change_plan(None, reader.given(), None, 0, True, grad_scale, clip_norm, reader)
         finally:
             reader.done()
-        return APPLIED if found is None else self._info(found)
+        if found is None:
+            return APPLIED
+        return None if found == backends.OVERLAP else self._info(found)
 
     def _change_plan(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None,
                      reader=None):  # fmt: skip
         """plan.change, with the sentence where it refuses; the owners of the memory learn of what it wrote.  reader: the
-        Reader that has read grads."""
+        Reader that has read grads; where buffers overlap, OVERLAP is returned then."""
         status = None  # stays so where an interrupt cuts the step
         try:
             status, found = self._plan.change(params, grads, recipes, hold, run, grad_scale, clip_norm)
@@ -425,7 +427,9 @@ class Optimizer(Names, Family):
             if run and (self._tensors.of_torch or self._zero_grad):
                 self._tell_owners(status, params, grads, reader)
         if status == backends.OVERLAP:
-            self._tensors.refuse_overlap(params, enumerate(reader.leaves if reader else grads or ()))
+            if reader is not None:
+                return status
+            self._tensors.refuse_overlap(params, enumerate(grads or ()))
         if status not in (backends.OK, backends.NONFINITE):
             raise self._refusal(status)
         if params is not None:

@@ -113,7 +113,7 @@ class Exchange:
 
     def __call__(self, sent):
         """The messages of all ranks, one after the other, from that of this rank."""
-        messages = [bytes(message) for message in self._gather(sent)]
+        messages = gathered(self._gather, sent)
         lengths = [len(message) for message in messages]
         if lengths != self._lengths or messages[self._rank] != sent:
             raise ValueError(f"gather gave messages of {lengths} bytes, or not that of this rank at its place; the ranks "
@@ -123,6 +123,16 @@ class Exchange:
             said = "; ".join(f"{scale:g} and {norm:g} on rank {k}" for k, (scale, norm) in enumerate(asked))
             raise ValueError(f"all ranks must step with the same grad_scale and clip_norm, which are {said} (-1: None)")
         return b"".join(messages)
+
+
+def gathered(gather, message):
+    """The messages of all ranks, as bytes; TypeError where gather gives something else."""
+    found = gather(message)
+    try:
+        return [bytes(other) for other in found]
+    except TypeError:
+        raise TypeError(f"gather gave {found!r:.80}; it must give every rank the messages of all ranks, a sequence of bytes"
+                        f", as comm.allgather of mpi4py does") from None  # fmt: skip
 
 
 def join(optimizer, shards):
@@ -150,7 +160,7 @@ def _run(tensor, row):
 def everyone(gather, runs):
     """(runs of all ranks, number of this rank): all ranks tell each other what they hold."""
     token = os.urandom(TOKEN)
-    sent = [bytes(message) for message in gather(token + np.array(runs, np.int64).tobytes())]
+    sent = gathered(gather, token + np.array(runs, np.int64).tobytes())
     tokens = [message[:TOKEN] for message in sent]
     if token not in tokens:
         raise ValueError(f"gather gave {len(sent)} message(s), and that of this rank is not among them")

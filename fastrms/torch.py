@@ -64,7 +64,7 @@ class RMSprop(Optimizer):
         step, square_avg, grad_avg (centered) and momentum_buffer (momentum > 0) as in torch, from the first step with a
         gradient on.  Tensors may be written, and exchanged for others.
     step_info : StepInfo
-        What the last step did: see fastrms.Optimizer.step.
+        What the last step did: see fastrms.Optimizer.step.  Before the first step, ``applied`` is False.
 
     Raises
     ------

@@ -4,6 +4,7 @@ import weakref
 
 import torch
 
+from .optimizer import APPLIED
 from .torch_base import Optimizer, nothing
 
 
@@ -69,6 +70,7 @@ class InBackward:
         self._pass, cores, self._cores = None, self._cores, []
         for core in cores:
             core.stream_close()
+            self._optimizer.step_info = APPLIED
 
     def _begin(self, number):
         self.finish()  # of a pass that failed

@@ -15,7 +15,7 @@ from .optimizer import APPLIED, StepInfo
 from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
-from .torch_state import FLAGS, NAMES
+from .torch_state import FLAGS, NAMES, YOUNG
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
@@ -23,6 +23,7 @@ REASONS = {
     "differentiable": ": updates are made in place and cannot be differentiated; use torch.optim",
 }
 OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad")  # arguments of an optimizer that belong to no group
+FILLED = (*YOUNG, "amsgrad", "momentum", "centered")  # torch adds these to groups of older versions, which lack them
 GRAD = attrgetter("grad")
 BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
 profiling = torch.autograd._profiler_enabled
@@ -58,7 +59,7 @@ class Optimizer(torch.optim.Optimizer):
         refuse(given)
         options = {name: given.pop(name, defaults.get(name)) for name in OURS}
         self.dialect = options["dialect"]
-        self.step_info, self._cores, self._note = APPLIED, None, Note()
+        self.step_info, self._cores, self._note = StepInfo(False, None, None), None, Note()
         self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
@@ -340,7 +341,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            With nothing changed, where it does not fit this optimizer.
+            With nothing changed, where it does not fit this optimizer, or is of another class.
         """
         before = dict(vars(self))
         try:
@@ -361,9 +362,21 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._cores, self._note = None, Note()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            self._refuse_foreign(group, f"param_groups[{number}]")
             for name, value in self.defaults.items():  # what older versions, and torch, do not have
                 group.setdefault(name, value)
+
+    def _refuse_foreign(self, group, name):
+        """ValueError where a group, or the state of one of its parameters, lacks what torch has always written for this
+        class, and has what the class does not know: it is of another class.  Other additions, which torch lets people make,
+        stay."""
+        always = [name for name in self._names if name not in FILLED]
+        refuse_foreign(type(self), group, always, {*self.defaults, "params", "param_names"}, name)
+        always = state_names(self.kind, KINDS[self.kind].defaults)
+        for label, param in labelled(group):
+            if state := self.state.get(param):
+                refuse_foreign(type(self), state, always, {*STATES, "step"}, f"the state of {name}['params'][{label!r}]")
 
     def state_dict(self):
         d = super().state_dict()
@@ -411,6 +424,14 @@ def labelled(group):
     if not len(params) == len(names) == len({*names}):
         names = range(len(params))
     return zip(names, params, strict=True)
+
+
+def refuse_foreign(kind, values, always, known, name):
+    """ValueError where values, which error sentences call `name`, lack what is always there and have what is not known."""
+    lacking, foreign = [x for x in always if x not in values], [str(x) for x in values if x not in known]
+    if lacking and foreign:
+        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; "
+                         f"load it into an optimizer of the class that it came from")  # fmt: skip
 
 
 def copied(param, state, name):

@@ -93,19 +93,32 @@ def complete(kind, values, param, state):
 
 
 def laid_out(param, grad):
-    """A gradient, or a state, in the memory order of its parameter: itself, or a copy where it has another order."""
-    if grad is None or grad.layout is not torch.strided or grad.stride() == param.stride():
+    """A gradient, or a state, in the memory order of its parameter: itself, or a copy where it has another order, or where
+    torch has not written its numbers."""
+    if grad is None or grad.layout is not torch.strided or (grad.stride() == param.stride() and not is_lazy(grad)):
         return grad
     if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
         return grad
     return torch.empty_like(param, requires_grad=False).copy_(grad)
 
 
+def is_lazy(tensor):
+    """Whether the numbers of a tensor are not those in its memory: torch negates them when it reads them, or it has none, as
+    all of them are 0."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def apart(grads):
+    """Gradients as they are, or a copy where one of them serves another parameter already."""
+    first = {}
+    return [first.setdefault(id(grad), grad) if grad is None or id(grad) not in first else grad.clone() for grad in grads]
+
+
 @torch.no_grad()
 def zero_copied(given, used):
     """Write zeros over those of the given gradients in whose place a step has used a temporary copy, which it has zeroed."""
     for grad, mine in zip(given, used, strict=True):
-        if grad is not None and part_of(grad) is not mine:
+        if grad is not None and part_of(grad) is not mine and not part_of(grad)._is_zerotensor():
             part_of(grad).zero_()
 
 
@@ -209,7 +222,7 @@ class Core:
 
     def checked_step(self, grads, grad_scale, clip_norm):
         """step(), with all checks and their sentences."""
-        given, grads = grads, [*map(laid_out, self._parts.parts, self._parts.brought(grads))]
+        given, grads = grads, apart(map(laid_out, self._parts.parts, self._parts.brought(grads)))
         self._join(clip_norm)
         if self._counts.tobytes() != self._seen:
             self._tell_plan()

@@ -132,7 +132,8 @@ class Parts:
             return
         group, runs, rank = self._runs()
         if group is not None:
-            optimizer._plan.join(shards.Exchange(Gather(group, runs), runs, rank))
+            gather = Gather(group, runs, f"{type(optimizer).__name__} {optimizer.nonfinite}", optimizer._groups)
+            optimizer._plan.join(shards.Exchange(gather, runs, rank))
         self._joined = True
 
     def _runs(self):
@@ -196,18 +197,33 @@ def only_group(places, names):
     return cut[0][1] if cut else None
 
 
-class Gather:
-    """Gives each rank of a group the messages of all ranks, which have the lengths that follow from the runs of each."""
+def digest(x):
+    """Eight bytes that are equal on two ranks where x prints alike there."""
+    return hashlib.blake2b(repr(x).encode(), digest_size=8).digest()
 
-    def __init__(self, group, runs):
-        self._group = group
+
+class Gather:
+    """Gives each rank of a group the messages of all ranks, which have the lengths that follow from the runs of each.
+
+    rule: what the ranks must have in common and keep; groups: the Groups of the optimizer, whose values the ranks must have
+    in common at each step.
+    """
+
+    def __init__(self, group, runs, rule, groups):
+        self._group, self._rule, self._groups = group, rule, groups
         self._lengths = [shards.message(mine, 0)[1] for mine in shards.counted_once(runs)]
-        self._known = hashlib.blake2b(repr(runs).encode(), digest_size=16).digest()
+        self._runs = digest(runs)
 
     def __call__(self, message):
-        if any(known != self._known for known in self._all(self._known, 16)):
+        mine = self._runs + digest((self._rule, self._groups.values))
+        known = self._all(mine, len(mine))
+        if any(other[:8] != self._runs for other in known):
             raise ValueError("the ranks step different parameters; with clip_norm or nonfinite all ranks must make their "
                              "steps together, and have gradients for the same parameters")  # fmt: skip
+        if any(other != mine for other in known):
+            raise ValueError(f"the ranks step with different hyper-parameters; those of this rank are {self._rule} "
+                             f"{self._groups.values}: set the same in param_groups, and the same nonfinite, on all "
+                             f"ranks")  # fmt: skip
         found = self._all(message, max(self._lengths))
         return [part[:length] for part, length in zip(found, self._lengths, strict=True)]
 

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -222,6 +223,18 @@ def test_every_example_is_tested():
     tested = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for path in EXAMPLES.glob("*.py"):
         assert f'load("{path.stem}")' in tested or f'"{path.name}"' in tested, path.name
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/*.py")), ids=lambda path: path.name)
+def test_what_an_example_lacks_is_named(path):
+    """One sentence, and nothing else, says what to install."""
+    absent = "matplotlib", "mlxtend", "numba", "rich", "sklearn", "torch"
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); runpy.run_path({str(path)!r}, None, '__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=path.parent)
+    if path.name not in ("network.py", "same.py", "export_digits.py"):  # which need none, or print how to run them
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    if path.name not in ("network.py", "same.py"):
+        assert re.search(r"is missing, which this example needs: pip install -e '\.\[[\w,]+\]'", done.stderr), done.stderr
 
 
 def test_text_torch(tmp_path, capsys):

@@ -235,8 +235,10 @@ UNUSABLE = {
     "too few bytes": (lambda: bytearray(4 * SIZE - 1), ValueError, "data has 4171 bytes, 1043 numbers .* need 4172"),
     "too few numbers": (lambda: np.zeros(SIZE - 1, FLOAT), ValueError, "data has 1042 numbers, the shapes .* 1043 in all$"),
     "too many numbers": (lambda: np.zeros(SIZE + 1, FLOAT), ValueError, r"data has 1044 numbers.*: pass data\[:1043\]"),
-    "float64": (lambda: np.zeros(SIZE), TypeError, "data has dtype float64; a FlatBuffer of float32 lies over"),
-    "integers": (lambda: np.zeros(SIZE, np.int32), TypeError, "data has dtype int32; a FlatBuffer of float32"),
+    "float64": (lambda: np.zeros(SIZE), TypeError, "data has dtype float64; a FlatBuffer of float32 lies over.*: "
+                "pass dtype=np.float64$"),
+    "integers": (lambda: np.zeros(SIZE, np.int32), TypeError, "data has dtype int32; a FlatBuffer of float32.*: pass "
+                 r"data\.astype\(np\.float32\), a copy$"),
     "misaligned": (lambda: np.zeros(4 * SIZE + 4, np.uint8)[1:], ValueError, "data starts at .* not aligned to 4 bytes"),
     "read-only bytes": (read_only, ValueError, "data is read-only; a FlatBuffer is written in place"),
     "read-only numbers": (lambda: read_only(FLOAT), ValueError, "data is read-only; a FlatBuffer is written in place"),

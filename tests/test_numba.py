@@ -70,6 +70,21 @@ def test_without_numba_the_error_names_the_extra(monkeypatch):
     assert "numba" not in fastrms.available_backends()
 
 
+def test_fastrms_numba_without_numba_names_the_extra():
+    assert in_process("""
+        import sys
+        sys.modules["numba"] = None
+        import fastrms
+        for load in (lambda: __import__("fastrms.numba"), lambda: fastrms.numba):
+            try:
+                load()
+            except (ImportError, AttributeError) as error:
+                assert "fastrms.numba needs Numba: pip install numba" in str(error), error
+            else:
+                raise SystemExit("it was imported")
+    """) == ""  # fmt: skip
+
+
 @pytest.mark.skipif(c.lib is None, reason="without C, auto is numba")
 def test_numba_is_imported_only_when_it_is_used():
     assert in_process("""

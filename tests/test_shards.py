@@ -375,6 +375,23 @@ def test_what_gather_gives_is_checked():
             optimizer.step(np.ones(4), clip_norm=1.0)
 
 
+@pytest.mark.parametrize("reply", [None, 7, [None], "text"])
+def test_a_gather_that_gives_no_messages_is_told_what_to_give(backend, reply):
+    """comm.gather of mpi4py, for one, gives None on all ranks but one."""
+    answers, params = [], np.ones(4)
+
+    def gather(message):
+        return answers.pop(0) if answers else [message]
+
+    optimizer = fastrms.Adam(params, backend=backend, shards=fastrms.Shards(gather, [(0, 0, 4)]))
+    for step in (lambda: optimizer.step(np.ones(4), clip_norm=1.0),
+                 lambda: fastrms.Adam(np.ones(4), backend=backend, shards=fastrms.Shards(gather, [(0, 0, 4)]))):  # fmt: skip
+        answers.append(reply)
+        with pytest.raises(TypeError, match=r"gather gave .*messages of all ranks, a sequence of bytes.*allgather"):
+            step()
+    assert (params == 1).all() and optimizer.step(np.ones(4), clip_norm=1.0).applied
+
+
 def alone(params, table, **options):
     return fastrms.Adam(params, shards=fastrms.Shards(lambda message: [message], table), **options)
 

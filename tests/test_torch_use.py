@@ -352,6 +352,56 @@ def test_a_loaded_state_is_checked_and_copied():
     assert saved["state"][0]["step"] == 1 and optimizer.state[param]["step"] == 2
 
 
+CLASSES = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "RMSprop", "Rprop", "SGD")
+
+
+def state_dict_of(kind, steps, **options):
+    """The state_dict of an optimizer of this class after some steps."""
+    optimizer = kind([parameter(3)], **options)
+    for _ in range(steps):
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_another_class_is_refused(name, steps):
+    """torch takes it, and fails in a step, or starts anew.  Before its first step Adamax says nothing that Adam does not."""
+    kinds = [*(getattr(torch.optim, other) for other in CLASSES), *(getattr(ft, other) for other in NAMES)]
+    for kind in kinds:
+        if kind.__name__ == name or {kind.__name__, name} == {"Adam", "AdamW"} or (kind.__name__ == "Adamax" and not steps):
+            continue
+        optimizer = getattr(ft, name)([parameter(3)])
+        optimizer.step()
+        before = str(optimizer.state_dict())
+        with pytest.raises(ValueError, match=rf"param_groups\[0\].* has .* and no .*: it is no state of {name}; load it"):
+            optimizer.load_state_dict(state_dict_of(kind, steps, lr=0.25))
+        assert str(optimizer.state_dict()) == before
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_the_same_class_may_have_more_and_less(name, steps):
+    """Older versions of torch lack some names in groups; schedulers and people add others, and states may be incomplete."""
+    for kind in (getattr(torch.optim, name), getattr(ft, name)):
+        saved, optimizer = state_dict_of(kind, steps, lr=0.25), getattr(ft, name)([parameter(3)])
+        for absent in ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "amsgrad",
+                       "momentum", "centered"):  # fmt: skip
+            saved["param_groups"][0].pop(absent, None)
+        saved["param_groups"][0].update(initial_lr=0.5, mine="kept")
+        if steps:
+            saved["state"][0] = {"mine": torch.ones(3), **saved["state"][0]}
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["initial_lr"], group["mine"]) == (0.25, 0.5, "kept")
+        assert optimizer.state[group["params"][0]]["step"] == steps + 1
+        for absent in [*saved["state"].get(0, ())]:
+            del saved["state"][0][absent]
+            optimizer.load_state_dict(saved)
+
+
 def test_a_state_dict_holds_plain_dicts():
     optimizer = ft.Adam([parameter(3)])
     optimizer.step()
@@ -644,6 +694,73 @@ def test_a_gradient_of_another_layout(shape, order):
         assert torch.equal(param, twin) and (param.stride(), param.grad.stride()) == before
 
 
+def negated():
+    return torch.complex(torch.ones(4), torch.ones(4)).conj().imag.contiguous().neg().view(4)._neg_view()
+
+
+def zero_without_memory():
+    return torch._efficientzerotensor(4)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [lambda: torch.conj(torch.full((4,), 1 - 2j)).imag, negated, zero_without_memory])
+def test_a_gradient_whose_numbers_torch_has_not_written(make, name, in_backward):
+    """It is copied for the step, as torch.optim does it."""
+    param, twin, plain = parameter(4), parameter(4), make().clone()
+    optimizer, other = getattr(ft, name)([param], lr=0.1), getattr(ft, name)([twin], lr=0.1)
+    if in_backward:
+        param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", make()))
+        handle = ft.step_in_backward(optimizer)
+    for step in range(3):
+        param.grad, twin.grad = make() if step else torch.ones(4), plain if step else torch.ones(4)
+        if in_backward and step:
+            param.grad = None
+            param.sum().backward()
+        else:
+            optimizer.step()
+        other.step()
+        assert torch.equal(param, twin)
+    assert not in_backward or handle.remove() is None
+
+
+@pytest.mark.parametrize("make", [negated, zero_without_memory])
+def test_a_gradient_whose_numbers_torch_has_not_written_is_zeroed(make):
+    param = parameter(4)
+    optimizer = ft.Adam([param], zero_grad=True)
+    for _ in range(2):
+        param.grad = make()
+        optimizer.step()
+        assert torch.equal(param.grad, torch.zeros(4))
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"zero_grad": True}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize("lacking", [None, "library"])
+def test_a_gradient_may_serve_several_parameters(options, lacking, monkeypatch):
+    if lacking:
+        monkeypatch.setattr(torch_reader, "library", lambda: None)
+    params, twins = ([parameter(3, value=value) for value in (1.0, 2.0, 3.0)] for _ in range(2))
+    optimizer, other = ft.Adam(params, **options), ft.Adam(twins, **options)
+    for step in range(3):
+        shared = torch.tensor([1.0, 2.0, 3.0])
+        for k, (param, twin) in enumerate(zip(params, twins, strict=True)):
+            is_shared = k != 1 and step != 1
+            param.grad, twin.grad = shared if is_shared else shared.clone(), shared.clone()
+        optimizer.step()
+        other.step()
+        assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
+        assert optimizer.step_info == other.step_info
+        assert all(torch.equal(param.grad, twin.grad) for param, twin in zip(params, twins, strict=True))
+    params[0].grad = params[1].detach()
+    params[2].grad = params[0].grad
+    with pytest.raises(ValueError, match=r"params\[0\]\[1\] .*overlap|and params\[0\]\[1\] overlap"):
+        optimizer.step()
+    memory = torch.ones(5)
+    params[0].grad, params[2].grad = memory[:3], memory[2:]
+    with pytest.raises(ValueError, match=r"grads\[0\]\[0\] and grads\[0\]\[2\] overlap"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_a_gradient_of_another_layout_is_zeroed(nonfinite):
     param = parameter(3, 4)
@@ -656,10 +773,6 @@ def test_a_gradient_of_another_layout_is_zeroed(nonfinite):
 
 def expanded():
     return torch.ones(1).expand(4)
-
-
-def negated():
-    return torch.complex(torch.ones(4), torch.ones(4)).conj().imag.contiguous().neg().view(4)._neg_view()
 
 
 def resized(size):
@@ -683,8 +796,9 @@ GRADS = {  # a gradient that must not be used: what is said about it
 }
 
 
-@pytest.mark.parametrize("kind", GRADS)
-@pytest.mark.parametrize("where", ["fastrms.torch", "fastrms"])
+@pytest.mark.parametrize("where, kind", [
+    *(("fastrms", kind) for kind in GRADS), *(("fastrms.torch", kind) for kind in GRADS if kind != "negated"),
+])  # fmt: skip
 def test_a_gradient_that_cannot_be_used_is_refused_before_anything_is_written(kind, where):
     size, make, words = GRADS[kind]
     params = [parameter(3), parameter(size), parameter(3)]
@@ -863,8 +977,23 @@ def test_gradients_are_not_kept_alive():
         assert gone() is None
 
 
+def test_before_the_first_step_none_was_made():
+    param = parameter(3)
+    optimizer = ft.Adam([param])
+    assert optimizer.step_info == (False, None, None)
+    optimizer.step()
+    assert optimizer.step_info == (True, None, None) == copy.deepcopy(optimizer).step_info
+    optimizer = ft.Adam([param])
+    handle = ft.step_in_backward(optimizer)
+    assert not optimizer.step_info.applied
+    param.sum().backward()
+    assert optimizer.step_info.applied
+    handle.remove()
+
+
 def test_an_optimizer_is_freed_without_the_collector():
     param = parameter(3)
+    torch.optim.Adam([param])  # the first optimizer of a process imports torch._dynamo, which keeps its caller until gc runs
     gc.collect()
     gc.disable()
     try:

@@ -278,6 +278,54 @@ def other_parameters(folder: Path):
         assert torch.equal(param.to_local(), old)
 
 
+def other_hyper_parameters(folder: Path):
+    """They may differ without a norm; with one, all ranks are told so, and nothing is written."""
+    if RANKS == 1:
+        return
+    last = RANKS - 1
+    for change in ({"lr": 0.5}, {"betas": (0.9, 0.5)}, {"weight_decay": 0.1}, {"maximize": True}):
+        whole, spread = whole_and_spread()
+        optimizer, sharded = (ft.Adam(model.parameters(), clip_norm=1.0) for model in (whole, spread))
+        step_both(whole, spread, optimizer, sharded, 0)
+        give_grads(whole, spread, 1)
+        before = {name: sharded.param_groups[0][name] for name in change}
+        if last == RANK:
+            sharded.param_groups[0].update(change)
+        assert "different hyper-parameters" in raised(ValueError, sharded.step)
+        assert_same(whole, spread, optimizer, sharded)
+        sharded.param_groups[0].update(before)
+        step_both(whole, spread, optimizer, sharded, 1)
+    _, spread = whole_and_spread()
+    nonfinite = "skip" if last == RANK else "raise"
+    sharded = ft.Adam(spread.parameters(), nonfinite=nonfinite)
+    for param in spread.parameters():
+        param.grad = torch.ones_like(param)
+    assert f"Adam {nonfinite}" in (said := raised(ValueError, sharded.step)), said
+
+
+def several_groups_of_ranks(folder: Path):
+    """Parameters that are cut over different ranks have no norm together; each of them alone has one."""
+    if RANKS < 4:
+        return
+    mesh, values = mesh_of(2, 2, names=("rows", "columns")), random((6, 10), 1)
+    spread = [distributed(values, placements, mesh) for placements in ([Shard(0), Replicate()], [Replicate(), Shard(0)])]
+    whole = [nn.Parameter(values.clone()) for _ in spread]
+    together = ft.Adam(spread, clip_norm=1.0)
+    for param in spread:
+        param.grad = spread_like(param, torch.ones_like(values))
+    said = raised(ValueError, together.step)
+    assert "params[0][0] is spread over the ranks [" in said and "make an optimizer for each" in said, said
+    together.clip_norm = None
+    for optimizers in ([together], [ft.Adam([param], clip_norm=1.0) for param in spread]):
+        others = [ft.Adam(whole)] if len(optimizers) == 1 else [ft.Adam([param], clip_norm=1.0) for param in whole]
+        for one, mine in zip(whole, spread, strict=True):
+            one.grad, mine.grad = values.clone(), spread_like(mine, values.clone())
+        for optimizer in (*optimizers, *others):
+            optimizer.step()
+        for one, mine in zip(whole, spread, strict=True):
+            assert torch.equal(part(one, mine), mine.to_local())
+
+
 def network(dtype=torch.float32):
     torch.manual_seed(3)
     layers = nn.Linear(10, 33), nn.Tanh(), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 3)

@@ -255,9 +255,9 @@ def _over(x, name, size, dtype):
     if array.dtype.kind in "iuS" and array.itemsize == 1:
         return _numbers(array, name, size, dtype)
     if array.dtype != dtype:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; a FlatBuffer of {dtype} lies over bytes or over numbers of {dtype}"
-        )
+        remedy = f"pass dtype=np.{array.dtype}" if array.dtype in host.DTYPES else f"pass {name}.astype(np.{dtype}), a copy"
+        raise TypeError(f"{name} has dtype {array.dtype}; a FlatBuffer of {dtype} lies over bytes or over numbers of {dtype}"
+                        f": {remedy}")  # fmt: skip
     if array.size != size:
         remedy = f": pass {name}[:{size}]" if array.size > size else ""
         raise ValueError(f"{name} has {array.size} numbers, the shapes have {size} in all{remedy}")
