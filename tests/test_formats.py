@@ -474,6 +474,8 @@ def test_a_format_describes_itself(format):
 # C has the bits of Python
 
 in_c = pytest.mark.skipif(not hasattr(c.lib, "fastrms_encode"), reason="the C extension has no storage formats")
+encoders = list(FORMATS.values())[1:]  # C reads float32 where it is
+each_encoder = pytest.mark.parametrize("format", encoders, ids=[format.name for format in encoders])
 each_tier = pytest.mark.parametrize("isa", c.isas())
 
 
@@ -483,18 +485,26 @@ def pointer(array):
 
 def c_encoded(isa, x, made, rounding):
     in_c = {"stochastic": rounding.stochastic, "key": rounding.key, "position": rounding.position}
-    to = c.ISAS.index(isa), made.format.number, x.size, pointer(x), pointer(made.stored), pointer(made.low)
+    source = c.ffi.from_buffer("float[]", x)
+    to = c.ISAS.index(isa), made.format.number, x.size, source, pointer(made.stored), pointer(made.low)
     c.lib.fastrms_encode(*to, c.ffi.new("fastrms_rounding *", in_c)[0])
     return made
 
 
 def c_decoded(isa, made, x):
     from_ = c.ISAS.index(isa), made.format.number, made.size, pointer(made.stored), pointer(made.low)
-    c.lib.fastrms_decode(*from_, pointer(x))
+    c.lib.fastrms_decode(*from_, c.ffi.from_buffer("float[]", x))
     return x
 
 
 expected = functools.cache(lambda name, rounding: encoded(FORMATS[name], sample(), rounding))
+
+
+@in_c
+@each_encoder
+def test_c_knows_the_sizes(format):
+    for size in (*LENGTHS, 63, 64, 65, 2**40):
+        assert c.lib.fastrms_stored_bytes(format.number, size) == formats.stored_bytes(format, size)
 
 
 @in_c
@@ -505,7 +515,7 @@ def test_c_makes_the_keys():
 
 @in_c
 @each_tier
-@each_format
+@each_encoder
 def test_c_decodes_all_codes(isa, format):
     made = all_codes(format)
     got = c_decoded(isa, made, np.empty(made.size, np.float32))
@@ -514,7 +524,7 @@ def test_c_decodes_all_codes(isa, format):
 
 @in_c
 @each_tier
-@each_format
+@each_encoder
 @each_rounding
 def test_c_encodes_as_python(isa, format, rounding):
     x = sample()
@@ -529,7 +539,7 @@ def short(name, rounding, size):
 
 @in_c
 @each_tier
-@each_format
+@each_encoder
 @each_rounding
 def test_c_at_every_length(isa, format, rounding):
     """The bodies and the tails of the loops have the same bits, at addresses that are not aligned, and stay in bounds."""
@@ -557,7 +567,7 @@ def every_float(format):
 
 @in_c
 @pytest.mark.skipif(TOO_LONG, reason="takes many minutes: set FASTRMS_EXHAUSTIVE=1")
-@each_format
+@each_encoder
 @each_rounding
 def test_c_encodes_every_float_as_python(format, rounding):
     for x in every_float(format):
