@@ -8,6 +8,7 @@ flat: FlatBuffer against separate arrays, and huge pages against small ones, one
 numba: the Numba backend against the C backend, on one thread and on all.
 torch: steps of fastrms.torch and fastrms on torch tensors against torch.optim; --docs writes into docs/torch.md.
 clients: the step's share of the training time in stable-baselines3, with its optimizers and with ours; --docs as torch.
+formats: updates with bf16 and 8-bit states against float32, and against bitsandbytes; --docs writes into docs/formats.md.
 shards: steps of fastrms.torch on DTensors in 2 and 4 processes against torch.optim; --docs writes into docs/shards.md.
 """
 
@@ -35,7 +36,8 @@ from . import machine, machines, report
 from .check import WrongContender
 from .timing import clock
 
-PAGES = {"torch": Path("docs/torch.md"), "clients": Path("docs/torch.md"), "shards": Path("docs/shards.md")}
+PAGES = {"torch": Path("docs/torch.md"), "clients": Path("docs/torch.md"), "shards": Path("docs/shards.md"),
+         "formats": Path("docs/formats.md")}  # fmt: skip
 
 
 class Figure(NamedTuple):
@@ -69,7 +71,7 @@ def share(what, percent, target):
 def main(arguments=None):
     in_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__, formatter_class=in_lines)
-    sets = ("numpy", "machine", "step", "flat", "numba", "torch", "clients", "shards")
+    sets = ("numpy", "machine", "step", "flat", "numba", "torch", "clients", "shards", "formats")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
     parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")

@@ -28,6 +28,8 @@ ELEMENT float float_of(uint32_t u)
     return x;
 }
 
+ELEMENT int is_nan(uint32_t u) { return float_of(u) != float_of(u); }
+
 /* the number of a key and a position: w = position * GOLDEN + key */
 ELEMENT uint32_t random_of(uint32_t w) { return (w ^ (w >> 15)) * 0x2c1b3c6du; }
 
@@ -46,8 +48,7 @@ ELEMENT uint32_t bf16_decoded(uint32_t h) { return h << 16; }
 
 ELEMENT uint32_t bf16_encoded(uint32_t u, int stochastic, uint32_t random)
 {
-    uint32_t a = u & MAGNITUDE;
-    return a > INFINITE ? (u >> 16) | 0x40 : (u + noise(u, 16, stochastic, random)) >> 16;
+    return is_nan(u) ? (u >> 16) | 0x40 : (u + noise(u, 16, stochastic, random)) >> 16;
 }
 
 ELEMENT uint32_t fp16_decoded(uint32_t h)

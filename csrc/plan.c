@@ -13,7 +13,7 @@ typedef struct {
 } range;
 enum {
     CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
-    TILE = 2 * FASTRMS_BLOCK,                             /* elements that are decoded at a time */
+    TILE = 4 * FASTRMS_BLOCK,                             /* elements that are decoded at a time */
     ROW = TILE + 80,                                      /* rows of such floats lie apart modulo 4 KiB */
     MOST_RANGES = 4 + FASTRMS_MAX_STATES                  /* of one tensor: its gradient, its parameter with what belongs to it, and
                                                              its states */
@@ -89,10 +89,10 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     run_kernel(plan, tensor, size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state);
 }
 
-/* A buffer that a tile is read from and written to: its format, where the tile lies in it, where the kernel finds the floats of
- * the tile, and how they are rounded when they are written. */
+/* A buffer that a tile is read from and written to: its format, the bytes of a whole tile in it, where the tile lies in it,
+ * where the kernel finds the floats of the tile, and how they are rounded when they are written. */
 typedef struct {
-    int format;
+    int format, bytes, low_bytes;
     fastrms_stored at;
     float *floats;
     fastrms_rounding rounding;
@@ -102,8 +102,13 @@ enum { PARAM, GRAD, STATES, COPY = STATES + FASTRMS_MAX_STATES, OF_MASTER, STREA
 
 static stream stream_at(int format, int64_t size, void *stored, void *low, int64_t offset, float *row)
 {
-    fastrms_stored at = fastrms_part(format, size, stored, low, offset);
-    return (stream){format, at, format == FASTRMS_FLOAT ? at.stored : row, {0}};
+    int in_blocks = format == FASTRMS_Q8 || format == FASTRMS_Q8U, itemsize = fastrms_format_itemsize(format);
+    stream made = {.format = format, .at = fastrms_part(format, size, stored, low, offset), .floats = row};
+    made.bytes = TILE * (format == FASTRMS_SPLIT8 ? 2 : itemsize);
+    made.low_bytes = in_blocks ? TILE / FASTRMS_BLOCK * (int)sizeof(int32_t) : TILE * itemsize;
+    if (format == FASTRMS_FLOAT)
+        made.floats = made.at.stored;
+    return made;
 }
 
 static fastrms_rounding rounding_of(const fastrms_tensor *tensor, int number, int64_t offset)
@@ -137,37 +142,49 @@ static void open_streams(const fastrms_plan *plan, int64_t k, int64_t offset, in
     streams[OF_MASTER] = stream_at(has_floats(storage) ? storage->param : FASTRMS_FLOAT, size, tensor->param, NULL, offset, NULL);
 }
 
-static int bytes_of(int format) { return format == FASTRMS_SPLIT8 ? 2 : fastrms_format_itemsize(format); }
-
-static void move(stream *moved, int64_t size)
+static ALWAYS_INLINE void move(stream *moved)
 {
-    int in_blocks = moved->format == FASTRMS_Q8 || moved->format == FASTRMS_Q8U;
-    moved->at.stored = (char *)moved->at.stored + size * bytes_of(moved->format);
+    moved->at.stored = (char *)moved->at.stored + moved->bytes;
     if (moved->at.low)
-        moved->at.low = (char *)moved->at.low + (in_blocks ? (size + FASTRMS_BLOCK - 1) / FASTRMS_BLOCK * (int64_t)sizeof(int32_t) : size * fastrms_format_itemsize(moved->format));
+        moved->at.low = (char *)moved->at.low + moved->low_bytes;
     if (moved->format == FASTRMS_FLOAT)
-        moved->floats += size;
-    moved->rounding.position += (uint32_t)size;
+        moved->floats += TILE;
+    moved->rounding.position += TILE;
 }
 
-/* Read a tile, and prefetch one that comes later: the kernel prefetches only floats. */
-static void read_stream(const fastrms_tier *tier, const stream *from, int64_t size)
+static ALWAYS_INLINE void read_stream(const fastrms_tier *tier, const stream *from, int64_t size)
 {
-    if (from->format == FASTRMS_FLOAT)
-        return;
-    for (int64_t line = 0; line < size * bytes_of(from->format); line += FASTRMS_LINE)
-        FASTRMS_PREFETCH(from->at.stored, line)
-    tier->decode(from->format, size, from->at, from->floats);
+    if (from->format != FASTRMS_FLOAT)
+        tier->decode(from->format, size, from->at, from->floats);
 }
 
-static void write_stream(const fastrms_tier *tier, const stream *to, int64_t size, const float *floats)
+static ALWAYS_INLINE void write_stream(const fastrms_tier *tier, const stream *to, int64_t size, const float *floats)
 {
     if (to->format != FASTRMS_FLOAT)
         tier->encode(to->format, size, floats, to->at, to->rounding);
 }
 
-/* Update a part of a tensor through floats.  A tile is so short that the processor still divides for one tile while it writes
- * the last and reads the next. */
+/* Run the kernel over a tile that has been read.  Before each block of it, one block of later tiles is prefetched, which the
+ * kernel does for floats only; all requests at once would wait for each other. */
+static ALWAYS_INLINE void run_tile(const fastrms_plan *plan, const fastrms_tensor *tensor, int64_t size, int count,
+                                   const stream *streams)
+{
+    for (int64_t start = 0; start < size; start += FASTRMS_BLOCK) {
+        void *state[FASTRMS_MAX_STATES];
+        int64_t length = size - start < FASTRMS_BLOCK ? size - start : FASTRMS_BLOCK;
+        for (int s = 0; s < STATES + count; ++s)
+            if (streams[s].format != FASTRMS_FLOAT) {
+                int bytes = streams[s].bytes / (TILE / FASTRMS_BLOCK), from = (int)(start / FASTRMS_BLOCK) * bytes;
+                for (int line = from; line < from + bytes; line += FASTRMS_LINE)
+                    FASTRMS_PREFETCH(streams[s].at.stored, line)
+            }
+        for (int s = 0; s < count; ++s)
+            state[s] = streams[STATES + s].floats + start;
+        run_kernel(plan, tensor, length, streams[PARAM].floats + start, streams[GRAD].floats + start, state);
+    }
+}
+
+/* Update a part of a tensor through floats, tile by tile. */
 static APART void update_stored(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     __attribute__((aligned(FASTRMS_LINE))) float row[STATES + FASTRMS_MAX_STATES][ROW];
@@ -177,20 +194,17 @@ static APART void update_stored(const fastrms_plan *plan, int64_t k, int64_t off
     stream streams[STREAMS];
     open_streams(plan, k, offset, count, row, streams);
     for (int64_t length; size > 0; size -= length) {
-        void *state[FASTRMS_MAX_STATES];
         length = size < TILE ? size : TILE;
         for (int s = 0; s < STATES + count; ++s)
             read_stream(tier, &streams[s], length);
-        for (int s = 0; s < count; ++s)
-            state[s] = streams[STATES + s].floats;
-        run_kernel(plan, tensor, length, streams[PARAM].floats, streams[GRAD].floats, state);
+        run_tile(plan, tensor, length, count, streams);
         write_stream(tier, &streams[PARAM], length, streams[PARAM].floats);
         for (int s = STATES; s < STATES + count; ++s)
             write_stream(tier, &streams[s], length, streams[s].floats);
         for (int s = COPY; s < STREAMS; ++s)
             write_stream(tier, &streams[s], length, streams[PARAM].floats);
         for (int s = 0; s < STREAMS; ++s)
-            move(&streams[s], length);
+            move(&streams[s]);
     }
 }
 

@@ -83,7 +83,7 @@ def state_format(options, name, dtype, not_negative, label):
         raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}")
     reason = NEEDS_FLOATS.get((said, name))
     if reason:
-        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out for this optimizer")
+        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out here")
     return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
 
 
@@ -93,8 +93,8 @@ def takes_halves(options):
 
 
 def of_tensor(tensor, rule, options, copy, not_negative, seed, origin):
-    """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of its
-    group; copy: a Buffer or None."""
+    """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of
+    its group; copy: a Buffer or None."""
     o = SimpleNamespace(**{**OPTIONS, **options})
     names = rules.state_names(rules.find(rule))
     states = tuple(state_format(o, name, tensor.dtype, not_negative, tensor.name) for name in names)
@@ -119,7 +119,7 @@ def refuse_master(master, param, tensor):
 
 
 def with_low(tensor, memory):
-    """The Storage of a Tensor with the new buffer that its master needs; it makes a float32 of the parameter as it is now."""
+    """The Storage of a Tensor with the new buffer that its master needs; the parameter as it is now gives its numbers."""
     made, param = tensor.storage, tensor.param
     if made.master is None:
         return made

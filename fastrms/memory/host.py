@@ -59,8 +59,8 @@ class Stored:
             raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
         found = as_array(array, "array")
         if found.dtype not in (np.uint16, np.int16):
-            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of ml_dtypes.bfloat16 "
-                            f"or of torch.bfloat16 is passed as it is")  # fmt: skip
+            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of "
+                            f"ml_dtypes.bfloat16 or of torch.bfloat16 is passed as it is")  # fmt: skip
         self.array, self.format = array, format
 
     @property
@@ -180,8 +180,8 @@ def _from_torch(x, name, kind=None):
 
 
 def _refuse_tensor(x, name, torch, kind=None):
-    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16 or
-    fp16 may be."""
+    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16
+    or fp16 may be."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
@@ -358,7 +358,7 @@ def on_host(array):
 
 
 def place_beside(param, others, size=None, dtype=None):
-    """A new uninitialised flat array, like a Buffer unless it is to have another size and dtype, well away from the Buffer and
-    from others that run beside it."""
+    """A new uninitialised flat array, like a Buffer unless it is to have another size and dtype, well away from the Buffer
+    and from others that run beside it."""
     addresses = [param.address, *(ours(flat).address for flat in others)]
     return placement.place(param.size if size is None else size, dtype or param.dtype, addresses)

@@ -1,0 +1,112 @@
+"""The figures of the storage formats: updates with fewer bytes against those in float32, and against 8-bit optimizers.
+
+All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
+the gradient is read, everything else is read and written.
+"""
+
+import numpy as np
+
+import fastrms
+
+from . import peers
+from .contenders import OPTIMIZERS
+from .figures import Figure, at_least, at_most
+from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate
+from .report import size_name
+from .timing import interleaved
+
+SECONDS = 4.0  # of timing for each row of contenders
+LARGE, MIDDLE, SMALL = 2**25, 2**20, 2**15
+PLACED = IN_WORDS[WELL_PLACED]
+FLOAT32, BF16, NEAREST, Q8, SPLIT = "float32", "bf16 states", "bf16 states, nearest", "q8 states", "split16 and bf16 states"
+SETTINGS = {  # name -> (whether gradients are bf16, whether the parameter is, options)
+    FLOAT32: (False, False, {}),
+    BF16: (True, False, {"state_format": "bf16"}),
+    NEAREST: (True, False, {"state_format": "bf16", "rounding": "nearest"}),
+    Q8: (True, False, {"state_format": "q8"}),
+    SPLIT: (True, True, {"state_format": "bf16", "master": "split16"}),
+}
+STATE_BYTES = {FLOAT32: 4, BF16: 2, NEAREST: 2, Q8: 1 + 4 / 256, SPLIT: 2}
+
+
+def prepare():
+    """Return the number of threads, which is left at all cores."""
+    return {"threads": fastrms.get_num_threads(), "peers": peers.versions()}
+
+
+def halves(floats):
+    """These numbers in bf16, rounded towards 0."""
+    return fastrms.Stored((floats.view(np.uint32) >> 16).astype(np.uint16), "bf16")
+
+
+def bound(rule, size, name):
+    """A bound step of an optimizer with one of the SETTINGS."""
+    grad_is_half, param_is_half, options = SETTINGS[name]
+    problem = Problem(rule, size, "float32")
+    grad, param = (halves(x) if half else x for x, half in ((problem.grad, grad_is_half), (problem.start, param_is_half)))
+    if not param_is_half:
+        (param,) = allocate(size, [np.dtype(np.float32)], WELL_PLACED)
+        param[:] = problem.start
+    optimizer = OPTIMIZERS[rule](param, backend="c", **options)
+    optimizer.bind(grad)
+    return optimizer.step
+
+
+def bytes_moved(rule, name):
+    """The bytes per element that a step has to move."""
+    states = {"rmsprop": 1, "adagrad": 1, "adam": 2}[rule]
+    return (2 if SETTINGS[name][0] else 4) + 8 + 2 * states * STATE_BYTES[name]  # split16: two bytes and two more
+
+
+def nanoseconds(rule, size, names):
+    """name -> nanoseconds per element of its shortest step."""
+    timings = interleaved({name: bound(rule, size, name) for name in names}, SECONDS)
+    return {name: timing.minimum / size for name, timing in timings.items()}
+
+
+def row(rule, size, name, times, target):
+    ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
+    over = times[FLOAT32] / times[name]
+    measured = f"{over:.2f}x: {times[name]:.3f} against {times[FLOAT32]:.3f} ns per element"
+    what = f"{rule}, {size_name(size)}, all threads: {name}, over float32 (bytes: {ratio:.2f}x)"
+    return Figure(what, f">= {target:.2f}x" if target else "", measured, over >= target)
+
+
+def in_memory():
+    """Where memory limits an update, fewer bytes are fewer nanoseconds."""
+    targets = {("rmsprop", Q8): 1.3, ("adam", Q8): 1.6, ("adam", SPLIT): 1.0}
+    for rule in ("rmsprop", "adam"):
+        for size in (LARGE, MIDDLE, 2**16):
+            times = nanoseconds(rule, size, SETTINGS)
+            for name in (BF16, NEAREST, Q8, SPLIT):
+                ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
+                yield row(rule, size, name, times, targets.get((rule, name), 0.95 * ratio) if size == LARGE else 0.0)
+
+
+def in_cache():
+    """Where arithmetic limits an update, decoding and encoding come on top of it."""
+    threads = fastrms.get_num_threads()
+    fastrms.set_num_threads(1)
+    for rule in ("rmsprop", "adam"):
+        times = nanoseconds(rule, SMALL, SETTINGS)
+        for name, target in ((BF16, 1.35), (NEAREST, 1.35), (Q8, 2.0)):
+            yield at_most(
+                f"{rule}, {size_name(SMALL)}, one thread: {name}, time over float32", times[name] / times[FLOAT32], target
+            )
+    fastrms.set_num_threads(threads)
+
+
+def over_peers():
+    """8-bit states against bitsandbytes, and float32 states with a bf16 copy against prime-rl, where they are installed."""
+    for rule in ("rmsprop", "adam"):
+        try:
+            peer = peers.bitsandbytes(Problem(rule, MIDDLE, "float32"))
+        except (CannotDo, ImportError) as error:
+            yield Figure(f"{rule}: q8 states over bitsandbytes 8-bit", ">= 25x", f"not measured: {error}", True)
+            continue
+        timings = interleaved({"ours": bound(rule, MIDDLE, Q8), "theirs": peer.step}, SECONDS)
+        times = timings["theirs"].minimum / timings["ours"].minimum
+        yield at_least(f"{rule}, {size_name(MIDDLE)}: q8 states over bitsandbytes 8-bit", times, 25)
+
+
+MEASUREMENTS = (in_memory, in_cache, over_peers)
