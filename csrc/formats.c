@@ -54,12 +54,14 @@ LOOPS void decode(int format, int64_t size, fastrms_stored from, float *to_)
     }
 }
 
-LOOPS uint32_t largest(int64_t size, const word *from)
+/* the largest magnitude, or the largest finite one */
+LOOPS uint32_t largest(int finite, int64_t size, const word *from)
 {
     int32_t top = 0;
     for (int64_t i = 0; i < size; ++i) {
-        int32_t a = (int32_t)(from[i] & MAGNITUDE), finite = a < INFINITE ? a : 0;
-        top = finite > top ? finite : top;
+        int32_t a = (int32_t)(from[i] & MAGNITUDE);
+        a = !finite || a < INFINITE ? a : 0;
+        top = a > top ? a : top;
     }
     return (uint32_t)top;
 }
@@ -69,16 +71,29 @@ LOOPS uint32_t largest(int64_t size, const word *from)
     uint32_t w = first; \
     INDEPENDENT for (int64_t i = 0; i < (size); ++i, w += GOLDEN)
 #define RANDOM random_of(w)
-LOOPS int32_t encode_q8(int is_signed, int stochastic, int64_t size, const word *from, uint8_t *code, uint32_t first)
+LOOPS void encode_finite_q8(int is_signed, int finite, int stochastic, int64_t size, const word *from, uint8_t *code,
+                            int32_t base, uint32_t first)
 {
-    uint32_t top = largest(size, from);
-    int32_t base = is_signed ? q8_base(top) : q8u_base(top);
+    int32_t most = is_signed ? q8_most(base) : q8u_most(base);
     float per_unit = q8_per_unit(base);
     if (is_signed) {
-        EACH_RANDOM(size) code[i] = (uint8_t)q8_encoded(from[i], base, per_unit, stochastic, RANDOM);
+        EACH_RANDOM(size) code[i] = (uint8_t)q8_encoded(from[i], base, most, per_unit, finite, stochastic, RANDOM);
     } else {
-        EACH_RANDOM(size) code[i] = (uint8_t)q8u_encoded(from[i], base, stochastic, RANDOM);
+        EACH_RANDOM(size) code[i] = (uint8_t)q8u_encoded(from[i], base, most, finite, stochastic, RANDOM);
     }
+}
+
+/* a block; returns its base */
+LOOPS int32_t encode_q8(int is_signed, int stochastic, int64_t size, const word *from, uint8_t *code, uint32_t first)
+{
+    uint32_t top = largest(0, size, from), finite = top < INFINITE;
+    if (!finite)
+        top = largest(1, size, from);
+    int32_t base = is_signed ? q8_base(top) : q8u_base(top);
+    if (finite)
+        encode_finite_q8(is_signed, 1, stochastic, size, from, code, base, first);
+    else
+        encode_finite_q8(is_signed, 0, stochastic, size, from, code, base, first);
     return base;
 }
 

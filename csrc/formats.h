@@ -79,21 +79,23 @@ ELEMENT uint32_t fp16s_encoded(uint32_t u, int stochastic, uint32_t random)
     return (a > INFINITE ? 0x7e00 : c) | (u & SIGN) >> 16;
 }
 
-/* q8u: a state that is never negative, in blocks.  base: of the block, from the largest finite magnitude in it. */
+/* q8u: a state that is never negative, in blocks.  base and most: of the block, from the largest finite magnitude in it; most is
+ * the largest code of a finite number.  finite: whether there are only such in the block. */
 ELEMENT int32_t q8u_base(uint32_t top)
 {
     int32_t base = (int32_t)(top >> 20) - 253;
     return base > 0 ? base : 0;
 }
 
-ELEMENT uint32_t q8u_encoded(uint32_t u, int32_t base, int stochastic, uint32_t random)
+ELEMENT int32_t q8u_most(int32_t base) { return base + 254 > Q8_LARGEST ? Q8_LARGEST - base : 254; }
+
+ELEMENT uint32_t q8u_encoded(uint32_t u, int32_t base, int32_t most, int finite, int stochastic, uint32_t random)
 {
     uint32_t a = u & MAGNITUDE;
-    int32_t c = (int32_t)((a + noise(a, 20, stochastic, random)) >> 20);
-    c = (c < Q8_LARGEST ? c : Q8_LARGEST) - base;
-    c = c > 1 ? c : 1;
-    c = c < 254 ? c : 254;
-    return a == 0 ? 0 : a >= INFINITE ? 255 : (uint32_t)c;
+    int32_t c = (int32_t)((a + noise(a, 20, stochastic, random)) >> 20) - base, least = a < 1 ? 0 : 1;
+    c = c > least ? c : least;
+    c = c < most ? c : most;
+    return !finite && a >= INFINITE ? 255 : (uint32_t)c;
 }
 
 ELEMENT uint32_t q8u_decoded(uint32_t code, int32_t base)
@@ -109,18 +111,20 @@ ELEMENT int32_t q8_base(uint32_t top)
     return ((base > 0 ? base : 0) + 7) & ~7;
 }
 
+ELEMENT int32_t q8_most(int32_t base) { return base + 24 + 126 > Q8_LARGEST ? Q8_LARGEST - (base + 24) : 126; }
+
 /* the distance of the numbers below the eighth, which are at equal distances down to 0, and its inverse */
 ELEMENT float q8_unit(int32_t base) { return float_of((uint32_t)(base + 8) << 20); }
 ELEMENT float q8_per_unit(int32_t base) { return float_of((uint32_t)(2024 - base) << 20); }
 
-ELEMENT uint32_t q8_encoded(uint32_t u, int32_t base, float per_unit, int stochastic, uint32_t random)
+ELEMENT uint32_t q8_encoded(uint32_t u, int32_t base, int32_t most, float per_unit, int finite, int stochastic, uint32_t random)
 {
     uint32_t a = u & MAGNITUDE, eighth = (uint32_t)(base + 32) << 20;
     uint32_t small = whole(float_of(a < eighth ? a : 0) * per_unit, stochastic, random);
-    int32_t c = (int32_t)((a + noise(a, 20, stochastic, random)) >> 20);
-    c = (c < Q8_LARGEST ? c : Q8_LARGEST) - (base + 24);
-    c = c < 126 ? c : 126;
-    return (a >= INFINITE ? 127 : a < eighth ? small : (uint32_t)c) | (u & SIGN) >> 24;
+    int32_t c = (int32_t)((a + noise(a, 20, stochastic, random)) >> 20) - (base + 24);
+    c = c < most ? c : most;
+    uint32_t m = a < eighth ? small : (uint32_t)c;
+    return (!finite && a >= INFINITE ? 127 : m) | (u & SIGN) >> 24;
 }
 
 ELEMENT uint32_t q8_decoded(uint32_t code, int32_t base, float unit)

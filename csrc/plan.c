@@ -13,7 +13,7 @@ typedef struct {
 } range;
 enum {
     CACHE_CHUNK = 4096,                                   /* elements: all buffers of such a chunk stay in cache */
-    TILE = 4 * FASTRMS_BLOCK,                             /* elements that are decoded at a time: their floats stay in L1 */
+    TILE = 2 * FASTRMS_BLOCK,                             /* elements that are decoded at a time */
     ROW = TILE + 80,                                      /* rows of such floats lie apart modulo 4 KiB */
     MOST_RANGES = 4 + FASTRMS_MAX_STATES                  /* of one tensor: its gradient, its parameter with what belongs to it, and
                                                              its states */
@@ -89,73 +89,109 @@ static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int
     run_kernel(plan, tensor, size, (char *)tensor->param + bytes, (const char *)plan->grad[k] + bytes, state);
 }
 
-/* the part of a buffer that begins at an element */
+/* A buffer that a tile is read from and written to: its format, where the tile lies in it, where the kernel finds the floats of
+ * the tile, and how they are rounded when they are written. */
 typedef struct {
     int format;
     fastrms_stored at;
-} part;
+    float *floats;
+    fastrms_rounding rounding;
+} stream;
 
-static part part_at(int format, int64_t size, void *stored, void *low, int64_t offset)
+enum { PARAM, GRAD, STATES, COPY = STATES + FASTRMS_MAX_STATES, OF_MASTER, STREAMS };
+
+static stream stream_at(int format, int64_t size, void *stored, void *low, int64_t offset, float *row)
 {
-    return (part){format, fastrms_part(format, size, stored, low, offset)};
+    fastrms_stored at = fastrms_part(format, size, stored, low, offset);
+    return (stream){format, at, format == FASTRMS_FLOAT ? at.stored : row, {0}};
 }
 
-/* its floats, in the buffer itself or decoded into a row */
-static void *opened(part from, int64_t size, float *row)
-{
-    if (from.format == FASTRMS_FLOAT)
-        return from.at.stored;
-    fastrms_current_tier()->decode(from.format, size, from.at, row);
-    return row;
-}
-
-static void close_part(part to, int64_t size, const float *floats, fastrms_rounding rounding)
-{
-    if (to.format != FASTRMS_FLOAT && to.at.stored)
-        fastrms_current_tier()->encode(to.format, size, floats, to.at, rounding);
-}
-
-static fastrms_rounding rounding_of(const fastrms_tensor *tensor, int stream, int64_t offset)
+static fastrms_rounding rounding_of(const fastrms_tensor *tensor, int number, int64_t offset)
 {
     const fastrms_storage *storage = tensor->storage;
-    return (fastrms_rounding){storage->stochastic, fastrms_key(storage->seed, tensor->steps + 1, stream),
-                              (uint32_t)(storage->origin + offset)};
+    uint32_t key = storage->stochastic ? fastrms_key(storage->seed, tensor->steps + 1, number) : 0;
+    return (fastrms_rounding){storage->stochastic, key, (uint32_t)(storage->origin + offset)};
 }
 
+/* is the parameter, in bf16 or fp16, a rounded copy of floats that are updated in its place? */
 static int has_floats(const fastrms_storage *storage)
 {
     return storage->low && (storage->param == FASTRMS_BF16 || storage->param == FASTRMS_FP16);
 }
 
-/* Decode a tile of a tensor, update it, and encode what has changed. */
-static void update_tile(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+/* the streams of a tensor from an element on; `count`: how many states it has */
+static void open_streams(const fastrms_plan *plan, int64_t k, int64_t offset, int count, float (*row)[ROW], stream *streams)
 {
     static const fastrms_storage floats;
-    static const fastrms_rounding nearest;
-    __attribute__((aligned(FASTRMS_LINE))) float row[2 + FASTRMS_MAX_STATES][ROW];
     const fastrms_tensor *tensor = &plan->tensor[k];
     const fastrms_storage *storage = tensor->storage ? tensor->storage : &floats;
-    int64_t all = tensor->size, is_master = has_floats(storage);
-    part param = is_master ? part_at(FASTRMS_FLOAT, all, storage->low, NULL, offset)
-                           : part_at(storage->param, all, tensor->param, storage->low, offset);
-    part states[FASTRMS_MAX_STATES];
-    void *state[FASTRMS_MAX_STATES] = {NULL}, *at = opened(param, size, row[0]);
-    void *grad = opened(part_at(tensor->grad_format, all, (void *)plan->grad[k], NULL, offset), size, row[1]);
-    int count = fastrms_rule_states(plan->recipe[tensor->recipe].rule);
-    for (int s = 0; s < count; ++s) {
-        states[s] = part_at(storage->state[s], all, tensor->state[s], NULL, offset);
-        state[s] = opened(states[s], size, row[2 + s]);
-    }
-    run_kernel(plan, tensor, size, at, grad, state);
-    if (storage == &floats)
-        return;
-    close_part(param, size, at, rounding_of(tensor, 0, offset));
+    int64_t size = tensor->size;
+    streams[PARAM] = has_floats(storage) ? stream_at(FASTRMS_FLOAT, size, storage->low, NULL, offset, row[PARAM])
+                                         : stream_at(storage->param, size, tensor->param, storage->low, offset, row[PARAM]);
+    streams[GRAD] = stream_at(tensor->grad_format, size, (void *)plan->grad[k], NULL, offset, row[GRAD]);
     for (int s = 0; s < count; ++s)
-        close_part(states[s], size, state[s], rounding_of(tensor, 1 + s, offset));
-    if (is_master)
-        close_part(part_at(storage->param, all, tensor->param, NULL, offset), size, at, nearest);
-    if (storage->copy)
-        close_part(part_at(storage->copy_format, all, storage->copy, NULL, offset), size, at, nearest);
+        streams[STATES + s] = stream_at(storage->state[s], size, tensor->state[s], NULL, offset, row[STATES + s]);
+    for (int s = 0; tensor->storage && s <= count; ++s)
+        streams[s ? GRAD + s : PARAM].rounding = rounding_of(tensor, s, offset);
+    streams[COPY] = stream_at(storage->copy_format, size, storage->copy, NULL, offset, NULL);
+    streams[OF_MASTER] = stream_at(has_floats(storage) ? storage->param : FASTRMS_FLOAT, size, tensor->param, NULL, offset, NULL);
+}
+
+static int bytes_of(int format) { return format == FASTRMS_SPLIT8 ? 2 : fastrms_format_itemsize(format); }
+
+static void move(stream *moved, int64_t size)
+{
+    int in_blocks = moved->format == FASTRMS_Q8 || moved->format == FASTRMS_Q8U;
+    moved->at.stored = (char *)moved->at.stored + size * bytes_of(moved->format);
+    if (moved->at.low)
+        moved->at.low = (char *)moved->at.low + (in_blocks ? (size + FASTRMS_BLOCK - 1) / FASTRMS_BLOCK * (int64_t)sizeof(int32_t) : size * fastrms_format_itemsize(moved->format));
+    if (moved->format == FASTRMS_FLOAT)
+        moved->floats += size;
+    moved->rounding.position += (uint32_t)size;
+}
+
+/* Read a tile, and prefetch one that comes later: the kernel prefetches only floats. */
+static void read_stream(const fastrms_tier *tier, const stream *from, int64_t size)
+{
+    if (from->format == FASTRMS_FLOAT)
+        return;
+    for (int64_t line = 0; line < size * bytes_of(from->format); line += FASTRMS_LINE)
+        FASTRMS_PREFETCH(from->at.stored, line)
+    tier->decode(from->format, size, from->at, from->floats);
+}
+
+static void write_stream(const fastrms_tier *tier, const stream *to, int64_t size, const float *floats)
+{
+    if (to->format != FASTRMS_FLOAT)
+        tier->encode(to->format, size, floats, to->at, to->rounding);
+}
+
+/* Update a part of a tensor through floats.  A tile is so short that the processor still divides for one tile while it writes
+ * the last and reads the next. */
+static APART void update_stored(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+{
+    __attribute__((aligned(FASTRMS_LINE))) float row[STATES + FASTRMS_MAX_STATES][ROW];
+    const fastrms_tensor *tensor = &plan->tensor[k];
+    const fastrms_tier *tier = fastrms_current_tier();
+    int count = fastrms_rule_states(plan->recipe[tensor->recipe].rule);
+    stream streams[STREAMS];
+    open_streams(plan, k, offset, count, row, streams);
+    for (int64_t length; size > 0; size -= length) {
+        void *state[FASTRMS_MAX_STATES];
+        length = size < TILE ? size : TILE;
+        for (int s = 0; s < STATES + count; ++s)
+            read_stream(tier, &streams[s], length);
+        for (int s = 0; s < count; ++s)
+            state[s] = streams[STATES + s].floats;
+        run_kernel(plan, tensor, length, streams[PARAM].floats, streams[GRAD].floats, state);
+        write_stream(tier, &streams[PARAM], length, streams[PARAM].floats);
+        for (int s = STATES; s < STATES + count; ++s)
+            write_stream(tier, &streams[s], length, streams[s].floats);
+        for (int s = COPY; s < STREAMS; ++s)
+            write_stream(tier, &streams[s], length, streams[PARAM].floats);
+        for (int s = 0; s < STREAMS; ++s)
+            move(&streams[s], length);
+    }
 }
 
 static int grad_itemsize(const fastrms_plan *plan, int64_t k, int32_t format)
@@ -169,19 +205,16 @@ static void zero_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64
     memset((char *)plan->grad[k] + offset * itemsize, 0, (size_t)(size * itemsize));
 }
 
-/* Update a part in chunks, and do to each chunk what belongs to it while it is in cache: decode and encode what is stored in
- * another format, and zero the gradient. */
+/* Update a part in chunks, and do to each chunk what belongs to it while it is in cache: zero the gradient. */
 static APART void update_chunks(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
-    int64_t chunk = is_stored(&plan->tensor[k]) ? TILE : CACHE_CHUNK;
-    for (; size > 0; offset += chunk, size -= chunk) {
-        int64_t length = size < chunk ? size : chunk;
-        if (chunk == TILE)
-            update_tile(plan, k, offset, length);
+    for (; size > 0; offset += CACHE_CHUNK, size -= CACHE_CHUNK) {
+        int64_t length = size < CACHE_CHUNK ? size : CACHE_CHUNK;
+        if (is_stored(&plan->tensor[k]))
+            update_stored(plan, k, offset, length);
         else
             update_part(plan, k, offset, length);
-        if (plan->zero_grad)
-            zero_part(plan, k, offset, length);
+        zero_part(plan, k, offset, length);
     }
 }
 
@@ -202,8 +235,10 @@ static void update_range(void *context, int64_t begin, int64_t end)
         int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
         int64_t offset = (begin - plan->starts[k]) * plan->unit, beyond = (stop - plan->starts[k]) * plan->unit;
         int64_t size = (beyond < plan->tensor[k].size ? beyond : plan->tensor[k].size) - offset;
-        if (begin < stop && (plan->zero_grad || is_stored(&plan->tensor[k])))
+        if (begin < stop && plan->zero_grad)
             update_chunks(plan, k, offset, size);
+        else if (begin < stop && is_stored(&plan->tensor[k]))
+            update_stored(plan, k, offset, size);
         else if (begin < stop)
             update_part(plan, k, offset, size);
         begin = stop;
