@@ -95,8 +95,8 @@ class StoredTensor:
 
 
 class TiledUpdate:
-    """What an Update is, for StoredTensors: it decodes tile after tile to rows of floats, in which an Update of `kind` updates
-    them, and encodes what has changed."""
+    """What an Update is, for StoredTensors: it decodes tile after tile to rows of floats, which an Update of `kind` updates,
+    and encodes what has changed."""
 
     def __init__(self, kind, coefficients, missed, tensors):
         self.tensors = tensors
