@@ -386,6 +386,26 @@ def test_gradients_may_change_their_format():
     in_every_way(work)
 
 
+def test_one_step_may_have_all_formats():
+    """Of tensors that share their hyper-parameters, some are stored in formats or have gradients that are, and some are not."""
+
+    def work(backend):
+        rng = np.random.default_rng(7)
+        sizes = [300, 20, 300, 1, 20, 7]
+        params = [stored("float32", rng.standard_normal(size).astype(np.float32)) for size in sizes]
+        copies = [None, stored("bf16", np.zeros(20, np.float32)), None, stored("fp16", np.zeros(1, np.float32)), None, None]
+        optimizer = fastrms.Adam(params, param_copy=copies, backend=backend)
+        infos = []
+        for step in range(6):
+            grads = [stored(("float32", *GRADIENTS)[(k + step) % 4], abs(params[k]) / 8) for k in range(len(sizes))]
+            grads[step] = None
+            infos.append(optimizer.step(grads, clip_norm=1.0 if step % 2 else None))
+        flats = [flat for tensor in optimizer._tensors for flat in tensor.state.values()]
+        return [raw(x).copy() for x in (*params, copies[1], copies[3], *flats)], infos
+
+    in_every_way(work)
+
+
 @pytest.mark.parametrize("grad", ["bf16", "fp16"])
 def test_gradients_in_a_format_are_those_numbers(backend, grad):
     """A float32 optimizer makes of bf16 or fp16 gradients what it makes of the same numbers in float32."""
