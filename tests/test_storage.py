@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import BACKENDS, WAYS, backends, bits, c, forced
 from test_formats import Buffers
+from test_numerics import fp_mode as mode_of_thread
 from test_same_bits import OPTIMIZERS
 from test_shards import Communicator, at_once, no_error
 
@@ -154,6 +155,9 @@ def test_ten_steps_of_larger_tensors(state_format, grad, rounding):
 
 def run_of_adam(backend, kind, sizes, said):
     return Run(fastrms.Adam, {"lr": 0.01, "weight_decay": 0.1}, backend, kind, sizes, data=4, **said)
+
+
+fp_mode = mode_of_thread  # a fixture
 
 
 @pytest.fixture
@@ -387,7 +391,7 @@ def test_gradients_may_change_their_format():
 
 
 def test_one_step_may_have_all_formats():
-    """Of tensors that share their hyper-parameters, some are stored in formats or have gradients that are, and some are not."""
+    """Of tensors that share their hyper-parameters, some are stored in formats or have such gradients, and some do not."""
 
     def work(backend):
         rng = np.random.default_rng(7)
@@ -558,6 +562,34 @@ class Momentum(fastrms.Optimizer):
     def rule(param, grad, average, lr, decay):
         average = decay * average + grad
         return param - lr * average, average
+
+
+@pytest.mark.parametrize(
+    "kind, state_format", [("float32+fp16", "q8"), ("fp16", "fp16"), ("bf16", "q8"), ("fp16-float32", None)]
+)
+@pytest.mark.parametrize("backend, isa", WAYS, ids=[isa or name for name, isa in WAYS])
+def test_a_caller_that_flushes_denormals_gets_the_same_bits(fp_mode, backend, isa, kind, state_format):
+    """Subnormal numbers of fp16 are decoded as subnormal floats, and no caller changes how numbers are rounded."""
+    default, outcomes = fp_mode.get(), []
+    other = 0x1F80 | 0x8040 | 0x2000 * (backend == "c")  # flush to zero, denormals are zero, round down
+    for mode in (default, other):
+        run = Run(fastrms.Adam, {"lr": 1e-6}, backend, kind, [300], state_format=state_format)
+        for param in run.params:
+            if kind.startswith("fp16"):
+                raw(param)[:] &= 0x83FF
+        if run.lows():
+            run.lows()[0][:] = numbers(run.params[0])
+        grads = [stored("fp16", run.rng.standard_normal(300).astype(np.float32) * np.float32(1e-6)) for _ in range(3)]
+        with forced(isa):
+            fp_mode.set(mode)
+            try:
+                for grad in grads:
+                    run.optimizer.step([grad])
+                assert fp_mode.get() & ~0x3F == mode & ~0x3F
+            finally:
+                fp_mode.set(default)
+        outcomes.append(run.outcome())
+    same(*outcomes)
 
 
 @pytest.mark.parametrize("state_format", STATE_FORMATS)

@@ -14,6 +14,7 @@ from ..memory import host
 from ..storage import FLOAT, Storage, of_buffer
 from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, norm
 from .coefficients import Coefficients, rows_each
+from .float_mode import default_mode
 from .forks import PAUSE, forks
 
 TILE = 1 << 14  # elements that are decoded at a time: whole blocks of every format
@@ -113,13 +114,16 @@ class TiledUpdate:
         return min(made_until, default=math.inf)
 
     def run(self, number):
-        for tensor in self.tensors:
-            for begin in range(0, tensor.size, TILE):
-                end = min(begin + TILE, tensor.size)
-                rows = self.rows[end - begin]
-                tensor.decode(begin, end, rows)
-                self.updates[end - begin].run(number)
-                tensor.encode(begin, rows, number)
+        with default_mode():
+            for tensor in self.tensors:
+                for begin in range(0, tensor.size, TILE):
+                    self._run_tile(tensor, begin, min(TILE, tensor.size - begin), number)
+
+    def _run_tile(self, tensor, begin, size, number):
+        rows = self.rows[size]
+        tensor.decode(begin, begin + size, rows)
+        self.updates[size].run(number)
+        tensor.encode(begin, rows, number)
 
 
 def update(kind, recipe, step, grad_scale, param, grad, states):
