@@ -154,7 +154,7 @@ def _run(tensor, row):
     if stop > size:
         raise ValueError(f"{tensor.name} has {tensor.param.size} elements from {start} on, which is more than the {size} of "
                          f"the whole tensor {number}")  # fmt: skip
-    return Run(number, start, stop, size, tensor.param.dtype.itemsize)
+    return Run(number, start, stop, size, tensor.dtype.itemsize)
 
 
 def everyone(gather, runs):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import formats
+from ..storage import FLOAT, of_buffer
 from . import Found
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # elements
@@ -73,9 +75,16 @@ def segment_scan(segment):
     return total
 
 
+def decoded(grad):
+    """A flat gradient, or a part of one, in its compute dtype."""
+    format = of_buffer(grad)
+    return grad if format is FLOAT else formats.decode(format, grad, grad.size)
+
+
 def segments(grad):
     """The parts of a gradient that are scanned one by one; none for None."""
-    return [grad[start : start + SEGMENT] for start in range(0, 0 if grad is None else grad.size, SEGMENT)]
+    for start in range(0, 0 if grad is None else grad.size, SEGMENT):
+        yield decoded(grad[start : start + SEGMENT])
 
 
 def sum_of_segments(grads):
@@ -114,7 +123,7 @@ def own_message(exchange, grads, grad_scale, clip_norm, nonfinite):
         grad = grads[piece.tensor]
         if grad is None:
             continue
-        part = grad[piece.begin : piece.begin + piece.length]
+        part = decoded(grad[piece.begin : piece.begin + piece.length])
         squares = segment_scan(part) if clip_norm is not None and not piece.values else ZERO
         count = block_nonfinite(part, grad_scale) if nonfinite else 0
         message[piece.squares :][: RECORD.itemsize] = np.array((*squares, count), RECORD).reshape(1).view(np.uint8)

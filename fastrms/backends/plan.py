@@ -5,14 +5,19 @@ import threading
 import time
 from bisect import bisect_left
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import backends
+from .. import backends, formats
 from ..memory import host
+from ..storage import FLOAT, Storage, of_buffer
 from . import BUSY, NONFINITE, NOT_HELD, OK, OVERLAP, STREAMING, norm
 from .coefficients import Coefficients, rows_each
+from .float_mode import default_mode
 from .forks import PAUSE, forks
+
+TILE = 1 << 14  # elements that are decoded at a time: whole blocks of every format
 
 
 class Update:
@@ -44,6 +49,83 @@ class Update:
         return coefficients.end + self.missed
 
 
+class Part(NamedTuple):
+    """A buffer of one tensor: its Format, the flat array, and the remainders of a split parameter."""
+
+    format: Any
+    stored: Any
+    low: Any = None
+
+
+class StoredTensor:
+    """A tensor whose buffers are stored in formats.  storage: its Storage or None; missed: the steps of the plan that
+    it has missed."""
+
+    def __init__(self, storage, missed, param, grad, states):
+        made = storage or Storage(FLOAT, (FLOAT,) * len(states))
+        self.storage, self.missed, self.size = made, missed, param.size
+        has_floats = made.master == "float32"
+        updated = Part(FLOAT, made.low) if has_floats else Part(made.param, param, made.low)
+        self.written = [updated, *map(Part, made.states, states)]  # in the order of the streams of random numbers
+        self.read = [updated, Part(of_buffer(grad), grad), *self.written[1:]]
+        self.copies = [Part(made.param, param)] if has_floats else []
+        if made.copy is not None:
+            self.copies.append(Part(made.copy_format, made.copy.flat))
+
+    def decode(self, begin, end, rows):
+        """Write the elements [begin, end) of the parameter, the gradient and the states into rows of floats."""
+        for part, row in zip(self.read, rows, strict=True):
+            row[:] = formats.decode(part.format, part.stored, self.size, part.low, begin, end)
+
+    def encode(self, begin, rows, number):
+        """Store the rows that step `number` of the plan has updated, from the element `begin` on."""
+        param, _, *states = rows
+        for stream, (part, row) in enumerate(zip(self.written, (param, *states), strict=True)):
+            self._store(part, row, begin, self._rounding(part, number, stream, begin))
+        for part in self.copies:
+            self._store(part, param, begin, formats.Rounding())
+
+    def _rounding(self, part, number, stream, begin):
+        if part.format is FLOAT or not self.storage.stochastic:
+            return formats.Rounding()
+        key = formats.key(self.storage.seed, number - self.missed, stream)
+        return formats.Rounding(True, key, self.storage.origin + begin)
+
+    def _store(self, part, row, begin, rounding):
+        formats.encode(part.format, row, part.stored, self.size, rounding, part.low, begin)
+
+
+class TiledUpdate:
+    """What an Update is, for StoredTensors: it decodes tile after tile to rows of floats, which an Update of `kind` updates,
+    and encodes what has changed."""
+
+    def __init__(self, kind, coefficients, missed, tensors):
+        self.tensors = tensors
+        sizes = {min(TILE, tensor.size - begin) for tensor in tensors for begin in range(0, tensor.size, TILE)}
+        rows = [np.empty(max(sizes, default=0), np.float32) for _ in tensors[0].read]
+        self.rows = {size: [row[:size] for row in rows] for size in sizes}
+        self.updates = {
+            size: kind(coefficients, missed, [(param, constant(grad), states)])
+            for size, (param, grad, *states) in self.rows.items()
+        }
+
+    def make_coefficients(self, number, grad_scale, most_rows=1):
+        made_until = (update.make_coefficients(number, grad_scale, most_rows) for update in self.updates.values())
+        return min(made_until, default=math.inf)
+
+    def run(self, number):
+        with default_mode():
+            for tensor in self.tensors:
+                for begin in range(0, tensor.size, TILE):
+                    self._run_tile(tensor, begin, min(TILE, tensor.size - begin), number)
+
+    def _run_tile(self, tensor, begin, size, number):
+        rows = self.rows[size]
+        tensor.decode(begin, begin + size, rows)
+        self.updates[size].run(number)
+        tensor.encode(begin, rows, number)
+
+
 def update(kind, recipe, step, grad_scale, param, grad, states):
     """One step on flat arrays, in place, by an Update of this kind."""
     made = kind(Coefficients(recipe), 0, [(param, constant(grad), states)])
@@ -61,10 +143,11 @@ def constant(array):
 class Plan(backends.Plan):
     """A backends.Plan in Python.  A subclass has `kind`, the class of its Updates."""
 
-    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False):
+    def __init__(self, params, states, recipe_of, recipes, nonfinite="propagate", zero_grad=False, storages=None):
         self.nonfinite, self.zero_grad = nonfinite, zero_grad
         self.params = [param.flat for param in params]
         self.states = [list(state) for state in states]
+        self.storages = storages or [None] * len(params)
         self.recipe_of = list(recipe_of)
         self.recipes = list(recipes)
         self.grads = [None] * len(params)
@@ -124,18 +207,27 @@ class Plan(backends.Plan):
 
     def _groups(self):
         """The indices of the tensors with a gradient, in lists that share an Update.  Where coefficients change from step to
-        step, these have the same count of missed steps, which grows for all of them or for none."""
+        step, these have the same count of missed steps, which grows for all of them or for none.  Tensors that are stored in
+        formats are apart from others."""
         groups = {}
         for k, grad in enumerate(self.grads):
             if grad is not None and grad.size:
                 index = self.recipe_of[k]
-                groups.setdefault((index, None if self.recipes[index].fixed else self.missed[k]), []).append(k)
+                missed = None if self.recipes[index].fixed else self.missed[k]
+                groups.setdefault((index, missed, self._is_stored(k, grad)), []).append(k)
         return groups.values()
 
+    def _is_stored(self, k, grad):
+        """Whether tensor k is updated tile by tile, through floats."""
+        return self.storages[k] is not None or of_buffer(grad) is not FLOAT
+
     def _update(self, coefficients, members, grads):
-        """An Update of the tensors with the indices `members`; grads: index -> gradient."""
-        tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
-        return self.kind(coefficients, self.missed[members[0]], tensors)
+        """An Update of the tensors with the indices `members`, which are of one group; grads: index -> gradient."""
+        tensors, missed = [(self.params[k], grads[k], self.states[k]) for k in members], self.missed[members[0]]
+        if not self._is_stored(members[0], grads[members[0]]):
+            return self.kind(coefficients, missed, tensors)
+        stored = [StoredTensor(self.storages[k], self.missed[k], *row) for k, row in zip(members, tensors, strict=True)]
+        return TiledUpdate(self.kind, coefficients, missed, stored)
 
     def _coefficients(self, tensor):
         """The Coefficients that are kept for a group of tensors under the index of its first one, or new ones."""
@@ -227,8 +319,16 @@ class Plan(backends.Plan):
 
     def _would_overlap(self, params, grads):
         """Whether any two buffers of a step would share a byte, with these parameters and gradients."""
-        states = [state for states in self.states for state in states]
-        return host.overlap([self.ours(flat) for flat in (*params, *grads, *states) if flat is not None]) is not None
+        flats = (*params, *grads, *self._beside_params())
+        return host.overlap([self.ours(flat) for flat in flats if flat is not None]) is not None
+
+    def _beside_params(self):
+        """The flat arrays that belong to parameters: states, the lower bits of parameters or their floats, and copies."""
+        flats = [state for states in self.states for state in states]
+        for storage in self.storages:
+            if storage is not None:
+                flats += [storage.low, storage.copy and storage.copy.flat]
+        return [flat for flat in flats if flat is not None]
 
     def _set_recipes(self, recipes):
         for index, recipe in (recipes or {}).items():
@@ -292,7 +392,7 @@ class Plan(backends.Plan):
         """Whether a gradient shares a byte with a parameter or a state.  Parameters and states do not overlap, so only the
         last of them that starts before the end of the gradient can share one."""
         if self._occupied is None:
-            flats = [*self.params, *(state for states in self.states for state in states)]
+            flats = [*self.params, *self._beside_params()]
             ranges = sorted((buffer.address, buffer.end) for buffer in map(self.ours, flats) if buffer.size)
             self._occupied = [start for start, _ in ranges], [end for _, end in ranges]
         starts, ends = self._occupied
