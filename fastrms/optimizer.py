@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules, storage
+from . import backends, hyper, rules, saved_formats, storage
 from . import state as states
 from .family import Family
 from .gradients import Gradients
@@ -669,29 +669,35 @@ class Optimizer(Names, Family):
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.
 
-        A resumed run has the bits of an unbroken one.  A schedule of fastrms.schedules is in it with its counters, any other
-        callable lr is left out.  Pickle it together with the parameters, or see save().
+        A resumed run has the bits of an unbroken one, where params are in the same order.  States that are stored in a
+        format are in it as they are, uint16 for bf16 and fp16, uint8 for q8, and so are the master of a parameter, or its
+        remainder, the formats, the seed and the rounding.  A schedule of fastrms.schedules is in it with its counters, any
+        other callable lr is left out.  Pickle it together with the parameters, or see save().
 
         Returns
         -------
         dict
         """
-        copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in t.state.items()} for t in self._tensors]
-        counts = self._copy(copies, self._tensors.state)
+        self._tensors.refuse_moved_state()
+        kept = [*map(saved_formats.kept, self._tensors)]
+        copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in flats.items()} for flats in kept]
+        counts = self._copy(copies, kept)
         groups = states.described(self._groups.values)
         return {"optimizer": type(self).__name__, "dialect": self._dialect, "steps": counts[0], "groups": groups,
                 "patterns": list(self._patterns), "tensors": states.saved(self._tensors, copies, counts[1:])}  # fmt: skip
 
-    def _copy(self, to, source, recipes=None, steps=None):
-        """Copy the state of all tensors, in one call of the backend; returns the step counts before."""
+    def _copy(self, to, source, recipes=None, steps=None, also=()):
+        """Copy the state of all tensors, and what else there is to copy, in one call of the backend; returns the step counts
+        before."""
         pairs = [(mine[name], other[name]) for mine, other in zip(to, source, strict=True) for name in mine]
+        pairs += also
         status, before = self._plan.copy(pairs, recipes, steps)
         if status:
             raise self._refusal(status)
         return before
 
-    def load_state_dict(self, d):
-        """Take over what state_dict() gave, hyper-parameters included.
+    def load_state_dict(self, d, convert=None):
+        """Take over what state_dict() gave, hyper-parameters, seed and rounding included.
 
         A callable lr of this optimizer stays, unless it is of fastrms.schedules and so is the saved one; a Plateau stays the
         object that it is, with the saved counters.  Tensors are matched by name.
@@ -700,33 +706,42 @@ class Optimizer(Names, Family):
         ----------
         d : dict
             What state_dict() of an optimizer of the same class and parameters gave.
+        convert : "float32", "bf16", "fp16" or "q8", optional
+            The format of states in d that this optimizer keeps in another one.  They are decoded, and rounded to the nearest
+            number of that format; numbers beyond the largest of fp16 become this.  Without, d must have the same formats.
 
         Raises
         ------
         ValueError
             With nothing changed, where d does not fit this optimizer, or holds a negative or NaN second moment.
         """
-        self._load(d)
+        self._load(d, convert=convert)
 
-    def _load(self, d, trusted=False):
+    def _load(self, d, trusted=False, convert=None):
         """load_state_dict(); a state that is trusted may hold what this optimizer has made itself, NaN included."""
         try:
-            loaded = self._checked_state_dict(d, trusted)
+            loaded = self._checked_state_dict(d, trusted, convert)
         except states.MALFORMED as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
-        recipes = self._groups.recipes_for(loaded.values, loaded.flats, "this state_dict")
+        tensors, made = self._tensors, loaded.storages
+        new = [{name: flats[name] for name in t.state} for t, flats in zip(tensors, loaded.flats, strict=True)]
+        recipes = self._groups.recipes_for(loaded.values, new, "this state_dict")
+        tensors.refuse_moved_state()
         with self._one_thread:
             self._forget_rates()
-            self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
+            also = self._plan.pairs_of_storages(made) if any(made) else ()
+            self._copy([*map(saved_formats.kept, tensors)], loaded.flats, recipes, loaded.steps, also)
+            for tensor, storage_of in zip(tensors, made, strict=True):
+                tensor.storage = storage_of
             self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))
             self._take_values(loaded.values, recipes)
 
-    def _checked_state_dict(self, d, trusted=False):
+    def _checked_state_dict(self, d, trusted=False, convert=None):
         """The contents of a state_dict, checked against this optimizer."""
-        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns, trusted)
+        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns, trusted, convert)
 
     def save(self, path):
         """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact.  You save the parameters.
@@ -750,12 +765,14 @@ class Optimizer(Names, Family):
 
         checkpoint.save(self, path)
 
-    def load(self, path):
+    def load(self, path, convert=None):
         """Take over what save() wrote, as load_state_dict() does; the next steps have the bits of an unbroken run.
 
         Parameters
         ----------
         path : str, bytes or os.PathLike
+        convert : str, optional
+            As in load_state_dict().
 
         Raises
         ------
@@ -766,7 +783,7 @@ class Optimizer(Names, Family):
         """
         from . import checkpoint
 
-        checkpoint.load(self, path)
+        checkpoint.load(self, path, convert)
 
     def to_torch_state_dict(self):
         """What ``load_state_dict()`` of torch.optim's RMSprop, Adagrad, Adam, AdamW or Rprop takes, for an optimizer of

@@ -141,19 +141,37 @@ def acquired_copy(copy, name, tensor):
     return buffer
 
 
+def items_of(format, size):
+    """The items of the flat array in which a state is stored."""
+    return formats.stored_bytes(format, size) // format.dtype.itemsize
+
+
+def stored(format, numbers):
+    """Flat numbers as a flat array in a Format, rounded to nearest."""
+    if format is FLOAT:
+        return numbers
+    made = np.zeros(items_of(format, numbers.size), format.dtype)
+    formats.encode(format, numbers, made, numbers.size, formats.Rounding())
+    return made
+
+
 def new_state(format, param, beside, value, memory):
     """A new flat state array in a Format, every element of which holds a value."""
     if format is FLOAT:
         made = memory.place_beside(param, beside, param.size, compute_dtype(param))
         made.fill(value)
         return made
-    items = formats.stored_bytes(format, param.size) // format.dtype.itemsize
-    made = memory.place_beside(param, beside, items, format.dtype)
+    made = memory.place_beside(param, beside, items_of(format, param.size), format.dtype)
     made.fill(0)
     if value:
         numbers = np.full(param.size, value, np.float32)
         formats.encode(format, numbers, made, param.size, formats.Rounding())
     return made
+
+
+def said(format):
+    """A Format of a state as people say it: the two for numbers with and without a sign are one."""
+    return {FP16S: "fp16", Q8U: "q8"}.get(format, format.name)
 
 
 class StoredState:
@@ -171,7 +189,7 @@ class StoredState:
 
     def __init__(self, tensor, format, bits):
         self._tensor, self._format, self.bits = tensor, format, bits
-        self.format, self.shape = format.name.removesuffix("s" if format is FP16S else "u"), tensor.param.shape
+        self.format, self.shape = said(format), tensor.param.shape
 
     def __array__(self, dtype=None, copy=None):
         numbers = formats.decode(self._format, self.bits, self._tensor.param.size)
