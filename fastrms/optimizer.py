@@ -3,12 +3,13 @@
 import numbers
 import os
 import threading
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules, saved_formats, storage
+from . import backends, hyper, saved_formats, sizes, storage
 from . import state as states
 from .family import Family
 from .gradients import Gradients
@@ -161,6 +162,10 @@ class Optimizer(Names, Family):
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         common, stored = storage.taken(options), [storage.taken(extra) for extra in overrides]
         stored = [{**common, **mine} for mine in stored]
+        if self._backend == "cuda":
+            storage.refuse_on_device(stored, param_copy)
+        if state is not None:
+            storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
@@ -828,8 +833,17 @@ class Optimizer(Names, Family):
 
         torch_state.imported(self, d)
 
+    @property
+    def nbytes(self):
+        """The bytes of all buffers of a step: a dict by the names of the buffers ("param", "grad", the states, "master" or
+        "remainder", "param_copy") with the attributes total, elements and per_parameter."""
+        return sizes.of_optimizer(self._tensors, self._known_grads())
+
+    def _known_grads(self):
+        return self._gradients.bound or [None] * len(self._tensors)
+
     def report(self):
-        """What runs, on what, and which of your buffers lie badly: a text for people.
+        """What runs, on what, with how many bytes, and which of your buffers lie badly: a text for people.
 
         Returns
         -------
@@ -844,8 +858,7 @@ class Optimizer(Names, Family):
         if not self.own_rule:
             lines.append("The general form of a rule also computes clip_value, L2 weight_decay, eps_root, nesterov and "
                          "RMSProp's bias_correction=\"corrected\"; the neutral form serves steps without them.")  # fmt: skip
-        grads = self._gradients.bound or [None] * len(self._tensors)
-        arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
+        arrays = self._tensors.of_the_caller(self._known_grads()) if self._memory is host else ()
         for name, other in (pair for named in arrays for pair in placement.collisions(named)):
             lines.append(
                 f"{name} and {other} start at nearly the same offset modulo 4 KiB and may evict each other from cache: "
@@ -856,14 +869,16 @@ class Optimizer(Names, Family):
     def _line_of(self, k):
         """The line of report() on the tensors of recipe k."""
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
-        sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
-        moved = (3 + 2 * len(rules.state_names(rules.find(recipe.rule)))) * key.dtype.itemsize
+        rows = [row for row in zip(self._tensors, self._known_grads(), strict=True) if row[0].recipe == k]
+        buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
+        moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"
         if self._backend == "c":
             form += f" by {backends.load('c').isa_of(recipe.rule, key.dtype, recipe.general)}"
         return (
-            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} elements, "
-            f"{moved} bytes moved per element"
+            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(rows)} tensor(s), "
+            f"{sum(tensor.param.size for tensor, _ in rows)} elements, {moved:.4g} bytes moved per element; bytes of each "
+            f"buffer per element: {buffers}"
         )
 
 

@@ -87,14 +87,33 @@ def state_format(options, name, dtype, not_negative, label):
     return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
 
 
+def refuse_on_device(options, copy):
+    """ValueError where a group on a GPU is to have buffers in formats.  options: those of OPTIONS for each group."""
+    asked = [(name, value) for group in options for name, value in group.items() if value is not None]
+    asked += [] if copy is None else [("param_copy", copy)]
+    if asked:
+        name, value = asked[0]
+        given = name if name == "param_copy" else f"{name}={value!r}"
+        raise ValueError(f"{given} is for the backends in host memory; backend 'cuda' updates float32 and float64 arrays "
+                         f"with states of their dtype: leave it out, or keep these arrays in host memory")  # fmt: skip
+
+
+def refuse_with_state(options):
+    """ValueError where states that the caller gives are to be in formats.  options: those of OPTIONS for each group."""
+    said = next((group["state_format"] for group in options if group.get("state_format")), None)
+    if said:
+        raise ValueError(f"state= and state_format={said!r} are both given; state= takes arrays of float32 or float64: "
+                         f"leave state= out, and load_state_dict(d, convert='float32') fills the state")  # fmt: skip
+
+
 def takes_halves(options):
     """Whether these options, some of OPTIONS, say how a parameter in bf16 or fp16 is updated."""
     return options.get("master") is not None or "rounding" in options
 
 
 def of_tensor(tensor, rule, options, copy, not_negative, seed, origin):
-    """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of its
-    group; copy: a Buffer or None."""
+    """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of
+    its group; copy: a Buffer or None."""
     o = SimpleNamespace(**{**OPTIONS, **options})
     names = rules.state_names(rules.find(rule))
     states = tuple(state_format(o, name, tensor.dtype, not_negative, tensor.name) for name in names)
@@ -112,14 +131,14 @@ def refuse_master(master, param, tensor):
         return
     if param is FLOAT:
         raise ValueError(f"master={master!r} is for parameters in bf16 or fp16; {tensor.name} has dtype "
-                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a bf16 copy")  # fmt: skip
+                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a copy")  # fmt: skip
     if master in SPLIT and param is not BF16:
         raise ValueError(f"master={master!r} splits a float32 into a bf16 and a remainder; {tensor.name} is "
                          f"{param.name}: pass master='float32'")  # fmt: skip
 
 
 def with_low(tensor, memory):
-    """The Storage of a Tensor with the new buffer that its master needs; it makes a float32 of the parameter as it is now."""
+    """The Storage of a Tensor with the new buffer that its master needs, which holds the parameter as it is now."""
     made, param = tensor.storage, tensor.param
     if made.master is None:
         return made

@@ -284,3 +284,86 @@ def test_a_zero_in_the_padding_of_blocks_is_no_zero_of_the_sum():
     d["tensors"][0]["state"]["sum"][4] = 0
     with pytest.raises(ValueError, match="holds a 0"):
         optimizer.load_state_dict(d)
+
+
+# sizes
+
+
+def test_nbytes_are_those_of_the_buffers():
+    params, gradients = problem()
+    elements = sum(x.size for x in params.values())
+    q8 = sum(formats.stored_bytes(storage.Q8, x.size) for x in params.values())
+    copies = {key: np.zeros_like(x, np.float16) for key, x in params.items()}
+    optimizer = fastrms.Adam(params, state_format="q8", param_copy=copies)
+    assert optimizer.nbytes == {
+        "param": 4 * elements, "grad": 4 * elements, "exp_avg": q8, "exp_avg_sq": q8, "param_copy": 2 * elements,
+    }  # fmt: skip
+    optimizer.bind(stored(halves(gradients[0])))
+    found = optimizer.nbytes
+    assert found["grad"] == 2 * elements and found.elements == elements and found.total == sum(found.values())
+    assert found.per_parameter["param_copy"] == 2
+    assert fastrms.Adam(np.ones(0)).nbytes.per_parameter == {"param": 0, "grad": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    assert fastrms.RMSProp(np.ones(5)).nbytes == {"param": 40, "grad": 40, "square_avg": 40}
+
+
+@pytest.mark.parametrize(
+    "master, low",
+    [("float32", {"master": 4}), ("split16", {"remainder": 2}), ("split8", {"remainder": 1}), (None, {})],
+)
+def test_nbytes_of_bf16_parameters(master, low):
+    params = halves(problem()[0])
+    assert made(params, master).nbytes.per_parameter == {"param": 2, "grad": 4, "exp_avg": 4, "exp_avg_sq": 4, **low}
+
+
+@pytest.mark.parametrize(
+    "options, moved",
+    [
+        ({}, 28), ({"state_format": "bf16"}, 20), ({"state_format": "q8"}, 16.06), ({"zero_grad": True}, 32),
+        ({"param_copy": np.zeros(2**16, np.float16)}, 30),
+    ],
+)  # fmt: skip
+def test_the_report_says_how_many_bytes_are_moved(options, moved):
+    """Adam: 4 numbers read and 3 written; of the formats, what is stored."""
+    text = fastrms.Adam(np.zeros(2**16, np.float32), **options).report()
+    assert f"{moved} bytes moved per element" in text and "param 4, grad 4, exp_avg " in text
+
+
+@pytest.mark.parametrize("master, moved", [("float32", 2 + 8 + 4 + 8), ("split16", 4 + 4 + 4 + 8), (None, 4 + 4 + 8)])
+def test_a_parameter_with_a_float32_master_is_only_written(master, moved):
+    w = BF16(np.zeros(300, np.uint16))
+    assert f", {moved} bytes moved per element" in fastrms.RMSProp(w, master=master, rounding="nearest").report()
+
+
+def test_the_report_of_mixed_dtypes_gives_the_mean():
+    params = [BF16(np.zeros(300, np.uint16)), np.zeros(100, np.float32)]
+    text = fastrms.RMSProp(params, rounding="nearest").report()
+    assert ", 17 bytes moved per element" in text and "param 2.5, grad 4, square_avg 4" in text
+    assert " 0 elements, 16 bytes" in fastrms.RMSProp(BF16(np.zeros(0, np.uint16)), rounding="nearest").report()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_format": "q8"}, {"master": "float32"}, {"rounding": "nearest"}, {"param_copy": np.zeros(3)}]
+)
+def test_a_gpu_refuses_formats_before_anything_is_allocated(options, monkeypatch):
+    from types import SimpleNamespace
+
+    from fastrms import backends
+
+    module = SimpleNamespace(__name__="fastrms.backends.cuda", memory=None)
+    monkeypatch.setattr(backends, "choose", lambda *arguments: module)
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}.* is for the backends in host memory"):
+        fastrms.Adam(np.ones(3, np.float32), **options)
+
+
+def test_given_states_and_formats_exclude_each_other():
+    w = np.ones(3, np.float32)
+    state = fastrms.init_state("rmsprop", w)
+    with pytest.raises(ValueError, match="state= and state_format='bf16' are both given"):
+        fastrms.RMSProp(w, state=state, state_format="bf16")
+    halved = BF16(rounded(w))
+    optimizer = fastrms.RMSProp(halved, state=state, master="split16")
+    optimizer.step(w.copy())
+    assert state["square_avg"].any()

@@ -45,11 +45,20 @@ class Buffer(NamedTuple):
 class Stored:
     """An array of 16 bits for each number, and which numbers these are, where its dtype does not say so.
 
+    It may stand wherever an optimizer takes bf16 or fp16: among gradients, parameters and copies.
+
     Parameters
     ----------
     array : array of uint16 or int16
         Such as the memory of a program that has no dtype for bf16.  It is used in place.
     format : "bf16" or "fp16"
+
+    Raises
+    ------
+    TypeError
+        Where array has another dtype: float16, ml_dtypes.bfloat16 and torch tensors are passed as they are.
+    ValueError
+        For another format.
     """
 
     __slots__ = ("array", "format")
@@ -59,8 +68,8 @@ class Stored:
             raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
         found = as_array(array, "array")
         if found.dtype not in (np.uint16, np.int16):
-            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of ml_dtypes.bfloat16 "
-                            f"or of torch.bfloat16 is passed as it is")  # fmt: skip
+            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of "
+                            f"ml_dtypes.bfloat16 or of torch.bfloat16 is passed as it is")  # fmt: skip
         self.array, self.format = array, format
 
     @property
@@ -180,8 +189,8 @@ def _from_torch(x, name, kind=None):
 
 
 def _refuse_tensor(x, name, torch, kind=None):
-    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16 or
-    fp16 may be."""
+    """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16
+    or fp16 may be."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
@@ -270,10 +279,13 @@ def _flat(array, name, x):
 
 
 def same_layout(buffer, name, reference, reference_name, dtypes=None):
-    """Refuse unless buffer has the shape and strides of reference, and its dtype or one of dtypes."""
-    if buffer.dtype not in (dtypes or (reference.dtype,)):
-        dtype = reference.dtype
-        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {dtype}; give both the same: "
+    """Refuse unless buffer has the shape and strides of reference, and its dtype or one of dtypes, the first of which is
+    that in which reference is updated."""
+    dtypes = dtypes or (reference.dtype,)
+    if buffer.dtype not in dtypes:
+        dtype = dtypes[0]
+        has = f"{reference_name} {'has' if reference.dtype == dtype else 'is updated in'} {dtype}"
+        raise TypeError(f"{name} has dtype {buffer.dtype}, {has}; give both the same: "
                         f"{name}.astype(np.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
     if buffer.shape != reference.shape:
         raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
