@@ -28,6 +28,7 @@ __all__ = [
     "RProp",
     "Shards",
     "StepInfo",
+    "Stored",
     "adagrad",
     "adam",
     "available_backends",
@@ -53,7 +54,7 @@ class _CudaArrayInterface(Protocol):
 class _DLPack(Protocol):
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
-_Array: TypeAlias = _ArrayInterface | _CudaArrayInterface | _DLPack | Buffer
+_Array: TypeAlias = _ArrayInterface | _CudaArrayInterface | _DLPack | Buffer | Stored
 _Params: TypeAlias = _Array | FlatBuffer | Mapping[Any, _Array] | Iterable[_Array] | Iterable[Mapping[str, Any]]
 _Grads: TypeAlias = _Array | Mapping[Any, _Array | None] | Iterable[Any]
 _Rate: TypeAlias = float | Callable[[int], float]
@@ -62,6 +63,10 @@ _BiasCorrection: TypeAlias = bool | Literal["corrected", "folded"]
 _Dialect: TypeAlias = Literal["torch", "keras", "tf1", "mindspore", "optax"]
 _Backend: TypeAlias = Literal["auto", "c", "numba", "numpy", "cuda"]
 _Nonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
+_StateFormat: TypeAlias = Literal["bf16", "fp16", "q8"]
+_Master: TypeAlias = Literal["float32", "split16", "split8"]
+_Rounding: TypeAlias = Literal["nearest", "stochastic"]
+_Convert: TypeAlias = Literal["float32", "bf16", "fp16", "q8"]
 _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 class StepInfo(NamedTuple):
@@ -73,6 +78,13 @@ class Shards:
     gather: Callable[[bytes], Sequence[bytes]]
     table: list[tuple[int, int, int]]
     def __init__(self, gather: Callable[[bytes], Sequence[bytes]], table: Iterable[tuple[int, int, int]]) -> None: ...
+
+class Stored:
+    array: Any
+    format: str
+    def __init__(self, array: Any, format: Literal["bf16", "fp16"]) -> None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 class _Streaming:
     updated: list[Any]
@@ -119,6 +131,11 @@ class Optimizer:
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
@@ -144,6 +161,8 @@ class Optimizer:
     @property
     def state(self) -> Mapping[str, Any]: ...
     @property
+    def nbytes(self) -> Mapping[str, int]: ...
+    @property
     def backend(self) -> str: ...
     @property
     def dialect(self) -> str | None: ...
@@ -152,9 +171,9 @@ class Optimizer:
     @property
     def c_step(self) -> tuple[int, int]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, d: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, d: Mapping[str, Any], convert: _Convert | None = None) -> None: ...
     def save(self, path: _Path) -> None: ...
-    def load(self, path: _Path) -> None: ...
+    def load(self, path: _Path, convert: _Convert | None = None) -> None: ...
     def to_torch_state_dict(self) -> dict[str, Any]: ...
     def load_torch_state_dict(self, d: Mapping[str, Any]) -> None: ...
     def report(self) -> str: ...
@@ -185,6 +204,11 @@ class RMSProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
@@ -211,6 +235,11 @@ class AdaGrad(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
@@ -240,6 +269,11 @@ class Adam(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
@@ -269,6 +303,11 @@ class AdamW(Adam):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,
@@ -294,6 +333,11 @@ class RProp(Optimizer):
         dialect: _Dialect | None = None,
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding = "stochastic",
+        param_copy: Any = None,
+        seed: int = 0,
         shards: Shards | None = None,
         backend: _Backend = "auto",
         stream: Any = None,

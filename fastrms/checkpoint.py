@@ -1,7 +1,8 @@
 """An optimizer in a safetensors file, which is written whole or not at all, and checked before anything of it is used.
 
 The tensors are the state arrays, named "<tensor>/<state>".  The metadata has one entry, "fastrms": the rest of
-state_dict() as JSON, whose numbers are those of repr() and so exact.
+state_dict() as JSON, whose numbers are those of repr() and so exact.  A state that is stored in a format is there as in
+state_dict(): U16 or U8, and the JSON says in which format.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 
 import numpy as np
 
-from . import files
+from . import files, saved_formats
 
 VERSION = 1
 
@@ -46,11 +47,11 @@ def _packed(d):
     return tensors, {"version": VERSION, **d, "tensors": listed}
 
 
-def load(optimizer, path):
+def load(optimizer, path, convert=None):
     """See Optimizer.load."""
     d = read(path)
     try:
-        optimizer.load_state_dict(d)
+        optimizer.load_state_dict(d, convert)
     except ValueError as error:
         raise ValueError(f"{os.fsdecode(path)}: {error}") from None
 
@@ -67,21 +68,28 @@ def read(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def _dtypes(format):
+    """What safetensors calls the dtypes that a state of a format may have; None: of no format."""
+    dtype = saved_formats.DTYPES.get(format)
+    return ("F32", "F64") if dtype is None or dtype.kind == "f" else (f"U{8 * dtype.itemsize}",)
+
+
 def _unpacked(file, path):
     """The state_dict out of an open file."""
     try:
         header = json.loads((file.metadata() or {})["fastrms"])
         version, listed = header.pop("version"), header["tensors"]
-        names = [f"{tensor['name']}/{name}" for tensor in listed for name in tensor["state"]] if version == VERSION else []
+        entries = [(tensor, name) for tensor in listed for name in tensor["state"]] if version == VERSION else []
+        dtypes = {f"{tensor['name']}/{name}": _dtypes(tensor.get("formats", {}).get(name)) for tensor, name in entries}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise ValueError(f"{path} was not written by fastrms: it lacks its metadata") from None
     if version != VERSION:
         raise ValueError(f"{path} has format version {version!r}; this fastrms reads version {VERSION}")
-    if sorted(names) != sorted(file.keys()):
+    if len(dtypes) < len(entries) or sorted(dtypes) != sorted(file.keys()):
         raise ValueError(f"{path} does not hold the tensors that its metadata lists")
-    for name in names:
-        if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F64"):
-            raise ValueError(f"{path}: {name} has dtype {dtype}; a state is F32 or F64")
+    for name, allowed in dtypes.items():
+        if (dtype := file.get_slice(name).get_dtype()) not in allowed:
+            raise ValueError(f"{path}: {name} has dtype {dtype}; this state is {' or '.join(allowed)}")
     tensors = [
         {**tensor, "state": {name: file.get_tensor(f"{tensor['name']}/{name}") for name in tensor["state"]}}
         for tensor in listed

@@ -58,7 +58,8 @@ def acquired_one(tensors, k, array, name):
     if array is None:
         raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
     buffer = memory.acquire(array, name, writable=True)
-    memory.same_layout(buffer, name, like.param, like.name)
+    updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
+    memory.same_layout(buffer, name, like.param, like.name, **updated_in)
     return buffer
 
 

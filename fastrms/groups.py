@@ -152,7 +152,7 @@ class Groups:
         keys = [(SimpleNamespace(**values[key.group]), key.dtype) for key in self._tensors.keys]
         needs = [self._family.needs_positive_state(h, dtype) for h, dtype in keys]
         for tensor, flats in zip(self._tensors, state, strict=True):
-            if needs[tensor.recipe] and any(map(self._tensors.holds_zero, flats.values())):
+            if needs[tensor.recipe] and any(self._tensors.holds_zero(flat, tensor.param.size) for flat in flats.values()):
                 h, dtype = keys[tensor.recipe]
                 raise ValueError(f"eps={h.eps!r} and eps_root={h.eps_root!r} are both 0 in {dtype}, and the sum of "
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip

@@ -3,12 +3,13 @@
 import numbers
 import os
 import threading
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules, storage
+from . import backends, hyper, saved_formats, sizes, storage
 from . import state as states
 from .family import Family
 from .gradients import Gradients
@@ -161,6 +162,10 @@ class Optimizer(Names, Family):
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         common, stored = storage.taken(options), [storage.taken(extra) for extra in overrides]
         stored = [{**common, **mine} for mine in stored]
+        if self._backend == "cuda":
+            storage.refuse_on_device(stored, param_copy)
+        if state is not None:
+            storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
@@ -669,29 +674,35 @@ class Optimizer(Names, Family):
     def state_dict(self):
         """Everything but the parameters, as plain values and copies: hyper-parameters, step counts, state.
 
-        A resumed run has the bits of an unbroken one.  A schedule of fastrms.schedules is in it with its counters, any other
-        callable lr is left out.  Pickle it together with the parameters, or see save().
+        A resumed run has the bits of an unbroken one, where params are in the same order.  States that are stored in a
+        format are in it as they are, uint16 for bf16 and fp16, uint8 for q8, and so are the master of a parameter, or its
+        remainder, the formats, the seed and the rounding.  A schedule of fastrms.schedules is in it with its counters, any
+        other callable lr is left out.  Pickle it together with the parameters, or see save().
 
         Returns
         -------
         dict
         """
-        copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in t.state.items()} for t in self._tensors]
-        counts = self._copy(copies, self._tensors.state)
+        self._tensors.refuse_moved_state()
+        kept = [*map(saved_formats.kept, self._tensors)]
+        copies = [{name: np.empty(flat.size, flat.dtype) for name, flat in flats.items()} for flats in kept]
+        counts = self._copy(copies, kept)
         groups = states.described(self._groups.values)
         return {"optimizer": type(self).__name__, "dialect": self._dialect, "steps": counts[0], "groups": groups,
                 "patterns": list(self._patterns), "tensors": states.saved(self._tensors, copies, counts[1:])}  # fmt: skip
 
-    def _copy(self, to, source, recipes=None, steps=None):
-        """Copy the state of all tensors, in one call of the backend; returns the step counts before."""
+    def _copy(self, to, source, recipes=None, steps=None, also=()):
+        """Copy the state of all tensors, and what else there is to copy, in one call of the backend; returns the step counts
+        before."""
         pairs = [(mine[name], other[name]) for mine, other in zip(to, source, strict=True) for name in mine]
+        pairs += also
         status, before = self._plan.copy(pairs, recipes, steps)
         if status:
             raise self._refusal(status)
         return before
 
-    def load_state_dict(self, d):
-        """Take over what state_dict() gave, hyper-parameters included.
+    def load_state_dict(self, d, convert=None):
+        """Take over what state_dict() gave, hyper-parameters, seed and rounding included.
 
         A callable lr of this optimizer stays, unless it is of fastrms.schedules and so is the saved one; a Plateau stays the
         object that it is, with the saved counters.  Tensors are matched by name.
@@ -700,33 +711,42 @@ class Optimizer(Names, Family):
         ----------
         d : dict
             What state_dict() of an optimizer of the same class and parameters gave.
+        convert : "float32", "bf16", "fp16" or "q8", optional
+            The format of states in d that this optimizer keeps in another one.  They are decoded, and rounded to the nearest
+            number of that format; numbers beyond the largest of fp16 become this.  Without, d must have the same formats.
 
         Raises
         ------
         ValueError
             With nothing changed, where d does not fit this optimizer, or holds a negative or NaN second moment.
         """
-        self._load(d)
+        self._load(d, convert=convert)
 
-    def _load(self, d, trusted=False):
+    def _load(self, d, trusted=False, convert=None):
         """load_state_dict(); a state that is trusted may hold what this optimizer has made itself, NaN included."""
         try:
-            loaded = self._checked_state_dict(d, trusted)
+            loaded = self._checked_state_dict(d, trusted, convert)
         except states.MALFORMED as error:
             raise ValueError(f"this is not a state_dict of fastrms: {error!r}") from None
-        recipes = self._groups.recipes_for(loaded.values, loaded.flats, "this state_dict")
+        tensors, made = self._tensors, loaded.storages
+        new = [{name: flats[name] for name in t.state} for t, flats in zip(tensors, loaded.flats, strict=True)]
+        recipes = self._groups.recipes_for(loaded.values, new, "this state_dict")
+        tensors.refuse_moved_state()
         with self._one_thread:
             self._forget_rates()
-            self._copy(self._tensors.state, loaded.flats, recipes, loaded.steps)
+            also = self._plan.pairs_of_storages(made) if any(made) else ()
+            self._copy([*map(saved_formats.kept, tensors)], loaded.flats, recipes, loaded.steps, also)
+            for tensor, storage_of in zip(tensors, made, strict=True):
+                tensor.storage = storage_of
             self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))
             self._take_values(loaded.values, recipes)
 
-    def _checked_state_dict(self, d, trusted=False):
+    def _checked_state_dict(self, d, trusted=False, convert=None):
         """The contents of a state_dict, checked against this optimizer."""
-        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns, trusted)
+        return states.checked(d, type(self), self._tensors, self._groups.values, self._patterns, trusted, convert)
 
     def save(self, path):
         """Write state_dict() to a safetensors file (extra `checkpoint`), float values exact.  You save the parameters.
@@ -750,12 +770,14 @@ class Optimizer(Names, Family):
 
         checkpoint.save(self, path)
 
-    def load(self, path):
+    def load(self, path, convert=None):
         """Take over what save() wrote, as load_state_dict() does; the next steps have the bits of an unbroken run.
 
         Parameters
         ----------
         path : str, bytes or os.PathLike
+        convert : str, optional
+            As in load_state_dict().
 
         Raises
         ------
@@ -766,7 +788,7 @@ class Optimizer(Names, Family):
         """
         from . import checkpoint
 
-        checkpoint.load(self, path)
+        checkpoint.load(self, path, convert)
 
     def to_torch_state_dict(self):
         """What ``load_state_dict()`` of torch.optim's RMSprop, Adagrad, Adam, AdamW or Rprop takes, for an optimizer of
@@ -811,8 +833,17 @@ class Optimizer(Names, Family):
 
         torch_state.imported(self, d)
 
+    @property
+    def nbytes(self):
+        """The bytes of all buffers of a step: a dict by the names of the buffers ("param", "grad", the states, "master" or
+        "remainder", "param_copy") with the attributes total, elements and per_parameter."""
+        return sizes.of_optimizer(self._tensors, self._known_grads())
+
+    def _known_grads(self):
+        return self._gradients.bound or [None] * len(self._tensors)
+
     def report(self):
-        """What runs, on what, and which of your buffers lie badly: a text for people.
+        """What runs, on what, with how many bytes, and which of your buffers lie badly: a text for people.
 
         Returns
         -------
@@ -827,8 +858,7 @@ class Optimizer(Names, Family):
         if not self.own_rule:
             lines.append("The general form of a rule also computes clip_value, L2 weight_decay, eps_root, nesterov and "
                          "RMSProp's bias_correction=\"corrected\"; the neutral form serves steps without them.")  # fmt: skip
-        grads = self._gradients.bound or [None] * len(self._tensors)
-        arrays = self._tensors.of_the_caller(grads) if self._memory is host else ()
+        arrays = self._tensors.of_the_caller(self._known_grads()) if self._memory is host else ()
         for name, other in (pair for named in arrays for pair in placement.collisions(named)):
             lines.append(
                 f"{name} and {other} start at nearly the same offset modulo 4 KiB and may evict each other from cache: "
@@ -839,14 +869,16 @@ class Optimizer(Names, Family):
     def _line_of(self, k):
         """The line of report() on the tensors of recipe k."""
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
-        sizes = [tensor.param.size for tensor in self._tensors if tensor.recipe == k]
-        moved = (3 + 2 * len(rules.state_names(rules.find(recipe.rule)))) * key.dtype.itemsize
+        rows = [row for row in zip(self._tensors, self._known_grads(), strict=True) if row[0].recipe == k]
+        buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
+        moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"
         if self._backend == "c":
             form += f" by {backends.load('c').isa_of(recipe.rule, key.dtype, recipe.general)}"
         return (
-            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(sizes)} tensor(s), {sum(sizes)} elements, "
-            f"{moved} bytes moved per element"
+            f"group {key.group}: rule {recipe.rule}{form}, {key.dtype}, {len(rows)} tensor(s), "
+            f"{sum(tensor.param.size for tensor, _ in rows)} elements, {moved:.4g} bytes moved per element; bytes of each "
+            f"buffer per element: {buffers}"
         )
 
 

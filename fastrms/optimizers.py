@@ -37,7 +37,8 @@ class RMSProp(Optimizer):
     Parameters
     ----------
     params : array, sequence, mapping, FlatBuffer or list of groups
-        What is updated in place: float32 or float64 arrays of any shape, each dense in any memory order.  A group is a
+        What is updated in place: float32 or float64 arrays of any shape, each dense in any memory order, or arrays of bf16
+        or fp16 where master or rounding is given (of ml_dtypes, torch tensors, float16, fastrms.Stored).  A group is a
         mapping ``{"params": ..., "lr": ...}`` with hyper-parameters of its own.
     lr : float or callable, default 0.01
         Step size, finite and at least 0.  A callable gets the number of steps made, first 0, and gives the lr of the next.
@@ -84,6 +85,25 @@ class RMSProp(Optimizer):
     zero_grad : bool, default False
         Whether a step writes zeros over the gradients, which must be writable then.  A skipped step does so, too, and one
         that raises does not.
+    state_format : "bf16", "fp16", "q8" or None, default None
+        How states are stored, for parameters that are updated in float32; None is float32 itself.  Each is off by at most:
+        bf16 2**-8 of the number; fp16 2**-11 of it, or 2**-25 below 2**-14, and numbers beyond 65504 become this; q8, 8 bits
+        with a scale for each 256 elements, 1/16 of the number, or 2**-17 of the largest in the block for small numbers with
+        a sign.  A mean of squares that is not 0 stays above 0 in fp16 and q8.  A group may have its own, as with the next
+        two.  Not for centered=True, and q8 neither for amsgrad nor RProp, nor fp16 for RProp.
+    master : "float32", "split16", "split8" or None, default None
+        What bf16 and fp16 parameters are updated in.  "float32" keeps a float32 of each; "split16" and "split8" keep, for
+        bf16 parameters, 16 or 8 bits more of each, which together are a float32 exactly, or to 2**-16 of it; None keeps
+        nothing, and rounds each new parameter.
+    rounding : "stochastic" or "nearest", default "stochastic"
+        How states in formats are rounded, and parameters without master or with "split8".  Stochastic rounding is right in
+        the mean, so that many small changes add up; its error is less than twice as large.  Copies, and parameters with
+        another master, are rounded to nearest.
+    param_copy : arrays in the structure of params, optional
+        bf16 or fp16 arrays into which each step writes the new parameters, rounded to nearest; None for a tensor without.
+    seed : int, default 0
+        From 0 to 2**64 - 1.  The bits of stochastic rounding depend on it, on the number of the update, and on the position
+        of the element among all elements of params, and on nothing else.
     shards : fastrms.Shards, optional
         Where the tensors lie in tensors that are spread over several ranks: clip_norm and nonfinite are then global.
     backend : "auto", "c", "numba", "numpy" or "cuda", default "auto"
@@ -146,6 +166,8 @@ class AdaGrad(Optimizer):
     initial_value : float >= 0, default 0
         What the sum starts with; 0.1 in Keras, TF1, Optax and MindSpore.
     params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
+        As in RMSProp.
+    state_format, master, rounding, param_copy, seed :
         As in RMSProp.
 
     Attributes
@@ -211,6 +233,8 @@ class Adam(Optimizer):
         False takes the raw averages and lr as they are.
     params, state, groups, weight_decay, decoupled, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
+    state_format, master, rounding, param_copy, seed :
+        As in RMSProp.
 
     Attributes
     ----------
@@ -260,6 +284,8 @@ class AdamW(Adam):
         As in Adam.
     params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
         As in RMSProp.
+    state_format, master, rounding, param_copy, seed :
+        As in RMSProp.
 
     Raises
     ------
@@ -299,6 +325,8 @@ class RProp(Optimizer):
     zero_on_flip : bool, default True
         Whether a weight whose gradient has flipped its sign waits for one step (iRprop-); False is plain Rprop-.
     params, state, groups, maximize, clip_value, dialect, nonfinite, zero_grad, shards, backend :
+        As in RMSProp.
+    state_format, master, rounding, param_copy, seed :
         As in RMSProp.
 
     Attributes

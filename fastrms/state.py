@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
-import numpy as np
-
-from . import dialects, hyper, storage
+from . import dialects, hyper, saved_formats, storage
 from .memory.flat import ReadOnlyDict
+from .memory.tree import Part
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
 
@@ -29,15 +28,16 @@ def shown(tensor, name):
 
 
 def saved(tensors, copies, counts):
-    """The entry "tensors" of a state_dict, from copies of the flat state and from the step count of each tensor."""
+    """The entry "tensors" of a state_dict, from copies of all that is kept and from the step count of each tensor."""
     return [
         {
             "name": name,
             "steps": counts[k],
-            "state": {state: part.of(tensor.shaped(flat)) for state, flat in copies[k].items()},
+            **saved_formats.described(tensor),
+            "state": saved_formats.arrays(tensor, part, copies[k]),
         }
         for k, tensor in enumerate(tensors)
-        for name, part in tensor.parts
+        for name, part in saved_formats.parts(tensor)
     ]
 
 
@@ -45,16 +45,18 @@ class Loaded(NamedTuple):
     """What a state_dict holds, checked against an optimizer."""
 
     values: list  # the hyper-parameters of each group
-    flats: list  # for each tensor: state name -> flat array
+    flats: list  # for each tensor: name -> flat array, for all that saved_formats.kept() has
     steps: list  # the count of the optimizer, then that of each tensor
     dialect: str | None
     plateaus: list  # (Plateau of this optimizer, saved Plateau) pairs
+    storages: list  # for each tensor its Storage, with the saved seed and rounding, or None
 
 
-def checked(d, kind, tensors, values, patterns, trusted=False):
+def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     """Loaded of a state_dict.  kind: the class of the optimizer; values, patterns: its present hyper-parameters of each
-    group, and the patterns of its groups.  ValueError where d does not fit; what it lacks, and of what type, is any of
-    MALFORMED."""
+    group, and the patterns of its groups; convert: the name of a format that states in d may have in place of theirs.
+    ValueError where d does not fit; what it lacks, and of what type, is any of MALFORMED."""
+    saved_formats.check("convert", convert)
     if isinstance(d.get("optimizer"), Mapping):
         raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
     if "param_groups" in d:
@@ -62,7 +64,9 @@ def checked(d, kind, tensors, values, patterns, trusted=False):
     if d["optimizer"] != kind.__name__:
         raise ValueError(f"the state_dict is of {d['optimizer']}, this is {kind.__name__}")
     dialects.preset(d["dialect"], kind.family)
-    named = sum(len(tensor.parts) for tensor in tensors)
+    by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
+    parts = [_parts(tensor, by_name) for tensor in tensors]
+    named = sum(map(len, parts))
     for what, count in (("groups", len(values)), ("tensors", named)):
         if len(d[what]) != count:
             raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
@@ -72,13 +76,21 @@ def checked(d, kind, tensors, values, patterns, trusted=False):
     new_values = [
         _group(kind, k, mine, group, d["dialect"]) for k, (mine, group) in enumerate(zip(values, groups, strict=True))
     ]
-    by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
-    missing = next((name for tensor in tensors for name, _ in tensor.parts if name not in by_name), None)
+    missing = next((name for some in parts for name, _ in some if name not in by_name), None)
     if missing is not None:
         raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
-    flats = [_state(tensor, by_name, () if trusted else kind.not_negative) for tensor in tensors]
-    steps = [hyper.step_count("steps", d["steps"], least=0), *(_count(tensor, by_name) for tensor in tensors)]
-    return Loaded(new_values, flats, steps, d["dialect"], plateaus)
+    entries = [[(part, by_name[name]) for name, part in some] for some in parts]
+    rows = [*zip(tensors, entries, strict=True)]
+    flats = [_state(tensor, some, kind, trusted, convert) for tensor, some in rows]
+    steps = [hyper.step_count("steps", d["steps"], least=0), *map(_count, entries)]
+    return Loaded(new_values, flats, steps, d["dialect"], plateaus, [saved_formats.resumed(*row) for row in rows])
+
+
+def _parts(tensor, by_name):
+    """(name, Part) pairs of what a state_dict has of a tensor: as this optimizer would save it, or else cut by name, or
+    whole.  The first of these where the state_dict has none of them."""
+    ways = saved_formats.parts(tensor), tensor.parts, [(tensor.name, Part())]
+    return next((way for way in ways if all(name in by_name for name, _ in way)), ways[0])
 
 
 def _group(kind, k, mine, group, dialect):
@@ -91,31 +103,37 @@ def _group(kind, k, mine, group, dialect):
     return {name: kind.checked(dialect, name, new[name]) for name in mine}
 
 
-def _count(tensor, by_name):
+def _count(entries):
     """The step count of a tensor, from those of the arrays in it."""
-    counts = {hyper.step_count("steps", by_name[name]["steps"], least=0): name for name, _ in tensor.parts}
+    counts = {hyper.step_count("steps", entry["steps"], least=0): entry["name"] for _, entry in entries}
     if len(counts) > 1:
         said = ", ".join(f"{count} steps for {name}" for count, name in counts.items())
         raise ValueError(f"the state_dict has {said}; in this FlatBuffer they are one tensor with one count")
     return next(iter(counts))
 
 
-def _state(tensor, by_name, not_negative):
-    """The flat state arrays of a tensor, from the saved ones of the arrays in it."""
-    flats = {name: np.empty(tensor.param.size, tensor.param.dtype) for name in tensor.state}
-    for name, part in tensor.parts:
-        state = by_name[name]["state"]
-        if state.keys() != flats.keys():
-            raise ValueError(f"the state_dict has state {sorted(state)} for {name}, this optimizer has {sorted(flats)}")
-        for key, array in state.items():
-            to = part.of(tensor.shaped(flats[key]))
-            if type(array) is not np.ndarray or (array.dtype, array.shape) != (to.dtype, to.shape):
-                raise ValueError(f"{key} of {name} in the state_dict must be an ndarray of {to.dtype}, shape {to.shape}")
-            if key in not_negative and not (array >= 0).all():
-                raise ValueError(f"{key} of {name} in the state_dict holds a negative number or NaN; means and sums of "
-                                 f"squares, and step sizes, are at least 0")  # fmt: skip
-            to[...] = array
+def _state(tensor, entries, kind, trusted, convert):
+    """The flat arrays of a tensor, from the saved ones of the arrays in it; entries: (Part, saved tensor) pairs."""
+    kept = saved_formats.kept(tensor)
+    for _, entry in entries:
+        state, name = entry["state"], entry["name"]
+        if state.keys() != kept.keys():
+            raise ValueError(f"the state_dict has state {sorted(state)} for {name}, this optimizer has {sorted(kept)}"
+                             f"{saved_formats.of_master(state, kept)}")  # fmt: skip
+    flats = {}
+    for key in kept:
+        signed = key not in kind.not_negative
+        flats[key], numbers = saved_formats.loaded(tensor, key, entries, signed, convert)
+        if not (signed or trusted or (numbers >= 0).all()):
+            raise ValueError(f"{key} of {_culprit(tensor, entries, numbers)} in the state_dict holds a negative number or "
+                             f"NaN; means and sums of squares, and step sizes, are at least 0")  # fmt: skip
     return flats
+
+
+def _culprit(tensor, entries, numbers):
+    """The name of the first array in a tensor for which flat numbers hold a negative one or NaN."""
+    shaped = tensor.shaped(numbers)
+    return next(entry["name"] for part, entry in entries if not (part.of(shaped) >= 0).all())
 
 
 # schedules in a state_dict

@@ -87,6 +87,25 @@ def state_format(options, name, dtype, not_negative, label):
     return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
 
 
+def refuse_on_device(options, copy):
+    """ValueError where a group on a GPU is to have buffers in formats.  options: those of OPTIONS for each group."""
+    asked = [(name, value) for group in options for name, value in group.items() if value is not None]
+    asked += [] if copy is None else [("param_copy", copy)]
+    if asked:
+        name, value = asked[0]
+        given = name if name == "param_copy" else f"{name}={value!r}"
+        raise ValueError(f"{given} is for the backends in host memory; backend 'cuda' updates float32 and float64 arrays "
+                         f"with states of their dtype: leave it out, or keep these arrays in host memory")  # fmt: skip
+
+
+def refuse_with_state(options):
+    """ValueError where states that the caller gives are to be in formats.  options: those of OPTIONS for each group."""
+    said = next((group["state_format"] for group in options if group.get("state_format")), None)
+    if said:
+        raise ValueError(f"state= and state_format={said!r} are both given; state= takes arrays of float32 or float64: "
+                         f"leave state= out, and load_state_dict(d, convert='float32') fills the state")  # fmt: skip
+
+
 def takes_halves(options):
     """Whether these options, some of OPTIONS, say how a parameter in bf16 or fp16 is updated."""
     return options.get("master") is not None or "rounding" in options
@@ -112,7 +131,7 @@ def refuse_master(master, param, tensor):
         return
     if param is FLOAT:
         raise ValueError(f"master={master!r} is for parameters in bf16 or fp16; {tensor.name} has dtype "
-                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a bf16 copy")  # fmt: skip
+                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a copy")  # fmt: skip
     if master in SPLIT and param is not BF16:
         raise ValueError(f"master={master!r} splits a float32 into a bf16 and a remainder; {tensor.name} is "
                          f"{param.name}: pass master='float32'")  # fmt: skip
@@ -141,19 +160,37 @@ def acquired_copy(copy, name, tensor):
     return buffer
 
 
+def items_of(format, size):
+    """The items of the flat array in which a state is stored."""
+    return formats.stored_bytes(format, size) // format.dtype.itemsize
+
+
+def stored(format, numbers):
+    """Flat numbers as a flat array in a Format, rounded to nearest."""
+    if format is FLOAT:
+        return numbers
+    made = np.zeros(items_of(format, numbers.size), format.dtype)
+    formats.encode(format, numbers, made, numbers.size, formats.Rounding())
+    return made
+
+
 def new_state(format, param, beside, value, memory):
     """A new flat state array in a Format, every element of which holds a value."""
     if format is FLOAT:
         made = memory.place_beside(param, beside, param.size, compute_dtype(param))
         made.fill(value)
         return made
-    items = formats.stored_bytes(format, param.size) // format.dtype.itemsize
-    made = memory.place_beside(param, beside, items, format.dtype)
+    made = memory.place_beside(param, beside, items_of(format, param.size), format.dtype)
     made.fill(0)
     if value:
         numbers = np.full(param.size, value, np.float32)
         formats.encode(format, numbers, made, param.size, formats.Rounding())
     return made
+
+
+def said(format):
+    """A Format of a state as people say it: the two for numbers with and without a sign are one."""
+    return {FP16S: "fp16", Q8U: "q8"}.get(format, format.name)
 
 
 class StoredState:
@@ -171,7 +208,7 @@ class StoredState:
 
     def __init__(self, tensor, format, bits):
         self._tensor, self._format, self.bits = tensor, format, bits
-        self.format, self.shape = format.name.removesuffix("s" if format is FP16S else "u"), tensor.param.shape
+        self.format, self.shape = said(format), tensor.param.shape
 
     def __array__(self, dtype=None, copy=None):
         numbers = formats.decode(self._format, self.bits, self._tensor.param.size)

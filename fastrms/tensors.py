@@ -69,9 +69,10 @@ class Tensors(list):
         self.refuse_moved_state()
         return [tensor.state for tensor in self]
 
-    def holds_zero(self, flat):
-        """Whether a flat state array holds a zero."""
-        return bool((self.memory.on_host(flat) == 0).any())
+    def holds_zero(self, flat, size):
+        """Whether the numbers in a flat state array hold a zero: its bits are 0 in every format.  The blocks of q8, which
+        follow the numbers, do not count."""
+        return bool((self.memory.on_host(flat)[:size] == 0).any())
 
     def make_state(self, initial_of, rules_of_keys):
         """Allocate the state of every tensor.  initial_of(key, name): the value at which a state of this name starts."""

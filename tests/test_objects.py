@@ -154,7 +154,7 @@ def test_dir_shows_the_public_names():
     shown = {name for name in dir(optimizer) if not name.startswith("__")}
     assert shown == {
         "advance", "backend", "bind", "c_step", "dialect", "groups", "load", "load_state_dict", "load_torch_state_dict",
-        "lr", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
+        "lr", "nbytes", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
         "to_torch_state_dict", "zero_grad",
     }  # fmt: skip
     loaded = {"numba", "cuda", "mpi", "torch"} & vars(fastrms).keys()

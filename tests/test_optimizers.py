@@ -552,7 +552,7 @@ def test_signatures_and_docstrings_show_every_hyper_parameter():
     for make in CLASSES:
         parameters = inspect.signature(make).parameters
         common = {"state", "groups", "dialect", "nonfinite", "zero_grad", "shards", "backend", "stream", "capturable"}
-        common.add("check")
+        common |= {"check", "state_format", "master", "rounding", "param_copy", "seed"}
         assert parameters.keys() == {"params", *make.defaults, *common}
         family = make.__mro__[1] if make is fastrms.AdamW else make
         text = family.__doc__ + fastrms.RMSProp.__doc__

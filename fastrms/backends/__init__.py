@@ -166,6 +166,11 @@ class Plan:
         """
         raise NotImplementedError
 
+    def pairs_of_storages(self, storages):
+        """The pairs for copy() by which the plan takes over Storages of the same buffers with another seed, origin or
+        rounding; one Storage or None for each tensor."""
+        return [(self.storages, storages)]
+
     def steps_of(self, k):
         """How many updates tensor k has had."""
         raise NotImplementedError

@@ -120,6 +120,15 @@ def storage_fields(storage):
     }  # fmt: skip
 
 
+def storage_table(storages):
+    """A fastrms_storage[] of Storages, in which a place stays empty for each None."""
+    made = ffi.new("fastrms_storage[]", len(storages))
+    for k, storage in enumerate(storages):
+        if storage is not None:
+            made[k] = storage_fields(storage)
+    return made
+
+
 def format_of(grad):
     """The number of the format of a gradient, a Buffer, an array or None."""
     return 0 if grad is None else HALVES.get(grad.dtype, 0)
@@ -191,10 +200,9 @@ class Plan(backends.Plan):
             addresses = [pointer(host.ours(flat).address) for flat in state]
             at = pointer(param.address)
             self._tensor[k] = {"size": param.size, "recipe": recipe_of[k], "param": at, "state": addresses}
-        self._storage = ffi.new("fastrms_storage[]", len(params)) if storages else None
+        self._storage = storage_table(storages) if storages else None
         for k, storage in enumerate(storages or ()):
             if storage is not None:
-                self._storage[k] = storage_fields(storage)
                 self._tensor[k].storage = self._storage + k
         self._scratch = ffi.new("double[]", lib.fastrms_scratch_bytes(len(params), self._tensor) // 8)
         self._plan = ffi.new("fastrms_plan *")
@@ -313,6 +321,10 @@ class Plan(backends.Plan):
             before,
         )
         return status, list(before)
+
+    def pairs_of_storages(self, storages):
+        tables = self._storage, storage_table(storages)
+        return [tuple(np.frombuffer(ffi.buffer(table), np.uint8) for table in tables)]
 
     @property
     def steps(self):

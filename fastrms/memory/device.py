@@ -223,10 +223,11 @@ def on_host(array):
     return array.to_host()
 
 
-def place_beside(param, others):
-    """A new uninitialised flat DeviceArray like a Buffer, at the same offset to a multiple of VECTOR, so that a kernel can
-    load vectors of both; where else it lies makes no difference on a GPU."""
-    return allocate(param.size, param.dtype, param.device, param.address % VECTOR)
+def place_beside(param, others, size=None, dtype=None):
+    """A new uninitialised flat DeviceArray like a Buffer, unless it is to have another size and dtype, at the same offset to
+    a multiple of VECTOR, so that a kernel can load vectors of both; where else it lies makes no difference on a GPU."""
+    made = param.size if size is None else size, dtype or param.dtype
+    return allocate(*made, param.device, param.address % VECTOR)
 
 
 def again(buffer, name):

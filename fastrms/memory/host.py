@@ -45,11 +45,20 @@ class Buffer(NamedTuple):
 class Stored:
     """An array of 16 bits for each number, and which numbers these are, where its dtype does not say so.
 
+    It may stand wherever an optimizer takes bf16 or fp16: among gradients, parameters and copies.
+
     Parameters
     ----------
     array : array of uint16 or int16
         Such as the memory of a program that has no dtype for bf16.  It is used in place.
     format : "bf16" or "fp16"
+
+    Raises
+    ------
+    TypeError
+        Where array has another dtype: float16, ml_dtypes.bfloat16 and torch tensors are passed as they are.
+    ValueError
+        For another format.
     """
 
     __slots__ = ("array", "format")
@@ -270,10 +279,13 @@ def _flat(array, name, x):
 
 
 def same_layout(buffer, name, reference, reference_name, dtypes=None):
-    """Refuse unless buffer has the shape and strides of reference, and its dtype or one of dtypes."""
-    if buffer.dtype not in (dtypes or (reference.dtype,)):
-        dtype = reference.dtype
-        raise TypeError(f"{name} has dtype {buffer.dtype}, {reference_name} has {dtype}; give both the same: "
+    """Refuse unless buffer has the shape and strides of reference, and its dtype or one of dtypes, the first of which is
+    that in which reference is updated."""
+    dtypes = dtypes or (reference.dtype,)
+    if buffer.dtype not in dtypes:
+        dtype = dtypes[0]
+        has = f"{reference_name} {'has' if reference.dtype == dtype else 'is updated in'} {dtype}"
+        raise TypeError(f"{name} has dtype {buffer.dtype}, {has}; give both the same: "
                         f"{name}.astype(np.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
     if buffer.shape != reference.shape:
         raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")

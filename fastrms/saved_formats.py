@@ -1,0 +1,195 @@
+"""How a state_dict holds buffers that are stored in formats: as they are, with the names of their formats beside them.
+
+A saved tensor with a Storage has three entries more: "formats", state name -> format; "rounding", "nearest" or "stochastic";
+and "seed".  Its arrays of bf16, fp16 and of remainders are those bits in the shape of the parameter, and an array of q8 is
+the flat buffer with codes and blocks.  Where there is such a buffer, a FlatBuffer is saved whole, as its blocks do not end
+where a name does, and "order" lists the axes of the parameter from the slowest to the fastest in memory.
+"""
+
+import math
+
+import numpy as np
+
+from . import formats, hyper, storage
+from .memory.tree import Part
+from .storage import BF16, FLOAT, FP16S, Q8, Q8U, SPLIT8, SPLIT16
+
+CONVERTED = ("float32", "bf16", "fp16", "q8")  # what convert= may name
+check = hyper.choice(None, *CONVERTED)
+DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32)}
+DTYPES |= {name: formats.FORMATS[name].dtype for name in ("bf16", "fp16", "q8")}
+DTYPES |= {name: storage.SPLIT[name].low for name in storage.SPLIT}
+SIGNED = {"float32": FLOAT, "bf16": BF16, "fp16": FP16S, "q8": Q8, "split16": SPLIT16, "split8": SPLIT8}
+LARGEST_BASE = {Q8: 1896, Q8U: 1786}
+
+
+def low_name(tensor):
+    """What a state_dict calls the buffer `low` of a tensor; None where there is none."""
+    if tensor.storage is None or tensor.storage.low is None:
+        return None
+    return "master" if tensor.storage.master == "float32" else "remainder"
+
+
+def kept(tensor):
+    """Name -> flat array of all that an optimizer keeps of a tensor: its states, and the master or the remainder of a bf16
+    or fp16 parameter."""
+    name = low_name(tensor)
+    return tensor.state if name is None else {**tensor.state, name: tensor.storage.low}
+
+
+def formats_of(tensor):
+    """Name -> Format of all that kept() has."""
+    if tensor.storage is None:
+        return dict.fromkeys(tensor.state, FLOAT)
+    found = dict(zip(tensor.state, tensor.storage.states, strict=True))
+    name = low_name(tensor)
+    return found if name is None else {**found, name: storage.SPLIT.get(tensor.storage.master, FLOAT)}
+
+
+def said(tensor, format):
+    """The name of a Format of a tensor in a state_dict."""
+    return str(tensor.dtype) if format is FLOAT else storage.said(format)
+
+
+def in_blocks(tensor):
+    """Whether a buffer of a tensor is stored in blocks."""
+    return any(format.in_blocks for format in formats_of(tensor).values())
+
+
+def parts(tensor):
+    """(name, Part) pairs: the arrays that a state_dict has of a tensor."""
+    return [(tensor.name, Part())] if len(tensor.parts) > 1 and in_blocks(tensor) else tensor.parts
+
+
+def order(tensor):
+    """The axes of a parameter from the slowest to the fastest in memory."""
+    strides = tensor.param.strides if tensor.param.size else tensor.param.shape
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis] if tensor.param.size else axis)
+
+
+def described(tensor):
+    """What a state_dict says of the formats of a tensor."""
+    if tensor.storage is None:
+        return {}
+    rounding = "stochastic" if tensor.storage.stochastic else "nearest"
+    named = {name: said(tensor, format) for name, format in formats_of(tensor).items()}
+    entry = {"formats": named, "rounding": rounding, "seed": tensor.storage.seed}
+    return {**entry, "order": order(tensor)} if in_blocks(tensor) else entry
+
+
+def arrays(tensor, part, copies):
+    """Name -> array for a state_dict, from copies of the flat arrays of kept()."""
+    found = formats_of(tensor)
+    return {
+        name: flat if found[name].in_blocks else part.of(tensor.shaped(flat)) for name, flat in copies.items()
+    }  # fmt: skip
+
+
+def resumed(tensor, entries):
+    """The Storage of a tensor with the seed and the rounding that its saved entries have; (Part, entry) pairs."""
+    entry = entries[0][1]
+    if tensor.storage is None or "rounding" not in entry:
+        return tensor.storage
+    rounding = storage.CHECKS["rounding"]("rounding", entry["rounding"])
+    return tensor.storage._replace(stochastic=rounding == "stochastic", seed=hyper.seed("seed", entry["seed"]))
+
+
+def loaded(tensor, key, entries, signed, convert):
+    """(flat array, its numbers) of what is kept under `key`, from the saved (Part, entry) pairs.  The numbers are None where
+    signed is true, as nobody asks for them then."""
+    format, size = formats_of(tensor)[key], tensor.param.size
+    theirs = [_format_of(tensor, entry, key) for _, entry in entries]
+    if any(name != said(tensor, format) for name in theirs) or _lies_otherwise(tensor, format, entries):
+        _refuse_conversion(tensor, key, format, entries, convert)
+        numbers = np.empty(size, np.float32)
+        for (part, entry), name in zip(entries, theirs, strict=True):
+            part.of(tensor.shaped(numbers))[...] = _decoded(key, entry, name, _shape(tensor, part), signed)
+        return storage.stored(format, numbers), numbers
+    flat = np.empty(formats.stored_bytes(format, size) if format.in_blocks else size, _dtype(tensor, format))
+    for part, entry in entries:
+        to = flat if format.in_blocks else part.of(tensor.shaped(flat))
+        to[...] = _array(key, entry, format, _shape(tensor, part), flat.dtype)
+    if signed:
+        return flat, None
+    return flat, flat if format is FLOAT else formats.decode(format, flat, size)
+
+
+def _dtype(tensor, format):
+    return tensor.dtype if format is FLOAT else format.low or format.dtype
+
+
+def _format_of(tensor, entry, key):
+    """The name of the format of a saved array."""
+    name = entry.get("formats", {}).get(key, str(tensor.dtype))
+    if name not in DTYPES:
+        raise ValueError(f"{key} of {entry['name']} in the state_dict has the format {name!r}, which this fastrms does not "
+                         f"know: it has {', '.join(DTYPES)}")  # fmt: skip
+    return name
+
+
+def _shape(tensor, part):
+    return tensor.param.shape if part.span is None else part.shape
+
+
+def _lies_otherwise(tensor, format, entries):
+    """Whether the blocks that were saved are those of a parameter in another memory order."""
+    return format.in_blocks and any(list(entry["order"]) != order(tensor) for _, entry in entries)
+
+
+def _refuse_conversion(tensor, key, format, entries, convert):
+    """ValueError unless the saved arrays may be decoded and stored anew."""
+    mine = said(tensor, format)
+    for _, entry in entries:
+        theirs, label = _format_of(tensor, entry, key), f"{key} of {entry['name']}"
+        if "float64" in (mine, theirs) or key in ("master", "remainder"):
+            remedy = (
+                "float64 is not converted" if "float64" in (mine, theirs) else f"pass master={theirs!r} to the optimizer"
+            )
+            raise ValueError(f"{label} is {theirs} in the state_dict, and {mine} in this optimizer: {remedy}")
+        if theirs == mine == "q8" != convert:
+            raise ValueError(f"{label} has blocks of q8 in another memory order than {tensor.name}: pass convert='q8', "
+                             f"which decodes it and rounds it to nearest")  # fmt: skip
+        if theirs not in (mine, convert):
+            instead = "no state_format" if theirs == "float32" else f"state_format={theirs!r}"
+            raise ValueError(f"{label} is stored in {theirs} in the state_dict, and in {mine} in this optimizer: make the "
+                             f"optimizer with {instead}, or pass convert={theirs!r}, which decodes it and rounds it to the "
+                             f"nearest {mine}")  # fmt: skip
+
+
+def _array(key, entry, format, shape, dtype):
+    """A saved array of numbers of this shape; ValueError where it is not one, or where its blocks are damaged."""
+    array, label, size = entry["state"][key], f"{key} of {entry['name']}", math.prod(shape)
+    expected = (formats.stored_bytes(format, size),) if format.in_blocks else shape
+    if type(array) is not np.ndarray or (array.dtype, array.shape) != (dtype, expected):
+        raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}")
+    if format.in_blocks:
+        bases = formats.parts_of(format, np.array(array), None, size, 0, size)[1].view(np.int32)
+        if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
+            raise ValueError(f"{label} in the state_dict has damaged blocks: the base of a block is from 0 to "
+                             f"{LARGEST_BASE[format]}, and a multiple of 8 where numbers have a sign")  # fmt: skip
+    return array
+
+
+def _decoded(key, entry, name, shape, signed):
+    """The numbers of a saved array, in this shape; name: that of its format."""
+    format = Q8U if name == "q8" and not signed else SIGNED[name]
+    array, axes = _array(key, entry, format, shape, DTYPES[name]), range(len(shape))
+    if format is FLOAT:
+        return array
+    numbers = formats.decode(format, np.array(array, order="C").reshape(-1), math.prod(shape))
+    if not format.in_blocks:
+        return numbers.reshape(shape)
+    slowest_first = list(entry["order"])
+    if sorted(slowest_first) != [*axes]:
+        raise ValueError(
+            f"the order of {entry['name']} in the state_dict is {slowest_first}, which are not its {len(axes)} axes"
+        )
+    return numbers.reshape([shape[axis] for axis in slowest_first]).transpose([slowest_first.index(axis) for axis in axes])
+
+
+def of_master(saved, kept):
+    """What a sentence on other names adds where only the master of a parameter makes the difference."""
+    low = {"master", "remainder"}
+    if set(saved) - low != set(kept) - low:
+        return ""
+    return ": give this optimizer the parameters and the master= that the saved one had"

@@ -1,0 +1,369 @@
+"""Storage formats around a step: state_dict(), files, conversions, refusals, sizes, FlatBuffers and shards."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from conftest import bits
+
+import fastrms
+from fastrms import formats, saved_formats, storage
+from fastrms.backends import c
+
+pytestmark = pytest.mark.skipif(c.lib is None, reason="formats are tested here on the C backend")
+BF16 = lambda array: fastrms.Stored(array, "bf16")  # noqa: E731
+SHAPES = {"w": (3, 7), "b": (), "none": (0, 4), "big": (1003,)}
+STATE_FORMATS = ("bf16", "fp16", "q8")
+MASTERS = ("float32", "split16", "split8", None)
+
+
+def rounded(x):
+    """The bits of numbers in bf16."""
+    made = np.empty(x.size, np.uint16)
+    formats.encode(storage.BF16, np.ascontiguousarray(x, np.float32).reshape(-1), made, x.size, formats.Rounding())
+    return made.reshape(x.shape)
+
+
+def problem(seed=0, fortran=True):
+    """Named float32 parameters, one in Fortran order, and gradients of six steps."""
+    rng = np.random.default_rng(seed)
+
+    def values():
+        made = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in SHAPES.items()}
+        made["w"] = np.asfortranarray(made["w"]) if fortran else made["w"]
+        return {key: np.asarray(x) for key, x in made.items()}
+
+    return values(), [values() for _ in range(6)]
+
+
+def halves(params):
+    """The same parameters as bits of bf16, in the same memory order."""
+    return {key: np.asarray(rounded(x), order="F" if key == "w" else "C") for key, x in params.items()}
+
+
+def stored(params):
+    return {key: BF16(x) for key, x in params.items()}
+
+
+def made(params, master, **options):
+    return fastrms.Adam(stored(params), master=master, rounding="stochastic", **options)
+
+
+def frozen(optimizer):
+    return pickle.dumps(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+@pytest.mark.parametrize("make", [fastrms.RMSProp, fastrms.AdaGrad, fastrms.Adam])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(make, state_format, rounding, tmp_path):
+    """Also into an optimizer that was made with another seed and another rounding."""
+    params, gradients = problem()
+    optimizer = make(params, state_format=state_format, rounding=rounding, seed=2**63 + 5)
+    for k, gradient in enumerate(gradients):
+        optimizer.save(tmp_path / "o")
+        resumed = copy.deepcopy(params)
+        resumed["w"] = np.asfortranarray(resumed["w"])
+        others = [make(resumed, state_format=state_format, rounding=r, seed=k) for r in ("nearest", "stochastic")]
+        others[0].load(tmp_path / "o"), others[1].load_state_dict(pickle.loads(frozen(optimizer)))
+        assert frozen(others[0]) == frozen(others[1]) == frozen(optimizer)
+        optimizer.step(gradient), others[k % 2].step(gradient)
+        assert all(np.array_equal(bits(params[key]), bits(resumed[key])) for key in params)
+    assert frozen(others[k % 2]) == frozen(optimizer)
+
+
+@pytest.mark.parametrize("state_format", [None, "bf16", "q8"])
+@pytest.mark.parametrize("master", MASTERS)
+def test_a_resumed_run_of_bf16_parameters_has_the_bits_of_an_unbroken_one(master, state_format, tmp_path):
+    params, gradients = problem()
+    params = halves(params)
+    optimizer = made(params, master, state_format=state_format, seed=3)
+    for gradient in gradients:
+        optimizer.save(tmp_path / "o")
+        resumed = {key: x.copy(order="K") for key, x in params.items()}
+        other = made(resumed, master, state_format=state_format)
+        other.load(tmp_path / "o")
+        optimizer.step(gradient), other.step(gradient)
+        assert all(np.array_equal(params[key], resumed[key]) for key in params)
+        assert frozen(other) == frozen(optimizer)
+    entry = optimizer.state_dict()["tensors"][0]
+    low = {"float32": {"master": "float32"}, None: {}}.get(master, {"remainder": master})
+    assert entry["formats"] == dict.fromkeys(("exp_avg", "exp_avg_sq"), state_format or "float32") | low
+    assert (entry["seed"], entry["rounding"]) == (3, "stochastic")
+
+
+def test_arrays_of_a_state_dict_are_what_is_stored():
+    params, gradients = problem()
+    for state_format, dtype in zip(STATE_FORMATS, (np.uint16, np.uint16, np.uint8), strict=True):
+        optimizer = fastrms.RMSProp(params, state_format=state_format)
+        optimizer.step(gradients[0])
+        for entry, (key, shown) in zip(
+            optimizer.state_dict()["tensors"], optimizer.state["square_avg"].items(), strict=True
+        ):
+            array = entry["state"]["square_avg"]
+            assert array.dtype == dtype and np.array_equal(array.reshape(-1, order="A"), shown.bits)
+            size = formats.stored_bytes(storage.Q8U, params[key].size)
+            assert array.shape == ((size,) if state_format == "q8" else params[key].shape)
+
+
+def test_plain_optimizers_have_the_state_dict_of_before():
+    params, gradients = problem()
+    optimizer = fastrms.Adam(params, rounding="nearest", seed=4)
+    optimizer.step(gradients[0])
+    assert all(entry.keys() == {"name", "steps", "state"} for entry in optimizer.state_dict()["tensors"])
+
+
+PAIRS = [(a, b) for a in (None, *STATE_FORMATS) for b in (None, *STATE_FORMATS) if a != b]
+
+
+@pytest.mark.parametrize("theirs, mine", PAIRS)
+def test_other_formats_are_converted_by_name_alone(theirs, mine, tmp_path):
+    params, gradients = problem()
+    saved = fastrms.Adam(params, state_format=theirs)
+    for gradient in gradients[:3]:
+        saved.step(gradient)
+    saved.save(tmp_path / "o")
+    loading = fastrms.Adam(params, state_format=mine, seed=8)
+    before, name = frozen(loading), theirs or "float32"
+    wrong = next(other for other in saved_formats.CONVERTED if other not in (name, mine))
+    remedy = f"state_format='{theirs}'" if theirs else "no state_format"
+    sentence = rf"exp_avg of params\['w'\] is stored in {name} .*{mine or 'float32'} in this .*{remedy}.*convert='{name}'"
+    for refused in ({}, {"convert": wrong}):
+        with pytest.raises(ValueError, match=sentence):
+            loading.load(tmp_path / "o", **refused)
+        assert frozen(loading) == before
+    loading.load(tmp_path / "o", convert=name)
+    for state in ("exp_avg", "exp_avg_sq"):
+        for key, x in saved.state[state].items():
+            numbers, found = np.asarray(x), loading.state[state][key]
+            if mine is None:
+                assert np.array_equal(found, numbers)
+            else:
+                tensor = loading._tensors[list(params).index(key)]
+                flat = np.ascontiguousarray(numbers.T if key == "w" else numbers).reshape(-1)
+                format = saved_formats.formats_of(tensor)[state]
+                assert np.array_equal(found.bits, storage.stored(format, flat))
+    loading.step(gradients[4])
+
+
+def test_convert_must_be_the_name_of_a_format():
+    params, _ = problem()
+    optimizer = fastrms.Adam(params, state_format="q8")
+    for wrong in ("fp32", True, "split16"):
+        with pytest.raises(ValueError, match="convert="):
+            optimizer.load_state_dict(optimizer.state_dict(), convert=wrong)
+
+
+def test_q8_of_another_memory_order_is_not_taken_as_it_is():
+    """Codes are stored in the order of memory: as they are, they would belong to other elements."""
+    params, gradients = problem()
+    saved = fastrms.RMSProp(params, state_format="q8")
+    saved.step(gradients[0])
+    other = fastrms.RMSProp(problem(fortran=False)[0], state_format="q8")
+    d, before = saved.state_dict(), frozen(other)
+    with pytest.raises(
+        ValueError, match=r"square_avg of params\['w'\] has blocks of q8 in another memory order.*convert='q8'"
+    ):
+        other.load_state_dict(d)
+    assert frozen(other) == before
+    other.load_state_dict(d, convert="q8")
+    mine, theirs = np.asarray(other.state["square_avg"]["w"]), np.asarray(saved.state["square_avg"]["w"])
+    assert (np.abs(mine - theirs) <= theirs / 16).all() and mine.any()
+    halved = fastrms.RMSProp(problem(fortran=False)[0], state_format="bf16")
+    halved.load_state_dict(d, convert="q8")
+    assert np.allclose(np.asarray(halved.state["square_avg"]["w"]), theirs, rtol=2**-8)
+
+
+def damage(entry, what):
+    """Damage a saved tensor of Adam with q8 states."""
+    state, array = entry["state"], entry["state"]["exp_avg_sq"].copy()
+    if what == "a byte less":
+        state["exp_avg_sq"] = array[:-1]
+    elif what == "a block more":
+        state["exp_avg_sq"] = np.concatenate([array, array[-4:]])
+    elif what == "another dtype":
+        state["exp_avg_sq"] = array.view(np.int8)
+    elif what in ("a negative base", "a large base"):
+        array[-4:].view(np.int32)[:] = -1 if what == "a negative base" else 1787
+        state["exp_avg_sq"] = array
+    elif what == "a base between":
+        array = state["exp_avg"].copy()
+        array[-4:].view(np.int32)[:] += 4
+        state["exp_avg"] = array
+    elif what == "no such format":
+        entry["formats"] = {**entry["formats"], "exp_avg": "q4"}
+    elif what == "formats of no kind":
+        entry["formats"] = 3
+    elif what == "no seed":
+        del entry["seed"]
+    elif what == "a wrong seed":
+        entry["seed"] = -1
+    elif what == "a wrong rounding":
+        entry["rounding"] = "up"
+    elif what == "misaligned":
+        raw = np.empty(array.size + 1, np.uint8)
+        raw[1:] = array
+        state["exp_avg_sq"] = raw[1:]
+
+
+DAMAGES = ("a byte less", "a block more", "another dtype", "a negative base", "a large base", "a base between",
+           "no such format", "formats of no kind", "no seed", "a wrong seed", "a wrong rounding")  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_blocks_are_refused_and_change_nothing(what):
+    params, gradients = problem()
+    saved, other = (fastrms.Adam(params, state_format="q8", seed=s) for s in (1, 2))
+    saved.step(gradients[0])
+    d, before = saved.state_dict(), frozen(other)
+    damage(d["tensors"][3], what)
+    with pytest.raises(ValueError, match=r"state_dict|seed|rounding"):
+        other.load_state_dict(d)
+    assert frozen(other) == before
+    if what not in ("no seed", "a wrong seed", "a wrong rounding"):
+        with pytest.raises(ValueError):
+            fastrms.Adam(params).load_state_dict(d, convert="q8")
+
+
+def test_blocks_that_are_misaligned_in_a_state_dict_are_read():
+    params, gradients = problem()
+    saved, other = (fastrms.Adam(params, state_format="q8", seed=s) for s in (1, 2))
+    saved.step(gradients[0])
+    d = saved.state_dict()
+    damage(d["tensors"][3], "misaligned")
+    other.load_state_dict(d)
+    assert frozen(other) == frozen(saved)
+    plain = fastrms.Adam(params)
+    plain.load_state_dict(d, convert="q8")
+    assert np.array_equal(plain.state["exp_avg_sq"]["big"], np.asarray(saved.state["exp_avg_sq"]["big"]))
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "fp16"])
+def test_negative_second_moments_are_refused_in_every_format(state_format):
+    params, _ = problem()
+    optimizer = fastrms.Adam(params, state_format=state_format)
+    d = optimizer.state_dict()
+    for wrong in (0xBC00, 0x7FC1):  # a negative number, and NaN in both
+        d["tensors"][3]["state"]["exp_avg_sq"][5] = wrong
+        with pytest.raises(
+            ValueError, match=r"exp_avg_sq of params\['big'\] in the state_dict holds a negative number or NaN"
+        ):
+            optimizer.load_state_dict(d)
+    d["tensors"][3]["state"]["exp_avg_sq"][5] = 0
+    d["tensors"][3]["state"]["exp_avg"][5] = 0xBC00
+    optimizer.load_state_dict(d)
+
+
+def test_another_master_is_refused_with_the_remedy():
+    params = halves(problem()[0])
+    dicts = {master: made(params, master).state_dict() for master in MASTERS}
+    for mine in MASTERS:
+        optimizer = made(params, mine)
+        before = frozen(optimizer)
+        for theirs in set(MASTERS) - {mine}:
+            with pytest.raises(ValueError, match=r"params\['w'\].*master="):
+                optimizer.load_state_dict(dicts[theirs], convert="float32")
+            assert frozen(optimizer) == before
+
+
+def test_a_float64_state_is_not_converted():
+    w = np.ones(5)
+    d = fastrms.Adam(w).state_dict()
+    with pytest.raises(ValueError, match="exp_avg of params"):
+        fastrms.Adam(w.astype(np.float32), state_format="bf16").load_state_dict(d, convert="float32")
+
+
+def test_a_zero_in_the_padding_of_blocks_is_no_zero_of_the_sum():
+    """AdaGrad without eps divides by the root of the sum."""
+    w = np.ones(5, np.float32)
+    optimizer = fastrms.AdaGrad(w, eps=0.0, initial_value=0.1, state_format="q8")
+    optimizer.step(w.copy())
+    optimizer.load_state_dict(optimizer.state_dict())
+    d = optimizer.state_dict()
+    d["tensors"][0]["state"]["sum"][4] = 0
+    with pytest.raises(ValueError, match="holds a 0"):
+        optimizer.load_state_dict(d)
+
+
+# sizes
+
+
+def test_nbytes_are_those_of_the_buffers():
+    params, gradients = problem()
+    elements = sum(x.size for x in params.values())
+    q8 = sum(formats.stored_bytes(storage.Q8, x.size) for x in params.values())
+    copies = {key: np.zeros_like(x, np.float16) for key, x in params.items()}
+    optimizer = fastrms.Adam(params, state_format="q8", param_copy=copies)
+    assert optimizer.nbytes == {
+        "param": 4 * elements, "grad": 4 * elements, "exp_avg": q8, "exp_avg_sq": q8, "param_copy": 2 * elements,
+    }  # fmt: skip
+    optimizer.bind(stored(halves(gradients[0])))
+    found = optimizer.nbytes
+    assert found["grad"] == 2 * elements and found.elements == elements and found.total == sum(found.values())
+    assert found.per_parameter["param_copy"] == 2
+    assert fastrms.Adam(np.ones(0)).nbytes.per_parameter == {"param": 0, "grad": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    assert fastrms.RMSProp(np.ones(5)).nbytes == {"param": 40, "grad": 40, "square_avg": 40}
+
+
+@pytest.mark.parametrize(
+    "master, low",
+    [("float32", {"master": 4}), ("split16", {"remainder": 2}), ("split8", {"remainder": 1}), (None, {})],
+)
+def test_nbytes_of_bf16_parameters(master, low):
+    params = halves(problem()[0])
+    assert made(params, master).nbytes.per_parameter == {"param": 2, "grad": 4, "exp_avg": 4, "exp_avg_sq": 4, **low}
+
+
+@pytest.mark.parametrize(
+    "options, moved",
+    [
+        ({}, 28), ({"state_format": "bf16"}, 20), ({"state_format": "q8"}, 16.06), ({"zero_grad": True}, 32),
+        ({"param_copy": np.zeros(2**16, np.float16)}, 30),
+    ],
+)  # fmt: skip
+def test_the_report_says_how_many_bytes_are_moved(options, moved):
+    """Adam: 4 numbers read and 3 written; of the formats, what is stored."""
+    text = fastrms.Adam(np.zeros(2**16, np.float32), **options).report()
+    assert f"{moved} bytes moved per element" in text and "param 4, grad 4, exp_avg " in text
+
+
+@pytest.mark.parametrize("master, moved", [("float32", 2 + 8 + 4 + 8), ("split16", 4 + 4 + 4 + 8), (None, 4 + 4 + 8)])
+def test_a_parameter_with_a_float32_master_is_only_written(master, moved):
+    w = BF16(np.zeros(300, np.uint16))
+    assert f", {moved} bytes moved per element" in fastrms.RMSProp(w, master=master, rounding="nearest").report()
+
+
+def test_the_report_of_mixed_dtypes_gives_the_mean():
+    params = [BF16(np.zeros(300, np.uint16)), np.zeros(100, np.float32)]
+    text = fastrms.RMSProp(params, rounding="nearest").report()
+    assert ", 17 bytes moved per element" in text and "param 2.5, grad 4, square_avg 4" in text
+    assert " 0 elements, 16 bytes" in fastrms.RMSProp(BF16(np.zeros(0, np.uint16)), rounding="nearest").report()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_format": "q8"}, {"master": "float32"}, {"rounding": "nearest"}, {"param_copy": np.zeros(3)}]
+)
+def test_a_gpu_refuses_formats_before_anything_is_allocated(options, monkeypatch):
+    from types import SimpleNamespace
+
+    from fastrms import backends
+
+    module = SimpleNamespace(__name__="fastrms.backends.cuda", memory=None)
+    monkeypatch.setattr(backends, "choose", lambda *arguments: module)
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}.* is for the backends in host memory"):
+        fastrms.Adam(np.ones(3, np.float32), **options)
+
+
+def test_given_states_and_formats_exclude_each_other():
+    w = np.ones(3, np.float32)
+    state = fastrms.init_state("rmsprop", w)
+    with pytest.raises(ValueError, match="state= and state_format='bf16' are both given"):
+        fastrms.RMSProp(w, state=state, state_format="bf16")
+    halved = BF16(rounded(w))
+    optimizer = fastrms.RMSProp(halved, state=state, master="split16")
+    optimizer.step(w.copy())
+    assert state["square_avg"].any()
