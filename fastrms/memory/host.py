@@ -370,7 +370,7 @@ def on_host(array):
 
 
 def place_beside(param, others, size=None, dtype=None):
-    """A new uninitialised flat array, like a Buffer unless it is to have another size and dtype, well away from the Buffer and
-    from others that run beside it."""
+    """A new uninitialised flat array, like a Buffer unless it is to have another size and dtype, well away from the Buffer
+    and from others that run beside it."""
     addresses = [param.address, *(ours(flat).address for flat in others)]
     return placement.place(param.size if size is None else size, dtype or param.dtype, addresses)
