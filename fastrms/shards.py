@@ -159,7 +159,9 @@ def join(optimizer, shards):
 def take_positions(optimizer, runs, sizes):
     """Let random numbers depend on the positions of elements among all elements of all whole tensors, so that they do not
     depend on how these are divided.  sizes: of the whole tensors, by number."""
-    firsts = dict(zip(sorted(sizes), accumulate((sizes[k] for k in sorted(sizes)), initial=0), strict=False))
+    numbers, lengths = np.unique(list(sizes), return_index=True)
+    lengths = [list(sizes.values())[k] for k in lengths]
+    firsts = dict(zip(numbers.tolist(), accumulate(lengths, initial=0), strict=False))
     for tensor, run in zip(optimizer._tensors, runs, strict=True):
         if tensor.storage is not None:
             tensor.storage = tensor.storage._replace(origin=firsts[run.tensor] + run.start)

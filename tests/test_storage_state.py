@@ -393,7 +393,7 @@ def of_names(flat, whole):
 @pytest.mark.parametrize("state_format", ["bf16", "fp16"])
 def test_a_flat_buffer_has_the_bits_of_its_arrays(state_format, groups):
     flat, params, gradients = flat_problem()
-    copies = fastrms.FlatBuffer(SHAPES | {"none": 0}, np.float16)
+    copies = np.zeros(1025, np.float16)
     whole = fastrms.Adam(flat, state_format=state_format, groups=groups, param_copy=copies)
     each = fastrms.Adam(params, state_format=state_format, groups=groups)
     for gradient in gradients:
@@ -401,7 +401,7 @@ def test_a_flat_buffer_has_the_bits_of_its_arrays(state_format, groups):
         each.step(stored({key: np.array(x) for key, x in of_names(flat, rounded(gradient)).items()}))
     for key, x in params.items():
         assert np.array_equal(bits(flat.params[key]), bits(x))
-        assert np.array_equal(flat.params[key].astype(np.float16), copies.params[key])
+        assert np.array_equal(flat.params[key].astype(np.float16), of_names(flat, copies)[key])
         for mine, theirs in ((whole.state[s][key], each.state[s][key]) for s in ("exp_avg", "exp_avg_sq")):
             assert mine.shape == theirs.shape == x.shape and np.array_equal(mine.bits, theirs.bits)
             assert np.array_equal(np.asarray(mine), np.asarray(theirs))
@@ -465,9 +465,10 @@ def test_a_flat_buffer_is_made_like_arrays_of_16_bits():
     torch = pytest.importorskip("torch")
     made = fastrms.FlatBuffer.like({"t": torch.from_numpy(x).bfloat16()})
     assert np.array_equal(made.data, halved.data)
-    assert fastrms.FlatBuffer.like([torch.from_numpy(x).half()]).data.dtype == np.float16
-    with pytest.raises(TypeError, match=r"has dtype float16, .* has bfloat16; a FlatBuffer has one"):
-        fastrms.FlatBuffer.like([BF16(rounded(x)), x.astype(np.float16)])
+    with pytest.raises(TypeError, match=r"has dtype float32, .* has bfloat16; a FlatBuffer has one"):
+        fastrms.FlatBuffer.like([BF16(rounded(x)), x])
+    with pytest.raises(TypeError, match="a FlatBuffer holds float32 or float64, or bfloat16"):
+        fastrms.FlatBuffer.like([x.astype(np.float16)])
     with pytest.raises(TypeError, match="float16"):
         fastrms.FlatBuffer([3], np.int16)
 
@@ -537,3 +538,49 @@ def test_sharded_optimizers_over_mpi_refuse_formats_and_decode_gradients():
     ((flat, bucket, _, labelled),) = made._steps
     made._pack(flat, bucket, labelled, [grad])
     assert np.array_equal(flat.work[:5], np.arange(5))
+
+
+# torch's state_dict
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+def test_states_go_to_torch_and_back_in_float32(state_format, flat):
+    pytest.importorskip("torch")
+    buffer, params, gradients = flat_problem()
+    optimizer = fastrms.Adam(buffer if flat else params, state_format=state_format)
+    for gradient in gradients:
+        optimizer.step(gradient if flat else {key: np.array(x) for key, x in of_names(buffer, gradient).items()})
+    d = optimizer.to_torch_state_dict()
+    for state in ("exp_avg", "exp_avg_sq"):
+        for number, x in enumerate(optimizer.state[state].values()):
+            assert np.array_equal(d["state"][number][state].numpy(), np.asarray(x))
+    plain = fastrms.Adam(params)
+    plain.load_torch_state_dict(d)
+    assert np.array_equal(plain.state["exp_avg"]["big"], np.asarray(optimizer.state["exp_avg"]["big"]))
+    other = fastrms.Adam(buffer if flat else params, state_format=state_format)
+    before = frozen(other)
+    with pytest.raises(ValueError, match=r"is stored in float32 .* convert='float32'"):
+        other.load_torch_state_dict(d)
+    assert frozen(other) == before
+    other.load_torch_state_dict(d, convert="float32")
+    mine, theirs = (np.asarray(o.state["exp_avg"]["big"]) for o in (other, optimizer))
+    assert other.steps == 3 and np.abs(mine - theirs).max() <= np.abs(theirs).max() / 16
+
+
+def test_a_master_is_not_loaded_from_torch():
+    pytest.importorskip("torch")
+    params = halves(problem()[0])
+    for master in MASTERS[:3]:
+        optimizer = made(params, master)
+        with pytest.raises(ValueError, match=f"master='{master}'.*which torch's state_dict lacks"):
+            optimizer.load_torch_state_dict(optimizer.to_torch_state_dict())
+
+
+def test_calls_on_raw_arrays_name_the_class_that_takes_16_bits():
+    w, state = np.ones(5, np.float32), np.zeros(5, np.float32)
+    for grad in (w.astype(np.float16), BF16(rounded(w))):
+        for buffers in ((w, grad), (grad, w)):
+            with pytest.raises(TypeError, match=r"(float16|bf16).*; fastrms\.RMSProp takes bf16 and fp16"):
+                fastrms.rmsprop(*buffers, state)
+    assert (w == 1).all() and not state.any()

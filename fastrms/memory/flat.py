@@ -125,8 +125,7 @@ class FlatBuffer:
     shapes : mapping or sequence
         name -> shape, or shapes, whose names are then 0, 1, ...
     dtype : dtype, default float32
-        float32, float64, float16, or bfloat16 of ml_dtypes.  An optimizer takes the last two where master or rounding is
-        given.
+        float32, float64, or bfloat16 of ml_dtypes, which an optimizer takes where master or rounding is given.
     data, grad : buffer, optional
         Memory of the caller for the two arrays, such as the buf of a multiprocessing.shared_memory.SharedMemory, an mmap, a
         RawArray, a torch tensor after share_memory_(), or an ndarray: writable bytes, at least as many as are needed, of
@@ -151,7 +150,7 @@ class FlatBuffer:
     def __init__(self, shapes, dtype=np.float32, *, data=None, grad=None):
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
         if not _is_held(np.dtype(dtype)):
-            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64, or float16 or ml_dtypes.bfloat16")
+            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64, or ml_dtypes.bfloat16")
         size, dtype = sum(map(math.prod, shapes.values())), np.dtype(dtype)
         given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
         flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
@@ -192,8 +191,8 @@ class FlatBuffer:
         first, dtype = next((name, x.dtype) for name, x in given.items())
         for name, x in given.items():
             if not _is_held(x.dtype):
-                raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64, or float16 "
-                                f"or bfloat16")  # fmt: skip
+                raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64, or "
+                                f"bfloat16")  # fmt: skip
             if x.dtype != dtype:
                 raise TypeError(f"{text[name]} has dtype {x.dtype}, {text[first]} has {dtype}; a FlatBuffer has one")
         made = cls({name: x.shape for name, x in given.items()}, dtype, data=data, grad=grad)
@@ -240,7 +239,7 @@ class FlatBuffer:
 
 def _is_held(dtype):
     """Whether a FlatBuffer may have this dtype."""
-    return dtype in host.DTYPES or str(dtype) in host.IN_HALF
+    return dtype in host.DTYPES or str(dtype) == "bfloat16"
 
 
 def _array(x, name):
