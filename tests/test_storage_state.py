@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from conftest import bits
+from test_readme import example, page
 
 import fastrms
 from fastrms import formats, saved_formats, storage
@@ -584,3 +585,33 @@ def test_calls_on_raw_arrays_name_the_class_that_takes_16_bits():
             with pytest.raises(TypeError, match=r"(float16|bf16).*; fastrms\.RMSProp takes bf16 and fp16"):
                 fastrms.rmsprop(*buffers, state)
     assert (w == 1).all() and not state.any()
+
+
+def test_the_examples_of_the_page_run(capsys):
+    w = np.ones(300, np.float32)
+    names = {"fastrms": fastrms, "w": w, "gw16": rounded(np.full(300, 0.5))}
+    code = example("halved.step(")
+    exec(code, names)
+    assert capsys.readouterr().out.strip() in code and (w < 1).all()
+    exec(example("saved = halved"), names)
+    found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
+    assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
+
+
+@pytest.mark.parametrize("row, moved", [
+    ({}, (20, 28)),
+    ({"grad": True}, (18, 26)),
+    ({"grad": True, "state_format": "bf16"}, (14, 18)),
+    ({"grad": True, "state_format": "q8"}, (12.03, 14.06)),
+    ({"grad": True, "param": True, "master": "float32"}, (20, 28)),
+    ({"grad": True, "param": True, "state_format": "bf16", "master": "split16"}, (14, 18)),
+    ({"grad": True, "param": True, "state_format": "bf16", "rounding": "stochastic"}, (10, 14)),
+])  # fmt: skip
+def test_the_table_of_bytes_is_what_reports_say(row, moved):
+    options = {name: value for name, value in row.items() if name not in ("grad", "param")}
+    assert f" {moved[0]} | {moved[1]} |" in page("formats")
+    for make, count in zip((fastrms.RMSProp, fastrms.Adam), moved, strict=True):
+        half, x = BF16(np.zeros(512, np.uint16)), np.zeros(512, np.float32)
+        optimizer = make(half if "param" in row else x, **options)
+        optimizer.bind(BF16(np.zeros(512, np.uint16)) if "grad" in row else x.copy())
+        assert f", {count} bytes moved" in optimizer.report()
