@@ -90,7 +90,7 @@ class Call:
         names, memory = self.names, host
         if options.get("backend", "auto") in ("auto", "cuda"):
             memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
-        acquired = [memory.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, names, strict=True)]
+        acquired = [self.acquired(memory, x, name) for x, name in zip(buffers, names, strict=True)]
         param = acquired[0]
         for buffer, name in zip(acquired[1:], names[1:], strict=True):
             memory.same_layout(buffer, name, param, "param")
@@ -106,6 +106,16 @@ class Call:
             prepared.update(recipe, step, grad_scale, flats[0], flats[1], flats[2:])
         finally:
             memory.wrote([param, *acquired[2:]])
+
+    def acquired(self, memory, x, name):
+        """The Buffer of an argument."""
+        try:
+            return memory.acquire(x, name, writable=name != "grad")
+        except TypeError as error:
+            if host.is_half(x):
+                error.args = (f"{error}; fastrms.{self.optimizer.__name__} takes bf16 and fp16 gradients, and such "
+                              f"parameters with rounding= or master=",)  # fmt: skip
+            raise
 
     def prepared(self, dtype, options):
         """The Prepared of these options, from the cache or from prepare().  The key holds the kinds of the values, too,

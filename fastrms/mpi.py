@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import backends, checkpoint, hyper, shards
+from . import backends, checkpoint, hyper, shards, storage
 from . import state as states
 from .backends.norm import BLOCK
 from .memory import host, tree
@@ -43,7 +43,22 @@ WITHOUT = {  # options that a ShardedOptimizer does not take: the values that it
     "zero_grad": ((False,), "zero the gradients after step(), which only reads them"),
     "shards": ((None,), "it makes them itself"),
     "backend": (("auto", *backends.HOST), "its arrays are in host memory"),
+    "state_format": ((None,), "its states are in the dtype of the parameters"),
+    "master": ((None,), "its parameters are float32 or float64"),
+    "param_copy": ((None,), "copy the parameters after step()"),
 }
+
+
+def is_one_of(value, taken):
+    """Whether an option, which may be an array, is one of these values."""
+    return any(value is other or (isinstance(other, (bool, str)) and value == other) for other in taken)
+
+
+def refuse_options(options):
+    """ValueError for options of an optimizer, or of a group, that a ShardedOptimizer does not take."""
+    for name, (taken, instead) in WITHOUT.items():
+        if name in options and not is_one_of(options[name], taken):
+            raise ValueError(f"{name}={options[name]!r} is not for a ShardedOptimizer: {instead}")
 
 
 class Piece(NamedTuple):
@@ -345,11 +360,11 @@ class ShardedOptimizer:
 
     def _arrange(self, params, optimizer, groups, bucket, options):
         """Note the tensors, their buckets and the pieces of this rank."""
-        for name, (taken, instead) in WITHOUT.items():
-            if name in options and options[name] not in taken:
-                raise ValueError(f"{name}={options[name]!r} is not for a ShardedOptimizer: {instead}")
+        refuse_options(options)
         bucket = hyper.step_count("bucket", bucket, least=BLOCK)
         structure, leaves, group_of, overrides = tree.arrange(params, groups)
+        for extra in overrides:
+            refuse_options(extra)
         if not leaves:
             raise ValueError("params is empty: there is nothing to optimize")
         self._tensors, self._patterns = Tensors(structure, leaves, group_of, host), list(groups or ())
@@ -479,7 +494,7 @@ class ShardedOptimizer:
         updated."""
         for tensor, first, at, size in bucket.tensors:
             to, grad = flat.work[at : at + size], grads[tensor]
-            to[...] = 0 if grad is None else grad.flat[first : first + size]
+            to[...] = 0 if grad is None else storage.numbers(grad, first, size)
         for _, piece in labelled:
             flat.param[piece.own] = self._tensors[piece.tensor].param.flat[piece.start : piece.stop]
 

@@ -792,7 +792,8 @@ class Optimizer(Names, Family):
 
     def to_torch_state_dict(self):
         """What ``load_state_dict()`` of torch.optim's RMSprop, Adagrad, Adam, AdamW or Rprop takes, for an optimizer of
-        as many groups, and the same parameters in the same order.  A schedule becomes its present rate.
+        as many groups, and the same parameters in the same order.  A schedule becomes its present rate, and states in a
+        format become float32; a master is left out.
 
         Returns
         -------
@@ -811,7 +812,7 @@ class Optimizer(Names, Family):
 
         return torch_state.exported(self)
 
-    def load_torch_state_dict(self, d):
+    def load_torch_state_dict(self, d, convert=None):
         """Take over what ``state_dict()`` of torch's optimizer of this name gave, hyper-parameters included.
 
         What torch does not have gets its default; a callable lr of this optimizer stays.  Parameters are matched by their
@@ -821,6 +822,8 @@ class Optimizer(Names, Family):
         ----------
         d : dict
             Its tensors may be anything that params may be.
+        convert : "float32", optional
+            Needed where this optimizer keeps states in a format: they are rounded to the nearest number of it.
 
         Raises
         ------
@@ -831,7 +834,7 @@ class Optimizer(Names, Family):
         """
         from . import torch_state
 
-        torch_state.imported(self, d)
+        torch_state.imported(self, d, convert)
 
     @property
     def nbytes(self):

@@ -85,6 +85,28 @@ def arrays(tensor, part, copies):
     }  # fmt: skip
 
 
+def decoded(optimizer):
+    """The entry "tensors" of a state_dict with all states in the dtype of the update, cut by name, and without masters."""
+    entries = {entry["name"]: entry for entry in optimizer.state_dict()["tensors"]}
+    return [
+        _decoded_entry(tensor, name, part, entries.get(name) or entries[tensor.name], optimizer.not_negative)
+        for tensor in optimizer._tensors
+        for name, part in tensor.parts
+    ]
+
+
+def _decoded_entry(tensor, name, part, entry, not_negative):
+    """A saved tensor with decoded states: one of this name, or the Part of this name in one that was saved whole."""
+    whole = entry["name"] != name
+    shape, state = tensor.param.shape if whole else _shape(tensor, part), {}
+    for key in tensor.state:
+        numbers = entry["state"][key]
+        if "formats" in entry:
+            numbers = _decoded(key, entry, _format_of(tensor, entry, key), shape, key not in not_negative)
+        state[key] = part.of(numbers) if whole else numbers
+    return {"name": name, "steps": entry["steps"], "state": state}
+
+
 def resumed(tensor, entries):
     """The Storage of a tensor with the seed and the rounding that its saved entries have; (Part, entry) pairs."""
     entry = entries[0][1]

@@ -8,7 +8,7 @@ a block that is cut it sends the elements themselves.  All ranks gather these pi
 
 import operator
 import os
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,12 @@ class Shards:
         ranks; the norm is summed in the order of these numbers.  start: the first element, in the memory order of the whole
         tensor, that this rank holds; it holds as many as its parameter has, which may be 0.  size: all elements of the whole
         tensor.  Together the ranks must hold each element; a row that several ranks have alike counts once.
+
+    Notes
+    -----
+    Stochastic rounding (state_format, master) has the bits of one process with the whole tensors in the order of their
+    numbers, too.  The blocks of state_format="q8" are counted from the first element of each part: they are those of the
+    whole tensor only where start is a multiple of 256.
 
     Raises
     ------
@@ -145,7 +151,23 @@ def join(optimizer, shards):
     if len(shards.table) != len(tensors):
         raise ValueError(f"the table of shards has {len(shards.table)} rows, the optimizer has {len(tensors)} tensor(s)")
     runs = [_run(tensor, row) for tensor, row in zip(tensors, shards.table, strict=True)]
-    optimizer._plan.join(Exchange(shards.gather, *everyone(shards.gather, runs)))
+    found, rank = everyone(shards.gather, runs)
+    optimizer._plan.join(Exchange(shards.gather, found, rank))
+    take_positions(optimizer, runs, {run.tensor: run.size for mine in found for run in mine})
+
+
+def take_positions(optimizer, runs, sizes):
+    """Let random numbers depend on the positions of elements among all elements of all whole tensors, so that they do not
+    depend on how these are divided.  sizes: of the whole tensors, by number."""
+    numbers, lengths = np.unique(list(sizes), return_index=True)
+    lengths = [list(sizes.values())[k] for k in lengths]
+    firsts = dict(zip(numbers.tolist(), accumulate(lengths, initial=0), strict=False))
+    for tensor, run in zip(optimizer._tensors, runs, strict=True):
+        if tensor.storage is not None:
+            tensor.storage = tensor.storage._replace(origin=firsts[run.tensor] + run.start)
+    storages = [tensor.storage for tensor in optimizer._tensors]
+    if any(storages):
+        optimizer._plan.copy(optimizer._plan.pairs_of_storages(storages))
 
 
 def _run(tensor, row):

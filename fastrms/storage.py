@@ -69,6 +69,12 @@ def of_buffer(buffer):
     return OF_DTYPE.get(buffer.dtype, FLOAT)
 
 
+def numbers(buffer, first, size):
+    """The numbers [first, first + size) of a Buffer; those of bf16 and fp16 in float32."""
+    flat, format = buffer.flat[first : first + size], of_buffer(buffer)
+    return flat if format is FLOAT else formats.decode(format, host.bits(flat), size)
+
+
 def compute_dtype(buffer):
     """The dtype in which a parameter is updated."""
     return np.dtype(np.float32) if of_buffer(buffer) is not FLOAT else buffer.dtype
@@ -199,20 +205,26 @@ class StoredState:
     Attributes
     ----------
     bits : numpy.ndarray
-        The memory that is in use, flat: uint16 for bf16 and fp16, uint8 for q8.
+        The memory that is in use, flat: uint16 for bf16 and fp16, uint8 for q8, where a name of a FlatBuffer has that of the
+        whole FlatBuffer.
     format : str
         "bf16", "fp16" or "q8".
     shape : tuple of int
         That of the parameter.
     """
 
-    def __init__(self, tensor, format, bits):
-        self._tensor, self._format, self.bits = tensor, format, bits
-        self.format, self.shape = said(format), tensor.param.shape
+    def __init__(self, tensor, format, flat, part=None):
+        self._tensor, self._format, self._flat, self._part = tensor, format, flat, part
+        self.bits = flat if part is None or format.in_blocks else flat[part.span]
+        self.format, self.shape = said(format), tensor.param.shape if part is None else part.shape
+
+    def part(self, part):
+        """The state of a Part of the tensor."""
+        return StoredState(self._tensor, self._format, self._flat, part)
 
     def __array__(self, dtype=None, copy=None):
-        numbers = formats.decode(self._format, self.bits, self._tensor.param.size)
-        return np.asarray(self._tensor.shaped(numbers), dtype)
+        numbers = self._tensor.shaped(formats.decode(self._format, self._flat, self._tensor.param.size))
+        return np.asarray(numbers if self._part is None else self._part.of(numbers), dtype)
 
     def __repr__(self):
         return f"<state of shape {self.shape}, stored in {self.format}>"

@@ -86,7 +86,7 @@ class Tensors(list):
         """Decide how the buffers of every tensor are stored.  options: those of storage.OPTIONS for each group; copies:
         where the parameters are written once more, in the structure of params, or None."""
         structure, origin = self.structure, 0
-        copies = [None] * len(self) if copies is None else structure.state_leaves(copies, "param_copy")
+        copies = [None] * len(self) if copies is None else structure.copy_leaves(copies, "param_copy")
         names = structure.names("param_copy")
         for tensor, copy, name in zip(self, copies, names, strict=True):
             mine = options[self.keys[tensor.recipe].group]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import hyper
+from . import hyper, saved_formats
 from .memory import host
 from .state import MALFORMED
 
@@ -67,7 +67,7 @@ def torch_form(optimizer):
     order = [k for group in members for k in group]
     number_of = {k: number for number, k in enumerate(order)}
     groups = [_torch_group(optimizer, k, [number_of[n] for n in group]) for k, group in enumerate(members)]
-    tensors = optimizer.state_dict()["tensors"]
+    tensors = saved_formats.decoded(optimizer)
     return {"state": {number: _torch_state(tensors[k]) for number, k in enumerate(order)}, "param_groups": groups}
 
 
@@ -105,14 +105,23 @@ def _refuse_what_torch_lacks(optimizer, h, names):
 # torch's to ours
 
 
-def imported(optimizer, d):
+def imported(optimizer, d, convert=None):
     """See Optimizer.load_torch_state_dict."""
+    _refuse_low(optimizer)
     names = _names(optimizer)
     try:
         plain = _plain(optimizer, names, d)
     except MALFORMED as error:
         raise ValueError(f"this is not a state_dict of torch.optim that fits {optimizer.family}: {error!r}") from None
-    optimizer.load_state_dict(plain)
+    optimizer.load_state_dict(plain, convert)
+
+
+def _refuse_low(optimizer):
+    """ValueError where a parameter has a master, of which torch's state_dict says nothing."""
+    for tensor in optimizer._tensors:
+        if name := saved_formats.low_name(tensor):
+            raise ValueError(f"{tensor.name} has a {name} (master={tensor.storage.master!r}), which torch's state_dict lacks"
+                             f": make the optimizer from float32 parameters, or use load_state_dict()")  # fmt: skip
 
 
 def _plain(optimizer, names, d):
@@ -129,7 +138,7 @@ def _plain(optimizer, names, d):
         raise ValueError(f"the state_dict has state for {list(d['state'])}, its groups list the parameters {numbers}; "
                          f"each must be listed once")  # fmt: skip
     values = [_our_group(optimizer, names, group) for group in groups]
-    tensors = optimizer.state_dict()["tensors"]
+    tensors = saved_formats.decoded(optimizer)
     for group, mine, h in zip(groups, members, values, strict=True):
         for number, k in zip(group["params"], mine, strict=True):
             tensors[k] = _our_tensor(optimizer, tensors[k], d["state"].get(number), h)

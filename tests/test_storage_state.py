@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from conftest import bits
+from test_readme import example, page
 
 import fastrms
 from fastrms import formats, saved_formats, storage
@@ -367,3 +368,250 @@ def test_given_states_and_formats_exclude_each_other():
     optimizer = fastrms.RMSProp(halved, state=state, master="split16")
     optimizer.step(w.copy())
     assert state["square_avg"].any()
+
+
+# FlatBuffers
+
+
+def flat_problem(dtype=np.float32, count=3):
+    """A FlatBuffer, the same arrays as a mapping, and flat gradients."""
+    rng = np.random.default_rng(1)
+    params = {key: rng.standard_normal(shape).astype(dtype) for key, shape in SHAPES.items() if key != "none"}
+    params["b"] = np.asarray(params["b"])
+    return fastrms.FlatBuffer.like(params), params, [rng.standard_normal(1025).astype(np.float32) for _ in range(count)]
+
+
+def of_names(flat, whole):
+    """A flat array by the names of a FlatBuffer."""
+    begin, found = 0, {}
+    for name, view in flat.params.items():
+        found[name] = whole[begin : begin + view.size].reshape(view.shape)
+        begin += view.size
+    return found
+
+
+@pytest.mark.parametrize("groups", [None, {"b": {"weight_decay": 0.1}}])
+@pytest.mark.parametrize("state_format", ["bf16", "fp16"])
+def test_a_flat_buffer_has_the_bits_of_its_arrays(state_format, groups):
+    flat, params, gradients = flat_problem()
+    copies = np.zeros(1025, np.float16)
+    whole = fastrms.Adam(flat, state_format=state_format, groups=groups, param_copy=copies)
+    each = fastrms.Adam(params, state_format=state_format, groups=groups)
+    for gradient in gradients:
+        whole.step(BF16(rounded(gradient)))
+        each.step(stored({key: np.array(x) for key, x in of_names(flat, rounded(gradient)).items()}))
+    for key, x in params.items():
+        assert np.array_equal(bits(flat.params[key]), bits(x))
+        assert np.array_equal(flat.params[key].astype(np.float16), of_names(flat, copies)[key])
+        for mine, theirs in ((whole.state[s][key], each.state[s][key]) for s in ("exp_avg", "exp_avg_sq")):
+            assert mine.shape == theirs.shape == x.shape and np.array_equal(mine.bits, theirs.bits)
+            assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+    each.load_state_dict(whole.state_dict())
+    assert frozen(each) == frozen(whole)
+
+
+def test_a_flat_buffer_with_blocks_is_saved_whole(tmp_path):
+    flat, params, gradients = flat_problem()
+    optimizer = fastrms.Adam(flat, state_format="q8", seed=5)
+    for gradient in gradients:
+        optimizer.step(gradient)
+    (entry,) = optimizer.state_dict()["tensors"]
+    assert entry["name"] == "params" and entry["state"]["exp_avg"].shape == (formats.stored_bytes(storage.Q8, 1025),)
+    optimizer.save(tmp_path / "o")
+    other = fastrms.Adam(fastrms.FlatBuffer.like(flat.params), state_format="q8")
+    other.load(tmp_path / "o")
+    assert frozen(other) == frozen(optimizer)
+    shown = optimizer.state["exp_avg"]
+    plain = fastrms.Adam(fastrms.FlatBuffer.like(flat.params))
+    with pytest.raises(ValueError, match="exp_avg of params is stored in q8 in the state_dict, and in float32"):
+        plain.load(tmp_path / "o")
+    plain.load(tmp_path / "o", convert="q8")
+    assert all(np.array_equal(plain.state["exp_avg"][key], np.asarray(shown[key])) for key in params)
+    before = frozen(other)
+    with pytest.raises(ValueError, match=r"exp_avg of params\['w'\] is stored in float32"):
+        other.load_state_dict(plain.state_dict())
+    assert frozen(other) == before
+    other.load_state_dict(plain.state_dict(), convert="float32")
+    assert np.array_equal(other.state["exp_avg"]["big"].bits, storage.stored(storage.Q8, np.asarray(shown_flat(optimizer))))
+
+
+def shown_flat(optimizer):
+    """exp_avg of a FlatBuffer in one dimension."""
+    return np.concatenate([np.asarray(x).reshape(-1) for x in optimizer.state["exp_avg"].values()])
+
+
+@pytest.mark.parametrize("master", MASTERS)
+def test_a_flat_buffer_of_bf16(master, tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    flat, params, gradients = flat_problem(ml_dtypes.bfloat16)
+    assert flat.data.dtype == flat.grad.dtype == ml_dtypes.bfloat16
+    whole, each = (fastrms.RMSProp(x, master=master, rounding="stochastic", state_format="bf16") for x in (flat, params))
+    for gradient in gradients:
+        flat.grad[...] = gradient
+        whole.step(flat.grads)
+        each.step({key: np.array(x) for key, x in flat.grads.items()})
+        assert all(np.array_equal(flat.params[key].view(np.uint16), x.view(np.uint16)) for key, x in params.items())
+    whole.save(tmp_path / "o")
+    each.load(tmp_path / "o")
+    assert frozen(each) == frozen(whole)
+    again = pickle.loads(pickle.dumps(flat))
+    assert again.data.dtype == flat.data.dtype and np.array_equal(again.data, flat.data)
+
+
+def test_a_flat_buffer_is_made_like_arrays_of_16_bits():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.linspace(-1, 1, 7, dtype=np.float32)
+    halved = fastrms.FlatBuffer.like([BF16(rounded(x))])
+    assert halved.data.dtype == ml_dtypes.bfloat16 and np.array_equal(halved.params[0].view(np.uint16), rounded(x))
+    torch = pytest.importorskip("torch")
+    made = fastrms.FlatBuffer.like({"t": torch.from_numpy(x).bfloat16()})
+    assert np.array_equal(made.data, halved.data)
+    with pytest.raises(TypeError, match=r"has dtype float32, .* has bfloat16; a FlatBuffer has one"):
+        fastrms.FlatBuffer.like([BF16(rounded(x)), x])
+    with pytest.raises(TypeError, match="a FlatBuffer holds float32 or float64, or bfloat16"):
+        fastrms.FlatBuffer.like([x.astype(np.float16)])
+    with pytest.raises(TypeError, match="float16"):
+        fastrms.FlatBuffer([3], np.int16)
+
+
+def test_copies_of_a_flat_buffer_are_one_array():
+    flat, params, _ = flat_problem()
+    for wrong in (params, np.zeros(1024, np.float16), np.zeros((1025, 1), np.float16)):
+        with pytest.raises(ValueError, match="param_copy of a FlatBuffer must be one array of its 1025 elements"):
+            fastrms.Adam(flat, param_copy=wrong)
+
+
+# shards
+
+
+@pytest.mark.parametrize("master", [None, "split8"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_random_numbers_do_not_depend_on_shards(master, count):
+    """States of bf16 and parameters without master, over ranks whose parts end anywhere; with norms of bf16 gradients."""
+    from test_shards import Communicator, at_once, edges_of, no_error
+
+    sizes, rng = [5, 3 * 1024 + 17, 0, 2011], np.random.default_rng(2)
+    values = [rounded(rng.standard_normal(size)) for size in sizes]
+    gradients = [[rounded(rng.standard_normal(size)) for size in sizes] for _ in range(3)]
+    whole = [x.copy() for x in values]
+    options = {"master": master, "rounding": "stochastic", "state_format": "bf16", "seed": 7}
+    optimizer = fastrms.Adam([BF16(x) for x in whole], **options)
+    norms = [optimizer.step([BF16(g) for g in some], clip_norm=1.0).grad_norm for some in gradients]
+    edges = [edges_of("ugly", size, count) for size in sizes]
+    comm = Communicator(count)
+
+    def work(rank):
+        spans = [slice(edge[rank], edge[rank + 1]) for edge in edges][::-1]  # in an order of its own
+        mine = [values[k][span].copy() for k, span in zip((3, 2, 1, 0), spans, strict=True)]
+        table = [(10 * k, span.start, sizes[k]) for k, span in zip((3, 2, 1, 0), spans, strict=True)]
+        shards = fastrms.Shards(comm.gather_of(rank), table)
+        local = fastrms.Adam([BF16(x) for x in mine], shards=shards, **options)
+        found = [
+            local.step([BF16(some[k][span]) for k, span in zip((3, 2, 1, 0), spans, strict=True)], clip_norm=1.0).grad_norm
+            for some in gradients
+        ]
+        return found, mine, [x.bits.copy() for x in local.state["exp_avg_sq"]]
+
+    found = no_error(at_once(count, work))
+    assert all(rank[0] == norms for rank in found)
+    for k in range(4):
+        assert np.array_equal(np.concatenate([rank[1][3 - k] for rank in found]), whole[k])
+        state = optimizer.state["exp_avg_sq"][k].bits
+        assert np.array_equal(np.concatenate([rank[2][3 - k] for rank in found]), state)
+
+
+def test_sharded_optimizers_over_mpi_refuse_formats_and_decode_gradients():
+    from types import SimpleNamespace
+
+    from fastrms import mpi
+    from fastrms.memory import host
+
+    made = mpi.ShardedOptimizer.__new__(mpi.ShardedOptimizer)
+    made._ranks = SimpleNamespace(size=1, rank=0)
+    w = np.ones(5, np.float32)
+    for name, value in {"state_format": "q8", "master": "float32", "param_copy": np.zeros(5, np.float16)}.items():
+        with pytest.raises(ValueError, match=f"{name}=.* is not for a ShardedOptimizer"):
+            made._arrange(w, fastrms.Adam, None, mpi.BUCKET, {name: value})
+        with pytest.raises(ValueError, match=f"{name}=.* is not for a ShardedOptimizer"):
+            made._arrange([{"params": w, name: value}], fastrms.Adam, None, mpi.BUCKET, {})
+    made._arrange(w, fastrms.Adam, None, mpi.BUCKET, {"state_format": None})
+    grad = host.acquire(BF16(rounded(np.arange(5))), "grads", writable=False, halves=True)
+    ((flat, bucket, _, labelled),) = made._steps
+    made._pack(flat, bucket, labelled, [grad])
+    assert np.array_equal(flat.work[:5], np.arange(5))
+
+
+# torch's state_dict
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+def test_states_go_to_torch_and_back_in_float32(state_format, flat):
+    pytest.importorskip("torch")
+    buffer, params, gradients = flat_problem()
+    optimizer = fastrms.Adam(buffer if flat else params, state_format=state_format)
+    for gradient in gradients:
+        optimizer.step(gradient if flat else {key: np.array(x) for key, x in of_names(buffer, gradient).items()})
+    d = optimizer.to_torch_state_dict()
+    for state in ("exp_avg", "exp_avg_sq"):
+        for number, x in enumerate(optimizer.state[state].values()):
+            assert np.array_equal(d["state"][number][state].numpy(), np.asarray(x))
+    plain = fastrms.Adam(params)
+    plain.load_torch_state_dict(d)
+    assert np.array_equal(plain.state["exp_avg"]["big"], np.asarray(optimizer.state["exp_avg"]["big"]))
+    other = fastrms.Adam(buffer if flat else params, state_format=state_format)
+    before = frozen(other)
+    with pytest.raises(ValueError, match=r"is stored in float32 .* convert='float32'"):
+        other.load_torch_state_dict(d)
+    assert frozen(other) == before
+    other.load_torch_state_dict(d, convert="float32")
+    mine, theirs = (np.asarray(o.state["exp_avg"]["big"]) for o in (other, optimizer))
+    assert other.steps == 3 and np.abs(mine - theirs).max() <= np.abs(theirs).max() / 16
+
+
+def test_a_master_is_not_loaded_from_torch():
+    pytest.importorskip("torch")
+    params = halves(problem()[0])
+    for master in MASTERS[:3]:
+        optimizer = made(params, master)
+        with pytest.raises(ValueError, match=f"master='{master}'.*which torch's state_dict lacks"):
+            optimizer.load_torch_state_dict(optimizer.to_torch_state_dict())
+
+
+def test_calls_on_raw_arrays_name_the_class_that_takes_16_bits():
+    w, state = np.ones(5, np.float32), np.zeros(5, np.float32)
+    for grad in (w.astype(np.float16), BF16(rounded(w))):
+        for buffers in ((w, grad), (grad, w)):
+            with pytest.raises(TypeError, match=r"(float16|bf16).*; fastrms\.RMSProp takes bf16 and fp16"):
+                fastrms.rmsprop(*buffers, state)
+    assert (w == 1).all() and not state.any()
+
+
+def test_the_examples_of_the_page_run(capsys):
+    w = np.ones(300, np.float32)
+    names = {"fastrms": fastrms, "w": w, "gw16": rounded(np.full(300, 0.5))}
+    code = example("halved.step(")
+    exec(code, names)
+    assert capsys.readouterr().out.strip() in code and (w < 1).all()
+    exec(example("saved = halved"), names)
+    found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
+    assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
+
+
+@pytest.mark.parametrize("row, moved", [
+    ({}, (20, 28)),
+    ({"grad": True}, (18, 26)),
+    ({"grad": True, "state_format": "bf16"}, (14, 18)),
+    ({"grad": True, "state_format": "q8"}, (12.03, 14.06)),
+    ({"grad": True, "param": True, "master": "float32"}, (20, 28)),
+    ({"grad": True, "param": True, "state_format": "bf16", "master": "split16"}, (14, 18)),
+    ({"grad": True, "param": True, "state_format": "bf16", "rounding": "stochastic"}, (10, 14)),
+])  # fmt: skip
+def test_the_table_of_bytes_is_what_reports_say(row, moved):
+    options = {name: value for name, value in row.items() if name not in ("grad", "param")}
+    assert f" {moved[0]} | {moved[1]} |" in page("formats")
+    for make, count in zip((fastrms.RMSProp, fastrms.Adam), moved, strict=True):
+        half, x = BF16(np.zeros(512, np.uint16)), np.zeros(512, np.float32)
+        optimizer = make(half if "param" in row else x, **options)
+        optimizer.bind(BF16(np.zeros(512, np.uint16)) if "grad" in row else x.copy())
+        assert f", {count} bytes moved" in optimizer.report()

@@ -3,13 +3,15 @@
 
 An optimizer uses either host or device as its memory module.  Both offer the same functions:
 
-acquire(x, name, writable=)     the Buffer of an array-like x; TypeError or ValueError, with a sentence that calls x `name`
+acquire(x, name, writable=, halves=)    the Buffer of an array-like x; TypeError or ValueError, with a sentence that calls x
+                                `name`; halves: whether x may be bf16 or fp16, in host memory
 again(buffer, name)             the Buffer of a torch tensor that may have been given other memory since
-same_layout(buffer, name, reference, reference_name)    raises unless both have one dtype, shape, memory order and device
+same_layout(buffer, name, reference, reference_name, dtypes)    raises unless both have one shape, memory order and device,
+                                and one dtype or the buffer one of dtypes
 same_device(buffers, names)     raises unless all Buffers are on one device
 wrote(buffers)                  tells the owners of these Buffers that their memory was written (torch counts that)
-place_beside(param, others)     a new uninitialised flat array like the Buffer param, to run beside it and the flat others;
-                                fill(value) fills it
+place_beside(param, others, size, dtype)        a new uninitialised flat array like the Buffer param, or of another size and
+                                dtype, to run beside it and the flat others; fill(value) fills it
 ours(array)                     the Buffer of an array that fastrms allocated itself, which needs no check
 on_host(array)                  the numbers of such an array as a NumPy array in host memory
 

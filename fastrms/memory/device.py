@@ -82,8 +82,8 @@ def is_device_array(x):
     return host._dlpack_device(x, "this") in _ON_DEVICE
 
 
-def acquire(x, name, *, writable):
-    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`."""
+def acquire(x, name, *, writable, halves=False):
+    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves, of host memory, is not used here."""
     if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip
@@ -195,11 +195,11 @@ def _stream(interface, name):
     return stream
 
 
-def same_layout(buffer, name, reference, reference_name):
-    """Refuse unless buffer has the device, dtype, shape and strides of reference."""
+def same_layout(buffer, name, reference, reference_name, dtypes=None):
+    """Refuse unless buffer has the device, shape and strides of reference, and its dtype or one of dtypes."""
     if buffer.device != reference.device:
         raise ValueError(f"{name} is on device {buffer.device}, {reference_name} is on device {reference.device}")
-    host.same_layout(buffer, name, reference, reference_name)
+    host.same_layout(buffer, name, reference, reference_name, dtypes)
 
 
 def same_device(buffers, names):

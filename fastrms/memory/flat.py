@@ -125,7 +125,7 @@ class FlatBuffer:
     shapes : mapping or sequence
         name -> shape, or shapes, whose names are then 0, 1, ...
     dtype : dtype, default float32
-        float32 or float64.
+        float32, float64, or bfloat16 of ml_dtypes, which an optimizer takes where master or rounding is given.
     data, grad : buffer, optional
         Memory of the caller for the two arrays, such as the buf of a multiprocessing.shared_memory.SharedMemory, an mmap, a
         RawArray, a torch tensor after share_memory_(), or an ndarray: writable bytes, at least as many as are needed, of
@@ -149,8 +149,8 @@ class FlatBuffer:
 
     def __init__(self, shapes, dtype=np.float32, *, data=None, grad=None):
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
-        if np.dtype(dtype) not in host.DTYPES:
-            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64")
+        if not _is_held(np.dtype(dtype)):
+            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64, or ml_dtypes.bfloat16")
         size, dtype = sum(map(math.prod, shapes.values())), np.dtype(dtype)
         given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
         flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
@@ -170,8 +170,8 @@ class FlatBuffer:
         Parameters
         ----------
         params : mapping or sequence
-            name -> array, or arrays: NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all float32 or
-            all float64.
+            name -> array, or arrays: NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all of one dtype;
+            bf16 needs ml_dtypes, whose bfloat16 the FlatBuffer has then.
         data, grad : buffer, optional
             Memory of the caller for the two arrays, as FlatBuffer takes it: the copies are written into data, and grad stays
             as it is.
@@ -187,11 +187,12 @@ class FlatBuffer:
         """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}
-        given = {name: host.as_array(x, text[name]) for name, x in params.items()}
+        given = {name: _array(x, text[name]) for name, x in params.items()}
         first, dtype = next((name, x.dtype) for name, x in given.items())
         for name, x in given.items():
-            if x.dtype not in host.DTYPES:
-                raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64")
+            if not _is_held(x.dtype):
+                raise TypeError(f"{text[name]} has dtype {x.dtype.str}; a FlatBuffer holds float32 or float64, or "
+                                f"bfloat16")  # fmt: skip
             if x.dtype != dtype:
                 raise TypeError(f"{text[name]} has dtype {x.dtype}, {text[first]} has {dtype}; a FlatBuffer has one")
         made = cls({name: x.shape for name, x in given.items()}, dtype, data=data, grad=grad)
@@ -234,6 +235,25 @@ class FlatBuffer:
 
     def __repr__(self):
         return f"<FlatBuffer of {len(self.params)} array(s), {self.data.size} {self.data.dtype}>"
+
+
+def _is_held(dtype):
+    """Whether a FlatBuffer may have this dtype."""
+    return dtype in host.DTYPES or str(dtype) == "bfloat16"
+
+
+def _array(x, name):
+    """x as an array of a dtype that says which numbers it has."""
+    array = host.half_array(x, name)
+    if array is None:
+        return host.as_array(x, name)
+    if array.dtype == host.FP16:
+        return array
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(f"{name} is bf16, for which a FlatBuffer needs ml_dtypes: pip install ml_dtypes") from None
+    return array.view(ml_dtypes.bfloat16)
 
 
 def _rebuilt(shapes, data, grad):

@@ -110,6 +110,11 @@ def half_array(x, name):
     return as_array(x, name).view(kind)
 
 
+def is_half(x):
+    """Whether x is an array of bf16 or fp16."""
+    return isinstance(x, Stored) or str(getattr(x, "dtype", "")).removeprefix("torch.") in IN_HALF
+
+
 def _of_jax(x, name):
     """A JAX array of a dtype that NumPy lacks, without a copy."""
     _refuse_without_numbers(x, name)

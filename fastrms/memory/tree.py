@@ -125,8 +125,10 @@ class Part(NamedTuple):
     shape: tuple = ()
 
     def of(self, tensor):
-        """The view of this part of an array, which has the shape of the tensor."""
-        return tensor if self.span is None else tensor[self.span].reshape(self.shape)
+        """The view of this part of an array, which has the shape of the tensor; of a state in a format, its part."""
+        if self.span is None:
+            return tensor
+        return tensor[self.span].reshape(self.shape) if hasattr(tensor, "reshape") else tensor.part(self)
 
 
 class Structure:
@@ -143,6 +145,10 @@ class Structure:
         """ValueError where torch has given a tensor under a FlatBuffer other memory."""
 
     def state_leaves(self, value, what):
+        return self.leaves(value, what)
+
+    def copy_leaves(self, value, what):
+        """The leaves of the arrays to which the parameters are written once more."""
         return self.leaves(value, what)
 
     def parts(self, what):
@@ -259,7 +265,7 @@ class FlatOf(Structure):
             return [None] * self.count
         if value is self.flat.grads:
             value = self.flat.grad
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, (np.ndarray, host.Stored)):
             raise TypeError(f"{what} is a {type(value).__name__}; it must be the grads or grad of the FlatBuffer, or a 1-D "
                             f"array of {size}: copy other gradients into flat.grads[name][...]")  # fmt: skip
         if value.shape != (size,):
@@ -279,6 +285,17 @@ class FlatOf(Structure):
             [array] if self.count == 1 else self.cut(array)
         )  # torch may give this tensor other memory, but not a view of it
 
+    def copy_leaves(self, value, what):
+        size = self.flat.data.size
+        if value is None:
+            return [None] * self.count
+        if isinstance(value, FlatBuffer):
+            value = value.data
+        if isinstance(value, Mapping) or tuple(getattr(value, "shape", ())) != (size,):
+            raise ValueError(f"{what} of a FlatBuffer must be one array of its {size} elements in one dimension, or a "
+                             f"FlatBuffer of as many")  # fmt: skip
+        return [value] if self.count == 1 else self.cut(value)
+
     def _joined(self, arrays, what):
         """One array over the named arrays of a run, which lie one after the other in memory; None where there are none."""
         if all(array is None for array in arrays.values()):
@@ -297,6 +314,8 @@ class FlatOf(Structure):
 
     def cut(self, whole):
         """The parts of a 1-D array that belong to the runs of names."""
+        if isinstance(whole, host.Stored):
+            return [host.Stored(whole.array[span], whole.format) for span in self.spans]
         return [whole[span] for span in self.spans]
 
     def parts(self, what):
@@ -340,6 +359,10 @@ class GroupsOf(Structure):
     def state_leaves(self, value, what):
         entries = self._entries(value, what)
         return [leaf for member, entry, name in entries for leaf in member.state_leaves(entry, name)]
+
+    def copy_leaves(self, value, what):
+        entries = self._entries(value, what)
+        return [leaf for member, entry, name in entries for leaf in member.copy_leaves(entry, name)]
 
     def _entries(self, value, what):
         """(member, its entry of a list of groups, what error sentences call this entry) for each group."""
