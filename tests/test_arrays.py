@@ -115,8 +115,6 @@ BAD = {
     "string": (lambda: "w", TypeError, "str"),
     "bytes": (lambda: b"1234", TypeError, "bytes"),
     "integers": (lambda: np.ones(SHAPE, np.int32), TypeError, "int32"),
-    "half": (lambda: np.ones(SHAPE, np.float16), TypeError, "float16"),
-    "bfloat16": (lambda: np.ones(SHAPE, ml_dtypes.bfloat16), TypeError, "bfloat16"),
     "long double": (lambda: np.ones(SHAPE, np.longdouble), TypeError, "dtype"),
     "complex": (lambda: np.ones(SHAPE, np.complex64), TypeError, "complex64"),
     "object": (lambda: np.ones(SHAPE, object), TypeError, "object"),
@@ -136,8 +134,10 @@ BAD = {
     "broadcast": (lambda: np.broadcast_to(np.float32(1), SHAPE), ValueError, "not dense|read-only"),
     "misaligned": (misaligned, ValueError, "aligned"),
 }
-# Refused as a parameter only.
+# Refused as a parameter only: as gradients of float32 parameters, bf16 and fp16 are taken.
 BAD_PARAM = {
+    "half": (lambda: np.ones(SHAPE, np.float16), TypeError, "float16"),
+    "bfloat16": (lambda: np.ones(SHAPE, ml_dtypes.bfloat16), TypeError, "bfloat16"),
     "read-only": (read_only, ValueError, "read-only"),
     "jax": (Jaxlike, ValueError, "read-only"),
     "None": (lambda: None, TypeError, "NoneType"),

@@ -106,8 +106,9 @@ def test_tensors_that_cannot_be_used_are_refused(torch, backend, kind):
         "expanded": lambda: torch.ones(1).expand(4),
     }[kind]
     w = np.zeros(4, np.float32)
-    with pytest.raises((TypeError, ValueError), match="grads"):
-        fastrms.RMSProp(w, backend=backend).step(make())
+    if kind not in ("bfloat16", "half"):  # which gradients may be
+        with pytest.raises((TypeError, ValueError), match="grads"):
+            fastrms.RMSProp(w, backend=backend).step(make())
     with pytest.raises((TypeError, ValueError), match="params"):
         fastrms.RMSProp(make(), backend=backend)
     assert (w == 0).all()
@@ -131,7 +132,9 @@ REMEDIES = {  # kind: (tensor, what the sentence about it says)
 def test_the_sentence_about_a_tensor_is_true(torch, backend, kind):
     make, words = REMEDIES[kind]
     w = np.zeros(make(torch).shape, np.float32)
-    for use in (lambda x: fastrms.RMSProp([w], backend=backend).step([x]), lambda x: fastrms.RMSProp([x], backend=backend)):
+    as_grad = lambda x: fastrms.RMSProp([w], backend=backend).step([x])  # noqa: E731
+    as_param = lambda x: fastrms.RMSProp([x], backend=backend)  # noqa: E731
+    for use in (as_param,) if kind in ("bfloat16", "half") else (as_grad, as_param):
         with pytest.raises((TypeError, ValueError), match=rf"^(params|grads)\[0\] .*{words}") as info:
             use(make(torch))
         assert "resized" not in str(info.value)
