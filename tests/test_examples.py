@@ -18,6 +18,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from threadpoolctl import threadpool_limits
 
 import fastrms
+from fastrms import formats
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -206,6 +207,30 @@ def test_fused_cuda():
     pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
     text = load("fused_cuda").compile_fused((9, 0))
     assert ".entry fused" in text and "fma." not in text and "f64" not in text
+
+
+def test_formats(picture, tmp_path, capsys, monkeypatch, mnist_data):
+    """States in formats train as float32 does; the parts of split16 are the float32 parameters, bit by bit."""
+    module = load("formats")
+    monkeypatch.setattr(module.mnist, "mnist_data", mnist_data)
+    page = tmp_path / "page.md"
+    results = module.main(["--quick", "--picture", picture, "--markdown", str(page)])
+    assert "split16: every loss" in capsys.readouterr().out and page.read_text().count("| q8 states |") == 2
+    assert len(results) == 6 and all(found.keys() == module.RUNS.keys() for found in results.values())
+    for (task, name), found in results.items():
+        assert abs(module.excess(results, task, name, "bf16 states")).max() < 5, (task, name)
+        if task != "MNIST":  # where one epoch from another start differs by more than the rounding does
+            assert found["bf16 parameters"][0] < found["bf16 parameters, nearest"][0], (task, name)
+    task = module.TASKS["digits"]
+    for name in module.OPTIMIZERS:
+        losses, params, optimizer = found = module.train(task, name, "bf16 parameters, split16", 0, 2)
+        _, floats, _ = module.train(task, name, module.SEEN, 0, 2)
+        for param, tensor, number in zip(params, optimizer._tensors, floats, strict=True):
+            made = formats.decode(formats.FORMATS["split16"], param.view(np.uint16), param.size, tensor.storage.low)
+            assert np.array_equal(made.view(np.uint32), number.view(np.uint32))
+        losses[-1] = np.nextafter(losses[-1], 0)
+        with pytest.raises(AssertionError, match="a loss of split16"):
+            module.refuse_other_bits(task, name, 0, 2, found)
 
 
 def test_the_gallery_shows_what_exists():
