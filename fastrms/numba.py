@@ -21,8 +21,11 @@ from types import ModuleType
 try:
     import numba
     from numba.extending import overload
-except ImportError:
-    raise ImportError("fastrms.numba needs Numba: pip install numba (what the extra fastrms[numba] names)") from None
+except ModuleNotFoundError as error:
+    if error.name != "numba":
+        raise
+    needs = "fastrms.numba needs Numba: pip install numba (what the extra fastrms[numba] names)"
+    raise ModuleNotFoundError(needs, name="numba") from None
 
 from . import jitted
 from . import rules as texts
