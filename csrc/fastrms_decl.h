@@ -165,7 +165,7 @@ typedef struct {
     const double *rates;
     int64_t first_rate, rate_rows;
     fastrms_found found;
-    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled, unit, each;
+    int32_t recipes, states, busy, held, unchanging, on_nonfinite, zero_grad, streaming, streamed, rescaled, unit_bits, each;
     fastrms_shards *shards;
 } fastrms_plan;
 

@@ -44,7 +44,7 @@ int fastrms_roots_are_right(void);                        /* roots.c */
 enum { FASTRMS_LINE = 64, FASTRMS_TILE = 2 * FASTRMS_LINE, FASTRMS_PREFETCHED = 24 * FASTRMS_LINE };      /* bytes */
 #define FASTRMS_PREFETCH(pointer, line) __builtin_prefetch((const char *)(pointer) + FASTRMS_PREFETCHED + (line));
 
-enum { FASTRMS_BLOCK = 256 };                             /* elements of a block of an 8-bit format */
+enum { FASTRMS_BLOCK_BITS = 8, FASTRMS_BLOCK = 1 << FASTRMS_BLOCK_BITS };      /* elements of a block of an 8-bit format */
 
 typedef void fastrms_kernel(int64_t size, void *param, const void *grad, void *const *state, const void *coefficients);
 

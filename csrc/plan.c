@@ -34,13 +34,18 @@ static void scaled_coefficients(const fastrms_recipe *recipe, int64_t step, fast
 /* is a tensor updated tile by tile, through floats? */
 static int is_stored(const fastrms_tensor *tensor) { return tensor->storage || tensor->grad_format != FASTRMS_FLOAT; }
 
-/* threads share out elements, or, where a tensor is stored in blocks, blocks */
-static int unit_of(const fastrms_plan *plan)
+/* Threads share out units of elements: blocks, where a tensor is stored in another format, and single elements otherwise. */
+static void set_units(fastrms_plan *plan)
 {
+    plan->unit_bits = 0;
     for (int64_t k = 0; k < plan->tensors; ++k)
-        if (plan->grad[k] && is_stored(&plan->tensor[k]))
-            return FASTRMS_BLOCK;
-    return 1;
+        if (is_stored(&plan->tensor[k]))
+            plan->unit_bits = FASTRMS_BLOCK_BITS;
+}
+
+static int64_t units(const fastrms_plan *plan, int64_t size)
+{
+    return (size + ((int64_t)1 << plan->unit_bits) - 1) >> plan->unit_bits;
 }
 
 /* tensors of one recipe that have had equally many steps share one set of coefficients; starts[] counts units */
@@ -50,11 +55,10 @@ static void make_coefficients(fastrms_plan *plan, fastrms_factor scale)
     int32_t sets = 0;
     plan->rescaled = scale.grad_rescale != 1;
     plan->unchanging = scale.grad_scale == 1 && !plan->rescaled;
-    plan->unit = unit_of(plan);
     plan->starts[0] = 0;
     for (int64_t k = 0; k < plan->tensors; ++k) {
         fastrms_tensor *tensor = &plan->tensor[k];
-        plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? (tensor->size + plan->unit - 1) / plan->unit : 0);
+        plan->starts[k + 1] = plan->starts[k] + (plan->grad[k] ? units(plan, tensor->size) : 0);
         if (!plan->grad[k])
             continue;
         if (last && last->recipe == tensor->recipe && last->steps == tensor->steps) {
@@ -79,7 +83,7 @@ static void run_kernel(const fastrms_plan *plan, const fastrms_tensor *tensor, i
     kernel(size, param, grad, state, plan->made + (int64_t)tensor->set * FASTRMS_MAX_COEFFICIENTS);
 }
 
-static void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
+static ALWAYS_INLINE void update_part(const fastrms_plan *plan, int64_t k, int64_t offset, int64_t size)
 {
     const fastrms_tensor *tensor = &plan->tensor[k];
     int64_t bytes = offset * plan->recipe[tensor->recipe].itemsize;
@@ -247,11 +251,11 @@ static void update_range(void *context, int64_t begin, int64_t end)
     }
     for (; begin < end; ++k) {
         int64_t stop = plan->starts[k + 1] < end ? plan->starts[k + 1] : end;
-        int64_t offset = (begin - plan->starts[k]) * plan->unit, beyond = (stop - plan->starts[k]) * plan->unit;
+        int64_t offset = (begin - plan->starts[k]) << plan->unit_bits, beyond = (stop - plan->starts[k]) << plan->unit_bits;
         int64_t size = (beyond < plan->tensor[k].size ? beyond : plan->tensor[k].size) - offset;
         if (begin < stop && plan->zero_grad)
             update_chunks(plan, k, offset, size);
-        else if (begin < stop && is_stored(&plan->tensor[k]))
+        else if (begin < stop && plan->unit_bits && is_stored(&plan->tensor[k]))
             update_stored(plan, k, offset, size);
         else if (begin < stop)
             update_part(plan, k, offset, size);
@@ -264,8 +268,8 @@ static ALWAYS_INLINE void update(fastrms_plan *plan, fastrms_factor scale)
 {
     if (!plan->unchanging || scale.grad_scale != 1)
         make_coefficients(plan, scale);
-    int64_t units = plan->starts[plan->tensors], chunk = fastrms_chunk_size();
-    fastrms_parallel(units * plan->unit, update_range, plan, units, chunk > plan->unit ? chunk / plan->unit : 1);
+    int64_t count = plan->starts[plan->tensors];
+    fastrms_parallel(count << plan->unit_bits, update_range, plan, count, units(plan, fastrms_chunk_size()));
     for (int64_t k = 0; k < plan->tensors; ++k)
         plan->tensor[k].steps += plan->grad[k] != NULL;
     ++plan->steps;
@@ -359,6 +363,7 @@ void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tens
     for (int64_t k = 0; k < tensors; ++k)
         if (tensor[k].storage)
             plan->each = 3 + plan->states;
+    set_units(plan);
     int64_t stay = tensors * plan->each;                  /* the buffers that are not gradients */
     for (int64_t k = 0; k < stay + tensors; ++k)
         ((range *)plan->ranges)[k].buffer = (uintptr_t)(k < stay ? k : k - stay);
@@ -582,6 +587,7 @@ static void take_over(fastrms_plan *plan, void *const *param, const void *const 
         plan->grad[k] = grad[k];
         plan->tensor[k].grad_format = format ? format[k] : FASTRMS_FLOAT;
     }
+    set_units(plan);
     plan->held = hold;
     plan->unchanging = 0;
 }
@@ -665,6 +671,7 @@ int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const v
     plan->tensor[tensor].grad_format = format;
     fastrms_plan one = {.tensors = 1, .tensor = &plan->tensor[tensor], .recipe = plan->recipe, .grad = &grad, .made = made,
                         .starts = starts, .grad_scale = grad_scale, .clip_norm = -1, .zero_grad = plan->zero_grad};
+    set_units(&one);
     run(&one);
     plan->tensor[tensor].grad_format = usual;             /* the gradients that the plan holds are others */
     plan->steps += !plan->streamed;
