@@ -1,5 +1,6 @@
 """What an optimizer knows of each of its tensors: the parameter, the state and the names."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,8 +80,7 @@ class Tensors(list):
         for tensor, twin in zip(self, self.structure.twins(), strict=True):
             rule, key = rules_of_keys[tensor.recipe], self.keys[tensor.recipe]
             formats = tensor.storage.states if tensor.storage else None
-            initial = lambda name, key=key: initial_of(key, name)  # noqa: E731
-            tensor.state = new_state(rule, initial, tensor.param, self.memory, twin, formats)
+            tensor.state = new_state(rule, partial(initial_of, key), tensor.param, self.memory, twin, formats)
 
     def make_storage(self, options, rules_of_keys, not_negative, copies, seed):
         """Decide how the buffers of every tensor are stored.  options: those of storage.OPTIONS for each group; copies:
