@@ -79,10 +79,10 @@ def described(tensor):
 
 def arrays(tensor, part, copies):
     """Name -> array for a state_dict, from copies of the flat arrays of kept()."""
+    if not in_blocks(tensor):
+        return {name: part.of(tensor.shaped(flat)) for name, flat in copies.items()}
     found = formats_of(tensor)
-    return {
-        name: flat if found[name].in_blocks else part.of(tensor.shaped(flat)) for name, flat in copies.items()
-    }  # fmt: skip
+    return {name: flat if found[name].in_blocks else part.of(tensor.shaped(flat)) for name, flat in copies.items()}
 
 
 def decoded(optimizer):
