@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -133,6 +134,25 @@ static void a_caller_with_one_cpu_shares_no_small_jobs(void)
     sched_setaffinity(0, sizeof all, &all);
 }
 
+static _Atomic int masked;
+
+/* in place of that of the system: it counts its calls */
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *before)
+{
+    atomic_fetch_add(&masked, 1);
+    return sigprocmask(how, set, before);
+}
+
+static void a_shared_job_makes_no_system_call_for_workers_that_are_there(void)
+{
+    usleep(1000);
+    is_shared(LARGE);
+    expect(masked > 0, "the calls that mask signals are not counted");
+    masked = 0;
+    expect(shared_of(100) > 0, "a loop that follows on a large job was not shared");
+    expect(masked == 0, "a job masked signals, although its workers were there");
+}
+
 /* in a thread of its own, limited to one CPU, in a process whose first thread is limited to another */
 static void *workers_stay_on_the_cpus_of_the_caller(void *cpu)
 {
@@ -200,5 +220,6 @@ int main(int count, char **arguments)
     a_step_of_two_jobs_is_no_loop();
     workers_without_a_part_sleep();
     a_caller_with_one_cpu_shares_no_small_jobs();
+    a_shared_job_makes_no_system_call_for_workers_that_are_there();
     return 0;
 }
