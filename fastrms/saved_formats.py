@@ -113,7 +113,8 @@ def resumed(tensor, entries):
     if tensor.storage is None or "rounding" not in entry:
         return tensor.storage
     rounding = storage.CHECKS["rounding"]("rounding", entry["rounding"])
-    return tensor.storage._replace(stochastic=rounding == "stochastic", seed=hyper.seed("seed", entry["seed"]))
+    stochastic = rounding == "stochastic" or in_blocks(tensor)  # q8 cannot have "nearest"
+    return tensor.storage._replace(stochastic=stochastic, seed=hyper.seed("seed", entry["seed"]))
 
 
 def loaded(tensor, key, entries, signed, convert):

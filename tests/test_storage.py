@@ -76,6 +76,15 @@ def numbers(x):
     return formats.decode(BF16, raw(x), raw(x).size)
 
 
+def round_to_nearest(optimizer):
+    """Let the plan of an optimizer round its states to nearest."""
+    tensors, plan = optimizer._tensors, optimizer._plan
+    made = [tensor.storage._replace(stochastic=False) for tensor in tensors]
+    assert plan.copy(plan.pairs_of_storages(made))[0] == backends.OK
+    for tensor, storage_of in zip(tensors, made, strict=True):
+        tensor.storage = storage_of
+
+
 class Run:
     """An optimizer of several tensors, and what it has written."""
 
@@ -86,7 +95,11 @@ class Run:
         self.copies = copy and [stored(copy, np.zeros(size, np.float32)) for size in sizes]
         if format != "float32":
             said = {"rounding": "stochastic", "master": master, **said}
+        to_nearest = said.get("state_format") == "q8" and said.get("rounding") == "nearest"
+        said = {**said, "rounding": "stochastic"} if to_nearest else said
         self.optimizer = make(self.params, backend=backend, param_copy=self.copies, **options, **said)
+        if to_nearest:  # an optimizer refuses this pair, a plan does not
+            round_to_nearest(self.optimizer)
         self.sizes, self.rng, self.infos = sizes, rng, []
 
     def gradients(self, format):
@@ -686,6 +699,7 @@ def refusals():
         "cannot hold prev": (fastrms.RProp, whole, {"state_format": "q8"}),
         "cannot hold max_exp_avg_sq": (fastrms.Adam, whole, {"state_format": "q8", "amsgrad": True}),
         "cannot hold grad_avg": (fastrms.RMSProp, whole, {"state_format": "bf16", "centered": True}),
+        "cannot have rounding='nearest'": (fastrms.AdaGrad, whole, {"state_format": "q8", "rounding": "nearest"}),
         "needs none": (fastrms.Adam, whole, {"master": "float32"}),
         "pass master='float32'": (fastrms.Adam, lambda: np.ones(N, np.float16), {"master": "split16"}),
         "must be bf16 or fp16": (fastrms.Adam, whole, {"param_copy": np.zeros(N, np.float32)}),
@@ -693,6 +707,26 @@ def refusals():
         "param_copy is for parameters": (fastrms.Adam, lambda: np.ones(N), {"param_copy": np.zeros(N, np.float16)}),
         "seed=-1": (fastrms.Adam, whole, {"seed": -1}),
     }
+
+
+@pytest.mark.parametrize(
+    "options, extra",
+    [({"rounding": "nearest"}, {"state_format": "q8"}), ({"state_format": "q8"}, {"rounding": "nearest"}),
+     ({}, {"state_format": "q8", "rounding": "nearest"})],
+)  # fmt: skip
+def test_a_group_of_q8_states_is_not_rounded_to_nearest(backend, monkeypatch, options, extra):
+    """It is refused before the array of any parameter is looked at, and so before anything is allocated."""
+    monkeypatch.setattr(host, "acquire", None)
+    params, groups = {"w": np.ones(N, np.float32), "b": np.ones(3, np.float32)}, {"b": extra}
+    with pytest.raises(ValueError, match="pass rounding='stochastic', or state_format='bf16'"):
+        fastrms.Adam(params, groups=groups, backend=backend, **options)
+
+
+def test_groups_of_q8_and_of_bf16_states_differ_in_rounding(backend):
+    params = {"w": np.ones(N, np.float32), "b": np.ones(3, np.float32)}
+    groups = {"w": {"state_format": "q8"}, "b": {"state_format": "bf16", "rounding": "nearest"}}
+    optimizer = fastrms.Adam(params, groups=groups, backend=backend)
+    assert [tensor.storage.stochastic for tensor in optimizer._tensors] == [True, False]
 
 
 @pytest.mark.parametrize("sentence", refusals())
