@@ -43,7 +43,7 @@ def of_groups(options, overrides):
     groups = [{**common, **taken(extra)} for extra in overrides]
     if any(group.get("state_format") == "q8" and group.get("rounding") == "nearest" for group in groups):
         raise ValueError("state_format='q8' cannot have rounding='nearest': states would lose every change below 1/32 of "
-                         "them, and losses were up to 13 % worse; pass rounding='stochastic', or state_format='bf16'")  # fmt: skip
+                         "them (losses up to 13 % worse); pass rounding='stochastic', or state_format='bf16'")  # fmt: skip
     return groups
 
 
