@@ -595,15 +595,6 @@ def test_a_master_is_not_loaded_from_torch():
             optimizer.load_torch_state_dict(optimizer.to_torch_state_dict())
 
 
-def test_calls_on_raw_arrays_name_the_class_that_takes_16_bits():
-    w, state = np.ones(5, np.float32), np.zeros(5, np.float32)
-    for grad in (w.astype(np.float16), BF16(rounded(w))):
-        for buffers in ((w, grad), (grad, w)):
-            with pytest.raises(TypeError, match=r"(float16|bf16).*; fastrms\.RMSProp takes bf16 and fp16"):
-                fastrms.rmsprop(*buffers, state)
-    assert (w == 1).all() and not state.any()
-
-
 def test_the_examples_of_the_page_run(capsys):
     w = np.ones(300, np.float32)
     names = {"fastrms": fastrms, "w": w, "gw16": rounded(np.full(300, 0.5))}
