@@ -56,9 +56,9 @@ class Call:
         misaligned or is missing.  Everything else goes through checked()."""
         if grad_scale is not ONE:
             grad_scale = hyper.scale("grad_scale", grad_scale)
-        number = 1 if step is None else step
         try:
             last, kinds, dtype, recipe, usual, most = self.last
+            number = 1 if step is None else step
             lr = usual if rate is _UNSAID else rate
             if (
                 options == last
@@ -74,10 +74,12 @@ class Call:
                 if second is None:
                     if not _c_one(recipe, lr, param.size, number, grad_scale, param_at, _from_buffer(grad), first_at):
                         return
-                else:
-                    second_at, third_at = _pointer(second, param), _NULL if third is None else _pointer(third, param)
-                    addresses = param_at, _from_buffer(grad), first_at, second_at, third_at
-                    if not _c_update(recipe, lr, param.size, number, grad_scale, *addresses):
+                elif type(second) is _ndarray and second.dtype is dtype and second.shape == param.shape:
+                    grad_at, second_at = _from_buffer(grad), _from_buffer(_BYTES, second, True)
+                    third_at = _NULL if third is None else _pointer(third, param)
+                    if not _c_update(
+                        recipe, lr, param.size, number, grad_scale, param_at, grad_at, first_at, second_at, third_at
+                    ):
                         return
         except _WRONG:
             pass  # checked() says what is wrong
@@ -176,7 +178,7 @@ def refuse_schedule(rate):
 
 
 def _pointer(state, param):
-    """The address of a second or third state; cffi raises where it is not an ndarray like param."""
+    """The address of a third state; cffi raises where it is not an ndarray like param."""
     like = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
     return _from_buffer(_BYTES, state if like else None, True)
 
