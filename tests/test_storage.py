@@ -1,6 +1,7 @@
 """Tensors that are stored in formats: same bits from every backend, instruction set, thread count and tile; the body of a
 loop and its tail; and what masters, copies and rounding promise."""
 
+import ctypes
 import functools
 import itertools
 
@@ -745,7 +746,8 @@ def test_gradients_that_do_not_fit_are_refused_before_anything_is_written(backen
     before, optimizer = run.outcome(), run.optimizer
     bad = {
         "dtype float64": np.zeros(1003), "dtype uint16; say which": np.zeros(1003, np.uint16),
-        "shape": np.zeros(1002, np.float16), "params[4] overlap": run.params[4], "overlap": run.copies[4],
+        "shape": np.zeros(1002, np.float16), "params[4] overlap": run.params[4],
+        "grads[4] and param_copy[4] overlap": run.copies[4],
     }  # fmt: skip
     for sentence, grad in bad.items():
         grads = run.gradients("bf16")
@@ -754,6 +756,48 @@ def test_gradients_that_do_not_fit_are_refused_before_anything_is_written(backen
             optimizer.step(grads)
         assert sentence in str(error.value)
         same(run.outcome(), before)
+
+
+def places(optimizer):
+    """Name -> first address and the one behind the last, of all buffers of an optimizer but gradients."""
+    made = {}
+    for k, tensor in enumerate(optimizer._tensors):
+        low = {"master" if tensor.storage.master == "float32" else "remainder": tensor.storage.low}
+        for name, flat in {**tensor.state, **low}.items():
+            if flat is not None:
+                made[f"{name} of params[{k}]"] = host.ours(flat)
+        made |= {f"params[{k}]": tensor.param, f"param_copy[{k}]": tensor.storage.copy}
+    return {name: (buffer.address, buffer.end) for name, buffer in made.items() if buffer is not None}
+
+
+def at_address(start, format, size):
+    """A gradient that begins at an address."""
+    memory = (ctypes.c_char * (size * (4 if format == "float32" else 2))).from_address(start)
+    array = np.frombuffer(memory, {"bf16": np.uint16, "fp16": np.float16, "float32": np.float32}[format])
+    return fastrms.Stored(array, "bf16") if format == "bf16" else array
+
+
+@pytest.mark.parametrize("grad", GRADIENTS)
+@pytest.mark.parametrize(
+    "kind, state_format",
+    [("float32+bf16", "q8"), ("bf16-split8+bf16", "bf16"), ("bf16-split16", None), ("fp16-float32", "fp16"),
+     ("bf16-float32+fp16", "q8")],
+)  # fmt: skip
+def test_the_sentence_names_the_two_that_overlap(backend, kind, state_format, grad):
+    """A gradient shares its last or its first 4 bytes with each other buffer, whose elements may be of another size.  Where
+    it reaches into a neighbour of that, too, either may be named."""
+    run = Run(fastrms.Adam, {}, backend, kind, [N, N], state_format=state_format).steps("bf16", 1)
+    before, buffers, size, found = run.outcome(), places(run.optimizer), N * (4 if grad == "float32" else 2), set()
+    for first, end in buffers.values():
+        for start in (first - size + 4, end - 4):
+            with pytest.raises(ValueError, match="every buffer of a step must be separate") as error:
+                run.optimizer.step([at_address(start, grad, N), None])
+            named = str(error.value).partition(" overlap in memory")[0].split(" and ")
+            (other,) = {*named} - {"grads[0]"}
+            assert len(named) == 2 and buffers[other][0] < start + size and start < buffers[other][1], error.value
+            found.add(other)
+    assert found == buffers.keys()
+    same(run.outcome(), before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

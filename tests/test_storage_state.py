@@ -605,7 +605,7 @@ def test_the_examples_of_the_page_run(capsys):
     found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
     assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
     names["w16"] = np.zeros(300, np.float16)
-    exec(example("fastrms.init_state("), names)
+    exec(example("param_copy=w16, seed=1"), names)
     assert np.array_equal(names["w16"], w.astype(np.float16)) and names["state"]["exp_avg"].array.all()
 
 
