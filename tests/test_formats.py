@@ -474,7 +474,7 @@ def test_a_format_describes_itself(format):
 # C has the bits of Python
 
 in_c = pytest.mark.skipif(not hasattr(c.lib, "fastrms_encode"), reason="the C extension has no storage formats")
-encoders = list(FORMATS.values())[1:]  # C reads float32 where it is
+encoders = list(FORMATS.values())
 each_encoder = pytest.mark.parametrize("format", encoders, ids=[format.name for format in encoders])
 each_tier = pytest.mark.parametrize("isa", c.isas())
 
