@@ -98,8 +98,8 @@ class Tensors(list):
 
     def copies(self):
         """(name, Buffer) pairs of the arrays to which parameters are written once more."""
-        found = (tensor.storage and tensor.storage.copy for tensor in self)
-        return [(name, copy) for name, copy in zip(self.structure.names("param_copy"), found, strict=True) if copy is not None]
+        names, found = self.structure.names("param_copy"), (tensor.storage and tensor.storage.copy for tensor in self)
+        return [(name, copy) for name, copy in zip(names, found, strict=True) if copy is not None]
 
     def make_low(self):
         """Make the buffers with what bf16 and fp16 parameters lack of a float32."""

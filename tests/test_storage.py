@@ -606,6 +606,30 @@ def test_a_caller_that_flushes_denormals_gets_the_same_bits(fp_mode, backend, is
     same(*outcomes)
 
 
+@pytest.mark.parametrize("grad", [*GRADIENTS, "float64"])
+@pytest.mark.parametrize("backend, isa", WAYS, ids=[isa or name for name, isa in WAYS])
+def test_a_caller_that_flushes_denormals_gets_the_same_norm(fp_mode, backend, isa, grad):
+    """Gradients that are subnormal have their norm, and the step that is clipped by it; as shards, too."""
+    smallest = {"bf16": 2.0**-133, "fp16": 2.0**-24, "float32": 2.0**-149, "float64": 2.0**-1074}[grad]
+    numbers, clip_norm = np.arange(1, 301) % 97 * np.float64(smallest), smallest * 2.0**93
+    gradient = numbers if grad == "float64" else stored(grad, numbers.astype(np.float32))
+    other = 0x1F80 | 0x8040 | 0x2000 * (backend == "c")  # flush to zero, denormals are zero, round down
+    outcomes, decoded = [], backend != "numpy" or grad in ("bf16", "fp16")  # rules in NumPy have the mode of the caller
+    for mode, shards in itertools.product((fp_mode.get(), other), (None, fastrms.Shards(lambda x: [x], [(0, 0, 300)]))):
+        param = np.zeros(300, np.float64 if grad == "float64" else np.float32)
+        optimizer = fastrms.AdaGrad(param, backend=backend, shards=shards, initial_value=1.0)
+        default = fp_mode.get()
+        with forced(isa):
+            fp_mode.set(mode)
+            try:
+                info = optimizer.step(gradient, grad_scale=2.0**90, clip_norm=clip_norm)
+            finally:
+                fp_mode.set(default)
+        outcomes.append((info.grad_norm.hex(), raw(param).tobytes() if decoded else None))
+        assert info.grad_norm > 2.0**98 * smallest
+    assert len({*outcomes}) == 1
+
+
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 @pytest.mark.parametrize("kind", ["float32+bf16", "bf16", "bf16-split16"])
 def test_own_rules_may_be_stored_in_formats(state_format, kind):
