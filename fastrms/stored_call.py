@@ -139,4 +139,6 @@ def update(module, made, recipe, step, grad_scale, acquired):
         return module.update(recipe, step, grad_scale, param.flat, grad.flat, flats)
     plan = module.Plan([param], [flats], [0], [recipe], storages=[made])
     plan.copy([], steps=[step - 1, step - 1])
-    plan.change(grads=[grad], grad_scale=grad_scale)
+    status, _ = plan.change(grads=[grad], grad_scale=grad_scale)
+    if status:
+        raise RuntimeError(f"the plan of this call answered {status}: buffers overlap")
