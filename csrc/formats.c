@@ -41,6 +41,7 @@ LOOPS void decode(int format, int64_t size, fastrms_stored from, float *to_)
     const uint8_t *code = from.stored, *low8 = from.low;
     const int32_t *base = from.low;
     switch (format) {
+    case FASTRMS_FLOAT: EACH(size) to[i] = ((const word *)from.stored)[i]; break;
     case FASTRMS_BF16: EACH(size) to[i] = bf16_decoded(half[i]); break;
     case FASTRMS_FP16: case FASTRMS_FP16S: EACH(size) to[i] = fp16_decoded(half[i]); break;
     case FASTRMS_SPLIT16: EACH(size) to[i] = split16_decoded(half[i], low16[i]); break;
@@ -104,6 +105,7 @@ LOOPS void encode(int format, int stochastic, int64_t size, const float *from_, 
     uint8_t *code = to.stored, *low8 = to.low;
     int32_t *base = to.low;
     switch (format) {
+    case FASTRMS_FLOAT: EACH(size) ((word *)to.stored)[i] = from[i]; break;
     case FASTRMS_BF16: { EACH_RANDOM(size) half[i] = (uint16_t)bf16_encoded(from[i], stochastic, RANDOM); } break;
     case FASTRMS_FP16: { EACH_RANDOM(size) half[i] = (uint16_t)fp16_encoded(from[i], stochastic, RANDOM); } break;
     case FASTRMS_FP16S: { EACH_RANDOM(size) half[i] = (uint16_t)fp16s_encoded(from[i], stochastic, RANDOM); } break;
@@ -149,6 +151,8 @@ TIERS(OF_TIER, )
 fastrms_stored fastrms_part(int format, int64_t size, void *stored, void *low, int64_t begin)
 {
     char *from = stored, *beside = low;
+    if (!from)
+        return (fastrms_stored){NULL, NULL};
     if (format == FASTRMS_Q8 || format == FASTRMS_Q8U)
         return (fastrms_stored){from + begin, (int32_t *)(void *)(from + codes_of(size)) + begin / Q8_BLOCK};
     return (fastrms_stored){from + begin * fastrms_format_itemsize(format == FASTRMS_SPLIT8 ? FASTRMS_BF16 : format),

@@ -148,6 +148,8 @@ static void open_streams(const fastrms_plan *plan, int64_t k, int64_t offset, in
 
 static ALWAYS_INLINE void move(stream *moved)
 {
+    if (!moved->at.stored)                                /* a buffer that the tensor lacks */
+        return;
     moved->at.stored = (char *)moved->at.stored + moved->bytes;
     if (moved->at.low)
         moved->at.low = (char *)moved->at.low + moved->low_bytes;

@@ -368,13 +368,16 @@ def rmsprop(
     bias_correction: _BiasCorrection = False,
     dialect: _Dialect | None = None,
     backend: _Backend = "auto",
+    param_copy: _Array | None = None,
+    rounding: _Rounding = "stochastic",
+    seed: int = 0,
 ) -> None: ...
 def adagrad(
     param: _Array,
     grad: _Array,
     sum: _Array,
     *,
-    step: int = 1,
+    step: int | None = None,
     grad_scale: float = 1.0,
     lr: float = 0.01,
     eps: float = 1e-10,
@@ -386,6 +389,9 @@ def adagrad(
     clip_value: float | None = None,
     dialect: _Dialect | None = None,
     backend: _Backend = "auto",
+    param_copy: _Array | None = None,
+    rounding: _Rounding = "stochastic",
+    seed: int = 0,
 ) -> None: ...
 def adam(
     param: _Array,
@@ -410,6 +416,9 @@ def adam(
     clip_value: float | None = None,
     dialect: _Dialect | None = None,
     backend: _Backend = "auto",
+    param_copy: _Array | None = None,
+    rounding: _Rounding = "stochastic",
+    seed: int = 0,
 ) -> None: ...
 def rprop(
     param: _Array,
@@ -417,6 +426,7 @@ def rprop(
     prev: _Array,
     step_size: _Array,
     *,
+    step: int | None = None,
     grad_scale: float = 1.0,
     eta_minus: float = 0.5,
     eta_plus: float = 1.2,
@@ -427,6 +437,9 @@ def rprop(
     clip_value: float | None = None,
     dialect: _Dialect | None = None,
     backend: _Backend = "auto",
+    param_copy: _Array | None = None,
+    rounding: _Rounding = "stochastic",
+    seed: int = 0,
 ) -> None: ...
 @overload
 def init_state(
@@ -434,6 +447,7 @@ def init_state(
     param: _Array,
     *,
     dialect: _Dialect | None = None,
+    state_format: _StateFormat | None = None,
     lr: _Rate = 0.01,
     rho: float = 0.99,
     eps: float = 1e-08,
@@ -455,6 +469,7 @@ def init_state(
     param: _Array,
     *,
     dialect: _Dialect | None = None,
+    state_format: _StateFormat | None = None,
     lr: _Rate = 0.01,
     eps: float = 1e-10,
     eps_root: float = 0.0,
@@ -471,6 +486,7 @@ def init_state(
     param: _Array,
     *,
     dialect: _Dialect | None = None,
+    state_format: _StateFormat | None = None,
     lr: _Rate = 0.001,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -490,6 +506,7 @@ def init_state(
     param: _Array,
     *,
     dialect: _Dialect | None = None,
+    state_format: _StateFormat | None = None,
     lr: float = 0.01,
     eta_minus: float = 0.5,
     eta_plus: float = 1.2,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import backends, hyper, rules
+from . import backends, hyper, rules, storage, stored_call
 from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 
     values: dict  # the hyper-parameters, with the default of lr
     recipe: Recipe  # with the default of lr
-    update: Any  # the backend's update(), which takes flat arrays
+    module: Any  # the backend
     c_recipe: Any  # a fastrms_recipe for C's short way; None on other backends, and where the state is checked for zeros
     positive_state: bool
 
@@ -58,11 +58,12 @@ class Call:
             grad_scale = hyper.scale("grad_scale", grad_scale)
         try:
             last, kinds, dtype, recipe, usual, most = self.last
+            number = 1 if step is None else step
             lr = usual if rate is _UNSAID else rate
             if (
                 options == last
                 and (kinds is None or kinds == [*map(type, options.values())])
-                and type(step) is int
+                and type(number) is int
                 and type(lr) is float
                 and 0.0 <= lr <= most
                 and type(param) is type(grad) is type(first) is _ndarray
@@ -71,51 +72,56 @@ class Call:
             ):
                 param_at, first_at = _from_buffer(_BYTES, param, True), _from_buffer(_BYTES, first, True)
                 if second is None:
-                    if not _c_one(recipe, lr, param.size, step, grad_scale, param_at, _from_buffer(grad), first_at):
+                    if not _c_one(recipe, lr, param.size, number, grad_scale, param_at, _from_buffer(grad), first_at):
                         return
-                else:
-                    second_at, third_at = _pointer(second, param), _NULL if third is None else _pointer(third, param)
+                elif type(second) is _ndarray and second.dtype is dtype and second.shape == param.shape:
+                    grad_at, second_at = _from_buffer(grad), _from_buffer(_BYTES, second, True)
+                    third_at = _NULL if third is None else _pointer(third, param)
                     if not _c_update(
-                        recipe, lr, param.size, step, grad_scale, param_at, _from_buffer(grad), first_at, second_at, third_at
+                        recipe, lr, param.size, number, grad_scale, param_at, grad_at, first_at, second_at, third_at
                     ):
                         return
         except _WRONG:
             pass  # checked() says what is wrong
-        step = hyper.step_count("step", step, least=1)
+        if step is not None:
+            step = hyper.step_count("step", step, least=1)
         buffers = param, grad, first, second, third
         self.checked(rate, options, step, grad_scale, buffers[: len(self.names)])
 
     def checked(self, rate, options, step, grad_scale, buffers):
-        """Make the update for any array-likes, or say in an error what is wrong with them."""
-        names, memory = self.names, host
+        """Make the update for any array-likes, or say in an error what is wrong with them.  step: None where it was not
+        said."""
+        stored, options = stored_call.taken(options)
+        memory = host
         if options.get("backend", "auto") in ("auto", "cuda"):
             memory = backends.memory(backends.choose(options.get("backend", "auto"), array=buffers[0]))
-        acquired = [self.acquired(memory, x, name) for x, name in zip(buffers, names, strict=True)]
-        param = acquired[0]
-        for buffer, name in zip(acquired[1:], names[1:], strict=True):
-            memory.same_layout(buffer, name, param, "param")
-        host.refuse_overlap(zip(names, acquired, strict=True))
+        acquired, copy = self.acquired(memory, buffers, stored)
+        param, _, *states = acquired
+        made = stored_call.storage_of(acquired, copy, self.names, stored, self.optimizer.not_negative, step)
         if memory is not host:
             options = {**options, "backend": "cuda"}
-        prepared = self.prepared(param.dtype, options)
+        prepared = self.prepared(storage.compute_dtype(param), options)
         recipe = prepared.recipe if rate is _UNSAID else self.at_rate(prepared, options.get("dialect"), rate)
-        if prepared.positive_state and any((memory.on_host(buffer.flat) == 0).any() for buffer in acquired[2:]):
-            raise ValueError(f"eps and eps_root are both 0 in {param.dtype} and {names[2]} holds a 0: 0/0")
-        flats = [buffer.flat for buffer in acquired]
+        if prepared.positive_state and stored_call.holds_zero(memory, param, states):
+            raise ValueError(f"eps and eps_root are both 0 in {recipe.dtype} and {self.names[2]} holds a 0: 0/0")
         try:
-            prepared.update(recipe, step, grad_scale, flats[0], flats[1], flats[2:])
+            stored_call.update(prepared.module, made, recipe, step or 1, grad_scale, acquired)
         finally:
-            memory.wrote([param, *acquired[2:]])
+            memory.wrote([param, *states, copy])
 
-    def acquired(self, memory, x, name):
-        """The Buffer of an argument."""
-        try:
-            return memory.acquire(x, name, writable=name != "grad")
-        except TypeError as error:
-            if host.is_half(x):
-                error.args = (f"{error}; fastrms.{self.optimizer.__name__} takes bf16 and fp16 gradients, and such "
-                              f"parameters with rounding= or master=",)  # fmt: skip
-            raise
+    def acquired(self, memory, buffers, stored):
+        """The Buffers of the arguments, checked against each other, and that of param_copy or None.  stored: the options of
+        stored_call.OPTIONS that are given."""
+        if memory is host:
+            made = stored_call.acquired(buffers, self.names, stored)
+        else:
+            stored_call.refuse_on_device(stored)
+            made = [memory.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, self.names, strict=True)]
+            for buffer, name in zip(made[1:], self.names[1:], strict=True):
+                memory.same_layout(buffer, name, made[0], "param")
+        copy = stored_call.acquired_copy(stored.get("param_copy"), made[0])
+        host.refuse_overlap([*zip(self.names, made, strict=True), *([] if copy is None else [("param_copy", copy)])])
+        return made, copy
 
     def prepared(self, dtype, options):
         """The Prepared of these options, from the cache or from prepare().  The key holds the kinds of the values, too,
@@ -163,7 +169,7 @@ class Call:
         if module is _c and not positive:
             c_recipe = _c.ffi.new("fastrms_recipe *")
             _c.fill_recipe(c_recipe, recipe)
-        return Prepared(values, recipe, module.update, c_recipe, positive)
+        return Prepared(values, recipe, module, c_recipe, positive)
 
 
 def refuse_schedule(rate):
@@ -172,7 +178,7 @@ def refuse_schedule(rate):
 
 
 def _pointer(state, param):
-    """The address of a second or third state; cffi raises where it is not an ndarray like param."""
+    """The address of a third state; cffi raises where it is not an ndarray like param."""
     like = type(state) is _ndarray and state.dtype is param.dtype and state.shape == param.shape
     return _from_buffer(_BYTES, state if like else None, True)
 
@@ -213,21 +219,22 @@ def rmsprop(
     momentum_buffer : array, optional
         The averaged step, which momentum > 0 needs.
     step : int, optional
-        The number of this update, from 1; only bias_correction needs it.
+        The number of this update, from 1; only bias_correction and stochastic rounding need it.
     grad_scale : float, default 1.0
         Multiplies grad; from 1e-30 to 1e30.
     **options
         The hyper-parameters of fastrms.RMSProp, where the whole formula stands; dialect; backend.
+    param_copy, rounding, seed : optional
+        As in fastrms.RMSProp, with the same bits.  For a float32 param, grad may be bf16 or fp16, and the state may be in
+        the formats that init_state() makes; where rounding is given, param may be bf16 or fp16, too.
 
     Raises
     ------
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    if step is None:
-        if "bias_correction" in options and options["bias_correction"]:  # noqa: RUF019  faster where it is missing
-            raise ValueError("bias_correction needs step, the number of this update from 1")
-        step = 1
+    if step is None and "bias_correction" in options and options["bias_correction"]:
+        raise ValueError("bias_correction needs step, the number of this update from 1")
     if grad_avg is None and momentum_buffer is None:
         return _rmsprop.run(lr, options, step, grad_scale, param, grad, square_avg)
     if grad_avg is None:
@@ -237,7 +244,7 @@ def rmsprop(
     return _rmsprop_centered_momentum.run(lr, options, step, grad_scale, param, grad, square_avg, grad_avg, momentum_buffer)
 
 
-def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, lr=_UNSAID, **options):
+def adagrad(param, grad, sum, *, step=None, grad_scale=ONE, lr=_UNSAID, **options):
     """One AdaGrad update of param and sum, in place (Duchi, Hazan, Singer 2011).
 
     ::
@@ -255,12 +262,15 @@ def adagrad(param, grad, sum, *, step=1, grad_scale=ONE, lr=_UNSAID, **options):
         Is only read.
     sum : array
         The sum of squares; is updated, and holds no negative number.
-    step : int, default 1
-        The number of this update, from 1, for lr_decay.
+    step : int, optional
+        The number of this update, from 1, which lr_decay and stochastic rounding need; 1 where it is not given.
     grad_scale : float, default 1.0
         Multiplies grad; from 1e-30 to 1e30.
     **options
         The hyper-parameters of fastrms.AdaGrad, where the whole formula stands; dialect; backend.
+    param_copy, rounding, seed : optional
+        As in fastrms.AdaGrad, with the same bits.  For a float32 param, grad may be bf16 or fp16, and the state may be in
+        the formats that init_state() makes; where rounding is given, param may be bf16 or fp16, too.
 
     Raises
     ------
@@ -298,6 +308,9 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
         Multiplies grad; from 1e-30 to 1e30.
     **options
         The hyper-parameters of fastrms.Adam, where the whole formula stands; dialect; backend.
+    param_copy, rounding, seed : optional
+        As in fastrms.Adam, with the same bits.  For a float32 param, grad may be bf16 or fp16, and the state may be in
+        the formats that init_state() makes; where rounding is given, param may be bf16 or fp16, too.
 
     Raises
     ------
@@ -309,7 +322,7 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
     return _adam_amsgrad.run(lr, options, step, grad_scale, param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
-def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
+def rprop(param, grad, prev, step_size, *, step=None, grad_scale=ONE, **options):
     """One RProp update of param, prev and step_size, in place (Riedmiller, Braun 1993).
 
     ::
@@ -333,16 +346,21 @@ def rprop(param, grad, prev, step_size, *, grad_scale=ONE, **options):
         Multiplies grad; from 1e-30 to 1e30.
     **options
         The hyper-parameters of fastrms.RProp, where the whole formula stands; dialect; backend.
+    step : int, optional
+        The number of this update, from 1; only stochastic rounding needs it.
+    param_copy, rounding, seed : optional
+        As in fastrms.RProp, with the same bits.  For a float32 param, grad may be bf16 or fp16, and the state may be in
+        the formats that init_state() makes; where rounding is given, param may be bf16 or fp16, too.
 
     Raises
     ------
     TypeError, ValueError
         Before anything is written, with a sentence that names the argument.
     """
-    return _rprop.run(_UNSAID, options, 1, grad_scale, param, grad, prev, step_size)
+    return _rprop.run(_UNSAID, options, step, grad_scale, param, grad, prev, step_size)
 
 
-def init_state(optimizer, param, *, dialect=None, **options):
+def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     """Make the state arrays for a first call of rmsprop(), adagrad(), adam() or rprop().
 
     ``state = init_state("rmsprop", w, momentum=0.9); rmsprop(w, g, **state, momentum=0.9)``.
@@ -354,6 +372,8 @@ def init_state(optimizer, param, *, dialect=None, **options):
         The parameter that the state belongs to.
     dialect : str, optional
         As in the optimizer's class.
+    state_format : "bf16", "fp16", "q8" or None, default None
+        How the state is stored, as in the optimizer's class; None is float32, or float64 for a float64 param.
     **options
         The hyper-parameters of that class.  They decide which arrays there are and at what values these start: RMSProp's
         square_avg and AdaGrad's sum at initial_value, RProp's step_size at lr, all others at 0.
@@ -361,7 +381,8 @@ def init_state(optimizer, param, *, dialect=None, **options):
     Returns
     -------
     dict of str to array
-        Well-placed arrays of the shape, memory order and dtype of param.
+        Well-placed arrays of the shape, memory order and dtype of param.  Those in bf16 are fastrms.Stored arrays, those in
+        fp16 float16 arrays; those in q8 are flat arrays of bytes, which only these calls can read.
 
     Raises
     ------
@@ -372,12 +393,16 @@ def init_state(optimizer, param, *, dialect=None, **options):
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
     maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
-    buffer = memory.acquire(param, "param", writable=True)
+    stored = {"state_format": storage.CHECKS["state_format"]("state_format", state_format)}
+    if memory is device:
+        storage.refuse_on_device([stored], None)
+    buffer = memory.acquire(param, "param", writable=True, halves=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     refuse_schedule(h.lr)
-    rule = maker.checked_recipe(h, buffer.dtype).rule
-    flats = new_state(rule, lambda name: maker.initial(h, name), buffer, memory)
-    return {name: host.shaped(flat, buffer) for name, flat in flats.items()}
+    rule = maker.checked_recipe(h, storage.compute_dtype(buffer)).rule
+    made = stored_call.state_formats(rule, buffer, maker.not_negative, **stored)
+    flats = new_state(rule, lambda name: maker.initial(h, name), buffer, memory, formats=made)
+    return {name: stored_call.shown(flat, format, buffer) for (name, flat), format in zip(flats.items(), made, strict=True)}
 
 
 OPTIMIZERS = {  # the functions and their classes
@@ -394,7 +419,7 @@ def _show_signature(function, optimizer):
     given = inspect.signature(function).parameters.values()
     own = [p for p in given if p.kind != p.VAR_KEYWORD and p.default is not _UNSAID]
     skip = {"centered", *optimizer.fixed} | {p.name for p in own}
-    rest = {**optimizer.defaults, "dialect": None, "backend": "auto"}
+    rest = {**optimizer.defaults, "dialect": None, "backend": "auto", **stored_call.OPTIONS}
     keyword = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in rest.items() if n not in skip]
     function.__signature__ = inspect.Signature([*own, *keyword])
 

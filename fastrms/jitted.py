@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from . import dialects, functional, hyper, recipes, rules
+from . import dialects, functional, hyper, optimizers, recipes, rules
 from .backends.numba.kernels import OPTIONS, compiler, kernel
 from .recipes import CORRECTED, DOZAT, FOLDED, NONE
 
@@ -330,6 +330,8 @@ def updates(name):
 def text_of(function, optimizer):
     """The text of the update that does what `function` does."""
     given = {p.name: p.default for p in inspect.signature(function).parameters.values()}
+    if optimizer is optimizers.RProp:  # only random numbers depend on its step, and there are none in jitted code
+        del given["step"]
     states, optional = [*optimizer._numbers.rules][-1], optimizer._numbers.optional
     checks = [OPTIONAL.format(name=name, state=state) for state, name in optional.items()]
     checks += [POSITIVE.format(state=states[0])] * ("needs_positive_state" in vars(optimizer))

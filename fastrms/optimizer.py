@@ -160,8 +160,7 @@ class Optimizer(Names, Family):
             raise ValueError("params is empty: there is nothing to optimize")
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
-        common, stored = storage.taken(options), [storage.taken(extra) for extra in overrides]
-        stored = [{**common, **mine} for mine in stored]
+        stored = storage.of_groups(options, overrides)
         if self._backend == "cuda":
             storage.refuse_on_device(stored, param_copy)
         if state is not None:
@@ -714,6 +713,7 @@ class Optimizer(Names, Family):
         convert : "float32", "bf16", "fp16" or "q8", optional
             The format of states in d that this optimizer keeps in another one.  They are decoded, and rounded to the nearest
             number of that format; numbers beyond the largest of fp16 become this.  Without, d must have the same formats.
+            Tensors with q8 states have stochastic rounding from then on, too, whatever d says.
 
         Raises
         ------

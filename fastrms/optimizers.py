@@ -98,7 +98,7 @@ class RMSProp(Optimizer):
     rounding : "stochastic" or "nearest", default "stochastic"
         How states in formats are rounded, and parameters without master or with "split8".  Stochastic rounding is right in
         the mean, so that many small changes add up; its error is less than twice as large.  Copies, and parameters with
-        another master, are rounded to nearest.
+        another master, are rounded to nearest.  States in "q8" are rounded at random alone: 8 bits would lose most changes.
     param_copy : arrays in the structure of params, optional
         bf16 or fp16 arrays into which each step writes the new parameters, rounded to nearest; None for a tensor without.
     seed : int, default 0

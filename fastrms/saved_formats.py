@@ -20,7 +20,6 @@ DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32)}
 DTYPES |= {name: formats.FORMATS[name].dtype for name in ("bf16", "fp16", "q8")}
 DTYPES |= {name: storage.SPLIT[name].low for name in storage.SPLIT}
 SIGNED = {"float32": FLOAT, "bf16": BF16, "fp16": FP16S, "q8": Q8, "split16": SPLIT16, "split8": SPLIT8}
-LARGEST_BASE = {Q8: 1896, Q8U: 1786}
 
 
 def low_name(tensor):
@@ -113,7 +112,8 @@ def resumed(tensor, entries):
     if tensor.storage is None or "rounding" not in entry:
         return tensor.storage
     rounding = storage.CHECKS["rounding"]("rounding", entry["rounding"])
-    return tensor.storage._replace(stochastic=rounding == "stochastic", seed=hyper.seed("seed", entry["seed"]))
+    stochastic = rounding == "stochastic" or in_blocks(tensor)  # q8 cannot have "nearest"
+    return tensor.storage._replace(stochastic=stochastic, seed=hyper.seed("seed", entry["seed"]))
 
 
 def loaded(tensor, key, entries, signed, convert):
@@ -185,10 +185,7 @@ def _array(key, entry, format, shape, dtype):
     if type(array) is not np.ndarray or (array.dtype, array.shape) != (dtype, expected):
         raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}")
     if format.in_blocks:
-        bases = formats.parts_of(format, np.array(array), None, size, 0, size)[1].view(np.int32)
-        if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
-            raise ValueError(f"{label} in the state_dict has damaged blocks: the base of a block is from 0 to "
-                             f"{LARGEST_BASE[format]}, and a multiple of 8 where numbers have a sign")  # fmt: skip
+        storage.refuse_damaged_blocks(format, np.array(array), size, f"{label} in the state_dict")
     return array
 
 

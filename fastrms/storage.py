@@ -22,6 +22,7 @@ GRADIENTS = (np.dtype(np.float32), host.BF16, host.FP16)  # dtypes of Buffers of
 SPLIT = {"split16": SPLIT16, "split8": SPLIT8}
 SIGNED = {"bf16": BF16, "fp16": FP16S, "q8": Q8}
 NEVER_NEGATIVE = {**SIGNED, "q8": Q8U}
+LARGEST_BASE = {Q8: 1896, Q8U: 1786}
 NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
     ("fp16", "prev"): "fp16 would round the sign of a small gradient away",
     ("q8", "prev"): "q8 would round the sign of a small gradient away",
@@ -35,6 +36,22 @@ NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
 def taken(options):
     """The options of OPTIONS out of a dict of options, which loses them, checked; those that are not there are left out."""
     return {name: CHECKS[name](name, options.pop(name)) for name in OPTIONS if name in options}
+
+
+def of_groups(options, overrides):
+    """The options of OPTIONS for each group, out of the options of all groups and those of each group, which lose them."""
+    common = taken(options)
+    groups = [{**common, **taken(extra)} for extra in overrides]
+    for group in groups:
+        refuse_q8_to_nearest(group.get("state_format"), group.get("rounding"))
+    return groups
+
+
+def refuse_q8_to_nearest(state_format, rounding):
+    """ValueError for states in q8 that are to be rounded to nearest."""
+    if state_format == "q8" and rounding == "nearest":
+        raise ValueError("state_format='q8' cannot have rounding='nearest': states would lose every change below 1/32 of "
+                         "them (losses up to 13 % worse); pass rounding='stochastic', or state_format='bf16'")  # fmt: skip
 
 
 class Storage(NamedTuple):
@@ -164,6 +181,14 @@ def acquired_copy(copy, name, tensor):
                         f"ml_dtypes.bfloat16, a torch tensor, or fastrms.Stored(array, 'bf16')")  # fmt: skip
     host.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
     return buffer
+
+
+def refuse_damaged_blocks(format, flat, size, label):
+    """ValueError where the bases of the blocks of q8 are none that an encoder makes."""
+    bases = formats.parts_of(format, flat, None, size, 0, size)[1].view(np.int32)
+    if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
+        raise ValueError(f"{label} has damaged blocks: the base of a block is from 0 to {LARGEST_BASE[format]}, and a "
+                         f"multiple of 8 where numbers have a sign")  # fmt: skip
 
 
 def items_of(format, size):

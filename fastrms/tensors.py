@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import given_state, rules, storage, torch_reader
+from . import given_state, rules, saved_formats, storage, torch_reader
 from .memory import host
 
 
@@ -94,8 +94,12 @@ class Tensors(list):
                 copy = storage.acquired_copy(copy, name, tensor)
             tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
             origin += tensor.param.size
-        named = [(name, tensor.storage.copy) for tensor, name in zip(self, names, strict=True) if tensor.storage]
-        host.refuse_overlap([*((n, copy) for n, copy in named if copy), *((t.name, t.param) for t in self)])
+        host.refuse_overlap([*self.copies(), *((tensor.name, tensor.param) for tensor in self)])
+
+    def copies(self):
+        """(name, Buffer) pairs of the arrays to which parameters are written once more."""
+        names, found = self.structure.names("param_copy"), (tensor.storage and tensor.storage.copy for tensor in self)
+        return [(name, copy) for name, copy in zip(names, found, strict=True) if copy is not None]
 
     def make_low(self):
         """Make the buffers with what bf16 and fp16 parameters lack of a float32."""
@@ -176,9 +180,10 @@ class Tensors(list):
         """ValueError that names two buffers of a step which overlap.  params: the Buffers of the parameters, or None
         for the present ones; grads: (k, array or Buffer) pairs."""
         params = params or self.params
-        named = [(tensor.name, param) for tensor, param in zip(self, params, strict=True)]
+        named = [(tensor.name, param) for tensor, param in zip(self, params, strict=True)] + self.copies()
         for tensor in self:
-            named += [(f"{name} of {tensor.name}", self.memory.ours(flat)) for name, flat in tensor.state.items()]
+            kept = saved_formats.kept(tensor).items()
+            named += [(f"{name} of {tensor.name}", self.memory.ours(flat)) for name, flat in kept]
         for k, grad in grads:
             if grad is not None:
                 buffer = self.acquire_grad(k, getattr(grad, "owner", grad), writable=False)

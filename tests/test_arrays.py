@@ -328,6 +328,8 @@ def test_functions_refuse(name, backend, case):
     for key in ("param", "grad", *BUFFERS[name]):
         if key == "grad" and case in ("read-only", "jax"):
             continue
+        if key != "param" and case in ("half", "bfloat16"):  # these are taken
+            continue
         if value() is None and key in ("grad_avg", "momentum_buffer", "max_exp_avg_sq"):
             continue
         CALLS[name](buffers_of(name), backend=backend)  # the short way is open

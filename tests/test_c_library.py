@@ -321,6 +321,15 @@ def test_the_trainer_under_sanitizers(sanitized, tmp_path):
 
 
 @needs_make
+def test_storage_formats_under_sanitizers(sanitized, tmp_path):
+    """Buffers that a storage lacks are not moved along, no buffer is read behind its end, and all formats are known."""
+    options = ["-Wall", "-g", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    linked = [sanitized / "libfastrms.a", "-lm", "-pthread"]
+    run(COMPILER, *options, ROOT / "tests" / "c" / "formats.c", *linked, "-o", tmp_path / "formats")
+    assert run(tmp_path / "formats") == "0\n"
+
+
+@needs_make
 def test_the_trainer_refuses_what_it_cannot_read(library, tmp_path):
     into, compiler = library
     make(TRAINER, into, f"CC={compiler}")

@@ -23,7 +23,7 @@ from test_build import operations
 from test_same_bits import scalar_reference, wild_buffers
 
 import fastrms
-from fastrms import rules
+from fastrms import rules, stored_call
 
 pytestmark = pytest.mark.skipif("numba" not in BACKENDS, reason="numba is not installed")
 if "numba" in BACKENDS:
@@ -604,7 +604,8 @@ def test_keywords_and_defaults_are_those_of_fastrms():
         theirs = {p.name: p.default for p in inspect.signature(getattr(fastrms, name)).parameters.values()}
         mine = {p.name: p.default for p in inspect.signature(getattr(jitted, name).py_func).parameters.values()}
         left_out = theirs.keys() - mine.keys()
-        assert left_out <= {"dialect", "backend"} and mine.keys() <= theirs.keys()
+        of_formats = {*stored_call.OPTIONS, *(["step"] if name == "rprop" else [])}
+        assert left_out <= {"dialect", "backend", *of_formats} and mine.keys() <= theirs.keys()
         for key, default in mine.items():
             assert default == theirs[key] or key in ("step", "amsgrad"), key
 

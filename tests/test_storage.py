@@ -1,6 +1,7 @@
 """Tensors that are stored in formats: same bits from every backend, instruction set, thread count and tile; the body of a
 loop and its tail; and what masters, copies and rounding promise."""
 
+import ctypes
 import functools
 import itertools
 
@@ -76,6 +77,15 @@ def numbers(x):
     return formats.decode(BF16, raw(x), raw(x).size)
 
 
+def round_to_nearest(optimizer):
+    """Let the plan of an optimizer round its states to nearest."""
+    tensors, plan = optimizer._tensors, optimizer._plan
+    made = [tensor.storage._replace(stochastic=False) for tensor in tensors]
+    assert plan.copy(plan.pairs_of_storages(made))[0] == backends.OK
+    for tensor, storage_of in zip(tensors, made, strict=True):
+        tensor.storage = storage_of
+
+
 class Run:
     """An optimizer of several tensors, and what it has written."""
 
@@ -86,7 +96,11 @@ class Run:
         self.copies = copy and [stored(copy, np.zeros(size, np.float32)) for size in sizes]
         if format != "float32":
             said = {"rounding": "stochastic", "master": master, **said}
+        to_nearest = said.get("state_format") == "q8" and said.get("rounding") == "nearest"
+        said = {**said, "rounding": "stochastic"} if to_nearest else said
         self.optimizer = make(self.params, backend=backend, param_copy=self.copies, **options, **said)
+        if to_nearest:  # an optimizer refuses this pair, a plan does not
+            round_to_nearest(self.optimizer)
         self.sizes, self.rng, self.infos = sizes, rng, []
 
     def gradients(self, format):
@@ -592,6 +606,30 @@ def test_a_caller_that_flushes_denormals_gets_the_same_bits(fp_mode, backend, is
     same(*outcomes)
 
 
+@pytest.mark.parametrize("grad", [*GRADIENTS, "float64"])
+@pytest.mark.parametrize("backend, isa", WAYS, ids=[isa or name for name, isa in WAYS])
+def test_a_caller_that_flushes_denormals_gets_the_same_norm(fp_mode, backend, isa, grad):
+    """Gradients that are subnormal have their norm, and the step that is clipped by it; as shards, too."""
+    smallest = {"bf16": 2.0**-133, "fp16": 2.0**-24, "float32": 2.0**-149, "float64": 2.0**-1074}[grad]
+    numbers, clip_norm = np.arange(1, 301) % 97 * np.float64(smallest), smallest * 2.0**93
+    gradient = numbers if grad == "float64" else stored(grad, numbers.astype(np.float32))
+    other = 0x1F80 | 0x8040 | 0x2000 * (backend == "c")  # flush to zero, denormals are zero, round down
+    outcomes, decoded = [], backend != "numpy" or grad in ("bf16", "fp16")  # rules in NumPy have the mode of the caller
+    for mode, shards in itertools.product((fp_mode.get(), other), (None, fastrms.Shards(lambda x: [x], [(0, 0, 300)]))):
+        param = np.zeros(300, np.float64 if grad == "float64" else np.float32)
+        optimizer = fastrms.AdaGrad(param, backend=backend, shards=shards, initial_value=1.0)
+        default = fp_mode.get()
+        with forced(isa):
+            fp_mode.set(mode)
+            try:
+                info = optimizer.step(gradient, grad_scale=2.0**90, clip_norm=clip_norm)
+            finally:
+                fp_mode.set(default)
+        outcomes.append((info.grad_norm.hex(), raw(param).tobytes() if decoded else None))
+        assert info.grad_norm > 2.0**98 * smallest
+    assert len({*outcomes}) == 1
+
+
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 @pytest.mark.parametrize("kind", ["float32+bf16", "bf16", "bf16-split16"])
 def test_own_rules_may_be_stored_in_formats(state_format, kind):
@@ -686,6 +724,7 @@ def refusals():
         "cannot hold prev": (fastrms.RProp, whole, {"state_format": "q8"}),
         "cannot hold max_exp_avg_sq": (fastrms.Adam, whole, {"state_format": "q8", "amsgrad": True}),
         "cannot hold grad_avg": (fastrms.RMSProp, whole, {"state_format": "bf16", "centered": True}),
+        "cannot have rounding='nearest'": (fastrms.AdaGrad, whole, {"state_format": "q8", "rounding": "nearest"}),
         "needs none": (fastrms.Adam, whole, {"master": "float32"}),
         "pass master='float32'": (fastrms.Adam, lambda: np.ones(N, np.float16), {"master": "split16"}),
         "must be bf16 or fp16": (fastrms.Adam, whole, {"param_copy": np.zeros(N, np.float32)}),
@@ -693,6 +732,26 @@ def refusals():
         "param_copy is for parameters": (fastrms.Adam, lambda: np.ones(N), {"param_copy": np.zeros(N, np.float16)}),
         "seed=-1": (fastrms.Adam, whole, {"seed": -1}),
     }
+
+
+@pytest.mark.parametrize(
+    "options, extra",
+    [({"rounding": "nearest"}, {"state_format": "q8"}), ({"state_format": "q8"}, {"rounding": "nearest"}),
+     ({}, {"state_format": "q8", "rounding": "nearest"})],
+)  # fmt: skip
+def test_a_group_of_q8_states_is_not_rounded_to_nearest(backend, monkeypatch, options, extra):
+    """It is refused before the array of any parameter is looked at, and so before anything is allocated."""
+    monkeypatch.setattr(host, "acquire", None)
+    params, groups = {"w": np.ones(N, np.float32), "b": np.ones(3, np.float32)}, {"b": extra}
+    with pytest.raises(ValueError, match="pass rounding='stochastic', or state_format='bf16'"):
+        fastrms.Adam(params, groups=groups, backend=backend, **options)
+
+
+def test_groups_of_q8_and_of_bf16_states_differ_in_rounding(backend):
+    params = {"w": np.ones(N, np.float32), "b": np.ones(3, np.float32)}
+    groups = {"w": {"state_format": "q8"}, "b": {"state_format": "bf16", "rounding": "nearest"}}
+    optimizer = fastrms.Adam(params, groups=groups, backend=backend)
+    assert [tensor.storage.stochastic for tensor in optimizer._tensors] == [True, False]
 
 
 @pytest.mark.parametrize("sentence", refusals())
@@ -711,7 +770,8 @@ def test_gradients_that_do_not_fit_are_refused_before_anything_is_written(backen
     before, optimizer = run.outcome(), run.optimizer
     bad = {
         "dtype float64": np.zeros(1003), "dtype uint16; say which": np.zeros(1003, np.uint16),
-        "shape": np.zeros(1002, np.float16), "params[4] overlap": run.params[4], "overlap": run.copies[4],
+        "shape": np.zeros(1002, np.float16), "params[4] overlap": run.params[4],
+        "grads[4] and param_copy[4] overlap": run.copies[4],
     }  # fmt: skip
     for sentence, grad in bad.items():
         grads = run.gradients("bf16")
@@ -720,6 +780,48 @@ def test_gradients_that_do_not_fit_are_refused_before_anything_is_written(backen
             optimizer.step(grads)
         assert sentence in str(error.value)
         same(run.outcome(), before)
+
+
+def places(optimizer):
+    """Name -> first address and the one behind the last, of all buffers of an optimizer but gradients."""
+    made = {}
+    for k, tensor in enumerate(optimizer._tensors):
+        low = {"master" if tensor.storage.master == "float32" else "remainder": tensor.storage.low}
+        for name, flat in {**tensor.state, **low}.items():
+            if flat is not None:
+                made[f"{name} of params[{k}]"] = host.ours(flat)
+        made |= {f"params[{k}]": tensor.param, f"param_copy[{k}]": tensor.storage.copy}
+    return {name: (buffer.address, buffer.end) for name, buffer in made.items() if buffer is not None}
+
+
+def at_address(start, format, size):
+    """A gradient that begins at an address."""
+    memory = (ctypes.c_char * (size * (4 if format == "float32" else 2))).from_address(start)
+    array = np.frombuffer(memory, {"bf16": np.uint16, "fp16": np.float16, "float32": np.float32}[format])
+    return fastrms.Stored(array, "bf16") if format == "bf16" else array
+
+
+@pytest.mark.parametrize("grad", GRADIENTS)
+@pytest.mark.parametrize(
+    "kind, state_format",
+    [("float32+bf16", "q8"), ("bf16-split8+bf16", "bf16"), ("bf16-split16", None), ("fp16-float32", "fp16"),
+     ("bf16-float32+fp16", "q8")],
+)  # fmt: skip
+def test_the_sentence_names_the_two_that_overlap(backend, kind, state_format, grad):
+    """A gradient shares its last or its first 4 bytes with each other buffer, whose elements may be of another size.  Where
+    it reaches into a neighbour of that, too, either may be named."""
+    run = Run(fastrms.Adam, {}, backend, kind, [N, N], state_format=state_format).steps("bf16", 1)
+    before, buffers, size, found = run.outcome(), places(run.optimizer), N * (4 if grad == "float32" else 2), set()
+    for first, end in buffers.values():
+        for start in (first - size + 4, end - 4):
+            with pytest.raises(ValueError, match="every buffer of a step must be separate") as error:
+                run.optimizer.step([at_address(start, grad, N), None])
+            named = str(error.value).partition(" overlap in memory")[0].split(" and ")
+            (other,) = {*named} - {"grads[0]"}
+            assert len(named) == 2 and buffers[other][0] < start + size and start < buffers[other][1], error.value
+            found.add(other)
+    assert found == buffers.keys()
+    same(run.outcome(), before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

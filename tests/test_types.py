@@ -118,7 +118,8 @@ def test_init_state_takes_the_hyper_parameters_of_each_rule():
     for node, maker in zip(overloads, FUNCTIONS.values(), strict=True):
         hyper = [(name, "KEYWORD_ONLY", value) for name, value in maker.defaults.items()]
         first = [("optimizer", "POSITIONAL_OR_KEYWORD", NOT_GIVEN), ("param", "POSITIONAL_OR_KEYWORD", NOT_GIVEN)]
-        equal(said(node, False), [*first, ("dialect", "KEYWORD_ONLY", None), *hyper])
+        also = [("dialect", "KEYWORD_ONLY", None), ("state_format", "KEYWORD_ONLY", None)]
+        equal(said(node, False), [*first, *also, *hyper])
 
 
 def test_every_rule_has_a_type():

@@ -10,7 +10,8 @@ DEFAULT = ctypes.c_void_p(-1)  # FE_DFL_MODE
 
 @contextlib.contextmanager
 def default_mode():
-    """A block in which this thread computes in the default mode, whatever its caller has set, as it does in kernels."""
+    """A block, or as a decorator a function, in which this thread computes in the default mode, whatever its caller has set,
+    as it does in kernels."""
     if libc is None:
         yield
         return

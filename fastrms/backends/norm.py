@@ -5,6 +5,9 @@ The sum of squares is made in double and in one order of additions: eight lanes 
 within a segment of 2^18, segments in sequence.  Each block of doubles is scaled by a power of two of its own, so that no
 square overflows; the square of a float cannot overflow a double.
 
+All of it is computed in the default floating-point mode, whatever the caller has set: a caller that takes subnormal numbers
+for 0 gets the norm of the numbers that are there.
+
 Where tensors are spread over several ranks, each rank sums the segments and blocks that it holds whole, and all ranks add up
 the sums of all ranks in the same order.
 """
@@ -17,6 +20,7 @@ import numpy as np
 from .. import formats
 from ..storage import FLOAT, of_buffer
 from . import Found
+from .float_mode import default_mode
 
 SEGMENT, BLOCK, LANES = 1 << 18, 4096, 8  # elements
 RECORD = np.dtype([("sum", "f8"), ("exponent", "i8"), ("nonfinite", "i8")])  # a fastrms_squares
@@ -99,6 +103,7 @@ def norm_of(squares, grad_scale):
     return float(np.ldexp(np.sqrt(squares.sum) * grad_scale, squares.exponent))
 
 
+@default_mode()
 def scan(grads, grad_scale, clip_norm, nonfinite):
     """(Found, Squares): everything that must be known of the gradients before the first write.  clip_norm: None where no
     norm is wanted; then Squares is None, too.  nonfinite: whether to count the elements that are not finite."""
@@ -153,6 +158,7 @@ def fold(exchange, gathered, clip_norm):
     return total, nonfinite, tensor
 
 
+@default_mode()
 def scan_shards(exchange, grads, grad_scale, clip_norm, nonfinite):
     """scan() over the tensors of all ranks."""
     with np.errstate(all="ignore"):
@@ -174,6 +180,7 @@ def factor(value, exponent):
     return math.ldexp(value, half), math.ldexp(1.0, exponent - half)
 
 
+@default_mode()
 def clipped_scale(grad_scale, clip_norm, grad_norm, squares):
     """grad_scale * (clip_norm / norm) as a factor(), where the norm is larger than clip_norm.  Powers of two are kept apart,
     since the norm of finite gradients may be too large for a double.  A NaN norm makes the factor NaN, as every framework
