@@ -164,7 +164,7 @@ class Optimizer(Names, Family):
         stored = [{**common, **mine} for mine in stored]
         if self._backend == "cuda":
             storage.refuse_on_device(stored, param_copy)
-        if state is not None:
+        if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
@@ -173,7 +173,7 @@ class Optimizer(Names, Family):
         if state is None:
             self._tensors.make_state(self._groups.initial, self._groups.rules)
         else:
-            self._tensors.take_state(state, self._groups.rules, self.not_negative)
+            self._tensors.take_state(state, self._groups.rules, None if self.trusts_state else self.not_negative)
         self._tensors.make_low()
         self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)

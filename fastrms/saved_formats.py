@@ -185,11 +185,16 @@ def _array(key, entry, format, shape, dtype):
     if type(array) is not np.ndarray or (array.dtype, array.shape) != (dtype, expected):
         raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}")
     if format.in_blocks:
-        bases = formats.parts_of(format, np.array(array), None, size, 0, size)[1].view(np.int32)
-        if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
-            raise ValueError(f"{label} in the state_dict has damaged blocks: the base of a block is from 0 to "
-                             f"{LARGEST_BASE[format]}, and a multiple of 8 where numbers have a sign")  # fmt: skip
+        refuse_damaged(np.array(array), format, size, label)
     return array
+
+
+def refuse_damaged(array, format, size, label):
+    """ValueError where the blocks in an array of this size are none that an encoder makes."""
+    bases = formats.parts_of(format, array, None, size, 0, size)[1].view(np.int32)
+    if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
+        raise ValueError(f"{label} in the state_dict has damaged blocks: the base of a block is from 0 to "
+                         f"{LARGEST_BASE[format]}, and a multiple of 8 where numbers have a sign")  # fmt: skip
 
 
 def _decoded(key, entry, name, shape, signed):

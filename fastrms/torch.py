@@ -82,7 +82,8 @@ class RMSprop(Optimizer):
     @arguments
     def __init__(self, params, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, centered=False, capturable=False,
                  foreach=None, maximize=False, differentiable=False, *, decoupled=False, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -114,7 +115,8 @@ zero_grad, dialect : see RMSprop
     @arguments
     def __init__(self, params, lr=1e-2, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, foreach=None, *,
                  maximize=False, differentiable=False, fused=None, decoupled=False, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -151,7 +153,7 @@ dialect : see RMSprop
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, foreach=None,
                  maximize=False, capturable=False, differentiable=False, fused=None, decoupled_weight_decay=False,
                  eps_root=0.0, clip_value=None, clip_norm=None, nonfinite="propagate", zero_grad=False,
-                 dialect=None):  # fmt: skip
+                 dialect=None, state_format=None, master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -177,7 +179,8 @@ nonfinite, zero_grad, dialect : see Adam
     @arguments
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
                  foreach=None, capturable=False, differentiable=False, fused=None, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -206,7 +209,7 @@ class Rprop(Optimizer):
     @arguments
     def __init__(self, params, lr=1e-2, etas=(0.5, 1.2), step_sizes=(1e-6, 50), *, capturable=False, foreach=None,
                  maximize=False, differentiable=False, clip_value=None, clip_norm=None, nonfinite="propagate",
-                 zero_grad=False, dialect=None):  # fmt: skip
+                 zero_grad=False, dialect=None, state_format=None, master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 

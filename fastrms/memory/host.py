@@ -96,6 +96,12 @@ def acquire(x, name, *, writable, halves=False):
     return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
 
 
+def acquire_integers(x, name):
+    """The Buffer of a torch tensor of integers, which hold what a format stores."""
+    array = _from_torch(x, name, np.dtype(str(x.dtype).removeprefix("torch.")))
+    return Buffer(x, _flat(array, name, x), address(array), array.shape, _element_strides(array))
+
+
 def half_array(x, name):
     """The array of the 16 bits of each number of x, with the dtype BF16 or FP16; None where x is no bf16 or fp16."""
     if isinstance(x, Stored):
@@ -183,7 +189,7 @@ def _from_torch(x, name, kind=None):
     torch = sys.modules["torch"]
     _refuse_tensor(x, name, torch, kind)
     try:
-        bits = x.detach() if kind is None else x.detach().view(torch.int16)
+        bits = x.detach().view(torch.int16) if kind is not None and x.is_floating_point() else x.detach()
         array, storage = bits.numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -333,6 +339,8 @@ def shaped(flat, like):
 
 def again(buffer, name):
     """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
+    if buffer.dtype.kind in "iu" and not buffer.owner.is_floating_point():
+        return acquire_integers(buffer.owner, name)
     return acquire(buffer.owner, name, writable=True, halves=buffer.dtype not in DTYPES)
 
 
