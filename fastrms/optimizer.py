@@ -582,12 +582,12 @@ class Optimizer(Names, Family):
     def _stream_read(self, k, grad):
         """_stream() of a torch tensor whose address C reads, from constant learning rates; False where it cannot."""
         reader = self._tensors.reader(self._plan)
-        address = reader.read_one(k, grad) if reader and not self._zero_grad else 0
-        if not address:
+        read = reader.read_one(k, grad) if reader and not self._zero_grad else None
+        if read is None:
             return False
         status = None
         try:
-            status = self._plan.stream_step(k, None, self._tensors[k].param._replace(address=address), None, 1.0)
+            status = self._plan.stream_step(k, None, read, None, 1.0)
         finally:
             if status in (None, backends.OK):
                 reader.wrote_one(k)
