@@ -136,8 +136,8 @@ def format_of(grad):
 
 
 def formats_of(grads):
-    """A C array of the formats of gradients, which a torch_reader.Reader has ready; NULL where all are in their compute dtype,
-    as arrays always are."""
+    """A C array of the formats of gradients, which a torch_reader.Reader has ready; NULL where all are in their compute
+    dtype, as arrays always are."""
     if type(grads) is not list:
         return grads.formats
     if host.Buffer not in set(map(type, grads)):
