@@ -23,6 +23,7 @@ from .torch_core import (
     Note,
     State,
     complete,
+    low_names,
     new_state,
     state_names,
     stored_state,
@@ -218,6 +219,7 @@ class Optimizer(torch.optim.Optimizer):
         """A Member for every parameter that has a state or needs one; what its state lacks is made."""
         members, end = [], 0
         for number, group in enumerate(self.param_groups):
+            wanted = {"step", *state_names(self.kind, values[number]), *low_names(stored[number])}
             for label, param in labelled(group):
                 origin, end = end, end + param.numel()
                 if not needs_state(param) and not self.state.get(param):
@@ -225,7 +227,8 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state[param]
                 if type(state) is not State or state.note is not self._note:
                     state = self.state[param] = State(state, self._note)
-                complete(self.kind, values[number], stored[number], param, state, f"params[{number}][{label!r}]")
+                if not wanted <= state.keys():
+                    complete(self.kind, values[number], stored[number], param, state, f"params[{number}][{label!r}]")
                 members.append(Member(number, label, param, state, origin))
         return members
 
@@ -482,6 +485,9 @@ def copied(kind, param, state, name, formats, convert):
             raise ValueError(f"the state_dict has a {key} of {name}, which this optimizer would lose: make it with "
                              f"master={master!r}")  # fmt: skip
         refuse_other_spread(value, param, f"{key} of {name}")
+        if value.dtype is not torch.uint8 and value.shape != param.shape:
+            raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
+                             f"{tuple(param.shape)}")  # fmt: skip
         format = formats.get(key, FLOAT)
         made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0, format)
         parts = part_of(made[key]), key, part_of(value), part_of(param), format

@@ -84,6 +84,11 @@ def stored_state(kind, values, options, param, name):
     return of_state(KINDS[kind], rule_of(kind, values), options, param, name)
 
 
+def low_names(options):
+    """What the state of a bf16 or fp16 parameter holds for the master that these options ask for, in a list."""
+    return [LOW[options["master"]]] if options.get("master") else []
+
+
 def complete(kind, values, options, param, state, name):
     """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` and `options` want."""
     h = KINDS[kind].at_step(values)
@@ -159,8 +164,7 @@ class Core:
         of_group = [[m for m in members if m.group == group] for group in self.groups]
         self._keys = [[m.label for m in some] for some in of_group]
         self.names = [state_names(kind, values[group]) for group in self.groups]
-        low = [[LOW[stored[group]["master"]]] if stored[group].get("master") else [] for group in self.groups]
-        names = [[*mine, *more] for mine, more in zip(self.names, low, strict=True)]
+        names = [[*mine, *low_names(stored[group])] for mine, group in zip(self.names, self.groups, strict=True)]
         state = {
             name: [{m.label: part_of(m.state[name]) if name in mine else None for m in some}
                    for some, mine in zip(of_group, names, strict=True)]

@@ -140,21 +140,24 @@ def loaded(made, key, value, param, format, signed, convert, name):
     where it does not fit.  signed: whether a saved q8 has signs; convert: as in load_state_dict()."""
     saved, mine, label = said(value), name_of(param, format), f"{key} of {name}"
     source = storage.SIGNED["q8"] if signed else storage.NEVER_NEGATIVE["q8"]
-    in_blocks = saved == "q8"
-    expected = (formats.stored_bytes(source, param.numel()),) if in_blocks else tuple(param.shape)
-    if tuple(value.shape) != expected:
-        kept = f"{expected}, that of {mine if in_blocks else 'its parameter'}"
-        raise ValueError(f"{label} in the state_dict has shape {tuple(value.shape)}, the parameter has "
-                         f"{tuple(param.shape)}: it must have {kept}")  # fmt: skip
-    if in_blocks:
+    if in_blocks := saved == "q8":
         bits = np.array(value.detach().cpu().numpy())
-        saved_formats.refuse_damaged(bits, source, param.numel(), label)
+        refuse_other_size(bits, source, param, label)
     if saved == mine or {saved, mine} == {"float32", "float64"}:
         made.copy_(value)
         return
     refuse_conversion(label, key, saved, mine, convert)
     numbers = torch.from_numpy(formats.decode(source, bits, param.numel())).view(param.shape) if in_blocks else value
     write(made, numbers, param, format)
+
+
+def refuse_other_size(bits, format, param, label):
+    """ValueError where an array in blocks is not that of a parameter of this size, or is damaged."""
+    expected = formats.stored_bytes(format, param.numel())
+    if bits.shape != (expected,):
+        raise ValueError(f"{label} in the state_dict has shape {bits.shape}, q8 of {param.numel()} elements "
+                         f"has {(expected,)}")  # fmt: skip
+    saved_formats.refuse_damaged(bits, format, param.numel(), label)
 
 
 def refuse_conversion(label, key, saved, mine, convert):

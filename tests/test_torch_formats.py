@@ -115,7 +115,7 @@ def test_the_bits_are_those_on_numpy_arrays(case):
     optimizer = made(name, params, options)
     ours, arrays = ours_like(optimizer, params, options)
     for step in range(5):
-        give_grads(params, step, (dtype, BF16, FP16)[step % 3])
+        give_grads(params, step, (dtype, BF16, FP16, F32)[step % 4])
         optimizer.step()
         grads = [param.grad for param in params]
         ours.step([grads[:2], grads[2:]])

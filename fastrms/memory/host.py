@@ -88,9 +88,7 @@ def acquire(x, name, *, writable, halves=False):
     if array is None:
         array = as_array(x, name)
         refuse_dtype(array.dtype, name, x, halves)
-    start = address(array)
-    if start % array.itemsize:
-        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
+    start = _refuse_misaligned(array, name)
     if writable and not array.flags.writeable:
         raise ValueError(f"{name} is read-only{remedies.of_read_only(x, name)}")
     return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
@@ -99,7 +97,16 @@ def acquire(x, name, *, writable, halves=False):
 def acquire_integers(x, name):
     """The Buffer of a torch tensor of integers, which hold what a format stores."""
     array = _from_torch(x, name, np.dtype(str(x.dtype).removeprefix("torch.")))
+    _refuse_misaligned(array, name)
     return Buffer(x, _flat(array, name, x), address(array), array.shape, _element_strides(array))
+
+
+def _refuse_misaligned(array, name):
+    """The address of an array; ValueError where it is none for its elements."""
+    start = address(array)
+    if start % array.itemsize:
+        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
+    return start
 
 
 def half_array(x, name):
