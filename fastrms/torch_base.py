@@ -67,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
     """The base of RMSprop, Adagrad, Adam, AdamW and Rprop, each of which names a ``kind``, its class in fastrms."""
 
     kind = ""
+    _seed = 0  # of optimizers that were pickled before there was one
     in_backward = staticmethod(nothing)  # gives what step_in_backward() has made
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to step()
 

@@ -45,6 +45,9 @@ def of_state(kind, rule, options, param, name):
     """Name -> Format of what the state of a parameter holds beside its count: its states, and the master or the remainder of
     a bf16 or fp16 parameter.  ValueError, which calls the parameter `name`, where it cannot be stored so."""
     part, names, master = part_of(param), rules.state_names(rules.find(rule)), options.get("master")
+    if master and part.dtype not in HALVES:
+        raise ValueError(f"master={master!r} is for parameters in bf16 and fp16; {name} has dtype {numpy_dtype(part)}: put "
+                         f"it into a group of parameters without master")  # fmt: skip
     dtype = np.dtype(np.float32) if part.dtype in HALVES else numpy_dtype(part)
     like = SimpleNamespace(name=name, dtype=dtype, param=SimpleNamespace(dtype=numpy_dtype(part)))
     made = storage.of_tensor(like, rule, options, None, kind.not_negative, 0, 0)

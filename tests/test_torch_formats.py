@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,7 +296,7 @@ def test_a_gradient_of_a_wrong_dtype_is_refused(dtype, wrong):
 @pytest.mark.parametrize("kind, shape, options, words", [
     (BF16, (3,), {}, r"bfloat16: say how it is updated, by master='float32'.*rounding='stochastic'.*model\.float\(\)"),
     (FP16, (3,), {"state_format": "bf16"}, "float16: say how it is updated"),
-    (F32, (3,), {"master": "float32"}, "needs none: leave it out"),
+    (F32, (3,), {"master": "float32"}, "has dtype float32: put it into a group of parameters without master"),
     (FP16, (3,), {"master": "split16"}, "pass master='float32'"),
     (torch.float64, (3,), {"state_format": "bf16"}, "is for tensors that are updated in float32"),
     (F32, (3,), {"state_format": "q8", "amsgrad": True}, "'q8' cannot hold max_exp_avg_sq of params"),
@@ -623,7 +624,7 @@ class Scaled:
 
     def __call__(self, model, x, y, optimizer):
         with torch.autocast("cpu", dtype=FP16):
-            loss = ((model(x) - y) ** 2).mean()
+            loss = ((model(x).float() - y) ** 2).mean()
         self.scaler.scale(loss).backward()
         self.steps += 1
         if self.steps == 7:
@@ -685,3 +686,58 @@ def test_formats_do_not_pass_through_the_form_of_torch():
         floats.load_state_dict(saved, convert=format)
         ours.load_torch_state_dict(floats.state_dict())
         assert as_bytes(ours.state["exp_avg"][0][1]) == raw(floats.state[params[1]]["exp_avg"])
+
+
+def test_a_gradient_in_half_whose_storage_was_resized_is_refused(half):
+    param = parameters(F32, [(4096,)])[0]
+    optimizer = ft.Adam([param])
+    give(param, torch.ones(4096, dtype=half))
+    optimizer.step()
+    before = raw(param)
+    param.grad.untyped_storage().resize_(4096)
+    with pytest.raises(ValueError, match=r"gradient|grads.*storage was resized"):
+        optimizer.step()
+    assert raw(param) == before
+
+
+def test_a_model_in_fp16_is_trained_with_a_scaler():
+    model, scaled = net(FP16), Scaled()
+    first, last = trained(model, ft.Adam(model.parameters(), lr=1e-2, master="float32"), scaled)
+    assert last < 0.2 * first and scaled.skipped >= 1 and model[0].weight.dtype is FP16
+
+
+@pytest.mark.parametrize("dtype, then, options", [
+    (F32, BF16, {}), (F32, BF16, {"state_format": "bf16"}), (BF16, F32, {"master": "float32"}),
+    (BF16, FP16, {"rounding": "nearest"}),
+])  # fmt: skip
+def test_a_model_that_turns_to_another_dtype_is_refused(dtype, then, options):
+    model = net(dtype)
+    params, optimizer = [*model.parameters()], ft.Adam(model.parameters(), **options)
+    give_grads(params, 0, absent=False)
+    optimizer.step()
+    model.to(then)
+    give_grads(params, 1, absent=False)
+    before = [*map(raw, params)]
+    with pytest.raises(TypeError, match="has dtype"):
+        optimizer.step()
+    assert [*map(raw, params)] == before
+
+
+def test_a_master_that_is_removed_is_made_from_the_parameter():
+    """What is written into a parameter counts only if its master learns of it."""
+    params = parameters(BF16, [(40,), (50,)])
+    optimizer = ft.Adam(params, master="float32", lr=1e-4)
+    run(params, optimizer, 2)
+    with torch.no_grad():
+        for param in params:
+            param.fill_(8)
+    del optimizer.state[params[0]]["master"]
+    run(params, optimizer, 1, first=2)
+    assert (params[0] - 8).abs().max() < 0.1 and (params[1] - 8).abs().max() > 1
+
+
+def test_on_a_gpu_options_are_refused():
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=F32)
+    with pytest.raises(ValueError, match="state_format='bf16' is for the backends in host memory"):
+        fastrms.torch_formats.refuse_undecided(on_gpu, {"state_format": "bf16"}, "params[0][0]")
+    fastrms.torch_formats.refuse_undecided(on_gpu, {}, "params[0][0]")
