@@ -356,9 +356,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict, convert=None):
         """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
 
-        The numbers are copied.  Hyper-parameters that torch does not have keep their values.  The states must have the
-        formats that state_format, master and the parameters of this optimizer ask for, and so has what torch.optim gave; a
-        master that the dict lacks is made from its parameter.
+        The numbers are copied.  Hyper-parameters that torch does not have keep their values, and so do state_format, master
+        and rounding.  States must have the formats of this optimizer; torch.optim has its states in the dtype of the
+        parameter.  A master that the dict lacks is made from its parameter.
 
         Parameters
         ----------

@@ -223,16 +223,20 @@ def test_gradients_in_half_take_the_short_way(half, monkeypatch):
         assert optimizer.step_info.applied
 
 
-def test_without_the_short_way_the_bits_are_the_same(monkeypatch):
+@pytest.mark.parametrize("case", SOME, ids=case_id)
+def test_other_ways_and_backends_have_the_same_bits(case, monkeypatch):
+    name, dtype, options = case
     found = []
-    for short in (True, False):
-        if not short:
+    for backend, library in (("c", True), ("c", False), ("numpy", False)):
+        if not library:
             monkeypatch.setattr(fastrms.torch_reader, "library", lambda: None)
-        params = parameters(BF16)
-        optimizer = made("Adam", params, {"master": "split8", "state_format": "q8"}, clip_norm=0.1)
-        run(params, optimizer, 4)
+        monkeypatch.setenv("FASTRMS_BACKEND", backend)
+        params = parameters(dtype)
+        optimizer = made(name, params, options, clip_norm=0.1)
+        run(params, optimizer, 3)
+        assert {core.optimizer.backend for core in optimizer._cores} == {backend}
         found.append(held(params, optimizer))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("dtype, options", [(F32, {}), (F32, {"state_format": "q8"}), (BF16, {"master": "split16"})])
