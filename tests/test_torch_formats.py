@@ -742,6 +742,6 @@ def test_a_master_that_is_removed_is_made_from_the_parameter():
 
 def test_on_a_gpu_options_are_refused():
     on_gpu = SimpleNamespace(is_cuda=True, dtype=F32, device="cuda:0")
-    with pytest.raises(ValueError, match=r"state_format='bf16' is for parameters in host memory; params\[0\]\[0\] is on cuda:0"):
+    with pytest.raises(ValueError, match=r"state_format=.bf16. is for parameters in host memory; params.* is on cuda:0"):
         fastrms.torch_formats.refuse_undecided(on_gpu, {"state_format": "bf16"}, "params[0][0]")
     fastrms.torch_formats.refuse_undecided(on_gpu, {}, "params[0][0]")
