@@ -36,12 +36,25 @@ static int has_layout(const fastrms_torch *torch, void *tensor, const fastrms_la
 }
 
 /* does the storage of a tensor still have all bytes of it?  A storage can be resized under its tensors. */
-static int is_whole(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted)
+static int is_whole(const fastrms_torch *torch, void *tensor, int64_t size, int itemsize)
 {
     int64_t offset, bytes;
     if (torch->get_storage_offset(tensor, &offset) || torch->get_storage_size(tensor, &bytes))
         return 0;
-    return (offset + wanted->size) * wanted->itemsize <= bytes;
+    return (offset + size) * itemsize <= bytes;
+}
+
+/* the format of a tensor by its dtype; -1 where it is another one than is wanted */
+static int format_of(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, int may_be_half)
+{
+    int32_t dtype;
+    if (torch->get_dtype(tensor, &dtype))
+        return -1;
+    if (dtype == wanted->dtype)
+        return FASTRMS_FLOAT;
+    if (!may_be_half || wanted->itemsize != sizeof(float))
+        return -1;
+    return dtype == torch->bf16 ? FASTRMS_BF16 : dtype == torch->fp16 ? FASTRMS_FP16 : -1;
 }
 
 static int is_negative(const fastrms_torch *torch, void *tensor)
@@ -49,20 +62,24 @@ static int is_negative(const fastrms_torch *torch, void *tensor)
     return (*(const uint64_t *)(*(const char **)tensor + torch->flags_at) & torch->negative) != 0;
 }
 
-static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address)
+static int is_like(const fastrms_torch *torch, void *tensor, const fastrms_layout *wanted, void **address, int32_t *format)
 {
     if (wanted->axes < 0)                                 /* only its address and its size count */
         return *(void **)tensor && !torch->get_data_ptr(tensor, address) && *address == wanted->address
             && has_size(torch, tensor, wanted->size);
     if (!*(void **)tensor || is_negative(torch, tensor) || !is_number(torch->get_device_type, tensor, wanted->device_type)
         || !is_number(torch->get_device_index, tensor, wanted->device_index)
-        || !is_number(torch->get_layout, tensor, torch->strided) || !is_number(torch->get_dtype, tensor, wanted->dtype))
+        || !is_number(torch->get_layout, tensor, torch->strided))
         return 0;
-    if (!has_layout(torch, tensor, wanted) || torch->get_data_ptr(tensor, address))
+    int found = format_of(torch, tensor, wanted, format != NULL);
+    if (found < 0 || !has_layout(torch, tensor, wanted) || torch->get_data_ptr(tensor, address))
         return 0;
+    if (format)
+        *format = found;
     if (!wanted->size)
         return 1;
-    return *address && (uintptr_t)*address % (uintptr_t)wanted->itemsize == 0 && is_whole(torch, tensor, wanted)
+    int itemsize = found ? fastrms_format_itemsize(found) : wanted->itemsize;
+    return *address && (uintptr_t)*address % (uintptr_t)itemsize == 0 && is_whole(torch, tensor, wanted->size, itemsize)
         && (!wanted->address || *address == wanted->address);
 }
 
@@ -93,18 +110,19 @@ int fastrms_same_items(const fastrms_torch *torch, uintptr_t list, uintptr_t oth
 }
 
 int64_t fastrms_read_tensors(const fastrms_torch *torch, uintptr_t list, int64_t first, int64_t count,
-                             const fastrms_layout *wanted, void **address)
+                             const fastrms_layout *wanted, void **address, int32_t *format)
 {
     char *const *object = items(torch, list) + first;
     int64_t absent = 0;
     prefetch(torch, object, count);
     for (int64_t k = 0; k < count; ++k) {
+        int32_t *at = format ? format + k : NULL;
         address[k] = NULL;
         if (object[k] == torch->none) {
             ++absent;
             continue;
         }
-        if (!is_read(torch, object[k]) || !is_like(torch, object[k] + torch->tensor_at, &wanted[k], &address[k]))
+        if (!is_read(torch, object[k]) || !is_like(torch, object[k] + torch->tensor_at, &wanted[k], &address[k], at))
             return -1;
         if (!wanted[k].size)
             address[k] = address;                         /* an empty tensor may lie at 0, which means "none" */

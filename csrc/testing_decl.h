@@ -56,10 +56,10 @@ void fastrms_encode(int isa, int format, int64_t size, const float *x, void *sto
 
 /* What fastrms_read_tensors needs: where in a Python object its class is, in a tensor of torch what C takes for one, in a list
  * the pointer to its items, and in what C takes for a tensor the flags of which `negative` is set where the numbers in memory
- * have the other sign, all in bytes; the classes that are read, and None; and of torch the layout "strided" and the functions
- * aoti_torch_get_... . */
+ * have the other sign, all in bytes; the classes that are read, and None; and of torch the layout "strided", the dtypes bf16 and
+ * fp16, and the functions aoti_torch_get_... . */
 typedef struct {
-    int32_t kind_at, tensor_at, items_at, flags_at, strided;
+    int32_t kind_at, tensor_at, items_at, flags_at, strided, bf16, fp16;
     uint64_t negative;
     const void *kinds[2], *none;
     int32_t (*get_device_type)(void *tensor, int32_t *made), (*get_device_index)(void *tensor, int32_t *made);
@@ -80,10 +80,11 @@ typedef struct {
     const int64_t *shape, *strides;
 } fastrms_layout;
 
-/* Fill address[] for `count` tensors of a Python list, from the one of index `first` on: NULL for None.  Returns how many are
- * None, or -1 where one is not as wanted. */
+/* Fill address[] for `count` tensors of a Python list, from the one of index `first` on: NULL for None.  format: NULL, or
+ * where the format of each is written, which may then be FASTRMS_BF16 or FASTRMS_FP16 where floats are wanted.  Returns how many
+ * are None, or -1 where one is not as wanted. */
 int64_t fastrms_read_tensors(const fastrms_torch *torch, uintptr_t list, int64_t first, int64_t count,
-                             const fastrms_layout *wanted, void **address);
+                             const fastrms_layout *wanted, void **address, int32_t *format);
 
 /* Have two Python lists of `count` items the same objects in them? */
 int fastrms_same_items(const fastrms_torch *torch, uintptr_t list, uintptr_t other, int64_t count);

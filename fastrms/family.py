@@ -36,6 +36,7 @@ class Family:
     _numbers = None  # the Numbers of recipes.py for a family of fastrms; None for own rules
     state_names: tuple = ()
     not_negative: tuple = ()  # states in which a negative number or NaN can only be damage
+    trusts_state = False  # whether state= may hold anything that an optimizer makes: NaN, formats, masters
     own_rule = None
 
     def __init_subclass__(cls):

@@ -2,32 +2,47 @@
 
 from collections.abc import Mapping
 
-from . import rules
+from . import rules, storage
 from .memory import host
+
+DTYPES = {  # of a torch tensor that holds what a format stores
+    storage.BF16: "bfloat16",
+    storage.FP16S: "float16",
+    storage.Q8: "uint8",
+    storage.Q8U: "uint8",
+    storage.SPLIT16: "int16",
+    storage.SPLIT8: "int8",
+}
+LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
 
 
 def acquired(tensors, rules_of_keys, state, not_negative):
     """For each tensor the Buffers of its state by name, in the order of its rule.
 
     state: name -> arrays in the structure of params, None where the rule of a tensor has no such state.  rules_of_keys: the
-    rule of each RecipeKey.  not_negative: the names of states in which a negative number or NaN can only be damage.
+    rule of each RecipeKey.  not_negative: the names of states in which a negative number or NaN can only be damage; None
+    where states may be stored in formats, in torch tensors, and come with the masters and remainders of parameters.
     TypeError or ValueError where something does not fit.
     """
+    trusted = not_negative is None
     kept = [rules.state_names(rules.find(rules_of_keys[tensor.recipe])) for tensor in tensors]
+    if trusted:
+        kept = [[*names, *low(tensor)] for names, tensor in zip(kept, tensors, strict=True)]
     names = dict.fromkeys(name for wanted in kept for name in wanted)
     refuse_other_names(state, names)
     found = {}  # (index of a tensor, state name) -> (what error sentences call the array, Buffer)
     for name in names:
         for k, label, array in leaves(tensors.structure, state, name):
             if name in kept[k]:
-                found[k, name] = label, acquired_one(tensors, k, array, label)
+                format = format_of(tensors[k], kept[k].index(name)) if trusted else storage.FLOAT
+                found[k, name] = label, acquired_one(tensors, k, array, label, format)
             elif array is not None:
                 raise ValueError(
                     f"{label} is given, and the rule of {tensors[k].name} has no {name}: pass None in its place"
                 )
     host.refuse_overlap([*found.values(), *((tensor.name, tensor.param) for tensor in tensors)])
     for (_, name), labelled in found.items():
-        if name in not_negative:
+        if not trusted and name in not_negative:
             refuse_negative(tensors.memory, *labelled)
     return [{name: found[k, name][1] for name in wanted} for k, wanted in enumerate(kept)]
 
@@ -52,14 +67,45 @@ def leaves(structure, state, name):
     return [(k, *pair) for k, pair in enumerate(zip(labels, arrays, strict=True))]
 
 
-def acquired_one(tensors, k, array, name):
+def low(tensor):
+    """The name of what the master of a tensor needs, in a list; an empty one where it needs nothing."""
+    return [LOW[tensor.storage.master]] if tensor.storage and tensor.storage.master else []
+
+
+def format_of(tensor, k):
+    """The Format of state number k of a tensor; what its master needs follows on the states."""
+    made = tensor.storage
+    if made is None:
+        return storage.FLOAT
+    return made.states[k] if k < len(made.states) else storage.SPLIT.get(made.master, storage.FLOAT)
+
+
+def acquired_one(tensors, k, array, name, format=storage.FLOAT):
     """The Buffer of a state array of tensor k, which error sentences call `name`."""
     like, memory = tensors[k], tensors.memory
     if array is None:
         raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
+    if format is not storage.FLOAT:
+        return stored_one(like, array, name, format)
     buffer = memory.acquire(array, name, writable=True)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)
+    return buffer
+
+
+def stored_one(like, tensor, name, format):
+    """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
+    dtype, size = str(tensor.dtype).removeprefix("torch."), like.param.size
+    if dtype != DTYPES[format]:
+        raise TypeError(f"{name} has dtype {dtype}; what is stored in {storage.said(format)} is {DTYPES[format]}: formats "
+                        f"stay as they are once there is a state")  # fmt: skip
+    is_float = tensor.is_floating_point()
+    buffer = host.acquire(tensor, name, writable=True, halves=True) if is_float else host.acquire_integers(tensor, name)
+    if not format.in_blocks:
+        host.same_layout(buffer, name, like.param, like.name, dtypes=(buffer.dtype,))
+    elif buffer.shape != (storage.items_of(format, size),) or buffer.address % 4:
+        raise ValueError(f"{name} has shape {buffer.shape} and starts at address {buffer.address:#x}; q8 of {like.name} has "
+                         f"shape {(storage.items_of(format, size),)}, and an address that is a multiple of 4")  # fmt: skip
     return buffer
 
 

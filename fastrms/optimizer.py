@@ -163,7 +163,7 @@ class Optimizer(Names, Family):
         stored = storage.of_groups(options, overrides)
         if self._backend == "cuda":
             storage.refuse_on_device(stored, param_copy)
-        if state is not None:
+        if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
@@ -172,7 +172,7 @@ class Optimizer(Names, Family):
         if state is None:
             self._tensors.make_state(self._groups.initial, self._groups.rules)
         else:
-            self._tensors.take_state(state, self._groups.rules, self.not_negative)
+            self._tensors.take_state(state, self._groups.rules, None if self.trusts_state else self.not_negative)
         self._tensors.make_low()
         self._groups.refuse_zero_state(values, self._tensors.state)
         extra = hyper.cuda_options(self._backend, stream, capturable, check)
@@ -581,12 +581,12 @@ class Optimizer(Names, Family):
     def _stream_read(self, k, grad):
         """_stream() of a torch tensor whose address C reads, from constant learning rates; False where it cannot."""
         reader = self._tensors.reader(self._plan)
-        address = reader.read_one(k, grad) if reader and not self._zero_grad else 0
-        if not address:
+        read = reader.read_one(k, grad) if reader and not self._zero_grad else None
+        if read is None:
             return False
         status = None
         try:
-            status = self._plan.stream_step(k, None, self._tensors[k].param._replace(address=address), None, 1.0)
+            status = self._plan.stream_step(k, None, read, None, 1.0)
         finally:
             if status in (None, backends.OK):
                 reader.wrote_one(k)

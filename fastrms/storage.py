@@ -161,10 +161,14 @@ def refuse_master(master, param, tensor):
 
 
 def with_low(tensor, memory):
-    """The Storage of a Tensor with the new buffer that its master needs; the parameter as it is now gives its numbers."""
+    """The Storage of a Tensor with the buffer that its master needs: the one that the caller gave, or a new one, to which
+    the parameter as it is now gives its numbers."""
     made, param = tensor.storage, tensor.param
     if made.master is None:
         return made
+    given = [buffer.flat for name, buffer in tensor.given.items() if name not in tensor.state]
+    if given:
+        return made._replace(low=given[0], param=SPLIT.get(made.master, made.param))
     dtype = np.dtype(np.float32) if made.master == "float32" else SPLIT[made.master].low
     low = memory.place_beside(param, list(tensor.state.values()), param.size, dtype)
     low[:] = formats.decode(made.param, host.bits(param.flat), param.size) if made.master == "float32" else 0

@@ -21,7 +21,8 @@ class RMSprop(Optimizer):
     ----------
     params : iterable of torch.Tensor, of (name, tensor) pairs or of dicts
         Parameters or groups of them, as in torch: float32 or float64, dense in any memory order, in host memory or on a GPU.
-        Of a DTensor each rank updates its part.
+        Of a DTensor each rank updates its part.  In host memory they may also be bfloat16 or float16, where ``master`` or
+        ``rounding`` says how they are updated; gradients of float32, bfloat16 and float16 parameters may be any of these.
     lr : float or one-element tensor, default 0.01
         Step size.  A scheduler may change it, and so may anything in param_groups: the next step has it.
     alpha : float in [0, 1), default 0.99
@@ -57,12 +58,28 @@ class RMSprop(Optimizer):
         Whether a step writes zeros over the gradients.
     dialect : {"torch", "keras", "tf1", "mindspore", "optax"} or None, default None
         Whose defaults and semantics hold; arguments that are given win.
+    state_format : {"bf16", "fp16", "q8"} or None, default None
+        How the states of parameters that are updated in float32 are stored; None is float32.  Errors, and what is refused,
+        are those of fastrms.RMSProp.  A group may have its own, as with the next two.  "q8" is for contiguous parameters
+        that are no DTensors.
+    master : {"float32", "split16", "split8"} or None, default None
+        What bfloat16 and float16 parameters are updated in.  "float32" keeps a float32 of each element; "split16" and
+        "split8" keep, for bfloat16, 16 or 8 bits more of each, which together with it are a float32 exactly, or to 2**-16 of
+        it.  The parameter is the master, rounded to nearest.  None keeps nothing, and rounds each new parameter.
+    rounding : {"stochastic", "nearest"} or None, default None
+        How states in formats are rounded, and parameters without master or with "split8"; None is "stochastic", and does not
+        say how parameters in bfloat16 or float16 are updated.  ``state_format="bf16", rounding="nearest"`` is what
+        torch.optim's fused optimizers do with parameters in bfloat16.
+    seed : int, default 0
+        From 0 to 2**64 - 1.  The bits of stochastic rounding depend on it, on the number of the update, and on the position
+        of the element among all elements of all groups, and on nothing else: neither on threads nor on ranks.
 
     Attributes
     ----------
     state : dict of parameter to dict
         step, square_avg, grad_avg (centered) and momentum_buffer (momentum > 0) as in torch, from the first step with a
-        gradient on.  Tensors may be written, and exchanged for others.
+        gradient on.  Tensors may be written, and exchanged for others.  With a state_format they are of bfloat16 or float16,
+        or, for "q8", flat ones of uint8; the master is master (float32) or remainder (int16, int8).
     step_info : StepInfo
         What the last step did: see fastrms.Optimizer.step.  Before the first step, ``applied`` is False.
 
@@ -82,7 +99,8 @@ class RMSprop(Optimizer):
     @arguments
     def __init__(self, params, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, centered=False, capturable=False,
                  foreach=None, maximize=False, differentiable=False, *, decoupled=False, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -100,7 +118,7 @@ class Adagrad(Optimizer):
     eps : float >= 0, default 1e-10
         Added to the root.
     params, weight_decay, foreach, fused, maximize, differentiable, decoupled, eps_root, clip_value, clip_norm, nonfinite, \
-zero_grad, dialect : see RMSprop
+zero_grad, dialect, state_format, master, rounding, seed : see RMSprop
         As there.
 
     Raises
@@ -114,7 +132,8 @@ zero_grad, dialect : see RMSprop
     @arguments
     def __init__(self, params, lr=1e-2, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, foreach=None, *,
                  maximize=False, differentiable=False, fused=None, decoupled=False, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -136,7 +155,7 @@ class Adam(Optimizer):
     decoupled_weight_decay : bool, default False
         Whether this is AdamW.
     params, foreach, fused, maximize, capturable, differentiable, eps_root, clip_value, clip_norm, nonfinite, zero_grad, \
-dialect : see RMSprop
+dialect, state_format, master, rounding, seed : see RMSprop
         As there.
 
     Raises
@@ -151,7 +170,7 @@ dialect : see RMSprop
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, *, foreach=None,
                  maximize=False, capturable=False, differentiable=False, fused=None, decoupled_weight_decay=False,
                  eps_root=0.0, clip_value=None, clip_norm=None, nonfinite="propagate", zero_grad=False,
-                 dialect=None):  # fmt: skip
+                 dialect=None, state_format=None, master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -163,7 +182,7 @@ class AdamW(Adam):
     weight_decay : float >= 0, default 0.01
         Share of the parameter, times lr, that is taken from it at each step.
     params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused, eps_root, clip_value, clip_norm, \
-nonfinite, zero_grad, dialect : see Adam
+nonfinite, zero_grad, dialect, state_format, master, rounding, seed : see Adam
         As there.
 
     Raises
@@ -177,7 +196,8 @@ nonfinite, zero_grad, dialect : see Adam
     @arguments
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
                  foreach=None, capturable=False, differentiable=False, fused=None, eps_root=0.0, clip_value=None,
-                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None):  # fmt: skip
+                 clip_norm=None, nonfinite="propagate", zero_grad=False, dialect=None, state_format=None,
+                 master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 
@@ -192,7 +212,8 @@ class Rprop(Optimizer):
         Factors by which step_size shrinks and grows: 0 < etas[0] < 1 < etas[1].
     step_sizes : pair of float, default (1e-6, 50)
         Bounds of step_size.
-    params, capturable, foreach, maximize, differentiable, clip_value, clip_norm, nonfinite, zero_grad, dialect : see RMSprop
+    params, capturable, foreach, maximize, differentiable, clip_value, clip_norm, nonfinite, zero_grad, dialect, \
+state_format, master, rounding, seed : see RMSprop
         As there.
 
     Raises
@@ -206,7 +227,7 @@ class Rprop(Optimizer):
     @arguments
     def __init__(self, params, lr=1e-2, etas=(0.5, 1.2), step_sizes=(1e-6, 50), *, capturable=False, foreach=None,
                  maximize=False, differentiable=False, clip_value=None, clip_norm=None, nonfinite="propagate",
-                 zero_grad=False, dialect=None):  # fmt: skip
+                 zero_grad=False, dialect=None, state_format=None, master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
 

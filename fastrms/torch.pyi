@@ -13,6 +13,10 @@ _Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable
 _Rate = float | torch.Tensor
 _Dialect = Literal["torch", "keras", "tf1", "mindspore", "optax"]
 _Nonfinite = Literal["propagate", "skip", "raise"]
+_StateFormat = Literal["bf16", "fp16", "q8"]
+_Master = Literal["float32", "split16", "split8"]
+_Rounding = Literal["nearest", "stochastic"]
+_Convert = Literal["float32", "bf16", "fp16", "q8"]
 
 class Optimizer(torch.optim.Optimizer):
     clip_norm: float | None
@@ -20,7 +24,7 @@ class Optimizer(torch.optim.Optimizer):
     dialect: str | None
     nonfinite: str
     def step(self, closure: Callable[[], Any] | None = None) -> Any: ...  # type: ignore[override]
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any], convert: _Convert | None = None) -> None: ...
     def make_state(self) -> None: ...
     def share_memory(self) -> None: ...
 
@@ -46,6 +50,10 @@ class RMSprop(Optimizer):
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
         dialect: _Dialect | None = None,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding | None = None,
+        seed: int = 0,
     ) -> None: ...
 
 class Adagrad(Optimizer):
@@ -69,6 +77,10 @@ class Adagrad(Optimizer):
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
         dialect: _Dialect | None = None,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding | None = None,
+        seed: int = 0,
     ) -> None: ...
 
 class Adam(Optimizer):
@@ -93,6 +105,10 @@ class Adam(Optimizer):
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
         dialect: _Dialect | None = None,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding | None = None,
+        seed: int = 0,
     ) -> None: ...
 
 class AdamW(Adam):
@@ -116,6 +132,10 @@ class AdamW(Adam):
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
         dialect: _Dialect | None = None,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding | None = None,
+        seed: int = 0,
     ) -> None: ...
 
 class Rprop(Optimizer):
@@ -135,6 +155,10 @@ class Rprop(Optimizer):
         nonfinite: _Nonfinite = "propagate",
         zero_grad: bool = False,
         dialect: _Dialect | None = None,
+        state_format: _StateFormat | None = None,
+        master: _Master | None = None,
+        rounding: _Rounding | None = None,
+        seed: int = 0,
     ) -> None: ...
 
 class _InBackward:

@@ -2,17 +2,33 @@
 
 import inspect
 import sys
+from collections import defaultdict
 from functools import wraps
 from operator import attrgetter, itemgetter
 
 import torch
 from torch.optim import optimizer as of_torch
 
-from . import hyper
+from . import hyper, saved_formats
 from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
-from .torch_core import KINDS, STATES, Core, Member, Note, State, complete, new_state, state_names
+from .storage import FLOAT, takes_halves
+from .torch_core import (
+    KINDS,
+    LOW,
+    STATES,
+    Core,
+    Member,
+    Note,
+    State,
+    complete,
+    low_names,
+    new_state,
+    state_names,
+    stored_state,
+)
+from .torch_formats import held, loaded, options_of, refuse_undecided, shown
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FLAGS, NAMES, YOUNG
@@ -22,7 +38,7 @@ REASONS = {
     "backend='cuda', capturable=True) and its kin",
     "differentiable": ": updates are made in place and cannot be differentiated; use torch.optim",
 }
-OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad")  # arguments of an optimizer that belong to no group
+OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad", "seed")  # arguments of an optimizer that belong to no group
 FILLED = (*YOUNG, "amsgrad", "momentum", "centered")  # torch adds these to groups of older versions, which lack them
 GRAD = attrgetter("grad")
 BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
@@ -51,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
     """The base of RMSprop, Adagrad, Adam, AdamW and Rprop, each of which names a ``kind``, its class in fastrms."""
 
     kind = ""
+    _seed = 0  # of optimizers that were pickled before there was one
     in_backward = staticmethod(nothing)  # gives what step_in_backward() has made
     _step_supports_amp_scaling = True  # GradScaler then leaves grad_scale and found_inf to step()
 
@@ -63,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
-        self.zeroes_grad = hyper.flag("zero_grad", options["zero_grad"])
+        self.zeroes_grad, self._seed = hyper.flag("zero_grad", options["zero_grad"]), hyper.seed("seed", options["seed"])
         super().__init__(params, self._defaults(given, defaults))
 
     def _defaults(self, given, defaults):
@@ -110,11 +127,14 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._checked(group)
+            values, options = self._checked(group), options_of(group)
             for label, param in labelled(group):
                 name = f"params[{len(self.param_groups) - 1}][{label!r}]"
                 refuse_sums(param, name)
-                memory_of(param).acquire(part_of(param), name, writable=True)
+                refuse_undecided(param, options, name)
+                halves = {"halves": True} if takes_halves(options) else {}
+                memory_of(param).acquire(part_of(param), name, writable=True, **halves)
+                stored_state(self.kind, values, options, param, name)
         except BaseException:
             del self.param_groups[-1]
             raise
@@ -183,30 +203,34 @@ class Optimizer(torch.optim.Optimizer):
     def _renew(self, needs_state=lambda param: param.grad is not None):
         """Make the cores anew, or give them new hyper-parameters where nothing else has changed."""
         values = [self._checked(group) for group in self.param_groups]
+        stored = [*map(options_of, self.param_groups)]
         for core in self._cores or ():
             core.lay_out_states()
-        members = self._members(values, needs_state)
-        if not self._has_same(members) or not self._takes(values):
+        members = self._members(values, stored, needs_state)
+        if not self._has_same(members) or not self._takes(values, stored):
             self._cores = None
             by_device = {}
             for member in members:
                 by_device.setdefault(member.param.device, []).append(member)
-            options = {"nonfinite": self.nonfinite, "zero_grad": self.zeroes_grad}
-            self._cores = [Core(self.kind, some, values, options) for some in by_device.values()]
+            options = {"nonfinite": self.nonfinite, "zero_grad": self.zeroes_grad, "seed": self._seed}
+            self._cores = [Core(self.kind, some, values, stored, options) for some in by_device.values()]
         self._know()
 
-    def _members(self, values, needs_state):
+    def _members(self, values, stored, needs_state):
         """A Member for every parameter that has a state or needs one; what its state lacks is made."""
-        members = []
+        members, end = [], 0
         for number, group in enumerate(self.param_groups):
+            wanted = {"step", *state_names(self.kind, values[number]), *low_names(stored[number])}
             for label, param in labelled(group):
+                origin, end = end, end + param.numel()
                 if not needs_state(param) and not self.state.get(param):
                     continue
                 state = self.state[param]
                 if type(state) is not State or state.note is not self._note:
                     state = self.state[param] = State(state, self._note)
-                complete(self.kind, values[number], param, state)
-                members.append(Member(number, label, param, state))
+                if not wanted <= state.keys():
+                    complete(self.kind, values[number], stored[number], param, state, f"params[{number}][{label!r}]")
+                members.append(Member(number, label, param, state, origin))
         return members
 
     def _has_same(self, members):
@@ -214,13 +238,13 @@ class Optimizer(torch.optim.Optimizer):
         if self._cores is None or self._note.changed:
             return False
         mine = [member for core in self._cores for member in core.members]
-        keys = [sorted((member.group, id(member.param), id(member.state)) for member in some) for some in (mine, members)]
+        keys = [sorted((m.group, m.origin, id(m.param), id(m.state)) for m in some) for some in (mine, members)]
         return keys[0] == keys[1]
 
-    def _takes(self, values):
-        """Give the cores new hyper-parameters; False where these ask for other states."""
+    def _takes(self, values, stored):
+        """Give the cores new hyper-parameters; False where these ask for other states, or are to be stored otherwise."""
         kept = [[state_names(self.kind, values[g]) for g in core.groups] for core in self._cores]
-        if kept != [core.names for core in self._cores]:
+        if kept != [core.names for core in self._cores] or any(core.stored != stored for core in self._cores):
             return False
         self._cores = [core.present() for core in self._cores]
         for core in self._cores:
@@ -329,38 +353,53 @@ class Optimizer(torch.optim.Optimizer):
             core.share_counts()
         self._note.changed = True  # the states have moved
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict, convert=None):
         """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
 
-        The numbers are copied.  Hyper-parameters that torch does not have keep their values.
+        The numbers are copied.  Hyper-parameters that torch does not have keep their values, and so do state_format, master
+        and rounding.  States must have the formats of this optimizer; torch.optim has its states in the dtype of the
+        parameter.  A master that the dict lacks is made from its parameter.
 
         Parameters
         ----------
         state_dict : dict
+        convert : "float32", "bf16", "fp16" or "q8", optional
+            The format of states in state_dict that this optimizer keeps in another one.  They are decoded, and rounded to
+            the nearest number of that format.
 
         Raises
         ------
         ValueError
             With nothing changed, where it does not fit this optimizer, or is of another class.
         """
-        before = dict(vars(self))
+        saved_formats.check("convert", convert)
+        before, hook = dict(vars(self)), self.register_load_state_dict_pre_hook(held(STATES))
         try:
             super().load_state_dict(state_dict)
             for number, group in enumerate(self.param_groups):
-                self._checked(group)
-                for label, param in labelled(group):
-                    if param in self.state:
-                        self.state[param] = copied(param, self.state[param], f"params[{number}][{label!r}]")
+                self._copy_loaded(number, group, convert)
         except BaseException:
             vars(self).update(before)
             raise
+        finally:
+            hook.remove()
+
+    def _copy_loaded(self, number, group, convert):
+        """Copy the loaded states of a group to memory of their own."""
+        values, options = self._checked(group), options_of(group)
+        for label, param in labelled(group):
+            if param in self.state:
+                name = f"params[{number}][{label!r}]"
+                formats = stored_state(self.kind, values, options, param, name)
+                self.state[param] = copied(KINDS[self.kind], param, self.state[param], name, formats, convert)
 
     def __getstate__(self):
-        kept = ("dialect", "_clip_norm", "_nonfinite", "zeroes_grad", "step_info")
+        kept = ("dialect", "_clip_norm", "_nonfinite", "zeroes_grad", "_seed", "step_info")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        states = {key: shown(x) if isinstance(x, dict) else x for key, x in state["state"].items()}
+        super().__setstate__({**state, "state": defaultdict(dict, states)})
         self._cores, self._note = None, Note()
         for number, group in enumerate(self.param_groups):
             self._refuse_foreign(group, f"param_groups[{number}]")
@@ -434,19 +473,26 @@ def refuse_foreign(kind, values, always, known, name):
                          f"load it into an optimizer of the class that it came from")  # fmt: skip
 
 
-def copied(param, state, name):
-    """A loaded state in memory of its own, in the layout of the parameter, which error sentences call `name`."""
+def copied(kind, param, state, name, formats, convert):
+    """A loaded state in memory of its own, in the layout of the parameter, which error sentences call `name`.  formats: name
+    -> Format of what its state shall have."""
     made = {}
     for key, value in state.items():
         if key == "step" or not torch.is_tensor(value) or key not in STATES:
             made[key] = value.clone() if torch.is_tensor(value) else value
             continue
-        if value.shape != param.shape:
+        if key in LOW.values() and key not in formats:
+            master = "float32" if key == "master" else "split16" if value.dtype is torch.int16 else "split8"
+            raise ValueError(f"the state_dict has a {key} of {name}, which this optimizer would lose: make it with "
+                             f"master={master!r}")  # fmt: skip
+        refuse_other_spread(value, param, f"{key} of {name}")
+        if value.dtype is not torch.uint8 and value.shape != param.shape:
             raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
                              f"{tuple(param.shape)}")  # fmt: skip
-        refuse_other_spread(value, param, f"{key} of {name}")
-        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0)
-        part_of(made[key]).copy_(part_of(value))
+        format = formats.get(key, FLOAT)
+        made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0, format)
+        parts = part_of(made[key]), key, part_of(value), part_of(param), format
+        loaded(*parts, key not in kind.not_negative, convert, name)
     return made
 
 

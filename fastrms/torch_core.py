@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from . import optimizers, rules
+from .given_state import LOW
 from .hyper import MOST_STEPS
-from .memory import placement
+from .storage import FLOAT
+from .torch_formats import new_part, of_state
 from .torch_shards import Parts, part_of, spread_like
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
@@ -15,10 +17,10 @@ EXACT = 2**24  # up to this count, every number of steps is a float32
 
 def trusting(kind):
     """The optimizer of fastrms, except that it takes a state as it is: a run whose state is NaN goes on, as torch's does."""
-    return type(kind.__name__, (kind,), {"not_negative": ()})
+    return type(kind.__name__, (kind,), {"trusts_state": True})
 
 
-STATES = {name for rule in rules.RULES.values() for name in rules.state_names(rule)}
+STATES = {name for rule in rules.RULES.values() for name in rules.state_names(rule)} | {*LOW.values()}
 KINDS = {name: trusting(vars(optimizers)[name]) for name in optimizers.__all__ if name[:1].isupper()}
 
 
@@ -58,38 +60,47 @@ class Note:
         self.changed = False
 
 
-def new_state(param, beside, value):
-    """A new state tensor in the layout of a parameter, which holds this value; in host memory it is placed so that it evicts
-    neither the parameter nor the state tensors `beside` from cache.  It is spread over ranks as the parameter is."""
-    return spread_like(param, new_part(part_of(param), map(part_of, beside), value))
+def new_state(param, beside, value, format=FLOAT):
+    """A new state tensor in the layout of a parameter, which holds this value, stored in a Format; in host memory it is
+    placed so that it evicts neither the parameter nor the state tensors `beside` from cache.  It is spread over ranks as the
+    parameter is."""
+    return spread_like(param, new_part(part_of(param), map(part_of, beside), value, format))
 
 
-def new_part(param, beside, value):
-    """new_state() of plain tensors."""
-    if param.device.type != "cpu" or not param.numel():
-        return torch.full_like(param, value, memory_format=torch.preserve_format, requires_grad=False)
-    dtype = np.dtype(str(param.dtype).removeprefix("torch."))
-    flat = placement.place(param.numel(), dtype, [x.data_ptr() for x in (param, *beside)])
-    flat.fill(value)
-    return torch.from_numpy(flat).as_strided(param.shape, param.stride())
+def rule_of(kind, values):
+    """The name of the rule that hyper-parameters in our names ask for."""
+    made = KINDS[kind]
+    return made.checked_recipe(made.at_step(values), np.dtype(np.float64)).rule
 
 
 def state_names(kind, values):
     """The names of the states that hyper-parameters in our names ask for."""
-    made = KINDS[kind]
-    recipe = made.checked_recipe(made.at_step(values), np.dtype(np.float64))
-    return rules.state_names(rules.find(recipe.rule))
+    return rules.state_names(rules.find(rule_of(kind, values)))
 
 
-def complete(kind, values, param, state):
-    """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` ask for."""
+def stored_state(kind, values, options, param, name):
+    """Name -> Format of what the state of a parameter, which error sentences call `name`, holds; options: those of its group
+    in storage.OPTIONS."""
+    return of_state(KINDS[kind], rule_of(kind, values), options, param, name)
+
+
+def low_names(options):
+    """What the state of a bf16 or fp16 parameter holds for the master that these options ask for, in a list."""
+    return [LOW[options["master"]]] if options.get("master") else []
+
+
+def complete(kind, values, options, param, state, name):
+    """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` and `options` want."""
     h = KINDS[kind].at_step(values)
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
-    for name in state_names(kind, values):
-        if name not in state:
+    for key, format in stored_state(kind, values, options, param, name).items():
+        if key not in state:
             beside = [x for x in state.values() if torch.is_tensor(x) and x.dim()]
-            state[name] = new_state(param, beside, KINDS[kind].initial(h, name))
+            value = 0.0 if key in LOW.values() else KINDS[kind].initial(h, key)
+            state[key] = new_state(param, beside, value, format)
+            if key == LOW["float32"]:
+                part_of(state[key]).copy_(part_of(param).detach())
 
 
 def laid_out(param, grad):
@@ -97,9 +108,9 @@ def laid_out(param, grad):
     torch has not written its numbers."""
     if grad is None or grad.layout is not torch.strided or (grad.stride() == param.stride() and not is_lazy(grad)):
         return grad
-    if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
+    if (grad.shape, grad.device) != (param.shape, param.device):
         return grad
-    return torch.empty_like(param, requires_grad=False).copy_(grad)
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
 
 
 def is_lazy(tensor):
@@ -122,42 +133,63 @@ def zero_copied(given, used):
             part_of(grad).zero_()
 
 
+def is_random(stored):
+    """Whether a step rounds a buffer of this Storage at random."""
+    low_is_random = stored.param is not FLOAT and stored.master in (None, "split8")
+    return stored.stochastic and (low_is_random or any(format is not FLOAT for format in stored.states))
+
+
 class Member(NamedTuple):
-    """A parameter that has a state: its group, the name by which error sentences call it, and the state."""
+    """A parameter that has a state: its group, the name by which error sentences call it, the state, and the position of its
+    first element among the elements of all parameters."""
 
     group: int
     label: Any
     param: torch.Tensor
     state: State
+    origin: int
 
 
 class Core:
     """The parameters of one device and the optimizer of fastrms that updates them.
 
     kind: the name of its class; members: a list of Member in the order of their groups; values: the hyper-parameters of each
-    group, in our names; options: nonfinite and zero_grad.
+    group, in our names; stored: the options of each group in storage.OPTIONS; options: nonfinite, zero_grad and seed.
     """
 
-    def __init__(self, kind, members, values, options):
-        self._kind, self._options = kind, options
+    def __init__(self, kind, members, values, stored, options):
+        self._kind, self.stored, self._options = kind, stored, options
         self.members, self.params = members, [member.param for member in members]
         self.groups = sorted({member.group for member in members})
         of_group = [[m for m in members if m.group == group] for group in self.groups]
         self._keys = [[m.label for m in some] for some in of_group]
-        self.names = names = [state_names(kind, values[group]) for group in self.groups]
+        self.names = [state_names(kind, values[group]) for group in self.groups]
+        names = [[*mine, *low_names(stored[group])] for mine, group in zip(self.names, self.groups, strict=True)]
         state = {
             name: [{m.label: part_of(m.state[name]) if name in mine else None for m in some}
                    for some, mine in zip(of_group, names, strict=True)]
             for name in dict.fromkeys(name for mine in names for name in mine)
         }  # fmt: skip
         groups = [
-            {"params": {m.label: part_of(m.param) for m in some}, **values[group]}
+            {"params": {m.label: part_of(m.param) for m in some}, **values[group], **stored[group]}
             for group, some in zip(self.groups, of_group, strict=True)
         ]
         self.optimizer = KINDS[kind](groups, state=state, **options)
         self._parts = Parts(self.params, [tensor.name for tensor in self.optimizer._tensors])
         self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
+        self._take_positions()
         self._take_counts()
+
+    def _take_positions(self):
+        """Let random numbers depend on the positions of elements among those of all parameters of all devices and ranks."""
+        tensors, plan = self.optimizer._tensors, self.optimizer._plan
+        for k, (member, tensor) in enumerate(zip(self.members, tensors, strict=True)):
+            if tensor.storage is not None:
+                start = self._parts.start(k) if is_random(tensor.storage) else 0
+                tensor.storage = tensor.storage._replace(origin=member.origin + start)
+        storages = [tensor.storage for tensor in tensors]
+        if any(storages):
+            plan.copy(plan.pairs_of_storages(storages))
 
     def _take_counts(self):
         """Make the step tensors of all members parts of one array, which a step advances at once."""
@@ -247,7 +279,7 @@ class Core:
         lent = (b for tensor in self.optimizer._tensors for b in tensor.lent.values())
         same = self._parts.present() and all(b.owner.data_ptr() == b.address for b in lent if b.size)
         values = dict(zip(self.groups, map(dict, self.optimizer.groups), strict=True))
-        return self if same else Core(self._kind, self.members, values, self._options)
+        return self if same else Core(self._kind, self.members, values, self.stored, self._options)
 
     def lay_out_states(self):
         """Give states the memory order of parameters that lie elsewhere in another one: model.to(memory_format=...)."""

@@ -12,12 +12,14 @@ from functools import cache
 from itertools import accumulate
 from operator import is_
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from .backends import c
 from .memory import host
 
 READ = ("device_type", "device_index", "layout", "dtype", "dim", "numel", "sizes", "strides", "data_ptr", "storage_offset",
         "storage_size")  # fmt: skip
+DTYPES = ("float32", "float64", "bfloat16", "float16", "int16", "int8", "uint8")  # of what a step reads and writes
 FILES = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 
@@ -39,13 +41,14 @@ class Library:
         folder = Path(torch.__file__).parent / "lib"
         functions = ctypes.CDLL(next(str(folder / name) for name in FILES if (folder / name).exists()))
         self.devices = {name: functions[f"aoti_torch_device_type_{name}"]() for name in ("cpu", "cuda")}
-        self.dtypes = {size: functions[f"aoti_torch_dtype_float{8 * size}"]() for size in (4, 8)}
+        self.dtypes = {name: getattr(functions, f"aoti_torch_dtype_{name}")() for name in DTYPES}
         self.struct = c.ffi.new("fastrms_torch *")
         fields = dict(c.ffi.typeof(self.struct).item.fields)
         for name in READ:
             address = ctypes.cast(functions[f"aoti_torch_get_{name}"], ctypes.c_void_p).value
             setattr(self.struct, f"get_{name}", c.ffi.cast(fields[f"get_{name}"].type, address))
         self.struct.strided, self.struct.none = functions.aoti_torch_layout_strided(), c.pointer(id(None))
+        self.struct.bf16, self.struct.fp16 = self.dtypes["bfloat16"], self.dtypes["float16"]
         samples = torch.ones(2, 3)[1:], torch.nn.Parameter(torch.ones(2, 3)[1:])
         self.increment_version(samples)
         self.struct.kinds = [c.pointer(id(type(sample))) for sample in samples]
@@ -91,8 +94,6 @@ def reader_of(tensors, plan):
     the Plan needs arrays, as those of the host do that take no pointers."""
     if not plan.takes_pointers and tensors.memory is host:
         return None
-    if any(tensor.storage or tensor.dtype != tensor.param.dtype for tensor in tensors):
-        return None
     owners = [buffer.owner for tensor in tensors for buffer in (tensor.param, *tensor.lent.values())]
     known = library() if all(map(host.is_torch, owners)) else None
     return known and Reader(known, tensors, plan.takes_pointers)
@@ -108,11 +109,20 @@ def same_items(some, others):
     return bool(c.lib.fastrms_same_items(known.struct, id(some), id(others), len(some)))
 
 
+class Gradient(NamedTuple):
+    """A gradient as the plan takes one."""
+
+    address: int
+    size: int
+    dtype: Any
+
+
 class Reader:
     """Reads where the gradients of a step lie, and sees whether the parameters and the caller's states lie where they did.
 
-    ``pointers`` is a C array with the address of each gradient, NULL where there is none, ``leaves`` lists the gradients
-    themselves, and ``absent`` says whether there is a None among them.  They are good from read() to done().
+    ``pointers`` is a C array with the address of each gradient, NULL where there is none, ``formats`` one with the format of
+    each, ``leaves`` lists the gradients themselves, and ``absent`` says whether there is a None among them.  They are good
+    from read() to done().
     """
 
     def __init__(self, known, tensors, gives_pointers):
@@ -123,7 +133,8 @@ class Reader:
         told = [(t.param, *(t.lent.values() if tensors.tells_of_state else ())) for t in tensors]
         self._counted = [[b.owner for b in row if not b.owner.is_inference()] for row in told]
         self._all_counted = [owner for owners in self._counted for owner in owners]
-        wanted = [*((buffer, buffer.address) for buffer in buffers), *((tensor.param, 0) for tensor in tensors)]
+        wanted = [(buffer, buffer.address, type_of(buffer)) for buffer in buffers]
+        wanted += [(tensor.param, 0, str(tensor.dtype)) for tensor in tensors]
         self._kept = []
         self._layouts = c.ffi.new("fastrms_layout[]", [self._layout(*each) for each in wanted])
         for first, row in zip(self._firsts, self._rows, strict=False):
@@ -131,20 +142,21 @@ class Reader:
                 if buffers[k].size:  # a state may become a part of itself, but nobody permutes its axes
                     self._layouts[k].axes = -1
         self._addresses = c.ffi.new("void *[]", len(wanted))
+        self.formats = c.ffi.new("int32_t[]", len(tensors)) if gives_pointers else c.ffi.NULL
         self._objects = [buffer.owner for buffer in buffers]
         layouts, fixed = self._layouts, len(buffers)
         self.pointers = self._addresses + fixed
-        self._stay = known.struct, id(self._objects), 0, fixed, layouts, self._addresses
-        self._given = 0, len(tensors), layouts + fixed, self.pointers
+        self._stay = known.struct, id(self._objects), 0, fixed, layouts, self._addresses, c.ffi.NULL
+        self._given = 0, len(tensors), layouts + fixed, self.pointers, self.formats
 
-    def _layout(self, buffer, address):
+    def _layout(self, buffer, address, dtype):
         """What C shall compare a tensor with."""
         self._kept += c.ffi.new("int64_t[]", buffer.shape), c.ffi.new("int64_t[]", buffer.strides)
         shape, strides = self._kept[-2:]
-        device, size = buffer.owner.device, buffer.dtype.itemsize
-        kind, index, dtype = self._known.devices[device.type], device.index, self._known.dtypes[size]
+        device, size = buffer.owner.device, itemsize(dtype)
+        kind, index, number = self._known.devices[device.type], device.index, self._known.dtypes[dtype]
         index = -1 if index is None else index
-        return {"device_type": kind, "device_index": index, "dtype": dtype, "itemsize": size, "axes": len(buffer.shape),
+        return {"device_type": kind, "device_index": index, "dtype": number, "itemsize": size, "axes": len(buffer.shape),
                 "size": buffer.size, "address": c.pointer(address), "shape": shape, "strides": strides}  # fmt: skip
 
     def read(self, leaves):
@@ -160,15 +172,17 @@ class Reader:
         return True
 
     def read_one(self, k, grad):
-        """The address of the gradient of tensor k, as read() has all of them; 0 where a tensor is not as it should be."""
-        grads, read, (_, _, layouts, pointers) = [grad], c.lib.fastrms_read_tensors, self._given
-        if read(self._known.struct, id(grads), 0, 1, layouts + k, pointers + k):
-            return 0
-        known, stay, _, _, layouts, addresses = self._stay
+        """The Gradient of tensor k, read as read() does all of them; None where a tensor is not as it should be."""
+        grads, read, (_, _, layouts, pointers, formats) = [grad], c.lib.fastrms_read_tensors, self._given
+        if read(self._known.struct, id(grads), 0, 1, layouts + k, pointers + k, formats + k):
+            return None
+        known, stay, _, _, layouts, addresses, none = self._stay
         first, count = self._firsts[k], self._rows[k]
-        if read(known, stay, first, count, layouts + first, addresses + first):
-            return 0
-        return int(c.ffi.cast("uintptr_t", self.pointers[k]))
+        if read(known, stay, first, count, layouts + first, addresses + first, none):
+            return None
+        tensor, format = self._tensors[k], self.formats[k]
+        dtype = c.DTYPE_OF[format] if format else tensor.dtype
+        return Gradient(int(c.ffi.cast("uintptr_t", self.pointers[k])), tensor.param.size, dtype)
 
     def wrote_one(self, k):
         """Tell torch that a step has written parameter k and its states."""
@@ -198,6 +212,16 @@ class Reader:
     def done(self):
         """Let go of the gradients."""
         self.leaves = None
+
+
+def type_of(buffer):
+    """The name of the dtype of the tensor to which a Buffer belongs."""
+    return str(buffer.owner.dtype).removeprefix("torch.")
+
+
+def itemsize(dtype):
+    """The bytes of an element of the dtype of this name."""
+    return int("".join(filter(str.isdigit, dtype))) // 8
 
 
 def at(buffer, owner, address):

@@ -126,6 +126,11 @@ class Parts:
         param, _, spec = self._rows[k]
         increment_version([] if spec is None else [param])
 
+    def start(self, k):
+        """The position of the first element of part k in the whole parameter."""
+        place = place_of(self._params[k], self._names[k], "random rounding needs")
+        return place.run(k, place.group.rank() if place.group else 0).start
+
     def join(self, optimizer):
         """Let the optimizer of the parts find norms together with the other ranks, from the first step on that needs one."""
         if self._joined or optimizer.backend == "cuda":
@@ -165,9 +170,10 @@ class Place(NamedTuple):
         return shards.Run(number, start, stop, self.size, self.stored)
 
 
-def place_of(param, name):
-    """The Place of a parameter; ValueError for placements by which a rank has more than one run of the whole tensor."""
-    size, stored = param.numel(), param.element_size()
+def place_of(param, name, what="clip_norm and nonfinite need"):
+    """The Place of a parameter; ValueError, which has `what` in it, for placements by which a rank has more than one run of
+    the whole tensor."""
+    size, stored = param.numel(), max(param.element_size(), 4)  # bytes in which a gradient is added up
     cut = []
     if is_spread(param):
         mesh, placements = param.device_mesh, param.placements
@@ -176,7 +182,7 @@ def place_of(param, name):
         return Place(size, stored, size, None, [])
     (axis, *others), length = cut, param.shape[0]
     if others or not placements[axis].is_shard(0) or not (param.is_contiguous() and param._local_tensor.is_contiguous()):
-        raise ValueError(f"{name} has placements {placements} and strides {param.stride()}; clip_norm and nonfinite need "
+        raise ValueError(f"{name} has placements {placements} and strides {param.stride()}; {what} "
                          f"Shard(0) along one axis of the mesh, Replicate along all others, and contiguous memory, so that "
                          f"each rank has a run of the whole tensor")  # fmt: skip
     group, here = mesh.get_group(axis), list(mesh.get_coordinate())

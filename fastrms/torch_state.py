@@ -1,6 +1,8 @@
 """Conversion between the state_dict of torch.optim and ours, for the rules that torch has.
 
-torch numbers its parameters through all groups, counts the steps of each, and keeps a state from the first step on.
+torch numbers its parameters through all groups, counts the steps of each, and keeps a state from the first step on.  It says
+nothing of storage formats: states go to it in float32, decoded, without masters, and what comes from it is float32 or
+float64, and is rounded to a format only where convert="float32" says so.
 """
 
 from collections.abc import Mapping
@@ -181,5 +183,10 @@ def _our_tensor(optimizer, present, saved, h):
 
 
 def _array(x, name):
+    dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    if dtype in ("bfloat16", "float16", "uint8"):
+        raise ValueError(f"{name} has dtype {dtype}, which stores a state in a format; this takes float32 and float64: load "
+                         f"it into an optimizer of fastrms.torch without state_format, by load_state_dict(d, convert=...), "
+                         f"and take the state_dict() of that one")  # fmt: skip
     buffer = host.acquire(x, name, writable=False)
     return host.shaped(buffer.flat, buffer)

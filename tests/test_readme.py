@@ -1,5 +1,6 @@
 """README.md and docs/: every example runs, the commands are those of CI, the tables say what the code says."""
 
+import copy
 import re
 import subprocess
 from pathlib import Path
@@ -189,6 +190,8 @@ def test_the_examples_with_torch_optimizers_run(model, capsys):
     before = weights(model["model"])
     exec(example("step_in_backward(opt)"), model)
     assert moved(model["model"], before) and model["opt"].state[param]["step"] == 1
+    exec(example("copy.deepcopy(model).to(torch.bfloat16)"), {**model, "copy": copy})
+    assert "remainder torch.int16" in capsys.readouterr().out
 
 
 def test_adamax_is_its_formula():

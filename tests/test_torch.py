@@ -207,7 +207,8 @@ def test_signatures_are_those_of_torch_with_what_it_lacks_behind(name):
         assert (mine.kind, mine.default) == (parameter.kind, parameter.default)
     positional = [p.name for p in theirs.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [p.name for p in ours.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
-    beside = {"dialect", "clip_norm", "nonfinite", "zero_grad", "eps_root", "clip_value", "decoupled"}
+    beside = {"dialect", "clip_norm", "nonfinite", "zero_grad", "eps_root", "clip_value", "decoupled",
+              "state_format", "master", "rounding", "seed"}  # fmt: skip
     assert ours.keys() - theirs.keys() <= beside
     group = getattr(ft, name)([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     for key, value in getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(1))]).param_groups[0].items():

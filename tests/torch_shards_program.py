@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -339,10 +339,11 @@ def whole_of(tensor):
 def train(whole, model, optimizer, sharded, gradient_of=lambda param: param.grad, steps=4):
     """Backward passes of a model over all ranks, each with data of its own, and steps from its gradients in this process
     alone, too: the parameters have the same bits."""
+    dtype = next(model.parameters()).dtype
     for step in range(steps):
         sharded.zero_grad()
         seed = 100 * RANK + step
-        (model(random((6, 10), seed)) - random((6, 3), 50 + seed)).square().sum().backward()
+        (model(random((6, 10), seed, dtype)) - random((6, 3), 50 + seed, dtype)).square().sum().backward()
         for one, mine in zip(whole.parameters(), model.parameters(), strict=True):
             one.grad = whole_of(gradient_of(mine)).clone()
         optimizer.step()
@@ -351,8 +352,8 @@ def train(whole, model, optimizer, sharded, gradient_of=lambda param: param.grad
             assert torch.equal(one.detach(), whole_of(mine))
 
 
-def fully_sharded(**options):
-    spread = network()
+def fully_sharded(dtype=torch.float32, **options):
+    spread = network(dtype)
     for layer in (*spread[::2], spread):
         fully_shard(layer, mesh=mesh_of(), **options)
     return spread
@@ -375,6 +376,107 @@ def fsdp2_steps_in_backward(folder: Path):
     ft.step_in_backward(sharded)
     train(whole, spread, optimizer, sharded, grads.__getitem__)
     assert all(param.grad is None for param in spread.parameters())
+
+
+FORMATS = [
+    (ft.Adam, torch.float32, {"state_format": "bf16", "clip_norm": 1.0}),
+    (ft.Adagrad, torch.float32, {"state_format": "fp16"}),
+    (ft.RMSprop, torch.bfloat16, {"state_format": "bf16", "master": "float32", "momentum": 0.9}),
+    (ft.AdamW, torch.bfloat16, {"state_format": "fp16", "master": "split16", "clip_norm": 0.1, "nonfinite": "skip"}),
+    (ft.Rprop, torch.bfloat16, {"master": "split8", "seed": 5}),
+    (ft.Adam, torch.float16, {"rounding": "stochastic", "clip_norm": 1.0}),
+]
+
+
+def formats_are_equal_to_one_process(folder: Path):
+    """Random rounding depends on where an element is in the whole parameters, and on nothing else."""
+    for kind, dtype, options in FORMATS:
+        whole, spread = whole_and_spread(dtype)
+        optimizer, sharded = (kind(model.parameters(), **options) for model in (whole, spread))
+        for seed, absent in enumerate([(1,), (), (0, 5), ()]):
+            step_both(whole, spread, optimizer, sharded, seed, absent)
+        for param in spread.parameters():
+            for name, value in sharded.state[param].items():
+                if name != "step":
+                    assert isinstance(value, DTensor) and value.placements == param.placements
+                    assert (value.shape, value.device_mesh) == (param.shape, param.device_mesh)
+
+
+def formats_under_fsdp2(folder: Path):
+    """float32 parameters that compute in bf16, and parameters in bf16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    cases = [
+        (torch.float32, {"mp_policy": policy}, {}),
+        (torch.float32, {"mp_policy": policy}, {"state_format": "bf16", "clip_norm": 0.5}),
+        (torch.bfloat16, {}, {"state_format": "bf16", "master": "float32"}),
+        (torch.bfloat16, {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}, {"rounding": "stochastic"}),
+    ]
+    for dtype, of_model, options in cases:
+        whole, spread = network(dtype), fully_sharded(dtype, **of_model)
+        optimizer, sharded = (ft.AdamW(model.parameters(), lr=0.01, **options) for model in (whole, spread))
+        train(whole, spread, optimizer, sharded)
+        assert sharded.step_info == optimizer.step_info
+        assert {x.dtype for x in spread.parameters()} == {dtype}
+        states = {x.dtype for state in sharded.state.values() for name, x in state.items() if name.startswith("exp")}
+        assert states == {torch.bfloat16 if "state_format" in options else torch.float32}
+
+
+def formats_step_in_backward(folder: Path):
+    whole, spread, grads = network(torch.bfloat16), fully_sharded(torch.bfloat16), {}
+    options = {"lr": 0.01, "master": "split8", "state_format": "bf16"}
+    optimizer, sharded = (ft.RMSprop(model.parameters(), **options) for model in (whole, spread))
+    for param in spread.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: grads.__setitem__(param, param.grad))
+    ft.step_in_backward(sharded)
+    train(whole, spread, optimizer, sharded, grads.__getitem__)
+
+
+def formats_that_cannot_be_cut(folder: Path):
+    """Blocks of q8, and columns, whose elements lie apart in the whole tensor, with random rounding."""
+    spread = whole_and_spread()[1]
+    said = raised(ValueError, ft.Adam, spread.parameters(), state_format="q8")
+    assert "blocks of 256 elements" in said and "params[0][0] is a DTensor: pass state_format='bf16'" in said, said
+    values = random((6, 10), 1)
+    for rounding in ("nearest", "stochastic"):
+        columns, one = Listed(distributed(values.clone(), [Shard(1)])), Listed(nn.Parameter(values.clone()))
+        options = {"state_format": "bf16", "rounding": rounding}
+        optimizer, sharded = (ft.Adam(model.parameters(), **options) for model in (one, columns))
+        if RANKS == 1 or rounding == "nearest":
+            step_both(one, columns, optimizer, sharded, 0)
+            continue
+        give_grads(one, columns, 0)
+        said = raised(ValueError, sharded.step)
+        assert "placements (Shard(dim=1),)" in said and "random rounding needs Shard(0)" in said, said
+        assert_same(one, columns, optimizer, sharded)
+
+
+def trained_in_formats(steps=3):
+    whole, spread = whole_and_spread(torch.bfloat16)
+    options = {"lr": 0.02, "master": "split8", "state_format": "bf16"}
+    optimizer, sharded = (ft.Adam(model.parameters(), **options) for model in (whole, spread))
+    for seed in range(steps):
+        step_both(whole, spread, optimizer, sharded, seed, (1,) if seed == 1 else ())
+    return whole, spread, optimizer, sharded
+
+
+def write_formats(folder: Path):
+    _, spread, _, sharded = trained_in_formats()
+    state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
+    dcp.save(state, checkpoint_id=str(folder / f"formats of {RANKS}"))
+
+
+def read_formats(folder: Path):
+    for path in sorted(folder.glob("formats of ?")):
+        whole, _, optimizer, _ = trained_in_formats()
+        _, spread = whole_and_spread(torch.bfloat16)
+        sharded = ft.Adam(spread.parameters(), master="split8", state_format="bf16")
+        state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
+        dcp.load(state, checkpoint_id=str(path))
+        spread.load_state_dict(state["model"])
+        set_optimizer_state_dict(spread, sharded, state["optimizer"])
+        assert_same(whole, spread, optimizer, sharded)
+        for seed in (3, 4):
+            step_both(whole, spread, optimizer, sharded, seed)
 
 
 def trained_for_checkpoint(path=None, steps=3):

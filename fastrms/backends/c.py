@@ -22,6 +22,7 @@ RULE_INDEX = {}
 FOUND = ffi and ffi.typeof("fastrms_found *")
 PIECE = np.dtype([*((f"{k}", "i8") for k in range(5)), *((f"{k}", "i4") for k in range(5, 9))])  # a fastrms_piece
 HALVES = {host.BF16: lib.FASTRMS_BF16, host.FP16: lib.FASTRMS_FP16} if lib else {}
+DTYPE_OF = {format: dtype for dtype, format in HALVES.items()}
 DOUBLES = ffi and ffi.typeof("double[]")
 ISAS = [ffi.string(lib.fastrms_isa_name(k)).decode() for k in range(lib.fastrms_isa_count())] if lib else []
 
@@ -135,7 +136,10 @@ def format_of(grad):
 
 
 def formats_of(grads):
-    """A C array of the formats of gradients; NULL where all are in their compute dtype, as arrays always are."""
+    """A C array of the formats of gradients, which a torch_reader.Reader has ready; NULL where all are in their compute
+    dtype, as arrays always are."""
+    if type(grads) is not list:
+        return grads.formats
     if host.Buffer not in set(map(type, grads)):
         return ffi.NULL
     found = [*map(format_of, grads)]
@@ -245,7 +249,7 @@ class Plan(backends.Plan):
             self._plan,
             ffi.NULL if params is None else ffi.new(self._pointers, [pointer(param.address) for param in params]),
             ffi.NULL if grads is None else self._addresses(grads),
-            formats_of(grads) if type(grads) is list else ffi.NULL,
+            ffi.NULL if grads is None else formats_of(grads),
             self._recipes_with(recipes) if recipes else ffi.NULL,
             hold,
             run,

@@ -88,12 +88,25 @@ def acquire(x, name, *, writable, halves=False):
     if array is None:
         array = as_array(x, name)
         refuse_dtype(array.dtype, name, x, halves)
-    start = address(array)
-    if start % array.itemsize:
-        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
+    start = _refuse_misaligned(array, name)
     if writable and not array.flags.writeable:
         raise ValueError(f"{name} is read-only{remedies.of_read_only(x, name)}")
     return Buffer(x, _flat(array, name, x), start, array.shape, _element_strides(array))
+
+
+def acquire_integers(x, name):
+    """The Buffer of a torch tensor of integers, which hold what a format stores."""
+    array = _from_torch(x, name, np.dtype(str(x.dtype).removeprefix("torch.")))
+    _refuse_misaligned(array, name)
+    return Buffer(x, _flat(array, name, x), address(array), array.shape, _element_strides(array))
+
+
+def _refuse_misaligned(array, name):
+    """The address of an array; ValueError where it is none for its elements."""
+    start = address(array)
+    if start % array.itemsize:
+        raise ValueError(f"{name} starts at address {start:#x}, which is not aligned to {array.itemsize} bytes")
+    return start
 
 
 def half_array(x, name):
@@ -185,7 +198,7 @@ def _from_torch(x, name, kind=None):
     torch = sys.modules["torch"]
     _refuse_tensor(x, name, torch, kind)
     try:
-        bits = x.detach() if kind is None else x.detach().view(torch.int16)
+        bits = x.detach().view(torch.int16) if kind is not None and x.is_floating_point() else x.detach()
         array, storage = bits.numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -335,6 +348,8 @@ def shaped(flat, like):
 
 def again(buffer, name):
     """The Buffer of a torch tensor that may have been given other memory since, by `tensor.data = ...`."""
+    if buffer.dtype.kind in "iu" and not buffer.owner.is_floating_point():
+        return acquire_integers(buffer.owner, name)
     return acquire(buffer.owner, name, writable=True, halves=buffer.dtype not in DTYPES)
 
 
