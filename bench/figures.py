@@ -8,7 +8,7 @@ flat: FlatBuffer against separate arrays, and huge pages against small ones, one
 numba: the Numba backend against the C backend, on one thread and on all.
 torch: steps of fastrms.torch and fastrms on torch tensors against torch.optim; --docs writes into docs/torch.md.
 clients: the step's share of the training time in stable-baselines3, with its optimizers and with ours; --docs as torch.
-formats: updates with bf16 and 8-bit states against float32, and against bitsandbytes; --docs writes into docs/formats.md.
+formats: updates in bf16 and 8 bits against float32, bitsandbytes, torchao and prime-rl; --docs writes into docs/formats.md.
 shards: steps of fastrms.torch on DTensors in 2 and 4 processes against torch.optim; --docs writes into docs/shards.md.
 """
 

@@ -1,8 +1,11 @@
-"""The figures of the storage formats: updates with fewer bytes against those in float32, and against 8-bit optimizers.
+"""The figures of the storage formats: updates with fewer bytes against those in float32, and against 8-bit optimizers and
+prime-rl's kernel.
 
 All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
 the gradient is read, everything else is read and written.
 """
+
+from functools import partial
 
 import numpy as np
 
@@ -96,17 +99,72 @@ def in_cache():
     fastrms.set_num_threads(threads)
 
 
-def over_peers():
-    """8-bit states against bitsandbytes, and float32 states with a bf16 copy against prime-rl, where they are installed."""
-    for rule in ("rmsprop", "adam"):
+def over_8_bits():
+    """States in 8 bits against those of bitsandbytes and of torchao, where these are installed."""
+    for rule, peer, target in (("rmsprop", bitsandbytes, 25), ("adam", bitsandbytes, 25), ("adam", torchao, 1.5)):
+        what = f"{rule}, {size_name(MIDDLE)}: q8 states over {peer.__doc__.rstrip('.')}"
         try:
-            peer = peers.bitsandbytes(Problem(rule, MIDDLE, "float32"))
+            theirs = peer(Problem(rule, MIDDLE, "float32"))
         except (CannotDo, ImportError) as error:
-            yield Figure(f"{rule}: q8 states over bitsandbytes 8-bit", ">= 25x", f"not measured: {error}", True)
+            yield Figure(what, f">= {target}x", f"not measured: {error}", True)
             continue
-        timings = interleaved({"ours": bound(rule, MIDDLE, Q8), "theirs": peer.step}, SECONDS)
-        times = timings["theirs"].minimum / timings["ours"].minimum
-        yield at_least(f"{rule}, {size_name(MIDDLE)}: q8 states over bitsandbytes 8-bit", times, 25)
+        timings = interleaved({"ours": bound(rule, MIDDLE, Q8), "theirs": theirs.step}, SECONDS)
+        yield at_least(what, timings["theirs"].minimum / timings["ours"].minimum, target)
 
 
-MEASUREMENTS = (in_memory, in_cache, over_peers)
+def bitsandbytes(problem):
+    """bitsandbytes 8-bit."""
+    return peers.bitsandbytes(problem)
+
+
+def torchao(problem):
+    """torchao AdamW8bit, compiled by torch."""
+    library = peers.load("torchao.optim")
+    return peers.optimizing("torchao", problem, partial(library.AdamW8bit, lr=0.001, weight_decay=0.0), 0, [])
+
+
+def over_prime_rl():
+    """Adam in float32 with gradients in bf16 and a bf16 copy of the parameters, against the kernel of prime-rl, which was
+    made for this; then with clipping, for which prime-rl's trainer computes the norm by torch beforehand."""
+    threads = fastrms.get_num_threads()
+    what = "adam, {}, {} thread(s){}: bf16 gradients, bf16 copy, over prime-rl"
+    for size in (LARGE, MIDDLE):
+        for count in sorted({1, threads}):
+            try:
+                contenders = with_copy(size, count)
+            except (CannotDo, ImportError) as error:
+                yield Figure(what.format(size_name(size), count, ""), ">= 1.0x", f"not measured: {error}", True)
+                continue
+            timings = interleaved(contenders, SECONDS)
+            for clipped in ("", ", clipping"):
+                ratio = timings["theirs" + clipped].minimum / timings["ours" + clipped].minimum
+                yield at_least(what.format(size_name(size), count, clipped), ratio, 1.0)
+    fastrms.set_num_threads(threads)
+
+
+def with_copy(size, threads):
+    """name -> step of ours and of prime-rl's, without and with clipping, on so many threads."""
+    torch, library = peers.load("torch"), peers.load("cpu_adam")
+    torch.set_num_threads(threads)
+    fastrms.set_num_threads(threads)
+    problem = Problem("adam", size, "float32")
+    settings = {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "gradient_scale": 1.0}
+    grad, param, mean, square = peers.tensors(problem, None)
+    grad, copy, step = grad.bfloat16(), param.bfloat16(), torch.zeros(())
+    (mine,) = allocate(size, [np.dtype(np.float32)], WELL_PLACED)
+    mine[:] = problem.start
+    optimizer = fastrms.Adam(mine, param_copy=copy.clone(), backend="c")
+    optimizer.bind(grad.clone())
+
+    def theirs():
+        library.adamw_step([param], [grad], [mean], [square], [step], [copy], **settings)
+
+    def clipped():
+        torch.linalg.vector_norm(grad, dtype=torch.float32).item()
+        theirs()
+
+    ours = {"ours": optimizer.step, "ours, clipping": lambda: optimizer.step(clip_norm=1e9)}
+    return {**ours, "theirs": theirs, "theirs, clipping": clipped}
+
+
+MEASUREMENTS = (in_memory, in_cache, over_8_bits, over_prime_rl)
