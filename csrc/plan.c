@@ -170,19 +170,19 @@ static ALWAYS_INLINE void write_stream(const fastrms_tier *tier, const stream *t
         tier->encode(to->format, size, floats, to->at, to->rounding);
 }
 
-/* Run the kernel over a tile that has been read.  Before each block of it, one block of later tiles is prefetched, which the
- * kernel does for floats only; all requests at once would wait for each other. */
+/* Run the kernel over a tile that has been read.  Before each block of it, the same block of the next tile is prefetched, which
+ * the kernel does for floats only; all requests at once would wait for each other. */
 static ALWAYS_INLINE void run_tile(const fastrms_plan *plan, const fastrms_tensor *tensor, int64_t size, int count,
                                    const stream *streams)
 {
     for (int64_t start = 0; start < size; start += FASTRMS_BLOCK) {
         void *state[FASTRMS_MAX_STATES];
         int64_t length = size - start < FASTRMS_BLOCK ? size - start : FASTRMS_BLOCK;
-        for (int s = 0; s < STATES + count; ++s)
-            if (streams[s].format != FASTRMS_FLOAT) {
+        for (int s = 0; s < STREAMS; ++s)
+            if (streams[s].format != FASTRMS_FLOAT && (s < STATES + count || s >= COPY)) {
                 int bytes = streams[s].bytes / (TILE / FASTRMS_BLOCK), from = (int)(start / FASTRMS_BLOCK) * bytes;
                 for (int line = from; line < from + bytes; line += FASTRMS_LINE)
-                    FASTRMS_PREFETCH(streams[s].at.stored, line)
+                    __builtin_prefetch((const char *)streams[s].at.stored + streams[s].bytes + line);
             }
         for (int s = 0; s < count; ++s)
             state[s] = streams[STATES + s].floats + start;
