@@ -137,7 +137,11 @@ ELEMENT uint32_t q8_decoded(uint32_t code, int32_t base, float unit)
 /* a bf16 parameter with the 16 bits that make a float of it again: high is the nearest bf16, ties away from 0 */
 ELEMENT uint32_t without_payload(uint32_t u) { return (u & MAGNITUDE) > INFINITE ? (uint32_t)QUIET : u; }
 ELEMENT uint32_t split16_high(uint32_t u) { return (u + 0x8000) >> 16; }
-ELEMENT uint32_t split16_decoded(uint32_t high, uint32_t low) { return (high << 16) + ((low ^ 0x8000) - 0x8000); }
+/* a remainder below 0 belongs to no 0: somebody has written the 0 since, and the number would be NaN */
+ELEMENT uint32_t split16_decoded(uint32_t high, uint32_t low)
+{
+    return (high << 16) + (high & 0x7fff ? (low ^ 0x8000) - 0x8000 : low & 0x7fff);
+}
 
 /* and with 8 bits, of 24 that the float is first rounded to */
 ELEMENT uint32_t split8_rounded(uint32_t u, int stochastic, uint32_t random)
@@ -145,5 +149,8 @@ ELEMENT uint32_t split8_rounded(uint32_t u, int stochastic, uint32_t random)
     return (u & MAGNITUDE) > INFINITE ? QUIET >> 8 : (u + noise(u, 8, stochastic, random)) >> 8;
 }
 ELEMENT uint32_t split8_high(uint32_t v) { return (v + 0x80) >> 8; }
-ELEMENT uint32_t split8_decoded(uint32_t high, uint32_t low) { return ((high << 8) + ((low ^ 0x80) - 0x80)) << 8; }
+ELEMENT uint32_t split8_decoded(uint32_t high, uint32_t low)
+{
+    return ((high << 8) + (high & 0x7fff ? (low ^ 0x80) - 0x80 : low & 0x7f)) << 8;
+}
 #endif

@@ -177,7 +177,8 @@ def split16_high(u):
 
 
 def split16_decoded(high, low):
-    return (high << 16) + ((low ^ 0x8000) - np.uint32(0x8000))
+    """A remainder below 0 belongs to no 0: somebody has written the 0 since, and the number would be NaN."""
+    return (high << 16) + np.where(high & 0x7FFF, (low ^ 0x8000) - np.uint32(0x8000), low & 0x7FFF)
 
 
 def split8_rounded(u, random):
@@ -190,7 +191,7 @@ def split8_high(v):
 
 
 def split8_decoded(high, low):
-    return ((high << 8) + ((low ^ 0x80) - np.uint32(0x80))) << 8
+    return ((high << 8) + np.where(high & 0x7FFF, (low ^ 0x80) - np.uint32(0x80), low & 0x7F)) << 8
 
 
 # Buffers.  Each format makes one or two arrays of all elements, and of these all elements again.

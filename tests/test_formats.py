@@ -160,6 +160,8 @@ def steady_codes(format):
         made.stored[: made.size][drop] = 0
     elif format.name != "float32":
         made.stored[nan] = 0x7FC0 if format.name == "bf16" else 0x7E00 if format.low is None else 0
+    if format.low is not None:
+        made.low[(made.stored & 0x7FFF) == 0] = 0  # no encoder makes a remainder below 0 beside a 0
     return made
 
 

@@ -855,3 +855,17 @@ def test_buffers_end_where_their_bytes_end(backend):
         stream.step(0, grad)
         with pytest.raises(ValueError, match="overlap"):
             stream.step(1, fastrms.Stored(memory[4 * N - 1 : 5 * N - 1], "bf16"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("master", ["split16", "split8"])
+def test_zeros_may_be_written_into_a_split_parameter(backend, master):
+    """Pruning, and a parameter that starts anew: the remainders are those of the numbers that stood there."""
+    start = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    w = fastrms.Stored((start.view(np.uint32) >> 16).astype(np.uint16), "bf16")
+    optimizer = fastrms.RMSProp(w, master=master, backend=backend)
+    for seed in range(3):
+        optimizer.step(np.random.default_rng(seed).standard_normal(1000).astype(np.float32))
+    w.array[:500], w.array[500:] = 0, 0x8000
+    optimizer.step(np.zeros(1000, np.float32))
+    assert not (w.array & 0x7FFF).any()
