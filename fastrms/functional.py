@@ -393,6 +393,7 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
     maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
+    stored_call.refuse_in_init_state(options, optimizer)
     stored = {"state_format": storage.CHECKS["state_format"]("state_format", state_format)}
     if memory is device:
         storage.refuse_on_device([stored], None)
