@@ -60,8 +60,8 @@ class Family:
                             f"{cls.__name__}(params, {unknown}=...)")  # fmt: skip
         if unknown is not None:
             said = hyper.said_instead(unknown, cls.defaults)
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{said}; it has {', '.join(cls.defaults)}; its "
-                            f"options are {', '.join(OPTIONS)}")  # fmt: skip
+            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{said}; it has {', '.join(cls.defaults)}; "
+                            f"its options are {', '.join(OPTIONS)}")  # fmt: skip
         values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
         return {name: cls.checked(dialect, name, value) for name, value in values.items()}
 

@@ -118,8 +118,8 @@ def state_format(said, name, dtype, not_negative, label):
     if said is None:
         return FLOAT
     if dtype != np.float32:
-        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}: pass "
-                         f"state_format=None, which may be that of its group alone")  # fmt: skip
+        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}: "
+                         f"pass state_format=None, which may be that of its group alone")  # fmt: skip
     reason = NEEDS_FLOATS.get((said, name))
     if reason:
         instead = None if ("bf16", name) in NEEDS_FLOATS else "bf16"
@@ -153,9 +153,9 @@ def refuse_undecided(x, name, options):
     if not host.is_half(x) or takes_halves(options):
         return
     floats = "model.float()" if host.is_torch(x) else f"np.asarray({name}).astype(np.float32)"
-    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 copy) or "
-                    f"rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small updates), or "
-                    f"train in float32: {floats}")  # fmt: skip
+    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 copy) "
+                    f"or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small updates), "
+                    f"or train in float32: {floats}")  # fmt: skip
 
 
 def takes_halves(options):
@@ -209,7 +209,8 @@ def acquired_copy(copy, name, tensor):
     """The Buffer of the bf16 or fp16 array to which a parameter is written once more."""
     if tensor.dtype != np.float32:
         raise ValueError(f"{name} is for parameters that are updated in float32; {tensor.name} has dtype {tensor.dtype}")
-    wanted = "it must be bf16 or fp16: an array of float16, of ml_dtypes.bfloat16, a torch tensor, or fastrms.Stored(array, 'bf16')"
+    wanted = "it must be bf16 or fp16: an array of float16 or ml_dtypes.bfloat16, a torch tensor of float16 or bfloat16, or "
+    wanted += "fastrms.Stored(array, 'bf16')"
     if host.is_no_array(copy):
         raise TypeError(f"{name} is a {type(copy).__name__}; {wanted}")
     buffer = host.acquire(copy, name, writable=True, halves=True)

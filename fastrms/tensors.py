@@ -44,16 +44,16 @@ class Tensors(list):
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
     ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.  options: those of
-    storage.OPTIONS for each group.
+    storage.OPTIONS for each group, None where no group has any.
     """
 
-    def __init__(self, structure, leaves, groups, memory, options):
+    def __init__(self, structure, leaves, groups, memory, options=None):
         self.structure, self.memory = structure, memory
         self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
         rows = zip(leaves, names, groups, strict=True)
-        params = [acquired_param(memory, leaf, name, options[group]) for leaf, name, group in rows]
+        params = [acquired_param(memory, leaf, name, options and options[group]) for leaf, name, group in rows]
         memory.same_device(params, names)
         host.refuse_overlap(zip(names, params, strict=True))
         keys = [RecipeKey(group, storage.compute_dtype(param)) for group, param in zip(groups, params, strict=True)]
@@ -198,7 +198,7 @@ class Tensors(list):
 
 def acquired_param(memory, x, name, options):
     """The Buffer of a parameter, which may be bf16 or fp16 where the options of its group say how it is updated."""
-    if memory is not host:
+    if options is None or memory is not host:
         return memory.acquire(x, name, writable=True)
     storage.refuse_undecided(x, name, options)
     return host.acquire(x, name, writable=True, halves=storage.takes_halves(options))
@@ -209,8 +209,8 @@ def refuse_other_dtype(param, tensor):
     Its Buffer is now `param`."""
     if param.dtype != tensor.param.dtype:
         now, before = map(host.dtype_of, (param.dtype, tensor.param.dtype))
-        raise TypeError(f"{tensor.name} has dtype {now}, and had {before} when it was bound: turn the model back by "
-                        f"model.to(torch.{before}), or make a new optimizer from its parameters as they are now")  # fmt: skip
+        raise TypeError(f"{tensor.name} has dtype {now}, and had {before} when it was bound: turn the model back, by "
+                        f"model.to(torch.{before}), or make a new optimizer of its parameters as they are now")  # fmt: skip
 
 
 def new_state(rule, initial, param, memory, twin=None, formats=None):
