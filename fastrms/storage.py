@@ -153,9 +153,9 @@ def refuse_undecided(x, name, options):
     if not host.is_half(x) or takes_halves(options):
         return
     floats = "model.float()" if host.is_torch(x) else f"np.asarray({name}).astype(np.float32)"
-    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 copy) "
-                    f"or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small updates), "
-                    f"or train in float32: {floats}")  # fmt: skip
+    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 "
+                    f"copy) or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small "
+                    f"updates), or train in float32: {floats}")  # fmt: skip
 
 
 def takes_halves(options):

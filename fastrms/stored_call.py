@@ -70,7 +70,8 @@ def acquired_param(x, rounding_said):
     """The Buffer of the parameter, which may be bf16 or fp16 where the call says how it is rounded."""
     if not rounding_said and host.is_half(x):
         raise TypeError(f"param has dtype {host.half_name(x)}: pass a float32 copy of it as param and this array as "
-                        f"param_copy, or say rounding='stochastic' or 'nearest', by which new parameters are rounded")  # fmt: skip
+                        f"param_copy, or say rounding='stochastic' or 'nearest', by which new parameters are "
+                        f"rounded")  # fmt: skip
     return host.acquire(x, "param", writable=True, halves=rounding_said)
 
 

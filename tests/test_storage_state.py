@@ -604,6 +604,10 @@ def test_the_examples_of_the_page_run(capsys):
     exec(example("saved = halved"), names)
     found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
     assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
+    names |= {"np": np, "b": np.ones(7, np.float32), "gb": np.ones(7, np.float32), "gw": np.ones(300, np.float32)}
+    for words in ("same = fastrms.Stored(bits", "trained.step(", "mixed.step(low"):
+        exec(example(words), names)
+    assert capsys.readouterr().out.split() == ["True", "True"] and names["mixed"].steps == 1
     names["w16"] = np.zeros(300, np.float16)
     exec(example("param_copy=w16, seed=1"), names)
     assert np.array_equal(names["w16"], w.astype(np.float16)) and names["state"]["exp_avg"].array.all()
