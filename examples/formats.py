@@ -137,8 +137,8 @@ def as_split16_shows(weights):
 
 
 def train(task, name, run, seed, epochs, grad_scale=1.0):
-    """Train with gradients times grad_scale; returns the loss of every step, the parameters as the optimizer has them, and the
-    optimizer."""
+    """Train, with gradients times grad_scale; returns the loss of every step, the parameters as the optimizer has them, and
+    the optimizer."""
     options, halves = ({}, False) if run == SEEN else RUNS[run]
     random = np.random.default_rng(seed)
     network, (inputs, classes) = task.make(random), task.data()

@@ -165,6 +165,12 @@ def test_q8_states_are_never_rounded_to_nearest():
     assert {(entry["rounding"], entry["seed"]) for entry in loading.state_dict()["tensors"]} == {("stochastic", 5)}
 
 
+@pytest.mark.parametrize("given", [None, [1]])
+def test_what_is_no_state_dict_at_all(given):
+    with pytest.raises(ValueError, match=f"^this is a {type(given).__name__}, not a state_dict of fastrms: pass what"):
+        fastrms.Adam(np.ones(3, np.float32)).load_state_dict(given)
+
+
 def test_convert_must_be_the_name_of_a_format():
     params, _ = problem()
     optimizer = fastrms.Adam(params, state_format="q8")
@@ -605,8 +611,9 @@ def test_the_examples_of_the_page_run(capsys):
     found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
     assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
     names |= {"np": np, "b": np.ones(7, np.float32), "gb": np.ones(7, np.float32), "gw": np.ones(300, np.float32)}
-    for words in ("same = fastrms.Stored(bits", "trained.step(", "mixed.step(low"):
-        exec(example(words), names)
+    exec(example("same = fastrms.Stored(bits"), names)
+    exec(example("trained.step("), names)
+    exec(example("mixed.step(low"), names)
     assert capsys.readouterr().out.split() == ["True", "True"] and names["mixed"].steps == 1
     names["w16"] = np.zeros(300, np.float16)
     exec(example("param_copy=w16, seed=1"), names)

@@ -412,6 +412,34 @@ def test_an_exchanged_state_in_a_format_is_checked(change, words):
     assert optimizer.state[param]["exp_avg"] is mine and raw(mine) != raw(good)
 
 
+@pytest.mark.parametrize("state_format", ["q8", "bf16"])
+def test_an_exchanged_state_is_a_tensor(state_format):
+    param = parameters(F32, [(400,)])[0]
+    optimizer = ft.Adam([param], state_format=state_format)
+    run([param], optimizer, 1, first=1)
+    for other in (np.zeros(400, np.uint8), [0]):
+        optimizer.state[param]["exp_avg"] = other
+        with pytest.raises(TypeError, match=rf"is a (ndarray|list); what is stored in {state_format} is a torch tensor of "):
+            run([param], optimizer, 1, first=1)
+
+
+def test_names_and_pairs_are_explained():
+    for wrong, right in (("RMSProp", "RMSprop"), ("AdaGrad", "Adagrad"), ("RProp", "Rprop")):
+        with pytest.raises(AttributeError, match=f"no attribute '{wrong}'; write fastrms.torch.{right}$"):
+            getattr(ft, wrong)
+    with pytest.raises(AttributeError, match=r"no attribute 'NAdam'$"):
+        _ = ft.NAdam
+    params = parameters(F32, [(4,)])
+    with pytest.raises(TypeError, match=r"^betas=0\.9 is a float; it must be 2 numbers, such as betas=\(0\.9, 0\.999\)$"):
+        ft.Adam(params, betas=0.9)
+    with pytest.raises(TypeError, match=r"^param_copy is an option of fastrms.Adam and its kin; .* master='float32'"):
+        ft.Adam(params, param_copy=[torch.zeros(4, dtype=BF16)])
+    for dtype in ("bfloat16", "float16"):
+        half = parameters(getattr(torch, dtype), [(4,)])
+        with pytest.raises(TypeError, match=rf"^params\[0\] has dtype {dtype}: say how it is updated, .* model\.float\(\)$"):
+            fastrms.Adam(half)
+
+
 @pytest.mark.parametrize("change", [lambda x: x[4:], lambda x: torch.cat([x, x])[1 : 1 + x.numel()]])
 def test_an_exchanged_state_in_q8_is_checked(change):
     param = parameters(F32, [(400,)])[0]
@@ -722,9 +750,11 @@ def test_a_model_that_turns_to_another_dtype_is_refused(dtype, then, options):
     model.to(then)
     give_grads(params, 1, absent=False)
     before = [*map(raw, params)]
-    with pytest.raises(TypeError, match="has dtype"):
+    with pytest.raises(TypeError, match="has dtype") as error:
         optimizer.step()
-    assert [*map(raw, params)] == before
+    if dtype is BF16:
+        assert "and had bfloat16 when it was bound: turn the model back, by model.to(torch.bfloat16)" in str(error.value)
+    assert [*map(raw, params)] == before and "uint16" not in str(error.value)
 
 
 def test_a_master_that_is_removed_is_made_from_the_parameter():
