@@ -63,13 +63,6 @@ def text_of(path):
         return ""
 
 
-def cpu_model():
-    for line in text_of("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def caches():
     """The bytes of each data cache of the first core, {"L1": ..., "L2": ...}; empty where the system hides them."""
     found = {}
