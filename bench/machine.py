@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import fastrms
+from fastrms.config import cpu_model
 
 
 def describe():

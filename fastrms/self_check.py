@@ -1,8 +1,8 @@
 """Whether this installation has the bits that it promises: `python -m fastrms`, and `python -m fastrms verify`, which goes
 through Numba's kernels, too.
 
-Every kernel of every tier, every storage format and whole steps are compared with the NumPy backend, on numbers of all kinds;
-and the C extension with the sources beside it.
+Every kernel of every tier, every storage format and whole steps are compared with the NumPy backend, on numbers of all
+kinds; and the C extension with the sources beside it.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from .backends import plan
 from .backends.coefficients import Coefficients
 
 c = backends.load("c")
+SOURCES = Path(__file__).parents[1] / "csrc"  # of an editable install
 LENGTHS = (0, 1, 7, 8, 15, 17, 31, 33, 63, 65, 131, 1003, 2053)
 STEP = 330_007  # elements: enough for all threads
 ROUNDINGS = formats.Rounding(), formats.Rounding(True, 0x12345678, 1000)
@@ -127,8 +128,9 @@ def wrong_kernels(update, tier, kernels):
     for rule, general, dtype in kernels:
         recipe, buffers, want = reference(rule, general, dtype)
         for size in LENGTHS:
-            got = updated(update, recipe, [buffer[:size] for buffer in buffers])
-            found = difference(buffer_names(rule), got, [buffer[:size] for buffer in want])
+            last = slice(LENGTHS[-1] - size, None)  # the first numbers are all 0
+            got = updated(update, recipe, [buffer[last] for buffer in buffers])
+            found = difference(buffer_names(rule), got, [buffer[last] for buffer in want])
             if found:
                 form = "general" if general else "neutral"
                 yield f"rule {rule}, {form} form, {dtype}, tier {tier}, {size} elements: {found}"
@@ -164,7 +166,7 @@ def memory(format, size):
 @cache
 def stored(format, rounding, size):
     """(numbers, the memory in which NumPy stores them, the numbers that this decodes to)"""
-    x = wild_values(LENGTHS[-1], np.dtype(np.float32), 1)[:size]
+    x = wild_values(LENGTHS[-1], np.dtype(np.float32), 1)[LENGTHS[-1] - size :]
     x = np.abs(x) if format.name == "q8u" else x
     into, low = memory(format, size)
     formats.encode(format, x, into, size, rounding, low)
@@ -195,9 +197,9 @@ def stepped(backend, options):
     """Name -> array, of all that two steps with clip_norm leave."""
     rng = np.random.default_rng(2)
     param, grad = (rng.standard_normal(STEP, np.float32) for _ in range(2))
-    if "master" in options:
-        param, options = fastrms.Stored((param.view(np.uint32) >> 16).astype(np.uint16), "bf16"), {"rounding": "stochastic"} | options
-    optimizer = fastrms.Adam(param, backend=backend, **options)
+    if "master" in options:  # the upper halves of floats are numbers in bf16
+        param = fastrms.Stored((param.view(np.uint32) >> 16).astype(np.uint16), "bf16")
+    optimizer = fastrms.Adam(param, backend=backend, rounding="stochastic", **options)
     norms = [optimizer.step(grad, clip_norm=1.0).grad_norm for _ in range(2)]
     made = optimizer.state_dict()["tensors"][0]["state"]
     return {"grad_norm": np.array(norms), "param": getattr(param, "array", param), **made}
@@ -229,14 +231,10 @@ def wrong_in_tier(isa):
 
 def stale_build():
     """A sentence where the C extension was built from other sources than those beside the package."""
-    folder = Path(__file__).parents[1]
-    script = folder / "csrc" / "fingerprint.py"
-    if not c.lib or not script.exists():
-        return
-    built, there = c.built("sources"), runpy.run_path(str(script))["fingerprint"](folder / "csrc")
+    built, there = c.built("sources"), runpy.run_path(str(SOURCES / "fingerprint.py"))["fingerprint"](SOURCES)
     if built != there:
-        yield (f"the C extension is stale: it was built from sources with the hash {built}, and those in {folder / 'csrc'} "
-               f"have {there}: run `pip install -e .` in {folder}")  # fmt: skip
+        yield (f"the C extension is stale: it was built from sources with the hash {built}, and those in {SOURCES} have "
+               f"{there}: run `pip install -e .` in {SOURCES.parent}")  # fmt: skip
 
 
 def in_parallel(numba, recipe, step, grad_scale, param, grad, states):
@@ -255,10 +253,8 @@ def kept_in_parallel(kernels):
 
 
 def wrong_in_numba():
-    """A sentence for each kernel of the Numba backend that gives other bits than NumPy, and for a cache that does not work."""
+    """A sentence for each kernel of the Numba backend that gives other bits than NumPy, and for a cache that is broken."""
     numba = backends.load("numba")
-    if numba.available():
-        return
     kernels, _ = numba.compiler()
     again = f"delete the folder {files.cache_folder()}, and run this again"
     for tier, update, of in (("numba", numba.update, [*config.kernels()]),
@@ -267,32 +263,44 @@ def wrong_in_numba():
             yield f"{sentence}; where the compiled kernel on disk is damaged: {again}"
         without = [kernels.why_not_kept(*kernel, tier != "numba") for kernel in of]
         if any(without):
-            yield (f"{sum(map(bool, without))} kernels of tier {tier} cannot be kept in Numba's cache, each process compiles "
-                   f"them anew ({next(filter(None, without))}): {again}, or set NUMBA_CACHE_DIR to a folder that can be "
-                   f"written")  # fmt: skip
+            yield (f"{sum(map(bool, without))} kernels of tier {tier} cannot be kept in Numba's cache, and each process "
+                   f"compiles them anew ({next(filter(None, without))}): {again}, or set NUMBA_CACHE_DIR to a folder that "
+                   f"can be written")  # fmt: skip
 
 
 def checks(thorough):
-    """(name, function that gives a sentence for all that is wrong, what it looks at) of each check."""
-    yield "build", stale_build, "the C extension and the sources beside it, where there are any"
-    seen = f"{len([*config.kernels()])} kernels"
+    """(name, function that gives a sentence for all that is wrong, why it cannot be looked at or None, what is right where
+    nothing is wrong) of each check."""
+    no_sources = None if (SOURCES / "fingerprint.py").exists() else "there are no sources beside the package"
+    yield "build", stale_build, c.available() or no_sources, f"the C extension was built from the sources in {SOURCES}"
+    same = f"{len([*config.kernels()])} kernels have the bits of NumPy"
     for isa in c.isas():
-        yield isa, partial(wrong_in_tier, isa), f"{seen}, {len(formats.FORMATS)} formats, {len(OPTIONS)} kinds of steps"
+        seen = f"{same}, and so have {len(formats.FORMATS)} storage formats and {len(OPTIONS)} kinds of steps"
+        yield isa, partial(wrong_in_tier, isa), None, seen
     if thorough:
-        yield "numba", wrong_in_numba, f"{seen}, and the cache on disk, where Numba is installed"
+        yield "by numba", wrong_in_numba, backends.load("numba").available(), f"{same}, and the cache on disk works"
+
+
+def looked_at(name, check, reason, right):
+    """Print what a check finds; returns how much is wrong."""
+    sys.stdout.write(f"{name:10} ")
+    sys.stdout.flush()  # where a kernel ends the process, its tier is the last word
+    wrong = []
+    try:
+        wrong += [] if reason else check()
+    except Exception as error:  # a bug report needs the other lines all the more
+        wrong.append(repr(error))
+    said = f"not checked: {reason}" if reason else "WRONG" if wrong else f"ok: {right}"
+    sys.stdout.write("".join(f"{line}\n" for line in [said, *(f"    {sentence}" for sentence in wrong)]))
+    return len(wrong)
 
 
 def main(arguments=None):
     """Print what is installed and what is wrong with it; returns the exit status, 1 where anything is."""
     parser = argparse.ArgumentParser(prog="python -m fastrms", description=__doc__)
     parser.add_argument("what", nargs="?", choices=["check", "verify"], default="check", help="verify: Numba's kernels, too")
-    thorough, start, found = parser.parse_args(arguments).what == "verify", time.perf_counter(), 0
+    thorough, start = parser.parse_args(arguments).what == "verify", time.perf_counter()
     config.show_config()
-    for name, check, seen in checks(thorough):
-        sys.stdout.write(f"{name:10} ")
-        sys.stdout.flush()  # where a kernel ends the process, its tier is the last word
-        wrong = [*check()]
-        sys.stdout.writelines(["wrong:\n" if wrong else f"as it should be: {seen}\n", *(f"    {line}\n" for line in wrong)])
-        found += len(wrong)
-    sys.stdout.write(f"{found or 'no'} difference(s), {time.perf_counter() - start:.1f} s\n")
+    found = sum(looked_at(*check) for check in checks(thorough))
+    sys.stdout.write(f"self-check: {found or 'nothing'} wrong, {time.perf_counter() - start:.1f} s\n")
     return 1 if found else 0
