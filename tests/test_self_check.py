@@ -69,7 +69,8 @@ def test_a_forced_tier_is_restored(monkeypatch):
         with self_check.forced(c.isas()[0]):
             assert c.isa() == c.isas()[0]
         assert c.isa() == (isa or before)
-    c.use_isa(os.environ.get("FASTRMS_ISA") if isa is None else None)
+    monkeypatch.undo()
+    c.use_isa(os.environ.get("FASTRMS_ISA") or None)
     status, out = run("-m", "fastrms", FASTRMS_ISA="baseline")
     assert status == 0 and line(out, "kernels") == f"kernels {4 * len(rules.RULES)} of baseline"
 
