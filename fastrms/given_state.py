@@ -13,7 +13,6 @@ DTYPES = {  # of a torch tensor that holds what a format stores
     storage.SPLIT16: "int16",
     storage.SPLIT8: "int8",
 }
-LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
 
 
 def acquired(tensors, rules_of_keys, state, not_negative):
@@ -26,16 +25,15 @@ def acquired(tensors, rules_of_keys, state, not_negative):
     """
     trusted = not_negative is None
     kept = [rules.state_names(rules.find(rules_of_keys[tensor.recipe])) for tensor in tensors]
-    if trusted:
-        kept = [[*names, *low(tensor)] for names, tensor in zip(kept, tensors, strict=True)]
+    made = [tensor.storage if trusted else None for tensor in tensors]
+    kept = [*map(storage.kept, made, kept)]
     names = dict.fromkeys(name for wanted in kept for name in wanted)
     refuse_other_names(state, names)
     found = {}  # (index of a tensor, state name) -> (what error sentences call the array, Buffer)
     for name in names:
         for k, label, array in leaves(tensors.structure, state, name):
             if name in kept[k]:
-                format = format_of(tensors[k], kept[k].index(name)) if trusted else storage.FLOAT
-                found[k, name] = label, acquired_one(tensors, k, array, label, format)
+                found[k, name] = label, acquired_one(tensors, k, array, label, kept[k][name])
             elif array is not None:
                 raise ValueError(
                     f"{label} is given, and the rule of {tensors[k].name} has no {name}: pass None in its place"
@@ -67,20 +65,7 @@ def leaves(structure, state, name):
     return [(k, *pair) for k, pair in enumerate(zip(labels, arrays, strict=True))]
 
 
-def low(tensor):
-    """The name of what the master of a tensor needs, in a list; an empty one where it needs nothing."""
-    return [LOW[tensor.storage.master]] if tensor.storage and tensor.storage.master else []
-
-
-def format_of(tensor, k):
-    """The Format of state number k of a tensor; what its master needs follows on the states."""
-    made = tensor.storage
-    if made is None:
-        return storage.FLOAT
-    return made.states[k] if k < len(made.states) else storage.SPLIT.get(made.master, storage.FLOAT)
-
-
-def acquired_one(tensors, k, array, name, format=storage.FLOAT):
+def acquired_one(tensors, k, array, name, format):
     """The Buffer of a state array of tensor k, which error sentences call `name`."""
     like, memory = tensors[k], tensors.memory
     if array is None:

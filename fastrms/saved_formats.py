@@ -12,37 +12,25 @@ import numpy as np
 
 from . import formats, hyper, storage
 from .memory.tree import Part
-from .storage import BF16, FLOAT, FP16S, Q8, Q8U, SPLIT8, SPLIT16
+from .storage import FLOAT
 
 CONVERTED = ("float32", "bf16", "fp16", "q8")  # what convert= may name
 check = hyper.choice(None, *CONVERTED)
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32)}
 DTYPES |= {name: formats.FORMATS[name].dtype for name in ("bf16", "fp16", "q8")}
 DTYPES |= {name: storage.SPLIT[name].low for name in storage.SPLIT}
-SIGNED = {"float32": FLOAT, "bf16": BF16, "fp16": FP16S, "q8": Q8, "split16": SPLIT16, "split8": SPLIT8}
-
-
-def low_name(tensor):
-    """What a state_dict calls the buffer `low` of a tensor; None where there is none."""
-    if tensor.storage is None or tensor.storage.low is None:
-        return None
-    return "master" if tensor.storage.master == "float32" else "remainder"
 
 
 def kept(tensor):
     """Name -> flat array of all that an optimizer keeps of a tensor: its states, and the master or the remainder of a bf16
     or fp16 parameter."""
-    name = low_name(tensor)
-    return tensor.state if name is None else {**tensor.state, name: tensor.storage.low}
+    low = storage.low(tensor.storage.master) if tensor.storage else {}
+    return {**tensor.state, **{name: tensor.storage.low for name in low}}
 
 
 def formats_of(tensor):
     """Name -> Format of all that kept() has."""
-    if tensor.storage is None:
-        return dict.fromkeys(tensor.state, FLOAT)
-    found = dict(zip(tensor.state, tensor.storage.states, strict=True))
-    name = low_name(tensor)
-    return found if name is None else {**found, name: storage.SPLIT.get(tensor.storage.master, FLOAT)}
+    return storage.kept(tensor.storage, tensor.state)
 
 
 def said(tensor, format):
@@ -163,7 +151,7 @@ def _refuse_conversion(tensor, key, format, entries, convert):
     mine = said(tensor, format)
     for _, entry in entries:
         theirs, label = _format_of(tensor, entry, key), f"{key} of {entry['name']}"
-        if "float64" in (mine, theirs) or key in ("master", "remainder"):
+        if "float64" in (mine, theirs) or key in storage.LOW.values():
             remedy = (
                 "float64 is not converted" if "float64" in (mine, theirs) else f"pass master={theirs!r} to the optimizer"
             )
@@ -191,7 +179,7 @@ def _array(key, entry, format, shape, dtype):
 
 def _decoded(key, entry, name, shape, signed):
     """The numbers of a saved array, in this shape; name: that of its format."""
-    format = Q8U if name == "q8" and not signed else SIGNED[name]
+    format = FLOAT if name == "float32" else storage.SPLIT.get(name) or storage.named(name, signed)
     array, axes = _array(key, entry, format, shape, DTYPES[name]), range(len(shape))
     if format is FLOAT:
         return array
@@ -208,7 +196,7 @@ def _decoded(key, entry, name, shape, signed):
 
 def of_master(saved, kept):
     """What a sentence on other names adds where only the master of a parameter makes the difference."""
-    low = {"master", "remainder"}
+    low = set(storage.LOW.values())
     if set(saved) - low != set(kept) - low:
         return ""
     return ": give this optimizer the parameters and the master= that the saved one had"

@@ -1,7 +1,6 @@
 """How the buffers of a tensor are stored: the options state_format, master, rounding and param_copy, checked, and what they
 make for each tensor.  The formats themselves are in formats.py."""
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ GRADIENTS = (np.dtype(np.float32), host.BF16, host.FP16)  # dtypes of Buffers of
 SPLIT = {"split16": SPLIT16, "split8": SPLIT8}
 SIGNED = {"bf16": BF16, "fp16": FP16S, "q8": Q8}
 NEVER_NEGATIVE = {**SIGNED, "q8": Q8U}
+LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
 LARGEST_BASE = {Q8: 1896, Q8U: 1786}
 NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
     ("fp16", "prev"): "fp16 would round the sign of a small gradient away",
@@ -82,14 +82,25 @@ class Storage(NamedTuple):
 
 
 def of_buffer(buffer):
-    """The Format of the numbers of a Buffer."""
+    """The Format of the numbers of a Buffer, or of a flat array."""
     return OF_DTYPE.get(buffer.dtype, FLOAT)
 
 
-def numbers(buffer, first, size):
-    """The numbers [first, first + size) of a Buffer; those of bf16 and fp16 in float32."""
-    flat, format = buffer.flat[first : first + size], of_buffer(buffer)
-    return flat if format is FLOAT else formats.decode(format, host.bits(flat), size)
+def decoded(flat):
+    """The numbers of a flat array; those of bf16 and fp16 in float32."""
+    format = of_buffer(flat)
+    return flat if format is FLOAT else formats.decode(format, host.bits(flat), flat.size)
+
+
+def low(master):
+    """Name -> Format of what a parameter with this master, which may be None, needs beside its states."""
+    return {LOW[master]: SPLIT.get(master, FLOAT)} if master else {}
+
+
+def kept(made, names):
+    """Name -> Format of all that is kept of a tensor with this Storage, which may be None: the states of these names, and
+    what its master needs."""
+    return {**dict(zip(names, made.states, strict=True)), **low(made.master)} if made else dict.fromkeys(names, FLOAT)
 
 
 def compute_dtype(buffer):
@@ -97,9 +108,13 @@ def compute_dtype(buffer):
     return np.dtype(np.float32) if of_buffer(buffer) is not FLOAT else buffer.dtype
 
 
-def state_format(options, name, dtype, not_negative, label):
-    """The Format of a state of this name; ValueError where it must be stored in the compute dtype."""
-    said = options.state_format
+def named(said, signed):
+    """The Format that state_format calls so, for numbers that may be negative (signed) or never are."""
+    return (SIGNED if signed else NEVER_NEGATIVE)[said]
+
+
+def state_format(said, name, dtype, not_negative, label):
+    """The Format of a state of this name, said by the option; ValueError where it must be stored in the compute dtype."""
     if said is None:
         return FLOAT
     if dtype != np.float32:
@@ -107,7 +122,7 @@ def state_format(options, name, dtype, not_negative, label):
     reason = NEEDS_FLOATS.get((said, name))
     if reason:
         raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out here")
-    return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
+    return named(said, name not in not_negative)
 
 
 def refuse_on_device(options, copy):
@@ -137,15 +152,15 @@ def takes_halves(options):
 def of_tensor(tensor, rule, options, copy, not_negative, seed, origin):
     """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of
     its group; copy: a Buffer or None."""
-    o = SimpleNamespace(**{**OPTIONS, **options})
+    said, master, rounding = {**OPTIONS, **options}.values()
     names = rules.state_names(rules.find(rule))
-    states = tuple(state_format(o, name, tensor.dtype, not_negative, tensor.name) for name in names)
+    states = tuple(state_format(said, name, tensor.dtype, not_negative, tensor.name) for name in names)
     param = of_buffer(tensor.param)
-    refuse_master(o.master, param, tensor)
+    refuse_master(master, param, tensor)
     if copy is None and param is FLOAT and all(format is FLOAT for format in states):
         return None
     copied = FLOAT if copy is None else of_buffer(copy)
-    return Storage(param, states, o.master, None, copy, copied, o.rounding == "stochastic", seed, origin)
+    return Storage(param, states, master, None, copy, copied, rounding == "stochastic", seed, origin)
 
 
 def refuse_master(master, param, tensor):
@@ -209,17 +224,18 @@ def stored(format, numbers):
     return made
 
 
+def fill(flat, format, size, value):
+    """Make all `size` numbers of a flat array in a Format this value, rounded to nearest."""
+    flat.fill(value if format is FLOAT else 0)
+    if value and format is not FLOAT:
+        formats.encode(format, np.full(size, value, np.float32), flat, size, formats.Rounding())
+
+
 def new_state(format, param, beside, value, memory):
     """A new flat state array in a Format, every element of which holds a value."""
-    if format is FLOAT:
-        made = memory.place_beside(param, beside, param.size, compute_dtype(param))
-        made.fill(value)
-        return made
-    made = memory.place_beside(param, beside, items_of(format, param.size), format.dtype)
-    made.fill(0)
-    if value:
-        numbers = np.full(param.size, value, np.float32)
-        formats.encode(format, numbers, made, param.size, formats.Rounding())
+    dtype = compute_dtype(param) if format is FLOAT else format.dtype
+    made = memory.place_beside(param, beside, items_of(format, param.size), dtype)
+    fill(made, format, param.size, value)
     return made
 
 

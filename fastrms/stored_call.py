@@ -19,8 +19,8 @@ SAID = {host.BF16: "bf16", host.FP16: "fp16", Q8.dtype: "q8"}  # dtype of a stat
 
 def state_formats(rule, param, not_negative, state_format):
     """The Format of each state that a call of a rule is to have, in its order."""
-    said, dtype = SimpleNamespace(state_format=state_format), storage.compute_dtype(param)
-    return [storage.state_format(said, name, dtype, not_negative, "param") for name in rules.state_names(rules.find(rule))]
+    dtype, names = storage.compute_dtype(param), rules.state_names(rules.find(rule))
+    return [storage.state_format(state_format, name, dtype, not_negative, "param") for name in names]
 
 
 def shown(flat, format, param):
@@ -96,7 +96,7 @@ def state_format(buffer, name, param, not_negative):
     reason = storage.NEEDS_FLOATS.get((said, name))
     if reason:
         raise ValueError(f"{name} cannot be in {said}: {reason}; pass it in float32")
-    format = (storage.NEVER_NEGATIVE if name in not_negative else storage.SIGNED)[said]
+    format = storage.named(said, name not in not_negative)
     if format.in_blocks:
         storage.refuse_damaged_blocks(format, buffer.flat, param.size, name)
     return format
@@ -127,7 +127,7 @@ def acquired_copy(x, param):
 
 def holds_zero(memory, param, states):
     """Whether a state holds a 0; in q8 that is the code 0."""
-    flats = (storage.numbers(x, 0, param.size) if memory is host else memory.on_host(x.flat) for x in states)
+    flats = (storage.decoded(x.flat[: param.size]) if memory is host else memory.on_host(x.flat) for x in states)
     return any((flat == 0).any() for flat in flats)
 
 

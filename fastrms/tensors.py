@@ -117,7 +117,7 @@ class Tensors(list):
         where anything is taken that an optimizer makes, masters and remainders included."""
         given = given_state.acquired(self, rules_of_keys, state, not_negative)
         for tensor, buffers in zip(self, given, strict=True):
-            tensor.state = {name: buffer.flat for name, buffer in buffers.items() if name not in given_state.LOW.values()}
+            tensor.state = {name: buffer.flat for name, buffer in buffers.items() if name not in storage.LOW.values()}
             tensor.given = buffers
             tensor.lent = {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
         self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]

@@ -13,7 +13,7 @@ from . import hyper, saved_formats
 from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
-from .storage import FLOAT, takes_halves
+from .storage import FLOAT, low, takes_halves
 from .torch_core import (
     KINDS,
     LOW,
@@ -23,7 +23,6 @@ from .torch_core import (
     Note,
     State,
     complete,
-    low_names,
     new_state,
     state_names,
     stored_state,
@@ -220,7 +219,7 @@ class Optimizer(torch.optim.Optimizer):
         """A Member for every parameter that has a state or needs one; what its state lacks is made."""
         members, end = [], 0
         for number, group in enumerate(self.param_groups):
-            wanted = {"step", *state_names(self.kind, values[number]), *low_names(stored[number])}
+            wanted = {"step", *state_names(self.kind, values[number]), *low(stored[number].get("master"))}
             for label, param in labelled(group):
                 origin, end = end, end + param.numel()
                 if not needs_state(param) and not self.state.get(param):

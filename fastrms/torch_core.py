@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from . import optimizers, rules
-from .given_state import LOW
 from .hyper import MOST_STEPS
-from .storage import FLOAT
+from .storage import FLOAT, LOW, low
 from .torch_formats import new_part, of_state
 from .torch_shards import Parts, part_of, spread_like
 
@@ -82,11 +81,6 @@ def stored_state(kind, values, options, param, name):
     """Name -> Format of what the state of a parameter, which error sentences call `name`, holds; options: those of its group
     in storage.OPTIONS."""
     return of_state(KINDS[kind], rule_of(kind, values), options, param, name)
-
-
-def low_names(options):
-    """What the state of a bf16 or fp16 parameter holds for the master that these options ask for, in a list."""
-    return [LOW[options["master"]]] if options.get("master") else []
 
 
 def complete(kind, values, options, param, state, name):
@@ -164,7 +158,7 @@ class Core:
         of_group = [[m for m in members if m.group == group] for group in self.groups]
         self._keys = [[m.label for m in some] for some in of_group]
         self.names = [state_names(kind, values[group]) for group in self.groups]
-        names = [[*mine, *low_names(stored[group])] for mine, group in zip(self.names, self.groups, strict=True)]
+        names = [[*mine, *low(stored[group].get("master"))] for mine, group in zip(self.names, self.groups, strict=True)]
         state = {
             name: [{m.label: part_of(m.state[name]) if name in mine else None for m in some}
                    for some, mine in zip(of_group, names, strict=True)]

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from . import formats, rules, storage
-from .given_state import DTYPES, LOW
+from .given_state import DTYPES
 from .memory import host, placement
 from .storage import FLOAT
 from .torch_shards import is_spread, part_of
 
 HALVES = {torch.bfloat16: host.BF16, torch.float16: host.FP16}
-SAID = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "q8", torch.int16: "split16", torch.int8: "split8"}
+SAID = {getattr(torch, name): storage.said(format) for format, name in DTYPES.items()}
 
 
 def options_of(group):
@@ -54,10 +54,10 @@ def of_state(kind, rule, options, param, name):
     dtype = np.dtype(np.float32) if part.dtype in HALVES else numpy_dtype(part)
     like = SimpleNamespace(name=name, dtype=dtype, param=SimpleNamespace(dtype=numpy_dtype(part)))
     made = storage.of_tensor(like, rule, options, None, kind.not_negative, 0, 0)
-    found = dict(zip(names, made.states if made else [FLOAT] * len(names), strict=True))
+    found = storage.kept(made, names)
     if any(format.in_blocks for format in found.values()):
         refuse_blocks(param, name)
-    return {**found, LOW[master]: storage.SPLIT.get(master, FLOAT)} if master else found
+    return found
 
 
 def refuse_blocks(param, name):
@@ -86,9 +86,7 @@ def new_part(param, beside, value, format=FLOAT):
     items = storage.items_of(format, size) if format.in_blocks else size
     bits = np.dtype(np.int16) if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
     flat = placement.place(items, bits, [x.data_ptr() for x in (param, *beside)])
-    flat.fill(value if format is FLOAT else 0)
-    if value and format is not FLOAT:
-        formats.encode(format, np.full(size, value, np.float32), flat, size, formats.Rounding())
+    storage.fill(flat, format, size, value)
     return like(param, torch.from_numpy(flat).view(dtype), format)
 
 
@@ -145,7 +143,7 @@ def loaded(made, key, value, param, format, signed, convert, name):
     """Write a saved state, a plain tensor, into the new one of this optimizer; ValueError, which calls it `key of name`,
     where it does not fit.  signed: whether a saved q8 has signs; convert: as in load_state_dict()."""
     saved, mine, label = said(value), name_of(param, format), f"{key} of {name}"
-    source = storage.SIGNED["q8"] if signed else storage.NEVER_NEGATIVE["q8"]
+    source = storage.named("q8", signed)
     if in_blocks := saved == "q8":
         bits = np.array(value.detach().cpu().numpy())
         refuse_other_size(bits, source, param, label)
@@ -168,7 +166,7 @@ def refuse_other_size(bits, format, param, label):
 
 def refuse_conversion(label, key, saved, mine, convert):
     """ValueError unless a state that is saved in a format may be decoded and stored in that of this optimizer."""
-    if key in LOW.values():
+    if key in storage.LOW.values():
         remedy = f"make it with master={saved!r}" if key == "remainder" else "it must be float32"
         raise ValueError(f"{label} is {saved} in the state_dict, and {mine} in this optimizer: {remedy}")
     if saved != convert:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import hyper, saved_formats
+from . import hyper, saved_formats, storage
 from .memory import host
 from .state import MALFORMED
 
@@ -121,7 +121,8 @@ def imported(optimizer, d, convert=None):
 def _refuse_low(optimizer):
     """ValueError where a parameter has a master, of which torch's state_dict says nothing."""
     for tensor in optimizer._tensors:
-        if name := saved_formats.low_name(tensor):
+        if tensor.storage and tensor.storage.master:
+            name = storage.LOW[tensor.storage.master]
             raise ValueError(f"{tensor.name} has a {name} (master={tensor.storage.master!r}), which torch's state_dict lacks"
                              f": make the optimizer from float32 parameters, or use load_state_dict()")  # fmt: skip
 

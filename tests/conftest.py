@@ -119,3 +119,19 @@ THREADS_AT_ONCE = """
             runner.join()
         assert not errors, errors[0]
 """
+
+
+@pytest.fixture
+def pool():
+    """pool(threads, chunk): also small steps of the C backend are shared out; as before afterwards."""
+    before = fastrms.get_num_threads()
+
+    def set_pool(count, chunk):
+        fastrms.set_num_threads(count)
+        if c.lib:
+            c.lib.fastrms_set_chunks(chunk, 1)
+
+    yield set_pool
+    fastrms.set_num_threads(before)
+    if c.lib:
+        c.lib.fastrms_set_chunks(8 * 1024, 32 * 1024)

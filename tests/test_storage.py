@@ -174,20 +174,6 @@ def run_of_adam(backend, kind, sizes, said):
 fp_mode = mode_of_thread  # a fixture
 
 
-@pytest.fixture
-def pool():
-    """Threads and chunks of the C backend; as before afterwards."""
-    before = fastrms.get_num_threads()
-
-    def set_pool(count, chunk):
-        fastrms.set_num_threads(count)
-        c.lib.fastrms_set_chunks(chunk, 1)
-
-    yield set_pool
-    fastrms.set_num_threads(before)
-    c.lib.fastrms_set_chunks(8 * 1024, 32 * 1024)
-
-
 LARGE = [5000, 257, 16384, 1003, 40001]  # the tile of Python is 16384
 
 
