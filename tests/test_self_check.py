@@ -39,10 +39,10 @@ def line(out, name):
 
 
 def test_what_is_printed():
-    status, out = run("-m", "fastrms")
+    status, out = run("-m", "fastrms", FASTRMS_NUM_THREADS="3")
     assert status == 0 and "self-check: nothing wrong, " in out and "by numba" not in out
     assert line(out, "fastrms") == f"fastrms {fastrms.__version__}" and line(out, "numpy") == f"numpy {np.__version__}"
-    assert line(out, "threads") == f"threads {fastrms.get_num_threads()}" and "affinity mask" in line(out, "limits")
+    assert line(out, "threads") == "threads 3" and "affinity mask" in line(out, "limits")
     missing = [name for name in backends.NAMES if backends.load(name).available()]
     assert all(f"; no {name}: " in line(out, "backends") for name in missing)
     assert re.search(r"begin \d+ bytes apart modulo 4 KiB", line(out, "memory"))
