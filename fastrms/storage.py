@@ -152,7 +152,8 @@ def refuse_undecided(x, name, options):
     """TypeError for a parameter in bf16 or fp16 whose options, some of OPTIONS, do not say how it is updated."""
     if not host.is_half(x) or takes_halves(options):
         return
-    floats = "model.float()" if host.is_torch(x) else f"np.asarray({name}).astype(np.float32)"
+    of_array = f"np.asarray({name})" if isinstance(x, host.Stored) else f"{name}.astype(np.float32)"
+    floats = "model.float()" if host.is_torch(x) else of_array
     raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 "
                     f"copy) or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small "
                     f"updates), or train in float32: {floats}")  # fmt: skip

@@ -613,7 +613,7 @@ def test_the_examples_of_the_page_run(capsys):
     names |= {"np": np, "b": np.ones(7, np.float32), "gb": np.ones(7, np.float32), "gw": np.ones(300, np.float32)}
     exec(example("same = fastrms.Stored(bits"), names)
     exec(example("trained.step("), names)
-    exec(example("mixed.step(low"), names)
+    exec(example("mixed.step(gw"), names)
     assert capsys.readouterr().out.split() == ["True", "True"] and names["mixed"].steps == 1
     names["w16"] = np.zeros(300, np.float16)
     exec(example("param_copy=w16, seed=1"), names)
