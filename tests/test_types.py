@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shutil
@@ -199,3 +200,20 @@ def test_mypy_finds_what_is_misspelt(tmp_path):
     seen = {int(line): code for line, code in errors}
     assert seen.keys() == expected.keys(), done.stdout
     assert all(code in expected[line] for line, code in seen.items()), done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed (extra `typing`)")
+def test_pyright_finds_what_is_misspelt_and_nothing_in_the_examples(tmp_path):
+    """The same lines as mypy; and in the examples, where the types of other libraries have faults of their own, no line
+    that speaks of fastrms."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    paths = [str(program), *map(str, (PACKAGE.parent / "examples").glob("*.py"))]
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
+    errors = [(Path(d["file"]), d["range"]["start"]["line"]) for d in json.loads(done.stdout)["generalDiagnostics"]]
+    lines = {(path, k): path.read_text().splitlines()[k] for path, k in errors}
+    found = {line for (path, _), line in lines.items() if path == program}
+    assert found == {line for line in PROGRAM.splitlines() if "  # " in line}, done.stdout
+    examples = [line for (path, _), line in lines.items() if path != program]
+    assert not [line for line in examples if re.search(r"fastrms|rules\.|optimizer\.", line)], done.stdout
