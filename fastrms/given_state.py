@@ -74,8 +74,8 @@ def acquired_one(tensors, k, array, name, format):
         return stored_one(like, array, name, format)
     dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
     if dtype in DTYPES.values():
-        raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, so "
-                        f"that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
+        raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
+                        f"so that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
     buffer = memory.acquire(array, name, writable=True)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)

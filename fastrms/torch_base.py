@@ -427,7 +427,9 @@ class Optimizer(torch.optim.Optimizer):
         always = state_names(self.kind, KINDS[self.kind].defaults)
         for label, param in labelled(group):
             if state := self.state.get(param):
-                refuse_foreign(type(self), state, always, {*STATES, SHAPE, "step"}, f"the state of {name}['params'][{label!r}]")
+                refuse_foreign(
+                    type(self), state, always, {*STATES, SHAPE, "step"}, f"the state of {name}['params'][{label!r}]"
+                )
 
     def state_dict(self):
         d = super().state_dict()

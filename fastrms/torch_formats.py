@@ -80,8 +80,8 @@ def refuse_other_shape(state, param, name, where=""):
 
 
 def refuse_stale_master(state, wanted, name):
-    """ValueError where a state has a master, or a remainder, which the options of its group no longer ask for: its bits would
-    be lost, and be out of date when they came back.  wanted: what the state must have."""
+    """ValueError where a state has a master, or a remainder, which the options of its group no longer ask for: its bits
+    would be lost, and be out of date when they came back.  wanted: what the state must have."""
     key = next((key for key in storage.LOW.values() if key in state and key not in wanted), None)
     if key is not None:
         raise ValueError(f"the state of {name} has a {key}, which the master= of its group leaves out of date: set "

@@ -415,6 +415,7 @@ def test_a_q8_state_without_its_shape_is_taken():
     other.load_state_dict(saved)
     assert torch.equal(other.state[param]["q8_shape"], shape)
 
+
 @pytest.mark.parametrize("options", [{"state_format": "bf16"}, {"rounding": "stochastic", "state_format": "fp16"}])
 def test_a_model_may_turn_to_another_memory_format(options):
     dtype = BF16 if "rounding" in options else F32
@@ -472,7 +473,9 @@ def test_a_format_that_is_taken_away_or_exchanged_is_refused(theirs, mine):
     run([param], optimizer, 1, first=1)
     before, dtype = held([param], optimizer), str(FORMATS[theirs]).removeprefix("torch.")
     optimizer.param_groups[0]["state_format"] = mine
-    with pytest.raises(TypeError, match=f"state.'exp_avg'.* has dtype {dtype}[,;] .*: formats stay as they are once there is"):
+    with pytest.raises(
+        TypeError, match=f"state.'exp_avg'.* has dtype {dtype}[,;] .*: formats stay as they are once there is"
+    ):
         run([param], optimizer, 1, first=1)
     assert held([param], optimizer) == before
     optimizer.param_groups[0]["state_format"] = theirs
@@ -492,7 +495,9 @@ def test_a_master_is_not_left_behind(theirs, mine):
     optimizer, before = optimizers[0], held(params, optimizers[0])
     optimizer.param_groups[0]["master"] = mine
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"params\[0\]\[0\] has a {key}, .* set master='{theirs}' again, .*\['{key}'\]"):
+        with pytest.raises(
+            ValueError, match=rf"params\[0\]\[0\] has a {key}, .* set master='{theirs}' again, .*\['{key}'\]"
+        ):
             run(params, optimizer, 1, first=3)
         assert held(params, optimizer) == before
     optimizer.param_groups[0]["master"] = theirs
