@@ -181,6 +181,7 @@ class Optimizer(Names, Family):
         gradients = self._nonfinite, self._zero_grad
         self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients,
                                     *extra, **self._tensors.storages()))  # fmt: skip
+        self._tensors.write_copies()
         if shards is not None:
             join(self, shards)
 

@@ -221,6 +221,14 @@ def acquired_copy(copy, name, tensor):
     return buffer
 
 
+def write_copy(tensor):
+    """Give the copy of a parameter the numbers that this has now, rounded to nearest."""
+    made, param, step = tensor.storage, tensor.param, 1 << 16  # elements that are in cache
+    for begin in range(0, param.size, step):
+        numbers = decoded(param.flat[begin : begin + step])
+        formats.encode(made.copy_format, numbers, host.bits(made.copy.flat), param.size, formats.Rounding(), begin=begin)
+
+
 def refuse_damaged_blocks(format, flat, size, label):
     """ValueError where the bases of the blocks of q8 are none that an encoder makes."""
     bases = formats.parts_of(format, flat, None, size, 0, size)[1].view(np.int32)
