@@ -841,7 +841,11 @@ class Optimizer(Names, Family):
     def nbytes(self):
         """The bytes of all buffers of a step: a dict by the names of the buffers ("param", "grad", the states, "master" or
         "remainder", "param_copy") with the attributes total, elements and per_parameter."""
-        return sizes.of_optimizer(self._tensors, self._known_grads())
+        return sizes.of_optimizer(self._tensors, self._sized_grads())
+
+    def _sized_grads(self):
+        """What has the dtype of each gradient, or None."""
+        return self._gradients.bound or self._tensors.structure.twins()
 
     def _known_grads(self):
         return self._gradients.bound or [None] * len(self._tensors)
@@ -873,7 +877,7 @@ class Optimizer(Names, Family):
     def _line_of(self, k):
         """The line of report() on the tensors of recipe k."""
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
-        rows = [row for row in zip(self._tensors, self._known_grads(), strict=True) if row[0].recipe == k]
+        rows = [row for row in zip(self._tensors, self._sized_grads(), strict=True) if row[0].recipe == k]
         buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
         moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"

@@ -298,6 +298,10 @@ class StoredState:
         numbers = self._tensor.shaped(formats.decode(self._format, self._flat, self._tensor.param.size))
         return host.decoded(numbers if self._part is None else self._part.of(numbers), self.format, dtype, copy)
 
+    def __reduce__(self):
+        raise TypeError("a state that is stored in a format is a view of its optimizer: copy or pickle opt.state_dict(), or "
+                        "np.asarray() of the state, which decodes it")  # fmt: skip
+
     def __repr__(self):
         return f"<state of shape {self.shape}, stored in {self.format}>"
 

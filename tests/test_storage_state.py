@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import bits
@@ -706,3 +707,18 @@ def test_the_table_of_bytes_is_what_reports_say(row, moved):
         optimizer = make(half if "param" in row else x, **options)
         optimizer.bind(BF16(np.zeros(512, np.uint16)) if "grad" in row else x.copy())
         assert f", {count} bytes moved" in optimizer.report()
+
+
+def test_bytes_of_the_gradients_of_a_flat_buffer_are_those_that_it_has():
+    flat = fastrms.FlatBuffer({"w": (3, 7), "b": 5}, ml_dtypes.bfloat16)
+    for groups in (None, {"b": {"weight_decay": 0.1}}):
+        optimizer = fastrms.Adam(flat, master="split16", groups=groups)
+        assert optimizer.nbytes.per_parameter == {"param": 2, "grad": 2, "exp_avg": 4, "exp_avg_sq": 4, "remainder": 2}
+        assert "grad 2, " in optimizer.report()
+
+
+def test_a_stored_state_is_not_pickled():
+    optimizer = fastrms.Adam(np.ones(5, np.float32), state_format="q8")
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"copy or pickle opt.state_dict\(\), or np.asarray\(\) of the state"):
+            duplicate(optimizer.state["exp_avg"])
