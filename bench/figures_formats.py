@@ -101,8 +101,12 @@ def in_cache():
 
 def over_8_bits():
     """States in 8 bits against those of bitsandbytes and of torchao, where these are installed."""
-    for rule, peer, target in (("rmsprop", bitsandbytes, 25), ("adam", bitsandbytes, 25), ("adam", torchao, 1.5)):
-        what = f"{rule}, {size_name(MIDDLE)}: q8 states over {peer.__doc__.rstrip('.')}"
+    for rule, name, peer, target in (
+        ("rmsprop", "bitsandbytes 8-bit", peers.bitsandbytes, 25),
+        ("adam", "bitsandbytes 8-bit", peers.bitsandbytes, 25),
+        ("adam", "torchao AdamW8bit, compiled by torch", torchao, 1.5),
+    ):
+        what = f"{rule}, {size_name(MIDDLE)}: q8 states over {name}"
         try:
             theirs = peer(Problem(rule, MIDDLE, "float32"))
         except (CannotDo, ImportError) as error:
@@ -112,13 +116,7 @@ def over_8_bits():
         yield at_least(what, timings["theirs"].minimum / timings["ours"].minimum, target)
 
 
-def bitsandbytes(problem):
-    """bitsandbytes 8-bit."""
-    return peers.bitsandbytes(problem)
-
-
 def torchao(problem):
-    """torchao AdamW8bit, compiled by torch."""
     library = peers.load("torchao.optim")
     return peers.optimizing("torchao", problem, partial(library.AdamW8bit, lr=0.001, weight_decay=0.0), 0, [])
 

@@ -169,8 +169,9 @@ typedef struct {
     fastrms_shards *shards;
 } fastrms_plan;
 
-/* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size and storage must be set.  grad: room for
- * one address per tensor, that of its gradient.  scratch: fastrms_scratch_bytes() bytes, aligned like a double. */
+/* Make *plan a plan of these tensors and recipes, which holds no gradients yet.  tensor[k].size and storage must be set.
+ * grad: room for one address per tensor, that of its gradient.  scratch: fastrms_scratch_bytes() bytes, aligned like a
+ * double. */
 int64_t fastrms_scratch_bytes(int64_t tensors, const fastrms_tensor *tensor);
 void fastrms_plan_init(fastrms_plan *plan, int64_t tensors, fastrms_tensor *tensor, int32_t recipes, fastrms_recipe *recipe,
                        const void **grad, void *scratch);
@@ -205,21 +206,21 @@ int fastrms_change_as(fastrms_plan *plan, void *const *param, const void *const 
                       fastrms_found *found);
 
 /* fastrms_set_rate gives every recipe one learning rate for all steps from now on.
- * fastrms_set_rates gives each its own: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows is not
- * 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows; this
- * memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE.  New recipes bring rates of
+ * fastrms_set_rates gives each its own: rates[k] that of recipe k, for all steps from now on, where rows is 0.  Where rows
+ * is not 0, rates[r * recipes + k] is that of recipe k in the step that comes after first + r steps of the plan, r < rows;
+ * this memory must stay valid, and a step outside of these rows is answered by FASTRMS_NO_RATE.  New recipes bring rates of
  * their own, which take the place of these. */
 int fastrms_set_rate(fastrms_plan *plan, double rate);
 int fastrms_set_rates(fastrms_plan *plan, int64_t first, int64_t rows, const double *rates);
 
 /* Make a step in parts, each tensor as soon as its gradient is there: open, then fastrms_stream_step once for every tensor
  * that has a gradient, then close.  The first part counts the step.  In between all other calls with this plan answer
- * FASTRMS_STREAMING.  param: a new address, or NULL; format: that of the gradient; rates: the learning rate of each recipe, or NULL.  A gradient that shares
- * a byte with a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.  The plan goes on holding the gradients
- * that it held before. */
+ * FASTRMS_STREAMING.  param: a new address, or NULL; format: that of the gradient; rates: the learning rate of each
+ * recipe, or NULL.  A gradient that shares a byte with a parameter or a state of any tensor is answered by FASTRMS_OVERLAP.
+ * The plan goes on holding the gradients that it held before. */
 int fastrms_stream_open(fastrms_plan *plan);
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format, const double *rates,
-                        double grad_scale);
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format,
+                        const double *rates, double grad_scale);
 void fastrms_stream_close(fastrms_plan *plan);
 
 /* Copy `count` buffers in or out of the plan, and with them the step counts (tensors + 1 of them, the plan's own first) and

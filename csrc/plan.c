@@ -512,8 +512,8 @@ static range range_of(const void *start, int64_t bytes, uintptr_t buffer)
     return (range){first, first ? first + (uintptr_t)bytes : 0, buffer};
 }
 
-/* Buffer number `which` of a tensor that is not its gradient: the parameter, the states, and with a storage the lower bits, or
- * floats, of the parameter, and the copy of it. */
+/* Buffer number `which` of a tensor that is not its gradient: the parameter, the states, and with a storage the lower bits,
+ * or floats, of the parameter, and the copy of it. */
 static range range_in(const fastrms_plan *plan, int64_t t, int64_t which, void *param, uintptr_t buffer)
 {
     static const fastrms_storage none;
@@ -532,8 +532,8 @@ static range range_in(const fastrms_plan *plan, int64_t t, int64_t which, void *
 }
 
 /* would any two buffers of a step overlap, with these parameters and gradients?  param may be NULL for the parameters of the
- * plan, grad for no gradients; format: those of gradients that are not the ones of the plan, NULL for floats.  The ranges of parameters and states, and those of gradients, are
- * left sorted; new gradients mostly have the order of the last ones. */
+ * plan, grad for no gradients; format: those of gradients that are not the ones of the plan, NULL for floats.  The ranges of
+ * parameters and states, and those of gradients, are left sorted; new gradients mostly have the order of the last ones. */
 static int would_overlap(fastrms_plan *plan, void *const *param, const void *const *grad, const int32_t *format)
 {
     int64_t count = plan->tensors * plan->each;
@@ -655,8 +655,8 @@ static int accept_streamed(fastrms_plan *plan, int64_t k, void *param, const voi
     return FASTRMS_OVERLAP;
 }
 
-int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format, const double *rates,
-                        double grad_scale)
+int fastrms_stream_step(fastrms_plan *plan, int64_t tensor, void *param, const void *grad, int32_t format,
+                        const double *rates, double grad_scale)
 {
     if (acquire_part(plan))
         return FASTRMS_BUSY;

@@ -13,7 +13,6 @@ DTYPES = {  # of a torch tensor that holds what a format stores
     storage.SPLIT16: "int16",
     storage.SPLIT8: "int8",
 }
-LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
 
 
 def acquired(tensors, rules_of_keys, state, not_negative):
@@ -26,16 +25,15 @@ def acquired(tensors, rules_of_keys, state, not_negative):
     """
     trusted = not_negative is None
     kept = [rules.state_names(rules.find(rules_of_keys[tensor.recipe])) for tensor in tensors]
-    if trusted:
-        kept = [[*names, *low(tensor)] for names, tensor in zip(kept, tensors, strict=True)]
+    made = [tensor.storage if trusted else None for tensor in tensors]
+    kept = [*map(storage.kept, made, kept)]
     names = dict.fromkeys(name for wanted in kept for name in wanted)
     refuse_other_names(state, names)
     found = {}  # (index of a tensor, state name) -> (what error sentences call the array, Buffer)
     for name in names:
         for k, label, array in leaves(tensors.structure, state, name):
             if name in kept[k]:
-                format = format_of(tensors[k], kept[k].index(name)) if trusted else storage.FLOAT
-                found[k, name] = label, acquired_one(tensors, k, array, label, format)
+                found[k, name] = label, acquired_one(tensors, k, array, label, kept[k][name])
             elif array is not None:
                 raise ValueError(
                     f"{label} is given, and the rule of {tensors[k].name} has no {name}: pass None in its place"
@@ -67,26 +65,17 @@ def leaves(structure, state, name):
     return [(k, *pair) for k, pair in enumerate(zip(labels, arrays, strict=True))]
 
 
-def low(tensor):
-    """The name of what the master of a tensor needs, in a list; an empty one where it needs nothing."""
-    return [LOW[tensor.storage.master]] if tensor.storage and tensor.storage.master else []
-
-
-def format_of(tensor, k):
-    """The Format of state number k of a tensor; what its master needs follows on the states."""
-    made = tensor.storage
-    if made is None:
-        return storage.FLOAT
-    return made.states[k] if k < len(made.states) else storage.SPLIT.get(made.master, storage.FLOAT)
-
-
-def acquired_one(tensors, k, array, name, format=storage.FLOAT):
+def acquired_one(tensors, k, array, name, format):
     """The Buffer of a state array of tensor k, which error sentences call `name`."""
     like, memory = tensors[k], tensors.memory
     if array is None:
         raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
     if format is not storage.FLOAT:
         return stored_one(like, array, name, format)
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    if dtype in DTYPES.values():
+        raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
+                        f"so that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
     buffer = memory.acquire(array, name, writable=True)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)
@@ -95,6 +84,9 @@ def acquired_one(tensors, k, array, name, format=storage.FLOAT):
 
 def stored_one(like, tensor, name, format):
     """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
+    if not host.is_torch(tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; what is stored in {storage.said(format)} is a torch tensor "
+                        f"of {DTYPES[format]} here")  # fmt: skip
     dtype, size = str(tensor.dtype).removeprefix("torch."), like.param.size
     if dtype != DTYPES[format]:
         raise TypeError(f"{name} has dtype {dtype}; what is stored in {storage.said(format)} is {DTYPES[format]}: formats "

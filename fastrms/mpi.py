@@ -494,7 +494,7 @@ class ShardedOptimizer:
         updated."""
         for tensor, first, at, size in bucket.tensors:
             to, grad = flat.work[at : at + size], grads[tensor]
-            to[...] = 0 if grad is None else storage.numbers(grad, first, size)
+            to[...] = 0 if grad is None else storage.decoded(grad.flat[first : first + size])
         for _, piece in labelled:
             flat.param[piece.own] = self._tensors[piece.tensor].param.flat[piece.start : piece.stop]
 

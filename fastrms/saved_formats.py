@@ -3,7 +3,7 @@
 A saved tensor with a Storage has three entries more: "formats", state name -> format; "rounding", "nearest" or "stochastic";
 and "seed".  Its arrays of bf16, fp16 and of remainders are those bits in the shape of the parameter, and an array of q8 is
 the flat buffer with codes and blocks.  Where there is such a buffer, a FlatBuffer is saved whole, as its blocks do not end
-where a name does, and "order" lists the axes of the parameter from the slowest to the fastest in memory.
+where a name does, "shape" is that of the parameter, and "order" lists its axes from the slowest to the fastest in memory.
 """
 
 import math
@@ -12,37 +12,25 @@ import numpy as np
 
 from . import formats, hyper, storage
 from .memory.tree import Part
-from .storage import BF16, FLOAT, FP16S, Q8, Q8U, SPLIT8, SPLIT16
+from .storage import FLOAT
 
 CONVERTED = ("float32", "bf16", "fp16", "q8")  # what convert= may name
 check = hyper.choice(None, *CONVERTED)
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32)}
 DTYPES |= {name: formats.FORMATS[name].dtype for name in ("bf16", "fp16", "q8")}
 DTYPES |= {name: storage.SPLIT[name].low for name in storage.SPLIT}
-SIGNED = {"float32": FLOAT, "bf16": BF16, "fp16": FP16S, "q8": Q8, "split16": SPLIT16, "split8": SPLIT8}
-
-
-def low_name(tensor):
-    """What a state_dict calls the buffer `low` of a tensor; None where there is none."""
-    if tensor.storage is None or tensor.storage.low is None:
-        return None
-    return "master" if tensor.storage.master == "float32" else "remainder"
 
 
 def kept(tensor):
     """Name -> flat array of all that an optimizer keeps of a tensor: its states, and the master or the remainder of a bf16
     or fp16 parameter."""
-    name = low_name(tensor)
-    return tensor.state if name is None else {**tensor.state, name: tensor.storage.low}
+    low = storage.low(tensor.storage.master) if tensor.storage else {}
+    return {**tensor.state, **{name: tensor.storage.low for name in low}}
 
 
 def formats_of(tensor):
     """Name -> Format of all that kept() has."""
-    if tensor.storage is None:
-        return dict.fromkeys(tensor.state, FLOAT)
-    found = dict(zip(tensor.state, tensor.storage.states, strict=True))
-    name = low_name(tensor)
-    return found if name is None else {**found, name: storage.SPLIT.get(tensor.storage.master, FLOAT)}
+    return storage.kept(tensor.storage, tensor.state)
 
 
 def said(tensor, format):
@@ -60,20 +48,22 @@ def parts(tensor):
     return [(tensor.name, Part())] if len(tensor.parts) > 1 and in_blocks(tensor) else tensor.parts
 
 
-def order(tensor):
-    """The axes of a parameter from the slowest to the fastest in memory."""
-    strides = tensor.param.strides if tensor.param.size else tensor.param.shape
-    return sorted(range(len(strides)), key=lambda axis: -strides[axis] if tensor.param.size else axis)
+def order(tensor, part):
+    """The axes of an array in a tensor from the slowest to the fastest in memory."""
+    shape, strides = _shape(tensor, part), tensor.param.strides
+    in_order = part.span is not None or not tensor.param.size
+    return sorted(range(len(shape)), key=lambda axis: axis if in_order else -strides[axis])
 
 
-def described(tensor):
-    """What a state_dict says of the formats of a tensor."""
+def described(tensor, part):
+    """What a state_dict says of the formats of an array in a tensor."""
     if tensor.storage is None:
         return {}
     rounding = "stochastic" if tensor.storage.stochastic else "nearest"
     named = {name: said(tensor, format) for name, format in formats_of(tensor).items()}
     entry = {"formats": named, "rounding": rounding, "seed": tensor.storage.seed}
-    return {**entry, "order": order(tensor)} if in_blocks(tensor) else entry
+    lies = {"order": order(tensor, part), "shape": [*_shape(tensor, part)]}
+    return {**entry, **lies} if in_blocks(tensor) else entry
 
 
 def arrays(tensor, part, copies):
@@ -120,6 +110,8 @@ def loaded(tensor, key, entries, signed, convert):
     """(flat array, its numbers) of what is kept under `key`, from the saved (Part, entry) pairs.  The numbers are None where
     signed is true, as nobody asks for them then."""
     format, size = formats_of(tensor)[key], tensor.param.size
+    for part, entry in entries:
+        _refuse_other_shape(key, entry, _shape(tensor, part))
     theirs = [_format_of(tensor, entry, key) for _, entry in entries]
     if any(name != said(tensor, format) for name in theirs) or _lies_otherwise(tensor, format, entries):
         _refuse_conversion(tensor, key, format, entries, convert)
@@ -154,8 +146,15 @@ def _shape(tensor, part):
 
 
 def _lies_otherwise(tensor, format, entries):
-    """Whether the blocks that were saved are those of a parameter in another memory order."""
-    return format.in_blocks and any(list(entry["order"]) != order(tensor) for _, entry in entries)
+    """Whether the blocks that were saved have other elements: those of one of several arrays, or in another memory order."""
+    return format.in_blocks and (len(entries) > 1 or any(list(e["order"]) != order(tensor, part) for part, e in entries))
+
+
+def _refuse_other_shape(key, entry, shape):
+    """ValueError where an array was saved in blocks, which do not show its shape, and had another one."""
+    saved = tuple(entry.get("shape", shape))
+    if saved != shape:
+        raise ValueError(f"{key} of {entry['name']} in the state_dict has the shape {saved}, in this optimizer {shape}")
 
 
 def _refuse_conversion(tensor, key, format, entries, convert):
@@ -163,19 +162,20 @@ def _refuse_conversion(tensor, key, format, entries, convert):
     mine = said(tensor, format)
     for _, entry in entries:
         theirs, label = _format_of(tensor, entry, key), f"{key} of {entry['name']}"
-        if "float64" in (mine, theirs) or key in ("master", "remainder"):
+        if "float64" in (mine, theirs) or key in storage.LOW.values():
             remedy = (
                 "float64 is not converted" if "float64" in (mine, theirs) else f"pass master={theirs!r} to the optimizer"
             )
             raise ValueError(f"{label} is {theirs} in the state_dict, and {mine} in this optimizer: {remedy}")
         if theirs == mine == "q8" != convert:
-            raise ValueError(f"{label} has blocks of q8 in another memory order than {tensor.name}: pass convert='q8', "
+            what = "of fewer elements" if len(entries) > 1 else "in another memory order"
+            raise ValueError(f"{label} has blocks of q8 {what} than {tensor.name}: pass convert='q8', "
                              f"which decodes it and rounds it to nearest")  # fmt: skip
         if theirs not in (mine, convert):
             instead = "no state_format" if theirs == "float32" else f"state_format={theirs!r}"
             raise ValueError(f"{label} is stored in {theirs} in the state_dict, and in {mine} in this optimizer: make the "
-                             f"optimizer with {instead}, or pass convert={theirs!r}, which decodes it and rounds it to the "
-                             f"nearest {mine}")  # fmt: skip
+                             f"optimizer with {instead}, or pass convert={theirs!r} beside the state_dict, which decodes it "
+                             f"and rounds it to the nearest {mine}")  # fmt: skip
 
 
 def _array(key, entry, format, shape, dtype):
@@ -191,7 +191,7 @@ def _array(key, entry, format, shape, dtype):
 
 def _decoded(key, entry, name, shape, signed):
     """The numbers of a saved array, in this shape; name: that of its format."""
-    format = Q8U if name == "q8" and not signed else SIGNED[name]
+    format = FLOAT if name == "float32" else storage.SPLIT.get(name) or storage.named(name, signed)
     array, axes = _array(key, entry, format, shape, DTYPES[name]), range(len(shape))
     if format is FLOAT:
         return array
@@ -206,9 +206,18 @@ def _decoded(key, entry, name, shape, signed):
     return numbers.reshape([shape[axis] for axis in slowest_first]).transpose([slowest_first.index(axis) for axis in axes])
 
 
+def of_whole(names, missing):
+    """What a sentence on a missing name adds where a FlatBuffer, which had it in it, was saved whole."""
+    whole = next((name for name in names if missing.startswith(f"{name}[")), None)
+    if whole is None:
+        return ""
+    return (f": {whole} is a FlatBuffer whose q8 states are saved whole; load it into an optimizer of such a FlatBuffer "
+            f"without state_format, with convert='q8', and take the state_dict() of that one")  # fmt: skip
+
+
 def of_master(saved, kept):
     """What a sentence on other names adds where only the master of a parameter makes the difference."""
-    low = {"master", "remainder"}
+    low = set(storage.LOW.values())
     if set(saved) - low != set(kept) - low:
         return ""
     return ": give this optimizer the parameters and the master= that the saved one had"

@@ -1,7 +1,6 @@
 """How the buffers of a tensor are stored: the options state_format, master, rounding and param_copy, checked, and what they
 make for each tensor.  The formats themselves are in formats.py."""
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ GRADIENTS = (np.dtype(np.float32), host.BF16, host.FP16)  # dtypes of Buffers of
 SPLIT = {"split16": SPLIT16, "split8": SPLIT8}
 SIGNED = {"bf16": BF16, "fp16": FP16S, "q8": Q8}
 NEVER_NEGATIVE = {**SIGNED, "q8": Q8U}
+LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
 LARGEST_BASE = {Q8: 1896, Q8U: 1786}
 NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
     ("fp16", "prev"): "fp16 would round the sign of a small gradient away",
@@ -82,14 +82,25 @@ class Storage(NamedTuple):
 
 
 def of_buffer(buffer):
-    """The Format of the numbers of a Buffer."""
+    """The Format of the numbers of a Buffer, or of a flat array."""
     return OF_DTYPE.get(buffer.dtype, FLOAT)
 
 
-def numbers(buffer, first, size):
-    """The numbers [first, first + size) of a Buffer; those of bf16 and fp16 in float32."""
-    flat, format = buffer.flat[first : first + size], of_buffer(buffer)
-    return flat if format is FLOAT else formats.decode(format, host.bits(flat), size)
+def decoded(flat):
+    """The numbers of a flat array; those of bf16 and fp16 in float32."""
+    format = of_buffer(flat)
+    return flat if format is FLOAT else formats.decode(format, host.bits(flat), flat.size)
+
+
+def low(master):
+    """Name -> Format of what a parameter with this master, which may be None, needs beside its states."""
+    return {LOW[master]: SPLIT.get(master, FLOAT)} if master else {}
+
+
+def kept(made, names):
+    """Name -> Format of all that is kept of a tensor with this Storage, which may be None: the states of these names, and
+    what its master needs."""
+    return {**dict(zip(names, made.states, strict=True)), **low(made.master)} if made else dict.fromkeys(names, FLOAT)
 
 
 def compute_dtype(buffer):
@@ -97,17 +108,24 @@ def compute_dtype(buffer):
     return np.dtype(np.float32) if of_buffer(buffer) is not FLOAT else buffer.dtype
 
 
-def state_format(options, name, dtype, not_negative, label):
-    """The Format of a state of this name; ValueError where it must be stored in the compute dtype."""
-    said = options.state_format
+def named(said, signed):
+    """The Format that state_format calls so, for numbers that may be negative (signed) or never are."""
+    return (SIGNED if signed else NEVER_NEGATIVE)[said]
+
+
+def state_format(said, name, dtype, not_negative, label):
+    """The Format of a state of this name, said by the option; ValueError where it must be stored in the compute dtype."""
     if said is None:
         return FLOAT
     if dtype != np.float32:
-        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}")
+        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}: "
+                         f"pass state_format=None, which may be that of its group alone")  # fmt: skip
     reason = NEEDS_FLOATS.get((said, name))
     if reason:
-        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out here")
-    return (NEVER_NEGATIVE if name in not_negative else SIGNED)[said]
+        instead = None if ("bf16", name) in NEEDS_FLOATS else "bf16"
+        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; pass state_format={instead!r}, "
+                         f"which may be that of its group alone")  # fmt: skip
+    return named(said, name not in not_negative)
 
 
 def refuse_on_device(options, copy):
@@ -126,7 +144,19 @@ def refuse_with_state(options):
     said = next((group["state_format"] for group in options if group.get("state_format")), None)
     if said:
         raise ValueError(f"state= and state_format={said!r} are both given; state= takes arrays of float32 or float64: "
-                         f"leave state= out, and load_state_dict(d, convert='float32') fills the state")  # fmt: skip
+                         f"leave state= out; to go on from the state of another optimizer, pass its state_dict() to "
+                         f"load_state_dict(), with convert='float32' where that state is in float32")  # fmt: skip
+
+
+def refuse_undecided(x, name, options):
+    """TypeError for a parameter in bf16 or fp16 whose options, some of OPTIONS, do not say how it is updated."""
+    if not host.is_half(x) or takes_halves(options):
+        return
+    of_array = f"np.asarray({name})" if isinstance(x, host.Stored) else f"{name}.astype(np.float32)"
+    floats = "model.float()" if host.is_torch(x) else of_array
+    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 "
+                    f"copy) or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small "
+                    f"updates), or train in float32: {floats}")  # fmt: skip
 
 
 def takes_halves(options):
@@ -137,15 +167,15 @@ def takes_halves(options):
 def of_tensor(tensor, rule, options, copy, not_negative, seed, origin):
     """The Storage of a Tensor, as yet without the buffer `low`; None where all is in its compute dtype.  options: those of
     its group; copy: a Buffer or None."""
-    o = SimpleNamespace(**{**OPTIONS, **options})
+    said, master, rounding = {**OPTIONS, **options}.values()
     names = rules.state_names(rules.find(rule))
-    states = tuple(state_format(o, name, tensor.dtype, not_negative, tensor.name) for name in names)
+    states = tuple(state_format(said, name, tensor.dtype, not_negative, tensor.name) for name in names)
     param = of_buffer(tensor.param)
-    refuse_master(o.master, param, tensor)
+    refuse_master(master, param, tensor)
     if copy is None and param is FLOAT and all(format is FLOAT for format in states):
         return None
     copied = FLOAT if copy is None else of_buffer(copy)
-    return Storage(param, states, o.master, None, copy, copied, o.rounding == "stochastic", seed, origin)
+    return Storage(param, states, master, None, copy, copied, rounding == "stochastic", seed, origin)
 
 
 def refuse_master(master, param, tensor):
@@ -154,7 +184,8 @@ def refuse_master(master, param, tensor):
         return
     if param is FLOAT:
         raise ValueError(f"master={master!r} is for parameters in bf16 or fp16; {tensor.name} has dtype "
-                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a copy")  # fmt: skip
+                         f"{tensor.param.dtype} and needs none: pass master=None, which may be that of its group alone, or "
+                         f"param_copy= for a copy in bf16 or fp16")  # fmt: skip
     if master in SPLIT and param is not BF16:
         raise ValueError(f"master={master!r} splits a float32 into a bf16 and a remainder; {tensor.name} is "
                          f"{param.name}: pass master='float32'")  # fmt: skip
@@ -179,12 +210,23 @@ def acquired_copy(copy, name, tensor):
     """The Buffer of the bf16 or fp16 array to which a parameter is written once more."""
     if tensor.dtype != np.float32:
         raise ValueError(f"{name} is for parameters that are updated in float32; {tensor.name} has dtype {tensor.dtype}")
+    wanted = "it must be bf16 or fp16: an array of float16 or ml_dtypes.bfloat16, a torch tensor of float16 or bfloat16, or "
+    wanted += "fastrms.Stored(array, 'bf16')"
+    if host.is_no_array(copy):
+        raise TypeError(f"{name} is a {type(copy).__name__}; {wanted}")
     buffer = host.acquire(copy, name, writable=True, halves=True)
     if of_buffer(buffer) is FLOAT:
-        raise TypeError(f"{name} has dtype {buffer.dtype}; it must be bf16 or fp16: an array of float16, of "
-                        f"ml_dtypes.bfloat16, a torch tensor, or fastrms.Stored(array, 'bf16')")  # fmt: skip
+        raise TypeError(f"{name} has dtype {buffer.dtype}; {wanted}")
     host.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
     return buffer
+
+
+def write_copy(tensor):
+    """Give the copy of a parameter the numbers that this has now, rounded to nearest."""
+    made, param, step = tensor.storage, tensor.param, 1 << 16  # elements that are in cache
+    for begin in range(0, param.size, step):
+        numbers = decoded(param.flat[begin : begin + step])
+        formats.encode(made.copy_format, numbers, host.bits(made.copy.flat), param.size, formats.Rounding(), begin=begin)
 
 
 def refuse_damaged_blocks(format, flat, size, label):
@@ -209,17 +251,18 @@ def stored(format, numbers):
     return made
 
 
+def fill(flat, format, size, value):
+    """Make all `size` numbers of a flat array in a Format this value, rounded to nearest."""
+    flat.fill(value if format is FLOAT else 0)
+    if value and format is not FLOAT:
+        formats.encode(format, np.full(size, value, np.float32), flat, size, formats.Rounding())
+
+
 def new_state(format, param, beside, value, memory):
     """A new flat state array in a Format, every element of which holds a value."""
-    if format is FLOAT:
-        made = memory.place_beside(param, beside, param.size, compute_dtype(param))
-        made.fill(value)
-        return made
-    made = memory.place_beside(param, beside, items_of(format, param.size), format.dtype)
-    made.fill(0)
-    if value:
-        numbers = np.full(param.size, value, np.float32)
-        formats.encode(format, numbers, made, param.size, formats.Rounding())
+    dtype = compute_dtype(param) if format is FLOAT else format.dtype
+    made = memory.place_beside(param, beside, items_of(format, param.size), dtype)
+    fill(made, format, param.size, value)
     return made
 
 
@@ -253,7 +296,11 @@ class StoredState:
 
     def __array__(self, dtype=None, copy=None):
         numbers = self._tensor.shaped(formats.decode(self._format, self._flat, self._tensor.param.size))
-        return np.asarray(numbers if self._part is None else self._part.of(numbers), dtype)
+        return host.decoded(numbers if self._part is None else self._part.of(numbers), self.format, dtype, copy)
+
+    def __reduce__(self):
+        raise TypeError("a state that is stored in a format is a view of its optimizer: copy or pickle opt.state_dict(), or "
+                        "np.asarray() of the state, which decodes it")  # fmt: skip
 
     def __repr__(self):
         return f"<state of shape {self.shape}, stored in {self.format}>"

@@ -19,8 +19,8 @@ SAID = {host.BF16: "bf16", host.FP16: "fp16", Q8.dtype: "q8"}  # dtype of a stat
 
 def state_formats(rule, param, not_negative, state_format):
     """The Format of each state that a call of a rule is to have, in its order."""
-    said, dtype = SimpleNamespace(state_format=state_format), storage.compute_dtype(param)
-    return [storage.state_format(said, name, dtype, not_negative, "param") for name in rules.state_names(rules.find(rule))]
+    dtype, names = storage.compute_dtype(param), rules.state_names(rules.find(rule))
+    return [storage.state_format(state_format, name, dtype, not_negative, "param") for name in names]
 
 
 def shown(flat, format, param):
@@ -45,6 +45,15 @@ def taken(options):
     return said, {name: value for name, value in options.items() if name not in said}
 
 
+def refuse_in_init_state(options, function):
+    """TypeError where init_state() for a function is given an option of the function, or of the classes alone."""
+    if "master" in options:
+        taken(options)
+    name = next((name for name in (*OPTIONS, "backend") if name in options), None)
+    if name:
+        raise TypeError(f"{name} does not change which state is made: leave it out here, and pass it to {function}()")
+
+
 def refuse_on_device(said):
     """ValueError where a call on arrays in device memory has one of OPTIONS."""
     options = {name: value for name, value in said.items() if name != "param_copy"}
@@ -59,20 +68,19 @@ def acquired(buffers, names, said):
 
 def acquired_param(x, rounding_said):
     """The Buffer of the parameter, which may be bf16 or fp16 where the call says how it is rounded."""
-    try:
-        return host.acquire(x, "param", writable=True, halves=rounding_said)
-    except TypeError as error:
-        if host.is_half(x) and not rounding_said:
-            error.args = (f"{error}; or say rounding='stochastic' or 'nearest', by which new parameters are rounded",)
-        raise
+    if not rounding_said and host.is_half(x):
+        raise TypeError(f"param has dtype {host.half_name(x)}: pass a float32 copy of it as param and this array as "
+                        f"param_copy, or say rounding='stochastic' or 'nearest', by which new parameters are "
+                        f"rounded")  # fmt: skip
+    return host.acquire(x, "param", writable=True, halves=rounding_said)
 
 
 def acquired_beside(x, name, param):
     """The Buffer of a gradient or a state, checked against the parameter."""
-    dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None
+    dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None  # None: that of param alone
     if dtypes and name != "grad" and isinstance(x, np.ndarray) and x.dtype == Q8.dtype:
         return q8_state(x, name, param)
-    buffer = host.acquire(x, name, writable=name != "grad", halves=bool(dtypes))
+    buffer = host.acquire(x, name, writable=name != "grad", halves=True)
     host.same_layout(buffer, name, param, "param", dtypes=dtypes)
     return buffer
 
@@ -96,7 +104,7 @@ def state_format(buffer, name, param, not_negative):
     reason = storage.NEEDS_FLOATS.get((said, name))
     if reason:
         raise ValueError(f"{name} cannot be in {said}: {reason}; pass it in float32")
-    format = (storage.NEVER_NEGATIVE if name in not_negative else storage.SIGNED)[said]
+    format = storage.named(said, name not in not_negative)
     if format.in_blocks:
         storage.refuse_damaged_blocks(format, buffer.flat, param.size, name)
     return format
@@ -127,7 +135,7 @@ def acquired_copy(x, param):
 
 def holds_zero(memory, param, states):
     """Whether a state holds a 0; in q8 that is the code 0."""
-    flats = (storage.numbers(x, 0, param.size) if memory is host else memory.on_host(x.flat) for x in states)
+    flats = (storage.decoded(x.flat[: param.size]) if memory is host else memory.on_host(x.flat) for x in states)
     return any((flat == 0).any() for flat in flats)
 
 

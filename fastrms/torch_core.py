@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from . import optimizers, rules
-from .given_state import LOW
 from .hyper import MOST_STEPS
-from .storage import FLOAT
-from .torch_formats import new_part, of_state
+from .saved_formats import in_blocks
+from .storage import FLOAT, LOW, low
+from .torch_formats import SHAPE, new_part, of_state, refuse_blocks, refuse_other_shape, shape_of
 from .torch_shards import Parts, part_of, spread_like
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
@@ -84,11 +84,6 @@ def stored_state(kind, values, options, param, name):
     return of_state(KINDS[kind], rule_of(kind, values), options, param, name)
 
 
-def low_names(options):
-    """What the state of a bf16 or fp16 parameter holds for the master that these options ask for, in a list."""
-    return [LOW[options["master"]]] if options.get("master") else []
-
-
 def complete(kind, values, options, param, state, name):
     """Add what the state of a parameter lacks: the number of its steps, and arrays for what `values` and `options` want."""
     h = KINDS[kind].at_step(values)
@@ -101,6 +96,8 @@ def complete(kind, values, options, param, state, name):
             state[key] = new_state(param, beside, value, format)
             if key == LOW["float32"]:
                 part_of(state[key]).copy_(part_of(param).detach())
+            if format.in_blocks:
+                state.setdefault(SHAPE, shape_of(param))
 
 
 def laid_out(param, grad):
@@ -164,7 +161,7 @@ class Core:
         of_group = [[m for m in members if m.group == group] for group in self.groups]
         self._keys = [[m.label for m in some] for some in of_group]
         self.names = [state_names(kind, values[group]) for group in self.groups]
-        names = [[*mine, *low_names(stored[group])] for mine, group in zip(self.names, self.groups, strict=True)]
+        names = [[*mine, *low(stored[group].get("master"))] for mine, group in zip(self.names, self.groups, strict=True)]
         state = {
             name: [{m.label: part_of(m.state[name]) if name in mine else None for m in some}
                    for some, mine in zip(of_group, names, strict=True)]
@@ -177,8 +174,16 @@ class Core:
         self.optimizer = KINDS[kind](groups, state=state, **options)
         self._parts = Parts(self.params, [tensor.name for tensor in self.optimizer._tensors])
         self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
+        self._refuse_other_blocks()
         self._take_positions()
         self._take_counts()
+
+    def _refuse_other_blocks(self):
+        """ValueError where states are in blocks of other elements than those of their parameter, which may have changed."""
+        for member, tensor in zip(self.members, self.optimizer._tensors, strict=True):
+            if in_blocks(tensor):
+                refuse_blocks(member.param, tensor.name)
+                refuse_other_shape(member.state, member.param, tensor.name)
 
     def _take_positions(self):
         """Let random numbers depend on the positions of elements among those of all parameters of all devices and ranks."""

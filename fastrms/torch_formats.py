@@ -2,8 +2,8 @@
 that hold it, and what load_state_dict() may take in their place.
 
 A state in bf16 or fp16 is a tensor of torch.bfloat16 or torch.float16 in the layout of the parameter, one in q8 a flat
-tensor of torch.uint8 with codes and blocks.  A float32 master is state["master"], the lower bits of a split one
-state["remainder"].
+tensor of torch.uint8 with codes and blocks, beside which state["q8_shape"] says the shape of the parameter.  A float32
+master is state["master"], the lower bits of a split one state["remainder"].
 """
 
 from types import SimpleNamespace
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from . import formats, rules, storage
-from .given_state import DTYPES, LOW
+from .given_state import DTYPES
 from .memory import host, placement
 from .storage import FLOAT
 from .torch_shards import is_spread, part_of
 
 HALVES = {torch.bfloat16: host.BF16, torch.float16: host.FP16}
-SAID = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "q8", torch.int16: "split16", torch.int8: "split8"}
+SHAPE = "q8_shape"  # what a state calls the shape of the parameter whose elements are in blocks
+SAID = {getattr(torch, name): storage.said(format) for format, name in DTYPES.items()}
 
 
 def options_of(group):
@@ -38,10 +39,8 @@ def refuse_undecided(param, options, name):
         option, value = next(iter(options.items()))
         raise ValueError(f"{option}={value!r} is for parameters in host memory; {name} is on {param.device}: put it into a "
                          f"group of parameters without {option}")  # fmt: skip
-    if not param.is_cuda and param.dtype in HALVES and not storage.takes_halves(options):
-        raise TypeError(f"{name} has dtype {str(param.dtype).removeprefix('torch.')}: say how it is updated, by "
-                        f"master='float32' (from a float32 copy) or rounding='stochastic' (without one; 'nearest' is what "
-                        f"torch.optim does, and loses small updates), or train in float32: model.float()")  # fmt: skip
+    if not param.is_cuda:
+        storage.refuse_undecided(param, name, options)
 
 
 def of_state(kind, rule, options, param, name):
@@ -54,10 +53,10 @@ def of_state(kind, rule, options, param, name):
     dtype = np.dtype(np.float32) if part.dtype in HALVES else numpy_dtype(part)
     like = SimpleNamespace(name=name, dtype=dtype, param=SimpleNamespace(dtype=numpy_dtype(part)))
     made = storage.of_tensor(like, rule, options, None, kind.not_negative, 0, 0)
-    found = dict(zip(names, made.states if made else [FLOAT] * len(names), strict=True))
+    found = storage.kept(made, names)
     if any(format.in_blocks for format in found.values()):
         refuse_blocks(param, name)
-    return {**found, LOW[master]: storage.SPLIT.get(master, FLOAT)} if master else found
+    return found
 
 
 def refuse_blocks(param, name):
@@ -68,6 +67,34 @@ def refuse_blocks(param, name):
     if not param.is_contiguous():
         raise ValueError(f"state_format='q8' has blocks of 256 elements in the order of contiguous memory; {name} has "
                          f"strides {param.stride()}: pass state_format='bf16', or make it contiguous")  # fmt: skip
+
+
+def refuse_other_shape(state, param, name, where=""):
+    """ValueError where a state in blocks is that of a parameter of another shape, of which a flat tensor tells nothing."""
+    saved = state.get(SHAPE)
+    if saved is not None and [*map(int, saved)] != [*param.shape]:
+        raise ValueError(f"the state of {name}{where} is in q8 of the shape {(*map(int, saved),)}, the parameter has "
+                         f"{tuple(param.shape)}: give it that shape, or begin anew without this state")  # fmt: skip
+
+
+def refuse_stale_master(state, wanted, name):
+    """ValueError where a state has a master, or a remainder, which the options of its group no longer ask for: its bits
+    would be lost, and be out of date when they came back.  wanted: what the state must have."""
+    key = next((key for key in storage.LOW.values() if key in state and key not in wanted), None)
+    if key is not None:
+        raise ValueError(f"the state of {name} has a {key}, which the master= of its group leaves out of date: set "
+                         f"master={master_of(key, state[key])!r} again, or delete it to go on from the parameter: del "
+                         f"opt.state[p][{key!r}]")  # fmt: skip
+
+
+def master_of(key, tensor):
+    """The option master that keeps a tensor under this key."""
+    return "float32" if key == "master" else "split16" if tensor.dtype is torch.int16 else "split8"
+
+
+def shape_of(param):
+    """What state["q8_shape"] is."""
+    return torch.tensor(param.shape, dtype=torch.int64)
 
 
 def dtype_of(param, format):
@@ -86,9 +113,7 @@ def new_part(param, beside, value, format=FLOAT):
     items = storage.items_of(format, size) if format.in_blocks else size
     bits = np.dtype(np.int16) if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
     flat = placement.place(items, bits, [x.data_ptr() for x in (param, *beside)])
-    flat.fill(value if format is FLOAT else 0)
-    if value and format is not FLOAT:
-        formats.encode(format, np.full(size, value, np.float32), flat, size, formats.Rounding())
+    storage.fill(flat, format, size, value)
     return like(param, torch.from_numpy(flat).view(dtype), format)
 
 
@@ -145,7 +170,7 @@ def loaded(made, key, value, param, format, signed, convert, name):
     """Write a saved state, a plain tensor, into the new one of this optimizer; ValueError, which calls it `key of name`,
     where it does not fit.  signed: whether a saved q8 has signs; convert: as in load_state_dict()."""
     saved, mine, label = said(value), name_of(param, format), f"{key} of {name}"
-    source = storage.SIGNED["q8"] if signed else storage.NEVER_NEGATIVE["q8"]
+    source = storage.named("q8", signed)
     if in_blocks := saved == "q8":
         bits = np.array(value.detach().cpu().numpy())
         refuse_other_size(bits, source, param, label)
@@ -168,7 +193,7 @@ def refuse_other_size(bits, format, param, label):
 
 def refuse_conversion(label, key, saved, mine, convert):
     """ValueError unless a state that is saved in a format may be decoded and stored in that of this optimizer."""
-    if key in LOW.values():
+    if key in storage.LOW.values():
         remedy = f"make it with master={saved!r}" if key == "remainder" else "it must be float32"
         raise ValueError(f"{label} is {saved} in the state_dict, and {mine} in this optimizer: {remedy}")
     if saved != convert:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import hyper, saved_formats
+from . import hyper, saved_formats, storage
 from .memory import host
 from .state import MALFORMED
 
@@ -121,7 +121,8 @@ def imported(optimizer, d, convert=None):
 def _refuse_low(optimizer):
     """ValueError where a parameter has a master, of which torch's state_dict says nothing."""
     for tensor in optimizer._tensors:
-        if name := saved_formats.low_name(tensor):
+        if tensor.storage and tensor.storage.master:
+            name = storage.LOW[tensor.storage.master]
             raise ValueError(f"{tensor.name} has a {name} (master={tensor.storage.master!r}), which torch's state_dict lacks"
                              f": make the optimizer from float32 parameters, or use load_state_dict()")  # fmt: skip
 
@@ -186,7 +187,7 @@ def _array(x, name):
     dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
     if dtype in ("bfloat16", "float16", "uint8"):
         raise ValueError(f"{name} has dtype {dtype}, which stores a state in a format; this takes float32 and float64: load "
-                         f"it into an optimizer of fastrms.torch without state_format, by load_state_dict(d, convert=...), "
-                         f"and take the state_dict() of that one")  # fmt: skip
+                         f"it into an optimizer of fastrms.torch without state_format, by load_state_dict(state_dict, "
+                         f"convert=...), and take the state_dict() of that one")  # fmt: skip
     buffer = host.acquire(x, name, writable=False)
     return host.shaped(buffer.flat, buffer)

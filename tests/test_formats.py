@@ -13,7 +13,7 @@ import pytest
 from conftest import c
 from test_build import COMPILER, ROOT
 
-from fastrms import formats
+from fastrms import formats, self_check
 from fastrms.formats import FORMATS, Rounding
 
 NEAREST, STOCHASTIC = Rounding(), Rounding(True, formats.key(1, 2, 3), 2**32 - 300)  # the positions pass the end of 32 bits
@@ -333,6 +333,14 @@ def test_no_number_but_0_becomes_0(name, rounding):
     assert np.array_equal(got == 0, x == 0)
 
 
+@each_rounding
+def test_the_smallest_numbers_of_a_state_in_fp16_are_too_large(rounding):
+    """Below 2^-24 the mean of what is stored is not the number, as it is elsewhere: nothing but 0 becomes 0."""
+    x = np.full(1003, 2.0**-26, np.float32)
+    assert (encoded(FORMATS["fp16s"], x, rounding).decode() == 2.0**-24).all()
+    assert "2^-24 below 2^-24, where every number but 0 becomes 2^-24" in FORMATS["fp16s"].error
+
+
 @each_format
 def test_what_is_not_finite(format):
     x = np.resize(np.float32([1.0, np.inf, 2.0, -np.inf, np.nan, -np.nan]), 300)
@@ -485,21 +493,13 @@ each_encoder = pytest.mark.parametrize("format", encoders, ids=[format.name for 
 each_tier = pytest.mark.parametrize("isa", c.isas())
 
 
-def pointer(array):
-    return c.ffi.NULL if array is None else c.ffi.from_buffer(array)
-
-
 def c_encoded(isa, x, made, rounding):
-    in_c = {"stochastic": rounding.stochastic, "key": rounding.key, "position": rounding.position}
-    source = c.ffi.from_buffer("float[]", x)
-    to = c.ISAS.index(isa), made.format.number, x.size, source, pointer(made.stored), pointer(made.low)
-    c.lib.fastrms_encode(*to, c.ffi.new("fastrms_rounding *", in_c)[0])
+    self_check.encode(isa, made.format, x, made.stored, made.low, rounding)
     return made
 
 
 def c_decoded(isa, made, x):
-    from_ = c.ISAS.index(isa), made.format.number, made.size, pointer(made.stored), pointer(made.low)
-    c.lib.fastrms_decode(*from_, c.ffi.from_buffer("float[]", x))
+    self_check.decode(isa, made.format, made.stored, made.low, x)
     return x
 
 

@@ -15,7 +15,7 @@ from fastrms import dialects
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {path: path.read_text() for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md"))}
 CUDA_EXAMPLE = "cupy.ones"  # the only one that needs a GPU
 
 
@@ -192,6 +192,8 @@ def test_the_examples_with_torch_optimizers_run(model, capsys):
     assert moved(model["model"], before) and model["opt"].state[param]["step"] == 1
     exec(example("copy.deepcopy(model).to(torch.bfloat16)"), {**model, "copy": copy})
     assert "remainder torch.int16" in capsys.readouterr().out
+    exec(example("torch.autocast("), model)
+    assert capsys.readouterr().out == "torch.bfloat16\n"
 
 
 def test_adamax_is_its_formula():
@@ -362,4 +364,4 @@ def test_files_named_in_the_pages_exist():
 
 def test_every_page_is_linked_from_the_readme():
     for path in PAGES:
-        assert path.name == "README.md" or f"docs/{path.name}" in README
+        assert path.name == "README.md" or re.search(rf"\]\({path.relative_to(ROOT)}[)#]", README), path

@@ -5,7 +5,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, CLASSES, DTYPES, Guarded, backends, bits, c
+from conftest import BACKENDS, CLASSES, DTYPES, Guarded, backends, bits
 from test_own_rules import Lion
 from test_same_bits import OPTIMIZERS
 
@@ -16,16 +16,8 @@ SIZES = [0, 1, 7, 1003, 5003]
 
 
 @pytest.fixture(params=[(1, 8192), (2, 333)], ids=["serial", "shared"])
-def shared_out(request):
-    """Threads and chunks of the C backend; as before afterwards."""
-    before = fastrms.get_num_threads()
-    fastrms.set_num_threads(request.param[0])
-    if c.lib:
-        c.lib.fastrms_set_chunks(request.param[1], 1)
-    yield
-    fastrms.set_num_threads(before)
-    if c.lib:
-        c.lib.fastrms_set_chunks(8 * 1024, 64 * 1024)
+def shared_out(request, pool):
+    pool(*request.param)
 
 
 def own(backend):

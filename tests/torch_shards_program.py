@@ -450,66 +450,46 @@ def formats_that_cannot_be_cut(folder: Path):
         assert_same(one, columns, optimizer, sharded)
 
 
-def trained_in_formats(steps=3):
-    whole, spread = whole_and_spread(torch.bfloat16)
-    options = {"lr": 0.02, "master": "split8", "state_format": "bf16"}
-    optimizer, sharded = (ft.Adam(model.parameters(), **options) for model in (whole, spread))
-    for seed in range(steps):
-        step_both(whole, spread, optimizer, sharded, seed, (1,) if seed == 1 else ())
-    return whole, spread, optimizer, sharded
+SAVED = {  # name of a checkpoint -> dtype of the parameters, options of Adam
+    "float32": (torch.float32, {"amsgrad": True, "clip_norm": 1.0}),
+    "formats": (torch.bfloat16, {"master": "split8", "state_format": "bf16"}),
+}
 
 
-def write_formats(folder: Path):
-    _, spread, _, sharded = trained_in_formats()
-    state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
-    dcp.save(state, checkpoint_id=str(folder / f"formats of {RANKS}"))
-
-
-def read_formats(folder: Path):
-    for path in sorted(folder.glob("formats of ?")):
-        whole, _, optimizer, _ = trained_in_formats()
-        _, spread = whole_and_spread(torch.bfloat16)
-        sharded = ft.Adam(spread.parameters(), master="split8", state_format="bf16")
-        state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
-        dcp.load(state, checkpoint_id=str(path))
-        spread.load_state_dict(state["model"])
-        set_optimizer_state_dict(spread, sharded, state["optimizer"])
-        assert_same(whole, spread, optimizer, sharded)
-        for seed in (3, 4):
-            step_both(whole, spread, optimizer, sharded, seed)
-
-
-def trained_for_checkpoint(path=None, steps=3):
+def trained_for_checkpoint(name, steps=3):
     """(whole, spread, their optimizers) after some steps with gradients that follow from their number."""
-    whole, spread = whole_and_spread()
-    optimizer, sharded = (ft.Adam(model.parameters(), lr=0.02, amsgrad=True, clip_norm=1.0) for model in (whole, spread))
+    dtype, options = SAVED[name]
+    whole, spread = whole_and_spread(dtype)
+    optimizer, sharded = (ft.Adam(model.parameters(), lr=0.02, **options) for model in (whole, spread))
     for seed in range(steps):
         step_both(whole, spread, optimizer, sharded, seed, (1,) if seed == 1 else ())
     return whole, spread, optimizer, sharded
 
 
-def write_checkpoint(folder: Path):
-    _, spread, _, sharded = trained_for_checkpoint()
-    state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
-    dcp.save(state, checkpoint_id=str(folder / f"checkpoint of {RANKS}"))
+def write_checkpoints(folder: Path):
+    for name in SAVED:
+        _, spread, _, sharded = trained_for_checkpoint(name)
+        state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
+        dcp.save(state, checkpoint_id=str(folder / f"{name} of {RANKS}"))
 
 
 def read_checkpoints(folder: Path):
     """Of any number of ranks, into a new optimizer: it then goes on with the bits of an unbroken run."""
-    for path in sorted(folder.glob("checkpoint of ?")):
-        whole, _, optimizer, _ = trained_for_checkpoint()
-        _, spread = whole_and_spread()
-        sharded = ft.Adam(spread.parameters(), amsgrad=True, clip_norm=1.0)
-        state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
-        for values in state["model"].values():
-            values.to_local().zero_()
-        dcp.load(state, checkpoint_id=str(path))
-        spread.load_state_dict(state["model"])
-        set_optimizer_state_dict(spread, sharded, state["optimizer"])
-        assert sharded.param_groups[0]["lr"] == 0.02
-        assert_same(whole, spread, optimizer, sharded)
-        for seed in (3, 4):
-            step_both(whole, spread, optimizer, sharded, seed)
+    for name, (dtype, options) in SAVED.items():
+        for path in sorted(folder.glob(f"{name} of ?")):
+            whole, _, optimizer, _ = trained_for_checkpoint(name)
+            _, spread = whole_and_spread(dtype)
+            sharded = ft.Adam(spread.parameters(), **options)
+            state = {"model": spread.state_dict(), "optimizer": get_optimizer_state_dict(spread, sharded)}
+            for values in state["model"].values():
+                values.to_local().zero_()
+            dcp.load(state, checkpoint_id=str(path))
+            spread.load_state_dict(state["model"])
+            set_optimizer_state_dict(spread, sharded, state["optimizer"])
+            assert sharded.param_groups[0]["lr"] == 0.02
+            assert_same(whole, spread, optimizer, sharded)
+            for seed in (3, 4):
+                step_both(whole, spread, optimizer, sharded, seed)
 
 
 def state_of_torch(folder: Path):

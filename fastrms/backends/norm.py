@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import formats
-from ..storage import FLOAT, of_buffer
+from ..storage import decoded
 from . import Found
 from .float_mode import default_mode
 
@@ -77,12 +76,6 @@ def segment_scan(segment):
     for start in range(0, segment.size, BLOCK):
         total = add(total, block_squares(segment[start : start + BLOCK]))
     return total
-
-
-def decoded(grad):
-    """A flat gradient, or a part of one, in its compute dtype."""
-    format = of_buffer(grad)
-    return grad if format is FLOAT else formats.decode(format, grad, grad.size)
 
 
 def segments(grad):

@@ -10,25 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include "internal.h"
+#include "formats.h"
 #include "roots.h"
 
 #define ANY_AVX512 __attribute__((target(AVX512 ",fma")))
 
 static long long compared, different;
-
-static float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
 
 ANY_AVX512 static void floats(void)
 {
