@@ -3,7 +3,7 @@
 # `tools/wheels.sh [DIRECTORY]`, after `pip install -e ".[wheels]"`; PYTHON is the interpreter that has it.  Nothing is run.
 # Released wheels are made by cibuildwheel on the systems themselves (.github/workflows/wheels.yml).
 set -euo pipefail
-PYTHON=$(command -v "${PYTHON:-python3}")
+PYTHON=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 OUT=$(realpath -m "${1:-dist}")
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -23,7 +23,7 @@ for machine in x86_64 aarch64; do
     wheel "manylinux2014_$machine" "$machine-linux-gnu.2.17" "-shared -Wl,-s"
     wheel "musllinux_1_2_$machine" "$machine-linux-musl" "-shared -Wl,-s"
 done
-wheel macosx_11_0_arm64 aarch64-macos.11.0 "-bundle -undefined dynamic_lookup"
-wheel macosx_11_0_x86_64 x86_64-macos.11.0 "-bundle -undefined dynamic_lookup"
-for built in "$OUT"/*linux*.whl; do "$PYTHON" -m auditwheel show "$built"; done
+wheel macosx_11_0_arm64 aarch64-macos.11.0 "-shared -undefined dynamic_lookup"
+wheel macosx_11_0_x86_64 x86_64-macos.11.0 "-shared -undefined dynamic_lookup"
+for built in "$OUT"/*manylinux*.whl; do "$PYTHON" -m auditwheel show "$built"; done
 "$PYTHON" -m abi3audit --strict --verbose "$OUT"/*abi3*.whl
