@@ -11,9 +11,10 @@ html_theme = "furo"
 html_title = "fastrms"
 html_extra_path = ["index.html"]
 myst_heading_anchors = 4
-autodoc_mock_imports = ["torch"]  # the docstrings of fastrms.torch need no torch
+napoleon_use_ivar = True  # attributes are described once
+napoleon_use_param = False  # "list of groups" is no link to something called groups
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "initial, needs_positive_state, refuse_moved"}
 
 
 def navigate(app, docname, source):
@@ -25,7 +26,13 @@ def navigate(app, docname, source):
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{entries}\n```\n"
 
 
+def leave_out(app, what, name, value, left_out, options):
+    """The fields of a named tuple, which its docstring describes."""
+    return (value.__doc__ or "").startswith("Alias for field number") or None
+
+
 def setup(app):
     """The source is the whole repository: links between the pages are the same in a clone and on the site."""
     app.srcdir = app.confdir.parent
     app.connect("source-read", navigate)
+    app.connect("autodoc-skip-member", leave_out)

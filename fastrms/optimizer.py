@@ -114,9 +114,9 @@ class Optimizer(Names, Family):
         The hyper-parameters of the rule and their values; lr may be a callable(step), first called with 0.
     state_names : tuple of str
         The names of the buffers that the rule keeps beside each parameter.
-    coefficients : callable(step, **hyper) -> dict
+    coefficients : ``callable(step, **hyper) -> dict``
         The numbers that the rule needs at update number ``step`` (from 1), computed in double.
-    rule : callable(param, grad, *states, *coefficients) -> tuple
+    rule : ``callable(param, grad, *states, *coefficients) -> tuple``
         The new param and states, in this order.  It is called on scalars (numba, cuda) or on read-only arrays (numpy), so
         it is elementwise and has no ``if``: see select, larger, clip and flush in fastrms.rules.  All arithmetic is in the
         dtype of param as long as every number in it is a coefficient.  grad arrives multiplied by grad_scale and the
