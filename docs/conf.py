@@ -4,15 +4,14 @@ import re
 
 project = "fastrms"
 copyright = "The fastrms developers"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
 include_patterns = ["*.md", "docs/*.md", "tests/ptx/README.md"]
 root_doc = "docs/index"
 html_theme = "furo"
 html_title = "fastrms"
 html_extra_path = ["index.html"]
 myst_heading_anchors = 4
-napoleon_use_ivar = True  # attributes are described once
-napoleon_use_param = False  # "list of groups" is no link to something called groups
+numpydoc_show_class_members = False  # autodoc lists them
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "initial, needs_positive_state, refuse_moved"}
 

@@ -106,7 +106,8 @@ class Optimizer(Names, Family):
     """Base of the optimizers, and of rules of your own.
 
     A rule of your own, for the backends "numba", "numpy" and "cuda", is a subclass with the attributes below.  It gets
-    groups, schedules, all checks, clipping, ``state_dict()`` and threads.
+    groups, schedules, all checks, clipping, ``state_dict()`` and threads.  The options state, nonfinite, zero_grad and
+    backend are those of fastrms.RMSProp.
 
     Attributes
     ----------
@@ -123,8 +124,6 @@ class Optimizer(Names, Family):
         clip_norm factor.  ``coefficients``, ``rule`` and ``initial`` may be static methods.
     initial : callable(h, state_name) -> float, optional
         The value at which a state starts; 0.0 unless it is given.
-
-    The options state, nonfinite, zero_grad and backend are those of fastrms.RMSProp.
     """
 
     # what step() reads: 20 ns faster than in the dict

@@ -151,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def nonfinite(self):
-        """What a step does where a gradient is NaN or infinite ("propagate", "skip" or "raise")."""
+        """What a step does where a gradient is NaN or infinite: "propagate", "skip" or "raise"."""
         return self._nonfinite
 
     @nonfinite.setter
