@@ -13,7 +13,11 @@ html_extra_path = ["index.html"]
 myst_heading_anchors = 4
 numpydoc_show_class_members = False  # autodoc lists them
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True, "exclude-members": "initial, needs_positive_state, refuse_moved"}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "initial, needs_positive_state, refuse_moved",
+}
 
 
 def navigate(app, docname, source):
