@@ -260,7 +260,7 @@ def test_the_example_of_one_digest_prints_one_for_every_instruction_set(capsys):
 
 
 def test_the_example_of_clipping_runs(model):
-    """Two steps, of which the first is clipped, are those of torch.optim after clip_grad_norm_; gradients stay as they are."""
+    """Two steps, the first of them clipped, are those of torch.optim after clip_grad_norm_; gradients stay as they are."""
     torch, theirs = model["torch"], copy.deepcopy(model["model"])
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
     make, *rest = example("in place of clip_grad_norm_").splitlines()
