@@ -72,6 +72,10 @@ def acquired_one(tensors, k, array, name, format):
         raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
     if format is not storage.FLOAT:
         return stored_one(like, array, name, format)
+    dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    if dtype in DTYPES.values():
+        raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
+                        f"so that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
     buffer = memory.acquire(array, name, writable=True)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)
@@ -80,6 +84,9 @@ def acquired_one(tensors, k, array, name, format):
 
 def stored_one(like, tensor, name, format):
     """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
+    if not host.is_torch(tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; what is stored in {storage.said(format)} is a torch tensor "
+                        f"of {DTYPES[format]} here")  # fmt: skip
     dtype, size = str(tensor.dtype).removeprefix("torch."), like.param.size
     if dtype != DTYPES[format]:
         raise TypeError(f"{name} has dtype {dtype}; what is stored in {storage.said(format)} is {DTYPES[format]}: formats "

@@ -164,7 +164,7 @@ class Optimizer(Names, Family):
             storage.refuse_on_device(stored, param_copy)
         if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
-        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
+        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), stored)
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
         self._tensors.make_storage(stored, self._groups.rules, self.not_negative, param_copy, hyper.seed("seed", seed))
@@ -180,6 +180,7 @@ class Optimizer(Names, Family):
         gradients = self._nonfinite, self._zero_grad
         self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients,
                                     *extra, **self._tensors.storages()))  # fmt: skip
+        self._tensors.write_copies()
         if shards is not None:
             join(self, shards)
 
@@ -839,7 +840,11 @@ class Optimizer(Names, Family):
     def nbytes(self):
         """The bytes of all buffers of a step: a dict by the names of the buffers ("param", "grad", the states, "master" or
         "remainder", "param_copy") with the attributes total, elements and per_parameter."""
-        return sizes.of_optimizer(self._tensors, self._known_grads())
+        return sizes.of_optimizer(self._tensors, self._sized_grads())
+
+    def _sized_grads(self):
+        """What has the dtype of each gradient, or None."""
+        return self._gradients.bound or self._tensors.structure.twins()
 
     def _known_grads(self):
         return self._gradients.bound or [None] * len(self._tensors)
@@ -871,7 +876,7 @@ class Optimizer(Names, Family):
     def _line_of(self, k):
         """The line of report() on the tensors of recipe k."""
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
-        rows = [row for row in zip(self._tensors, self._known_grads(), strict=True) if row[0].recipe == k]
+        rows = [row for row in zip(self._tensors, self._sized_grads(), strict=True) if row[0].recipe == k]
         buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
         moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"

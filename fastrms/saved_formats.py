@@ -3,7 +3,7 @@
 A saved tensor with a Storage has three entries more: "formats", state name -> format; "rounding", "nearest" or "stochastic";
 and "seed".  Its arrays of bf16, fp16 and of remainders are those bits in the shape of the parameter, and an array of q8 is
 the flat buffer with codes and blocks.  Where there is such a buffer, a FlatBuffer is saved whole, as its blocks do not end
-where a name does, and "order" lists the axes of the parameter from the slowest to the fastest in memory.
+where a name does, "shape" is that of the parameter, and "order" lists its axes from the slowest to the fastest in memory.
 """
 
 import math
@@ -48,20 +48,22 @@ def parts(tensor):
     return [(tensor.name, Part())] if len(tensor.parts) > 1 and in_blocks(tensor) else tensor.parts
 
 
-def order(tensor):
-    """The axes of a parameter from the slowest to the fastest in memory."""
-    strides = tensor.param.strides if tensor.param.size else tensor.param.shape
-    return sorted(range(len(strides)), key=lambda axis: -strides[axis] if tensor.param.size else axis)
+def order(tensor, part):
+    """The axes of an array in a tensor from the slowest to the fastest in memory."""
+    shape, strides = _shape(tensor, part), tensor.param.strides
+    in_order = part.span is not None or not tensor.param.size
+    return sorted(range(len(shape)), key=lambda axis: axis if in_order else -strides[axis])
 
 
-def described(tensor):
-    """What a state_dict says of the formats of a tensor."""
+def described(tensor, part):
+    """What a state_dict says of the formats of an array in a tensor."""
     if tensor.storage is None:
         return {}
     rounding = "stochastic" if tensor.storage.stochastic else "nearest"
     named = {name: said(tensor, format) for name, format in formats_of(tensor).items()}
     entry = {"formats": named, "rounding": rounding, "seed": tensor.storage.seed}
-    return {**entry, "order": order(tensor)} if in_blocks(tensor) else entry
+    lies = {"order": order(tensor, part), "shape": [*_shape(tensor, part)]}
+    return {**entry, **lies} if in_blocks(tensor) else entry
 
 
 def arrays(tensor, part, copies):
@@ -108,6 +110,8 @@ def loaded(tensor, key, entries, signed, convert):
     """(flat array, its numbers) of what is kept under `key`, from the saved (Part, entry) pairs.  The numbers are None where
     signed is true, as nobody asks for them then."""
     format, size = formats_of(tensor)[key], tensor.param.size
+    for part, entry in entries:
+        _refuse_other_shape(key, entry, _shape(tensor, part))
     theirs = [_format_of(tensor, entry, key) for _, entry in entries]
     if any(name != said(tensor, format) for name in theirs) or _lies_otherwise(tensor, format, entries):
         _refuse_conversion(tensor, key, format, entries, convert)
@@ -142,8 +146,15 @@ def _shape(tensor, part):
 
 
 def _lies_otherwise(tensor, format, entries):
-    """Whether the blocks that were saved are those of a parameter in another memory order."""
-    return format.in_blocks and any(list(entry["order"]) != order(tensor) for _, entry in entries)
+    """Whether the blocks that were saved have other elements: those of one of several arrays, or in another memory order."""
+    return format.in_blocks and (len(entries) > 1 or any(list(e["order"]) != order(tensor, part) for part, e in entries))
+
+
+def _refuse_other_shape(key, entry, shape):
+    """ValueError where an array was saved in blocks, which do not show its shape, and had another one."""
+    saved = tuple(entry.get("shape", shape))
+    if saved != shape:
+        raise ValueError(f"{key} of {entry['name']} in the state_dict has the shape {saved}, in this optimizer {shape}")
 
 
 def _refuse_conversion(tensor, key, format, entries, convert):
@@ -157,13 +168,14 @@ def _refuse_conversion(tensor, key, format, entries, convert):
             )
             raise ValueError(f"{label} is {theirs} in the state_dict, and {mine} in this optimizer: {remedy}")
         if theirs == mine == "q8" != convert:
-            raise ValueError(f"{label} has blocks of q8 in another memory order than {tensor.name}: pass convert='q8', "
+            what = "of fewer elements" if len(entries) > 1 else "in another memory order"
+            raise ValueError(f"{label} has blocks of q8 {what} than {tensor.name}: pass convert='q8', "
                              f"which decodes it and rounds it to nearest")  # fmt: skip
         if theirs not in (mine, convert):
             instead = "no state_format" if theirs == "float32" else f"state_format={theirs!r}"
             raise ValueError(f"{label} is stored in {theirs} in the state_dict, and in {mine} in this optimizer: make the "
-                             f"optimizer with {instead}, or pass convert={theirs!r}, which decodes it and rounds it to the "
-                             f"nearest {mine}")  # fmt: skip
+                             f"optimizer with {instead}, or pass convert={theirs!r} beside the state_dict, which decodes it "
+                             f"and rounds it to the nearest {mine}")  # fmt: skip
 
 
 def _array(key, entry, format, shape, dtype):
@@ -192,6 +204,15 @@ def _decoded(key, entry, name, shape, signed):
             f"the order of {entry['name']} in the state_dict is {slowest_first}, which are not its {len(axes)} axes"
         )
     return numbers.reshape([shape[axis] for axis in slowest_first]).transpose([slowest_first.index(axis) for axis in axes])
+
+
+def of_whole(names, missing):
+    """What a sentence on a missing name adds where a FlatBuffer, which had it in it, was saved whole."""
+    whole = next((name for name in names if missing.startswith(f"{name}[")), None)
+    if whole is None:
+        return ""
+    return (f": {whole} is a FlatBuffer whose q8 states are saved whole; load it into an optimizer of such a FlatBuffer "
+            f"without state_format, with convert='q8', and take the state_dict() of that one")  # fmt: skip
 
 
 def of_master(saved, kept):

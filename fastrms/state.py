@@ -33,7 +33,7 @@ def saved(tensors, copies, counts):
         {
             "name": name,
             "steps": counts[k],
-            **saved_formats.described(tensor),
+            **saved_formats.described(tensor, part),
             "state": saved_formats.arrays(tensor, part, copies[k]),
         }
         for k, tensor in enumerate(tensors)
@@ -57,6 +57,8 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     group, and the patterns of its groups; convert: the name of a format that states in d may have in place of theirs.
     ValueError where d does not fit; what it lacks, and of what type, is any of MALFORMED."""
     saved_formats.check("convert", convert)
+    if not isinstance(d, Mapping):
+        raise ValueError(f"this is a {type(d).__name__}, not a state_dict of fastrms: pass what state_dict() gave")
     if isinstance(d.get("optimizer"), Mapping):
         raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
     if "param_groups" in d:
@@ -67,6 +69,9 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
     parts = [_parts(tensor, by_name) for tensor in tensors]
     named = sum(map(len, parts))
+    missing = next((name for some in parts for name, _ in some if name not in by_name), None)
+    if missing is not None and (whole := saved_formats.of_whole(by_name, missing)):
+        raise ValueError(f"the state_dict has no {missing}{whole}")
     for what, count in (("groups", len(values)), ("tensors", named)):
         if len(d[what]) != count:
             raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
@@ -76,7 +81,6 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     new_values = [
         _group(kind, k, mine, group, d["dialect"]) for k, (mine, group) in enumerate(zip(values, groups, strict=True))
     ]
-    missing = next((name for some in parts for name, _ in some if name not in by_name), None)
     if missing is not None:
         raise ValueError(f"the state_dict has no {missing}; it has {', '.join(map(str, by_name))}")
     entries = [[(part, by_name[name]) for name, part in some] for some in parts]

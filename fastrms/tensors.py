@@ -23,8 +23,8 @@ class Tensor:
     inside it: (name, Part) pairs.  ``param`` is its Buffer, ``dtype`` the dtype in which it is updated, ``recipe`` the index
     of its RecipeKey, and ``state`` maps the name of a state to a flat array in the memory order of the parameter.
     ``storage`` is its Storage, None where all of it is in its compute dtype.  ``given`` has the Buffers of a state that the
-    caller gave, by name, and ``lent`` those of them that are torch tensors: they must learn that they were written, and must
-    not be given other memory.
+    caller gave, by name, and ``lent`` maps what sentences call them to those of them, and to a copy of the parameter, that
+    are torch tensors: they must learn that they were written, and must not be given other memory.
     """
 
     __slots__ = ("dtype", "given", "grad_name", "lent", "name", "param", "parts", "recipe", "state", "storage")
@@ -43,23 +43,23 @@ class Tensors(list):
     """All tensors of an optimizer, a list of Tensor in the order of its structure.
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
-    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.
+    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.  options: those of
+    storage.OPTIONS for each group, None where no group has any.
     """
 
-    def __init__(self, structure, leaves, groups, memory, halves=False):
+    def __init__(self, structure, leaves, groups, memory, options=None):
         self.structure, self.memory = structure, memory
         self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
-        also = {"halves": True} if halves else {}
-        params = [memory.acquire(leaf, name, writable=True, **also) for leaf, name in zip(leaves, names, strict=True)]
+        rows = zip(leaves, names, groups, strict=True)
+        params = [acquired_param(memory, leaf, name, options and options[group]) for leaf, name, group in rows]
         memory.same_device(params, names)
         host.refuse_overlap(zip(names, params, strict=True))
         keys = [RecipeKey(group, storage.compute_dtype(param)) for group, param in zip(groups, params, strict=True)]
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
         super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
-        self.of_torch = [k for k, param in enumerate(params) if host.is_torch(param.owner)]
 
     @property
     def params(self):
@@ -94,12 +94,21 @@ class Tensors(list):
                 copy = storage.acquired_copy(copy, name, tensor)
             tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
             origin += tensor.param.size
+            tensor.lent = {name: copy} if copy is not None and host.is_torch(copy.owner) else {}
         host.refuse_overlap([*self.copies(), *((tensor.name, tensor.param) for tensor in self)])
+        self._know_torch()
 
     def copies(self):
         """(name, Buffer) pairs of the arrays to which parameters are written once more."""
         names, found = self.structure.names("param_copy"), (tensor.storage and tensor.storage.copy for tensor in self)
         return [(name, copy) for name, copy in zip(names, found, strict=True) if copy is not None]
+
+    def write_copies(self):
+        """Give the copies of parameters the numbers that these have now, and tell their owners."""
+        copied = [tensor for tensor in self if tensor.storage and tensor.storage.copy]
+        for tensor in copied:
+            storage.write_copy(tensor)
+        self.memory.wrote([tensor.storage.copy for tensor in copied])
 
     def make_low(self):
         """Make the buffers with what bf16 and fp16 parameters lack of a float32."""
@@ -119,19 +128,27 @@ class Tensors(list):
         for tensor, buffers in zip(self, given, strict=True):
             tensor.state = {name: buffer.flat for name, buffer in buffers.items() if name not in storage.LOW.values()}
             tensor.given = buffers
-            tensor.lent = {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
+            tensor.lent |= {
+                f"state[{name!r}] of {tensor.name}": buffer
+                for name, buffer in buffers.items()
+                if host.is_torch(buffer.owner)
+            }
+        self._know_torch()
+
+    def _know_torch(self):
+        """Note which tensors have buffers that torch may move."""
         self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]
 
     def refuse_moved_state(self):
-        """ValueError where torch has given a state tensor of the caller other memory: the old memory may be gone."""
+        """ValueError where torch has given a state tensor of the caller, or a copy, other memory: the old memory may be
+        gone."""
         for tensor in self:
-            for name, buffer in tensor.lent.items():
-                label = f"state[{name!r}] of {tensor.name}"
+            for label, buffer in tensor.lent.items():
                 found = self.memory.again(buffer, label)
                 self.memory.same_layout(found, label, buffer, f"{label} when it was bound")
                 if found.address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
-                                     f"optimizer had been made; make a new one with state=")  # fmt: skip
+                                     f"optimizer had been made; make a new one")  # fmt: skip
 
     def of_the_caller(self, grads):
         """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
@@ -144,12 +161,13 @@ class Tensors(list):
         if grad is None:
             return None
         tensor = self[k]
-        if self.memory is not host or tensor.dtype != np.float32:
+        if self.memory is not host:
             buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
             self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
             return buffer
         buffer = host.acquire(grad, tensor.grad_name, writable=writable, halves=True)
-        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=storage.GRADIENTS)
+        dtypes = storage.GRADIENTS if tensor.dtype == np.float32 else None
+        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
         return buffer
 
     def moved(self, which):
@@ -161,6 +179,7 @@ class Tensors(list):
             tensor = self[k]
             if host.is_torch(tensor.param.owner):
                 params[k] = memory.again(tensor.param, tensor.name)
+            refuse_other_dtype(params[k], tensor)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
         moved = any(params[k].address != self[k].param.address for k in which if params[k].size)
         return params if moved else None
@@ -191,6 +210,23 @@ class Tensors(list):
                 named.append((self[k].grad_name, buffer))
         host.refuse_overlap(named)
         raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
+
+
+def acquired_param(memory, x, name, options):
+    """The Buffer of a parameter, which may be bf16 or fp16 where the options of its group say how it is updated."""
+    if options is None or memory is not host:
+        return memory.acquire(x, name, writable=True)
+    storage.refuse_undecided(x, name, options)
+    return host.acquire(x, name, writable=True, halves=storage.takes_halves(options))
+
+
+def refuse_other_dtype(param, tensor):
+    """TypeError where torch has given a parameter another dtype than it had when it was bound (model.float(), model.half()).
+    Its Buffer is now `param`."""
+    if param.dtype != tensor.param.dtype:
+        now, before = map(host.dtype_of, (param.dtype, tensor.param.dtype))
+        raise TypeError(f"{tensor.name} has dtype {now}, and had {before} when it was bound: turn the model back, by "
+                        f"model.to(torch.{before}), or make a new optimizer of its parameters as they are now")  # fmt: skip
 
 
 def new_state(rule, initial, param, memory, twin=None, formats=None):

@@ -27,7 +27,18 @@ from .torch_core import (
     state_names,
     stored_state,
 )
-from .torch_formats import held, loaded, options_of, refuse_undecided, shown
+from .torch_formats import (
+    SHAPE,
+    held,
+    loaded,
+    master_of,
+    options_of,
+    refuse_other_shape,
+    refuse_stale_master,
+    refuse_undecided,
+    shape_of,
+    shown,
+)
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FLAGS, NAMES, YOUNG
@@ -54,6 +65,9 @@ def arguments(init):
 
     @wraps(init)
     def wrapper(self, *args, **named):
+        if "param_copy" in named:
+            raise TypeError("param_copy is an option of fastrms.Adam and its kin; here the bf16 or fp16 tensors are the "
+                            "parameters, and master='float32' keeps a float32 of each")  # fmt: skip
         given = signature.bind(self, *args, **named).arguments
         del given["self"]
         defaults = {name: p.default for name, p in signature.parameters.items() if name not in ("self", "params")}
@@ -107,6 +121,9 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(ours, str):
                 rows.append((ours, theirs, value))
                 continue
+            if not hasattr(value, "__len__"):
+                raise TypeError(f"{theirs}={value!r} is a {type(value).__name__}; it must be {len(ours)} numbers, such as "
+                                f"{theirs}={tuple(kind.defaults[name] for name in ours)}")  # fmt: skip
             if len(value) != len(ours):
                 raise ValueError(f"{theirs}={value!r} must be {len(ours)} numbers")
             rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]
@@ -227,8 +244,10 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state[param]
                 if type(state) is not State or state.note is not self._note:
                     state = self.state[param] = State(state, self._note)
+                name = f"params[{number}][{label!r}]"
+                refuse_stale_master(state, wanted, name)
                 if not wanted <= state.keys():
-                    complete(self.kind, values[number], stored[number], param, state, f"params[{number}][{label!r}]")
+                    complete(self.kind, values[number], stored[number], param, state, name)
                 members.append(Member(number, label, param, state, origin))
         return members
 
@@ -372,7 +391,7 @@ class Optimizer(torch.optim.Optimizer):
             With nothing changed, where it does not fit this optimizer, or is of another class.
         """
         saved_formats.check("convert", convert)
-        before, hook = dict(vars(self)), self.register_load_state_dict_pre_hook(held(STATES))
+        before, hook = dict(vars(self)), self.register_load_state_dict_pre_hook(held({*STATES, SHAPE}))
         try:
             super().load_state_dict(state_dict)
             for number, group in enumerate(self.param_groups):
@@ -414,7 +433,9 @@ class Optimizer(torch.optim.Optimizer):
         always = state_names(self.kind, KINDS[self.kind].defaults)
         for label, param in labelled(group):
             if state := self.state.get(param):
-                refuse_foreign(type(self), state, always, {*STATES, "step"}, f"the state of {name}['params'][{label!r}]")
+                refuse_foreign(
+                    type(self), state, always, {*STATES, SHAPE, "step"}, f"the state of {name}['params'][{label!r}]"
+                )
 
     def state_dict(self):
         d = super().state_dict()
@@ -476,14 +497,14 @@ def copied(kind, param, state, name, formats, convert):
     """A loaded state in memory of its own, in the layout of the parameter, which error sentences call `name`.  formats: name
     -> Format of what its state shall have."""
     made = {}
+    refuse_other_shape(state, param, name, " in the state_dict")
     for key, value in state.items():
         if key == "step" or not torch.is_tensor(value) or key not in STATES:
             made[key] = value.clone() if torch.is_tensor(value) else value
             continue
         if key in LOW.values() and key not in formats:
-            master = "float32" if key == "master" else "split16" if value.dtype is torch.int16 else "split8"
             raise ValueError(f"the state_dict has a {key} of {name}, which this optimizer would lose: make it with "
-                             f"master={master!r}")  # fmt: skip
+                             f"master={master_of(key, value)!r}")  # fmt: skip
         refuse_other_spread(value, param, f"{key} of {name}")
         if value.dtype is not torch.uint8 and value.shape != param.shape:
             raise ValueError(f"{key} of {name} in the state_dict has shape {tuple(value.shape)}, the parameter has "
@@ -492,7 +513,8 @@ def copied(kind, param, state, name, formats, convert):
         made[key] = new_state(param, [x for x in made.values() if torch.is_tensor(x) and x.dim()], 0.0, format)
         parts = part_of(made[key]), key, part_of(value), part_of(param), format
         loaded(*parts, key not in kind.not_negative, convert, name)
-    return made
+    made.pop(SHAPE, None)
+    return {**made, SHAPE: shape_of(param)} if any(format.in_blocks for format in formats.values()) else made
 
 
 def memory_of(param):

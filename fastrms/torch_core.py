@@ -7,8 +7,9 @@ import torch
 
 from . import optimizers, rules
 from .hyper import MOST_STEPS
+from .saved_formats import in_blocks
 from .storage import FLOAT, LOW, low
-from .torch_formats import new_part, of_state
+from .torch_formats import SHAPE, new_part, of_state, refuse_blocks, refuse_other_shape, shape_of
 from .torch_shards import Parts, part_of, spread_like
 
 EXACT = 2**24  # up to this count, every number of steps is a float32
@@ -95,6 +96,8 @@ def complete(kind, values, options, param, state, name):
             state[key] = new_state(param, beside, value, format)
             if key == LOW["float32"]:
                 part_of(state[key]).copy_(part_of(param).detach())
+            if format.in_blocks:
+                state.setdefault(SHAPE, shape_of(param))
 
 
 def laid_out(param, grad):
@@ -171,8 +174,16 @@ class Core:
         self.optimizer = KINDS[kind](groups, state=state, **options)
         self._parts = Parts(self.params, [tensor.name for tensor in self.optimizer._tensors])
         self.optimizer._tensors.tells_of_state = False  # no backward pass reads the state of an optimizer
+        self._refuse_other_blocks()
         self._take_positions()
         self._take_counts()
+
+    def _refuse_other_blocks(self):
+        """ValueError where states are in blocks of other elements than those of their parameter, which may have changed."""
+        for member, tensor in zip(self.members, self.optimizer._tensors, strict=True):
+            if in_blocks(tensor):
+                refuse_blocks(member.param, tensor.name)
+                refuse_other_shape(member.state, member.param, tensor.name)
 
     def _take_positions(self):
         """Let random numbers depend on the positions of elements among those of all parameters of all devices and ranks."""

@@ -2,8 +2,8 @@
 that hold it, and what load_state_dict() may take in their place.
 
 A state in bf16 or fp16 is a tensor of torch.bfloat16 or torch.float16 in the layout of the parameter, one in q8 a flat
-tensor of torch.uint8 with codes and blocks.  A float32 master is state["master"], the lower bits of a split one
-state["remainder"].
+tensor of torch.uint8 with codes and blocks, beside which state["q8_shape"] says the shape of the parameter.  A float32
+master is state["master"], the lower bits of a split one state["remainder"].
 """
 
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from .storage import FLOAT
 from .torch_shards import is_spread, part_of
 
 HALVES = {torch.bfloat16: host.BF16, torch.float16: host.FP16}
+SHAPE = "q8_shape"  # what a state calls the shape of the parameter whose elements are in blocks
 SAID = {getattr(torch, name): storage.said(format) for format, name in DTYPES.items()}
 
 
@@ -38,10 +39,8 @@ def refuse_undecided(param, options, name):
         option, value = next(iter(options.items()))
         raise ValueError(f"{option}={value!r} is for parameters in host memory; {name} is on {param.device}: put it into a "
                          f"group of parameters without {option}")  # fmt: skip
-    if not param.is_cuda and param.dtype in HALVES and not storage.takes_halves(options):
-        raise TypeError(f"{name} has dtype {str(param.dtype).removeprefix('torch.')}: say how it is updated, by "
-                        f"master='float32' (from a float32 copy) or rounding='stochastic' (without one; 'nearest' is what "
-                        f"torch.optim does, and loses small updates), or train in float32: model.float()")  # fmt: skip
+    if not param.is_cuda:
+        storage.refuse_undecided(param, name, options)
 
 
 def of_state(kind, rule, options, param, name):
@@ -68,6 +67,34 @@ def refuse_blocks(param, name):
     if not param.is_contiguous():
         raise ValueError(f"state_format='q8' has blocks of 256 elements in the order of contiguous memory; {name} has "
                          f"strides {param.stride()}: pass state_format='bf16', or make it contiguous")  # fmt: skip
+
+
+def refuse_other_shape(state, param, name, where=""):
+    """ValueError where a state in blocks is that of a parameter of another shape, of which a flat tensor tells nothing."""
+    saved = state.get(SHAPE)
+    if saved is not None and [*map(int, saved)] != [*param.shape]:
+        raise ValueError(f"the state of {name}{where} is in q8 of the shape {(*map(int, saved),)}, the parameter has "
+                         f"{tuple(param.shape)}: give it that shape, or begin anew without this state")  # fmt: skip
+
+
+def refuse_stale_master(state, wanted, name):
+    """ValueError where a state has a master, or a remainder, which the options of its group no longer ask for: its bits
+    would be lost, and be out of date when they came back.  wanted: what the state must have."""
+    key = next((key for key in storage.LOW.values() if key in state and key not in wanted), None)
+    if key is not None:
+        raise ValueError(f"the state of {name} has a {key}, which the master= of its group leaves out of date: set "
+                         f"master={master_of(key, state[key])!r} again, or delete it to go on from the parameter: del "
+                         f"opt.state[p][{key!r}]")  # fmt: skip
+
+
+def master_of(key, tensor):
+    """The option master that keeps a tensor under this key."""
+    return "float32" if key == "master" else "split16" if tensor.dtype is torch.int16 else "split8"
+
+
+def shape_of(param):
+    """What state["q8_shape"] is."""
+    return torch.tensor(param.shape, dtype=torch.int64)
 
 
 def dtype_of(param, format):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import bits
@@ -165,6 +166,12 @@ def test_q8_states_are_never_rounded_to_nearest():
     assert {(entry["rounding"], entry["seed"]) for entry in loading.state_dict()["tensors"]} == {("stochastic", 5)}
 
 
+@pytest.mark.parametrize("given", [None, [1]])
+def test_what_is_no_state_dict_at_all(given):
+    with pytest.raises(ValueError, match=f"^this is a {type(given).__name__}, not a state_dict of fastrms: pass what"):
+        fastrms.Adam(np.ones(3, np.float32)).load_state_dict(given)
+
+
 def test_convert_must_be_the_name_of_a_format():
     params, _ = problem()
     optimizer = fastrms.Adam(params, state_format="q8")
@@ -288,7 +295,9 @@ def test_another_master_is_refused_with_the_remedy():
 def test_a_float64_state_is_not_converted():
     w = np.ones(5)
     d = fastrms.Adam(w).state_dict()
-    with pytest.raises(ValueError, match="exp_avg of params"):
+    with pytest.raises(
+        ValueError, match=r"^exp_avg of params in the state_dict must be an ndarray of float32, shape \(5,\)$"
+    ):
         fastrms.Adam(w.astype(np.float32), state_format="bf16").load_state_dict(d, convert="float32")
 
 
@@ -452,6 +461,73 @@ def test_a_flat_buffer_with_blocks_is_saved_whole(tmp_path):
     assert np.array_equal(other.state["exp_avg"]["big"].bits, storage.stored(storage.Q8, np.asarray(shown_flat(optimizer))))
 
 
+def test_blocks_of_named_arrays_are_not_those_of_a_flat_buffer():
+    """Each array has blocks of its own: as they are, those of the last name would be taken for those of all."""
+    flat, params, gradients = flat_problem()
+    each, whole = (fastrms.Adam(x, state_format="q8") for x in (params, flat))
+    for gradient in gradients:
+        each.step({key: np.array(x) for key, x in of_names(flat, gradient).items()})
+    before, saved = frozen(whole), each.state_dict()
+    with pytest.raises(ValueError, match=r"exp_avg of params\['w'\] has blocks of q8 of fewer elements than .*convert='q8'"):
+        whole.load_state_dict(saved)
+    assert frozen(whole) == before
+    whole.load_state_dict(saved, convert="q8")
+    (tensor,) = whole._tensors
+    for state in ("exp_avg", "exp_avg_sq"):
+        numbers = np.concatenate([np.asarray(x).reshape(-1) for x in each.state[state].values()])
+        format = saved_formats.formats_of(tensor)[state]
+        assert np.array_equal(tensor.state[state], storage.stored(format, numbers)) and numbers.any()
+    before = frozen(each)
+    with pytest.raises(ValueError, match=r"has no params\['w'\]: params is a FlatBuffer .* saved whole; .*convert='q8'"):
+        each.load_state_dict(whole.state_dict())
+    assert frozen(each) == before
+    plain = fastrms.Adam(fastrms.FlatBuffer.like(params))
+    plain.load_state_dict(whole.state_dict(), convert="q8")
+    each.load_state_dict(plain.state_dict(), convert="float32")  # the way that the sentence says
+    assert frozen(each) != before
+
+
+def test_a_flat_buffer_in_groups_has_blocks_for_each_name():
+    flat, params, gradients = flat_problem()
+    groups = {"b": {"weight_decay": 0.1}}
+    each, whole = (fastrms.Adam(x, state_format="q8", groups=groups) for x in (params, flat))
+    for gradient in gradients:
+        each.step({key: np.array(x) for key, x in of_names(flat, gradient).items()})
+    whole.load_state_dict(each.state_dict())
+    assert frozen(whole) == frozen(each)
+
+
+def test_a_flat_buffer_of_one_name_is_saved_as_its_array():
+    w = np.random.default_rng(0).standard_normal((30, 11)).astype(np.float32)
+    flat, gradient = fastrms.FlatBuffer.like({"w": w}), w[::-1].copy()
+    one, other = fastrms.Adam({"w": w}, state_format="q8"), fastrms.Adam(flat, state_format="q8")
+    one.step({"w": gradient})
+    other.step(gradient.reshape(-1))
+    assert frozen(one) == frozen(other)
+    one.load_state_dict(other.state_dict())
+    other.load_state_dict(one.state_dict())
+    assert np.array_equal(other.state["exp_avg"]["w"], one.state["exp_avg"]["w"]) and frozen(one) == frozen(other)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3)])
+def test_a_q8_state_of_another_shape_is_refused(shape, tmp_path):
+    saved = fastrms.Adam(np.ones((2, 3), np.float32), state_format="q8")
+    saved.step(np.ones((2, 3), np.float32))
+    saved.save(tmp_path / "o")
+    for mine, convert in (("q8", None), ("q8", "q8"), (None, "q8"), ("bf16", "q8")):
+        other = fastrms.Adam(np.ones(shape, np.float32), state_format=mine)
+        before = frozen(other)
+        with pytest.raises(ValueError) as caught:
+            other.load(tmp_path / "o", convert=convert)
+        sentence = f"exp_avg of params in the state_dict has the shape (2, 3), in this optimizer {shape}"
+        assert str(caught.value).endswith(sentence) and frozen(other) == before
+    d = saved.state_dict()
+    del d["tensors"][0]["shape"]  # as it was saved before there was one
+    other = fastrms.Adam(np.ones((2, 3), np.float32), state_format="q8")
+    other.load_state_dict(d)
+    assert frozen(other) == frozen(saved)
+
+
 def shown_flat(optimizer):
     """exp_avg of a FlatBuffer in one dimension."""
     return np.concatenate([np.asarray(x).reshape(-1) for x in optimizer.state["exp_avg"].values()])
@@ -604,6 +680,11 @@ def test_the_examples_of_the_page_run(capsys):
     exec(example("saved = halved"), names)
     found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
     assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
+    names |= {"np": np, "b": np.ones(7, np.float32), "gb": np.ones(7, np.float32), "gw": np.ones(300, np.float32)}
+    exec(example("same = fastrms.Stored(bits"), names)
+    exec(example("trained.step("), names)
+    exec(example("mixed.step(gw"), names)
+    assert capsys.readouterr().out.split() == ["True", "True"] and names["mixed"].steps == 1
     names["w16"] = np.zeros(300, np.float16)
     exec(example("param_copy=w16, seed=1"), names)
     assert np.array_equal(names["w16"], w.astype(np.float16)) and names["state"]["exp_avg"].array.all()
@@ -626,3 +707,18 @@ def test_the_table_of_bytes_is_what_reports_say(row, moved):
         optimizer = make(half if "param" in row else x, **options)
         optimizer.bind(BF16(np.zeros(512, np.uint16)) if "grad" in row else x.copy())
         assert f", {count} bytes moved" in optimizer.report()
+
+
+def test_bytes_of_the_gradients_of_a_flat_buffer_are_those_that_it_has():
+    flat = fastrms.FlatBuffer({"w": (3, 7), "b": 5}, ml_dtypes.bfloat16)
+    for groups in (None, {"b": {"weight_decay": 0.1}}):
+        optimizer = fastrms.Adam(flat, master="split16", groups=groups)
+        assert optimizer.nbytes.per_parameter == {"param": 2, "grad": 2, "exp_avg": 4, "exp_avg_sq": 4, "remainder": 2}
+        assert "grad 2, " in optimizer.report()
+
+
+def test_a_stored_state_is_not_pickled():
+    optimizer = fastrms.Adam(np.ones(5, np.float32), state_format="q8")
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"copy or pickle opt.state_dict\(\), or np.asarray\(\) of the state"):
+            duplicate(optimizer.state["exp_avg"])

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,10 +141,14 @@ def test_the_tensors_of_a_state(case):
     if options["master"]:
         key, of_low = LOW[options["master"]]
         wanted[key] = of_low
+    if options["state_format"] == "q8":
+        wanted["q8_shape"] = torch.int64
     assert {key: x.dtype for key, x in state.items() if key != "step"} == wanted
     for key, x in state.items():
         if x.dtype is torch.uint8:
             assert x.shape == (64 + 4,)
+        elif key == "q8_shape":
+            assert x.tolist() == [6, 5]
         elif key != "step":
             assert (x.shape, x.stride()) == (param.shape, param.stride()) and not x.requires_grad
 
@@ -342,6 +347,74 @@ def test_q8_needs_contiguous_parameters():
     assert raw(param) == before
 
 
+def change_of_group(optimizer, state):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+def change_of_memory(optimizer, state):
+    state["exp_avg"].share_memory_()
+
+
+def change_of_state(optimizer, state):
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+@pytest.mark.parametrize("turn, words", [
+    (lambda x: x.to(memory_format=torch.channels_last), r"params\[0\]\[0\] has strides"),
+    (lambda x: x.reshape(4, 5, 2, 3), r"q8 of the shape \(2, 3, 4, 5\), the parameter has \(4, 5, 2, 3\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("change", [change_of_group, change_of_memory, change_of_state])
+def test_blocks_are_not_those_of_other_elements(change, turn, words):
+    """Neither where the optimizer looks at all of its parameters anew; back in its old memory order, it goes on."""
+    params = [torch.nn.Parameter(random((2, 3, 4, 5), 1)) for _ in range(2)]
+    optimizers = [ft.Adam([param], state_format="q8") for param in params]
+    for param, optimizer in zip(params, optimizers, strict=True):
+        run([param], optimizer, 1, first=1)
+    first, optimizer = params[0], optimizers[0]
+    first.data = turn(first.data)
+    change(optimizer, optimizer.state[first])
+    first.grad, before = torch.ones_like(first), held([first], optimizer)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            optimizer.step()
+        assert held([first], optimizer) == before
+    first.data = first.data.contiguous().reshape(2, 3, 4, 5)
+    for param, optimizer in zip(params, optimizers, strict=True):
+        run([param], optimizer, 1, first=2)
+    assert held(params[:1], optimizers[0]) == held(params[1:], optimizers[1])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1)])
+def test_a_q8_state_of_another_shape_is_refused(shape):
+    param, other = parameters(F32, [(2, 3)])[0], parameters(F32, [shape])[0]
+    optimizer = ft.Adam([param], state_format="q8")
+    run([param], optimizer, 1, first=1)
+    saved = optimizer.state_dict()
+    for mine, convert in (("q8", None), (None, "q8"), ("bf16", "q8")):
+        loading = ft.Adam([other], state_format=mine)
+        words = re.escape(f"in the state_dict is in q8 of the shape (2, 3), the parameter has {shape}:")
+        with pytest.raises(ValueError, match=words):
+            loading.load_state_dict(saved, convert=convert)
+        assert not loading.state
+    plain = ft.Adam([param])
+    plain.load_state_dict(saved, convert="q8")
+    assert "q8_shape" not in plain.state[param]
+    again = ft.Adam([param], state_format="q8")
+    again.load_state_dict(plain.state_dict(), convert="float32")
+    assert again.state[param]["q8_shape"].tolist() == [2, 3]
+
+
+def test_a_q8_state_without_its_shape_is_taken():
+    """As it was saved before there was one."""
+    param = parameters(F32, [(2, 3)])[0]
+    optimizer, other = (ft.Adam([param], state_format="q8") for _ in range(2))
+    run([param], optimizer, 1, first=1)
+    saved = optimizer.state_dict()
+    shape = saved["state"][0].pop("q8_shape")
+    other.load_state_dict(saved)
+    assert torch.equal(other.state[param]["q8_shape"], shape)
+
+
 @pytest.mark.parametrize("options", [{"state_format": "bf16"}, {"rounding": "stochastic", "state_format": "fp16"}])
 def test_a_model_may_turn_to_another_memory_format(options):
     dtype = BF16 if "rounding" in options else F32
@@ -392,6 +465,52 @@ def test_a_format_that_changes_later_is_refused():
     assert raw(param) == before
 
 
+@pytest.mark.parametrize("theirs, mine", [("bf16", None), ("q8", None), ("fp16", None), ("q8", "bf16"), ("bf16", "q8")])
+def test_a_format_that_is_taken_away_or_exchanged_is_refused(theirs, mine):
+    param = parameters(F32, [(40,)])[0]
+    optimizer = ft.Adam([param], state_format=theirs)
+    run([param], optimizer, 1, first=1)
+    before, dtype = held([param], optimizer), str(FORMATS[theirs]).removeprefix("torch.")
+    optimizer.param_groups[0]["state_format"] = mine
+    with pytest.raises(
+        TypeError, match=f"state.'exp_avg'.* has dtype {dtype}[,;] .*: formats stay as they are once there is"
+    ):
+        run([param], optimizer, 1, first=1)
+    assert held([param], optimizer) == before
+    optimizer.param_groups[0]["state_format"] = theirs
+    run([param], optimizer, 1, first=1)
+
+
+@pytest.mark.parametrize("theirs, mine", [
+    ("float32", None), ("split16", None), ("split8", None), ("float32", "split16"), ("split16", "float32"),
+])  # fmt: skip
+def test_a_master_is_not_left_behind(theirs, mine):
+    """Its bits would be lost, and be those of an older parameter when it came back."""
+    params, others = parameters(BF16, [(40,), (50,)]), parameters(BF16, [(40,), (50,)])
+    optimizers = [ft.Adam(some, master=theirs, rounding="stochastic") for some in (params, others)]
+    key = "master" if theirs == "float32" else "remainder"
+    for some, each in zip((params, others), optimizers, strict=True):
+        run(some, each, 2, first=1)
+    optimizer, before = optimizers[0], held(params, optimizers[0])
+    optimizer.param_groups[0]["master"] = mine
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=rf"params\[0\]\[0\] has a {key}, .* set master='{theirs}' again, .*\['{key}'\]"
+        ):
+            run(params, optimizer, 1, first=3)
+        assert held(params, optimizer) == before
+    optimizer.param_groups[0]["master"] = theirs
+    for some, each in zip((params, others), optimizers, strict=True):
+        run(some, each, 1, first=3)
+    assert held(params, optimizer) == held(others, optimizers[1])
+    optimizer.param_groups[0]["master"] = mine
+    for param in params:
+        del optimizer.state[param][key]
+    run(params, optimizer, 1, first=4)
+    assert key not in optimizer.state[params[0]]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 # states that people exchange
 
 
@@ -410,6 +529,34 @@ def test_an_exchanged_state_in_a_format_is_checked(change, words):
     optimizer.state[param]["exp_avg"] = mine = good.clone()
     run([param], optimizer, 1, first=2)
     assert optimizer.state[param]["exp_avg"] is mine and raw(mine) != raw(good)
+
+
+@pytest.mark.parametrize("state_format", ["q8", "bf16"])
+def test_an_exchanged_state_is_a_tensor(state_format):
+    param = parameters(F32, [(400,)])[0]
+    optimizer = ft.Adam([param], state_format=state_format)
+    run([param], optimizer, 1, first=1)
+    for other in (np.zeros(400, np.uint8), [0]):
+        optimizer.state[param]["exp_avg"] = other
+        with pytest.raises(TypeError, match=rf"is a (ndarray|list); what is stored in {state_format} is a torch tensor of "):
+            run([param], optimizer, 1, first=1)
+
+
+def test_names_and_pairs_are_explained():
+    for wrong, right in (("RMSProp", "RMSprop"), ("AdaGrad", "Adagrad"), ("RProp", "Rprop")):
+        with pytest.raises(AttributeError, match=f"no attribute '{wrong}'; write fastrms.torch.{right}$"):
+            getattr(ft, wrong)
+    with pytest.raises(AttributeError, match=r"no attribute 'NAdam'$"):
+        _ = ft.NAdam
+    params = parameters(F32, [(4,)])
+    with pytest.raises(TypeError, match=r"^betas=0\.9 is a float; it must be 2 numbers, such as betas=\(0\.9, 0\.999\)$"):
+        ft.Adam(params, betas=0.9)
+    with pytest.raises(TypeError, match=r"^param_copy is an option of fastrms.Adam and its kin; .* master='float32'"):
+        ft.Adam(params, param_copy=[torch.zeros(4, dtype=BF16)])
+    for dtype in ("bfloat16", "float16"):
+        half = parameters(getattr(torch, dtype), [(4,)])
+        with pytest.raises(TypeError, match=rf"^params\[0\] has dtype {dtype}: say how it is updated, .* model\.float\(\)$"):
+            fastrms.Adam(half)
 
 
 @pytest.mark.parametrize("change", [lambda x: x[4:], lambda x: torch.cat([x, x])[1 : 1 + x.numel()]])
@@ -722,9 +869,12 @@ def test_a_model_that_turns_to_another_dtype_is_refused(dtype, then, options):
     model.to(then)
     give_grads(params, 1, absent=False)
     before = [*map(raw, params)]
-    with pytest.raises(TypeError, match="has dtype"):
+    name = str(then).removeprefix("torch.")
+    with pytest.raises(TypeError, match=rf"params\[0\]\[0\].* has dtype {name}\b") as error:
         optimizer.step()
-    assert [*map(raw, params)] == before
+    if dtype is BF16:
+        assert "and had bfloat16 when it was bound: turn the model back, by model.to(torch.bfloat16)" in str(error.value)
+    assert [*map(raw, params)] == before and "uint16" not in str(error.value)
 
 
 def test_a_master_that_is_removed_is_made_from_the_parameter():
