@@ -10,6 +10,7 @@ root_doc = "docs/index"
 html_theme = "furo"
 html_title = "fastrms"
 html_extra_path = ["index.html"]
+highlight_language = "text"  # of what names no language
 myst_heading_anchors = 4
 numpydoc_show_class_members = False  # autodoc lists them
 autodoc_member_order = "bysource"
