@@ -19,10 +19,12 @@ wheel() { # the platform that the wheel names, zig's name of it, and how a libra
 }
 
 "$PYTHON" -m build --sdist --no-isolation --outdir "$work" . > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
-for machine in x86_64 aarch64; do
-    wheel "manylinux2014_$machine" "$machine-linux-gnu.2.17" "-shared -Wl,-s"
-    wheel "musllinux_1_2_$machine" "$machine-linux-musl" "-shared -Wl,-s"
-done
+shared="-shared -Wl,-s"
+x86="$shared $(x86_64-linux-gnu-gcc -print-libgcc-file-name)"  # zig's own library (0.17) says of every CPU that it has no AVX
+wheel manylinux2014_x86_64 x86_64-linux-gnu.2.17 "$x86"
+wheel musllinux_1_2_x86_64 x86_64-linux-musl "$x86"
+wheel manylinux2014_aarch64 aarch64-linux-gnu.2.17 "$shared"
+wheel musllinux_1_2_aarch64 aarch64-linux-musl "$shared"
 wheel macosx_11_0_arm64 aarch64-macos.11.0 "-shared -undefined dynamic_lookup"
 wheel macosx_11_0_x86_64 x86_64-macos.11.0 "-shared -undefined dynamic_lookup"
 for built in "$OUT"/*manylinux*.whl; do "$PYTHON" -m auditwheel show "$built"; done
