@@ -60,6 +60,7 @@ class Tensors(list):
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
         super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
+        self._know_torch()
 
     @property
     def params(self):
