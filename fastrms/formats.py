@@ -60,7 +60,7 @@ def key(seed, step, stream):
 
 def random_of(position, key):
     """The random bits of elements: a hash of their positions."""
-    w = position * np.uint32(0x9E3779B9) + np.uint32(key)
+    w = position * np.uint32(0x9E3779B9) + key
     return (w ^ (w >> 15)) * np.uint32(0x2C1B3C6D)
 
 
