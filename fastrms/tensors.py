@@ -91,7 +91,7 @@ class Tensors(list):
         for tensor, copy, name in zip(self, copies, names, strict=True):
             mine = options[self.keys[tensor.recipe].group]
             if copy is not None:
-                copy = storage.acquired_copy(copy, name, tensor)
+                copy = storage.acquired_copy(copy, name, tensor, self.memory)
             tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
             origin += tensor.param.size
         host.refuse_overlap([*self.copies(), *((tensor.name, tensor.param) for tensor in self)])
@@ -144,12 +144,9 @@ class Tensors(list):
         if grad is None:
             return None
         tensor = self[k]
-        if self.memory is not host or tensor.dtype != np.float32:
-            buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
-            self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
-            return buffer
-        buffer = host.acquire(grad, tensor.grad_name, writable=writable, halves=True)
-        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=storage.GRADIENTS)
+        dtypes = storage.GRADIENTS if tensor.dtype == np.float32 else None
+        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable, halves=bool(dtypes))
+        self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
         return buffer
 
     def moved(self, which):

@@ -66,9 +66,10 @@ class Stored:
     def __init__(self, array, format):
         if format not in ("bf16", "fp16"):
             raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
-        found = as_array(array, "array")
-        if found.dtype not in (np.uint16, np.int16):
-            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of "
+        interface = getattr(array, "__cuda_array_interface__", None)
+        dtype = np.dtype(interface["typestr"]) if interface else as_array(array, "array").dtype
+        if dtype not in (np.uint16, np.int16):
+            raise TypeError(f"array has dtype {dtype}; Stored is for uint16: an array of float16, of "
                             f"ml_dtypes.bfloat16 or of torch.bfloat16 is passed as it is")  # fmt: skip
         self.array, self.format = array, format
 
@@ -125,6 +126,11 @@ def half_array(x, name):
     return as_array(x, name).view(kind)
 
 
+def holds_bytes(x):
+    """Whether x is an array of uint8, as those of q8 are."""
+    return isinstance(x, np.ndarray) and x.dtype == np.uint8
+
+
 def is_half(x):
     """Whether x is an array of bf16 or fp16."""
     return isinstance(x, Stored) or str(getattr(x, "dtype", "")).removeprefix("torch.") in IN_HALF
@@ -143,14 +149,20 @@ def refuse_dtype(dtype, name, x, halves=False):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
     if dtype in DTYPES:
         return
-    if halves and dtype in (np.uint16, np.int16):
-        raise TypeError(f"{name} has dtype {dtype}; say which numbers its bits are: fastrms.Stored({name}, 'bf16') or "
-                        f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
+    if halves:
+        refuse_unsaid(dtype, name)
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:
         fault = f"{dtype.str}, which is not in native byte order"
     array = name if hasattr(x, "astype") else f"np.asarray({name})"
     raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array)}")
+
+
+def refuse_unsaid(dtype, name):
+    """TypeError for 16 bits of which nobody says what numbers they are."""
+    if dtype in (np.uint16, np.int16):
+        raise TypeError(f"{name} has dtype {dtype}; say which numbers its bits are: fastrms.Stored({name}, 'bf16') or "
+                        f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
 
 
 def address(array):
@@ -387,8 +399,13 @@ def same_device(buffers, names):
 
 
 def on_host(array):
-    """A flat array of ours as a NumPy array in host memory, which it is here."""
-    return array
+    """A flat array of ours as a NumPy array in host memory: itself, or a copy of one of device memory."""
+    return array.to_host() if hasattr(array, "to_host") else array
+
+
+def copy(to, source):
+    """Copy between flat arrays."""
+    to[...] = source
 
 
 def place_beside(param, others, size=None, dtype=None):

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
         CUDA graph; else they are arguments.
     zero_grad : bool
         The kernel writes zeros over the gradient.
-    formats : stored_kernel.Formats, optional
+    formats : table.Formats, optional
         How the buffers are stored, where they are not all in the dtype of the update.
     """
 

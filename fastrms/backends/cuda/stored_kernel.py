@@ -6,60 +6,15 @@ warp update a block of 256 elements, eight each, and find the largest of them by
 single elements, which the threads of a warp have side by side, and needs no alignment.
 """
 
-from typing import NamedTuple
-
 from numba import cuda
 from numba.cuda import types
 
 from ... import formats, own_rules, rules
 from . import codecs, intrinsics
 from .kernel import head, indented
-from .table import BEHIND, BLOCKS, LANES, THREADS
+from .table import BEHIND, BLOCKS, LANES, THREADS, WARP
 
-EXACT = ("float32", "split16")  # they round nothing
-WARP = 32
 ELEMENTS = range(formats.Q8_BLOCK // WARP)  # of a thread
-
-
-class Formats(NamedTuple):
-    """The names of the formats of all buffers of a launch.
-
-    Parameters
-    ----------
-    written : tuple of str
-        Of what is updated, in the order of the streams of random numbers: the parameter, or its floats, and the states.
-    grad : str
-    copies : tuple of str
-        Of what the new parameter is written to once more, to nearest.
-    stochastic : bool
-    """
-
-    written: tuple
-    grad: str
-    copies: tuple = ()
-    stochastic: bool = False
-
-    @property
-    def name(self):
-        """All of this as a part of the name of a kernel."""
-        return "_".join([*self.written, "of", self.grad, *(f"to_{name}" for name in self.copies),
-                         *["stochastic"] * self.stochastic])  # fmt: skip
-
-    @property
-    def in_blocks(self):
-        return any(formats.FORMATS[name].in_blocks for name in self.written)
-
-    @property
-    def streams(self):
-        """The indices in `written` that are rounded at random."""
-        return [k for k, name in enumerate(self.written) if self.stochastic and name not in EXACT]
-
-    @property
-    def itemsizes(self):
-        """Of each buffer of elements, in the order of parts()."""
-        names = [self.written[0], self.grad, *self.written[1:], *self.copies]
-        found = [formats.FORMATS[name] for name in names]
-        return [dtype.itemsize for made in found for dtype in (made.dtype, made.low) if dtype]
 
 
 KERNEL = """\

@@ -5,15 +5,60 @@ a multiple of their size: all buffers of a tensor must share the offset to it, e
 in formats, a vector has as many elements in all of them; where one is in q8, there are none, and a warp has a block of q8.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from ...formats import Q8_BLOCK
+from ... import formats as codecs
 from ...memory.device import VECTOR
 
 THREADS = 256  # per block
 LANES = 4  # elements of a vector of each buffer, where some are stored in formats
-BLOCKS = THREADS // 32  # of q8, that a block of threads updates
+WARP = 32  # threads
+BLOCKS = THREADS // WARP  # of q8, that a block of threads updates
 BEHIND = ("size", "vectors", "first_block")  # in a row of the table, after the addresses of the buffers
+EXACT = ("float32", "split16")  # formats that round nothing
+
+
+class Formats(NamedTuple):
+    """The names of the formats of all buffers of a launch.
+
+    Parameters
+    ----------
+    written : tuple of str
+        Of what is updated, in the order of the streams of random numbers: the parameter, or its floats, and the states.
+    grad : str
+    copies : tuple of str
+        Of what the new parameter is written to once more, to nearest.
+    stochastic : bool
+    """
+
+    written: tuple
+    grad: str
+    copies: tuple = ()
+    stochastic: bool = False
+
+    @property
+    def name(self):
+        """All of this as a part of the name of a kernel."""
+        return "_".join([*self.written, "of", self.grad, *(f"to_{name}" for name in self.copies),
+                         *["stochastic"] * self.stochastic])  # fmt: skip
+
+    @property
+    def in_blocks(self):
+        return any(codecs.FORMATS[name].in_blocks for name in self.written)
+
+    @property
+    def streams(self):
+        """The indices in `written` that are rounded at random."""
+        return [k for k, name in enumerate(self.written) if self.stochastic and name not in EXACT]
+
+    @property
+    def itemsizes(self):
+        """Of each buffer of elements, in the order of parts()."""
+        names = [self.written[0], self.grad, *self.written[1:], *self.copies]
+        found = [codecs.FORMATS[name] for name in names]
+        return [dtype.itemsize for made in found for dtype in (made.dtype, made.low) if dtype]
 
 
 def width(dtype):
@@ -40,7 +85,7 @@ def blocks(size, vectors, itemsize):
 def grid(addresses, size, itemsize, formats=None):
     """(vectors, blocks) of a tensor; formats: the Formats of its buffers, None where all are in one dtype."""
     if formats and formats.in_blocks:
-        return size * 0, -(-size // (Q8_BLOCK * BLOCKS))
+        return size * 0, -(-size // (codecs.Q8_BLOCK * BLOCKS))
     count = vectors(addresses, size, itemsize, formats and formats.itemsizes)
     return count, blocks(size, count, itemsize)
 
