@@ -124,17 +124,18 @@ class Plan(plan.Plan):
         addresses = bytes(ffi.buffer(reader.pointers, ffi.sizeof("void *") * len(self.params)))
         read = addresses, bytes(ffi.buffer(reader.formats, ffi.sizeof("int32_t") * len(self.params)))
         if read != self._read_last[0]:
-            rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, self._dtypes(reader), strict=True)
+            dtypes = self._dtypes(np.frombuffer(read[1], np.int32).tolist())
+            rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, dtypes, strict=True)
             grads = [None if leaf is None else param._replace(address, dtype) for leaf, address, param, dtype in rows]
             if reader.absent:  # an empty gradient has the same address as a missing one
                 return grads
             self._read_last = read, grads
         return self._read_last[1]
 
-    def _dtypes(self, reader):
-        """Of the gradients that a Reader has read."""
-        return [DTYPE_OF[format] if format else self.recipes[index].dtype
-                for format, index in zip(reader.formats, self.recipe_of, strict=True)]  # fmt: skip
+    def _dtypes(self, formats):
+        """Of gradients in the formats that C has read."""
+        pairs = zip(formats, self.recipe_of, strict=True)
+        return [DTYPE_OF[format] if format else self.recipes[index].dtype for format, index in pairs]
 
     def _lies_as_before(self, params, grads):
         """Whether the tables of the last step serve this one, too."""
