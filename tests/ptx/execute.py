@@ -144,8 +144,8 @@ class Kernel:
             return "{}{}_{}".format(*register.groups())
         if re.fullmatch(r"0[fd][0-9A-Fa-f]+", text):
             return f"0x{text[2:]}ull"
-        if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", text):
-            return f"{text}ll"
+        if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+U?", text):
+            return f"{text.rstrip('U')}ll"
         raise Refused(f"operand {text}")
 
     def access(self, opcode, operands):

@@ -89,6 +89,17 @@ static inline u64 bfi_b64(u64 a, u64 b, u32 at, u32 length)
     u64 ones = (at & 255) > 63 ? 0 : (length & 255) > 63 ? ~0ull : (1ull << (length & 255)) - 1;
     return (at & 255) > 63 ? b : (b & ~(ones << (at & 255))) | ((a & ones) << (at & 255));
 }
+/* four bytes of the eight in a and b, each by its number in four bits; the highest of these repeats the sign of the byte */
+static inline u32 prmt_b32(u32 a, u32 b, u32 which)
+{
+    u64 from = (u64)b << 32 | a;
+    u32 made = 0;
+    for (int k = 0; k < 4; k++) {
+        u32 selected = which >> 4 * k & 15, byte = (u32)(from >> 8 * (selected & 7)) & 255;
+        made |= (selected & 8 ? byte & 128 ? 255u : 0 : byte) << 8 * k;
+    }
+    return made;
+}
 static inline u64 mul_wide_u32(u32 a, u32 b) { return (u64)a * b; }
 static inline u64 mul_wide_s32(s32 a, s32 b) { return (s64)a * b; }
 static inline u32 mul_wide_u16(u16 a, u16 b) { return (u32)a * b; }
@@ -105,6 +116,7 @@ CONVERT_FROM(u8) CONVERT_FROM(s8)
 static inline u64 cvt_f64_f32(u32 a) { return bits_of_f64(f32_of(a)); }
 static inline u32 cvt_rn_f32_f64(u64 a) { return bits_of_f32((float)f64_of(a)); }
 static inline u32 cvt_rn_f32_u32(u32 a) { return bits_of_f32((float)a); }
+static inline u32 cvt_rn_f32_u16(u16 a) { return bits_of_f32((float)a); }
 static inline u32 cvt_rzi_u32_f32(u32 a) { /* towards 0, between 0 and the largest */
     float x = f32_of(a); return isnan(x) || x <= 0 ? 0 : x >= 0x1p32f ? ~0u : (u32)x; }
 static inline u32 cvt_rn_f32_s32(s32 a) { return bits_of_f32((float)a); }
