@@ -23,7 +23,12 @@ FLAGS = [
 ]
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cta", "%ntid.x": "ntid", "%nctaid.x": "ncta"}
 SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
-ERRORS = {1: "misaligned access", 2: "load out of range", 3: "store out of range", 4: "an exchange without all threads of a warp"}
+ERRORS = {
+    1: "misaligned access",
+    2: "load out of range",
+    3: "store out of range",
+    4: "an exchange without all threads of a warp",
+}
 RUN = """
 int run(const u64 *P, u32 ntid, u32 first, u32 last, u32 ncta, int backwards, memory *m)
 {

@@ -59,7 +59,9 @@ class Stored:
         names = [made.written[0], made.grad, *made.written[1:], *made.copies]
         for k, (name, x) in enumerate(zip(names, [param, grad, *states, *[param] * len(made.copies)], strict=True)):
             self.parts.append(self.at(FORMATS[name], x, offset + (k in apart)))
-        self.buffers = [execute.Buffer(array) for part in self.parts for array in (part.stored, part.low) if array is not None]
+        self.buffers = [
+            execute.Buffer(array) for part in self.parts for array in (part.stored, part.low) if array is not None
+        ]
 
     @staticmethod
     def at(format, x, offset):
@@ -146,8 +148,10 @@ def run(kernel, kind, recipe, tensors, backwards=False):
         rows, tensor_of = table.table(found, 4, made)
         head, blocks = [execute.Buffer(rows), execute.Buffer(tensor_of)], tensor_of.size
     else:
-        (addresses, size, *_), = found
+        ((addresses, size, *_),) = found
         count, blocks = table.grid(addresses, size, 4, made)
         head = [*addresses, size, count, *others]
     tail = [execute.Buffer(tail)] if kind.capturable else list(tail.view(np.uint32))
-    kernel.launch(blocks, table.THREADS, [*head, *tail], [b for tensor in tensors for b in tensor.buffers], backwards=backwards)
+    kernel.launch(
+        blocks, table.THREADS, [*head, *tail], [b for tensor in tensors for b in tensor.buffers], backwards=backwards
+    )

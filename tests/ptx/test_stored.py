@@ -56,7 +56,9 @@ def test_many_tensors_capturable_and_zeroed_gradients(k, cc):
     kind = stored_cases.kind_of(made, many=True, capturable=True, zero_grad=True)
     kernel = cases.kernel("adam", True, F32, kind, cc)
     recipe = cases.recipe_of("adam", True, F32, visible=True)
-    tensors = [Stored(made, stored_cases.start("adam", size), j % 4) for j, size in enumerate((1, 3, 17, 1024, 4099, 5, 2048))]
+    tensors = [
+        Stored(made, stored_cases.start("adam", size), j % 4) for j, size in enumerate((1, 3, 17, 1024, 4099, 5, 2048))
+    ]
     wanted = [tensor.expected(recipe) for tensor in tensors]
     stored_cases.run(kernel, kind, recipe, tensors)
     for tensor, want in zip(tensors, wanted, strict=True):
@@ -73,7 +75,11 @@ def test_formats_of_special_numbers(name):
     recipe = recipe._replace(values={**recipe.values, "lr": 0.0, "decay": 0.0, "eps": 1.0})
     kernel = cases.kernel("adagrad", False, F32, kind, (9, 0))
     tops = np.arange(0, 2**16, 7, dtype=np.uint32) << 16
-    numbers = np.concatenate([tops + low for low in (0, 1, 0x7F, 0x80, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).astype(np.uint32).view(F32)
+    numbers = (
+        np.concatenate([tops + low for low in (0, 1, 0x7F, 0x80, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+        .astype(np.uint32)
+        .view(F32)
+    )
     tensor = Stored(made, [numbers, np.zeros(numbers.size, F32), np.ones(numbers.size, F32)])
     wanted = tensor.expected(recipe)
     stored_cases.run(kernel, kind, recipe, [tensor])
@@ -113,7 +119,7 @@ def test_a_thread_that_does_not_come_to_an_exchange_is_noticed():
     start = text.index("shfl.sync")
     spoiled = text[:start] + "@%p1 bra $L__never;\n\t" + text[start:].replace("ret;", "$L__never:\n\tret;", 1)
     tensor = Stored(made, stored_cases.start(rule, formats.Q8_BLOCK - 1))
-    predicate = re.search(r"setp\.\w+\.\w+\s+(%p\d+)", text[: start]).group(1)
+    predicate = re.search(r"setp\.\w+\.\w+\s+(%p\d+)", text[:start]).group(1)
     valid = re.findall(r"setp\.gt\.u32\s+(%p\d+)", text[:start])
     spoiled = spoiled.replace("@%p1 bra $L__never", f"@{(valid or [predicate])[-1]} bra $L__never")
     with pytest.raises(IndexError, match="without all threads of a warp"):
