@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import fastrms
+from fastrms.config import cpu_model
 
 
 def describe():
@@ -61,13 +62,6 @@ def text_of(path):
         return Path(path).read_text(errors="replace").strip()
     except OSError:
         return ""
-
-
-def cpu_model():
-    for line in text_of("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def caches():

@@ -2,11 +2,16 @@
 
 import platform
 import sys
+from collections import Counter
+from functools import partial
+from importlib import metadata
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
-from . import backends, threads
+from . import backends, rules, threads
+from .memory import host, placement
 
 
 def isa():
@@ -33,26 +38,66 @@ def get_include():
 
 
 def available():
-    """The backends that work here, and why C does not where it is missing."""
-    without_c = backends.load("c").available()
-    return ", ".join(backends.available_backends()) + (f"; no c: {without_c}" if without_c else "")
+    """The backends that work here, and why the others do not."""
+    reasons = {name: backends.load(name).available() for name in backends.NAMES}
+    return "; ".join([", ".join(backends.available_backends()), *(f"no {n}: {why}" for n, why in reasons.items() if why)])
+
+
+def version(package):
+    """The version of a package, which is not imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_model():
+    """The name of the processor, else of its architecture."""
+    named = (line.partition(":")[2].strip() for line in threads.lines("/proc/cpuinfo") if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def kernels():
+    """Every kernel that each backend has: (rule, whether it is the general form, dtype)."""
+    return product(rules.RULES, (False, True), map(np.dtype, ("float32", "float64")))
+
+
+def in_use():
+    """From which instruction sets the C kernels are taken."""
+    c = backends.load("c")
+    counts = Counter(c.isa_of(rule, dtype, general) for rule, general, dtype in kernels()) if c.lib else {}
+    return ", ".join(f"{count} of {isa}" for isa, count in counts.items()) or None
+
+
+def placed():
+    """How far apart buffers of ours lie that a step reads side by side."""
+    made = []
+    for _ in range(5):
+        made.append(placement.place(placement.LARGE, np.dtype(np.float32), [*map(host.address, made)]))
+    least = min(placement.distance(*map(host.address, pair)) for pair in combinations(made, 2))
+    return f"{len(made)} buffers of 1 MiB begin {least} bytes apart modulo 4 KiB ({placement.NEAR} are enough)"
 
 
 def show_config():
     """Print the versions, backends, instruction sets and threads of this installation.  What cannot be found out is shown
-    as unknown, with the reason."""
+    as unknown, with the reason.  ``python -m fastrms`` prints it, too, and checks the kernels."""
     from . import __version__
 
     facts = {
         "fastrms": lambda: __version__,
         "python": platform.python_version,
         "numpy": lambda: np.__version__,
-        "machine": lambda: f"{platform.system()} {platform.machine()}",
+        **{name: partial(version, name) for name in ("cffi", "numba", "torch")},
+        "machine": lambda: f"{platform.system()} {platform.machine()}, {cpu_model()}",
         "backends": available,
         "auto": lambda: backends.name_of(backends.choose("auto")),
         "isa": isa,
         "isas": lambda: ", ".join(backends.load("c").isas()),
+        "kernels": in_use,
         "compiler": lambda: backends.load("c").compiler(),
+        "flags": lambda: backends.load("c").built("flags"),
+        "memory": placed,
+        "limits": threads.said_of_limits,
         "threads": threads.get_num_threads,
         **({"ranks": threads.said_of_ranks} if threads.said_of_ranks() else {}),
     }

@@ -111,6 +111,13 @@ def said_of_ranks(environment=os.environ):
     )
 
 
+def said_of_limits(environment=os.environ):
+    """What the number of threads is made of, as a text."""
+    named = [f"{name}={environment[name]}" for name in ("OMP_NUM_THREADS", "FASTRMS_NUM_THREADS") if environment.get(name)]
+    quota = "none" if cgroup_quota() == math.inf else f"{cgroup_quota():g} CPUs"
+    return ", ".join([f"{_allowed_cpus()} CPUs in the affinity mask", f"cgroup quota: {quota}", *named])
+
+
 def _whole(text):
     """The whole number that a text of digits stands for; 0 for any other text, and for more digits than an int64 has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
@@ -130,7 +137,7 @@ def _allowed_cpus(process=0):
 
 def cgroup_quota(root="/"):
     """The number of CPUs that the cgroups of this process (v1 and v2, every level) allow; inf without a limit."""
-    rows = _lines(os.path.join(root, "proc/self/cgroup"))
+    rows = lines(os.path.join(root, "proc/self/cgroup"))
     quotas = [math.inf]
     for row in rows:
         _, controllers, path = (*row.split(":", 2), None, None)[:3]
@@ -153,12 +160,12 @@ def _levels(mount, path):
 def _quota(folder, *files):
     """The CPUs that the quota and the period in these files allow, both in microseconds; inf where one is no number above 0,
     as "max"."""
-    words = [word for file in files for line in _lines(os.path.join(folder, file)) for word in line.split()]
+    words = [word for file in files for line in lines(os.path.join(folder, file)) for word in line.split()]
     quota, period = map(_whole, words) if len(words) == 2 else (0, 0)
     return quota / period if quota and period else math.inf
 
 
-def _lines(path):
+def lines(path):
     """The lines of a small file of the system; none where it cannot be read.  Any bytes may stand in it, and any number."""
     try:
         with open(path, "rb") as file:

@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib.util
-import os
 
 import numpy as np
 import pytest
 
 import fastrms
 from fastrms import backends, optimizers, recipes, rules
+from fastrms.self_check import bits, forced, raw_recipe, wild_values  # noqa: F401  the tests have them from here
 
 c = backends.load("c")
 BACKENDS = tuple(name for name in fastrms.available_backends() if name in backends.HOST)  # test_cuda.py has the GPU
@@ -58,19 +58,6 @@ def pytest_unconfigure(config):
 
 
 @contextlib.contextmanager
-def forced(isa):
-    """The C kernels of one instruction set, asserted to be the ones that run."""
-    if isa is not None:
-        c.use_isa(isa)
-        assert fastrms.isa() == isa
-    try:
-        yield
-    finally:
-        if isa is not None:
-            c.use_isa(os.environ.get("FASTRMS_ISA"))
-
-
-@contextlib.contextmanager
 def folder_with_page(path, monkeypatch, block):
     """An empty folder to work in, with a page that has this block of tables; restores the number of threads."""
     monkeypatch.chdir(path)
@@ -86,48 +73,13 @@ def tier(request):
     """The backend module with one instruction set forced."""
     name, isa = request.param
     with forced(isa):
+        assert isa in (None, fastrms.isa())
         yield backends.load(name)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-COEFFICIENTS = {
-    "grad_scale": -0.7, "grad_rescale": 0.9, "clip_low": -2.5, "clip_high": 2.5, "weight_decay": 0.03, "rho": 0.9,
-    "one_minus_rho": 0.1,
-    "v_scale": 1.7, "eps_root": 1e-7, "in_scale": 0.01, "eps": 1e-8, "momentum": 0.8, "nesterov_b": 0.8,
-    "nesterov_u": 0.3, "out_scale": 0.9, "decay": 1e-4, "lr": 0.02, "beta1": 0.9, "one_minus_beta1": 0.1,
-    "beta2": 0.99, "one_minus_beta2": 0.01, "m_scale": 0.9, "g_scale": 0.2, "step_size": 0.003, "root_scale": 1.1,
-    "max_scale": 1.3, "eta_minus": 0.5, "eta_plus": 1.2, "step_min": 1e-6, "step_max": 50.0, "flip_below": 0.0,
-}  # fmt: skip
-
-
-def raw_recipe(rule, dtype, general):
-    """A recipe with every coefficient different from its neutral value."""
-    known, names = {**recipes.constants(dtype), **COEFFICIENTS}, rules.coefficient_names(rules.RULES[rule])
-    return recipes.Recipe(rule, dtype, general, {name: float(known[name]) for name in names}, ())
-
-
-def wild_values(size, dtype, seed):
-    """Normal numbers of many magnitudes, and 10 % raw bit patterns: subnormals, infinities, NaN."""
-    rng = np.random.default_rng(seed)
-    values = (rng.standard_normal(size) * 10.0 ** rng.integers(-12, 6, size)).astype(dtype)
-    raw = rng.integers(0, 256, size * dtype.itemsize, dtype=np.uint8).view(dtype)
-    wild = np.where(rng.random(size) < 0.1, raw, values)
-    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).tiny, np.finfo(dtype).max], dtype)
-    tiniest = np.nextafter(dtype.type(0), dtype.type(1))
-    wild[:: max(size // 200, 1)] = np.resize(np.append(special, [tiniest, -tiniest]), wild[:: max(size // 200, 1)].size)
-    return wild
-
-
-def bits(array):
-    """The numbers as integers, all NaN alike (their sign and payload are not promised)."""
-    flat = np.array(array).reshape(-1)
-    with np.errstate(invalid="ignore"):
-        flat[np.isnan(flat)] = np.nan
-    return flat.view(f"u{flat.itemsize}")
 
 
 class Guarded:

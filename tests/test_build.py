@@ -205,10 +205,12 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fastrms/_core.abi3.so", "fastrms/rules.py", "fastrms/backends/c.py", "fastrms/backends/numpy.py"} <= set(names)
+    files = {"_core.abi3.so", "__main__.py", "rules.py", "backends/c.py", "backends/numpy.py"}
+    assert {f"fastrms/{name}" for name in files} <= set(names)
     assert {"fastrms/py.typed", "fastrms/__init__.pyi", "fastrms/numba.pyi"} <= set(names)
     (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
-    assert f"{metadata.rpartition('/')[0]}/licenses/LICENSE" in names
+    licence = zipfile.ZipFile(wheel).read(f"{metadata.rpartition('/')[0]}/licenses/LICENSE")
+    assert licence == (ROOT / "LICENSE").read_bytes()
     assert b"\nLicense-Expression: MIT\n" in zipfile.ZipFile(wheel).read(metadata)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
     assert {n for n in names if n.endswith(".h")} == {"fastrms/include/fastrms.h", "fastrms/include/fastrms_decl.h"}
@@ -229,9 +231,12 @@ def check_sdist(dist):
     """All that C needs is in it, and nothing that was built."""
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
+        assert archive.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/LICENSE").read() == (ROOT / "LICENSE").read_bytes()
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"csrc/{name}" for name in ("Makefile", "flags", "recipes.c", "fastrms_decl.h", "kernels.inc")} <= names
-    assert {"LICENSE", "README.md", "docs/performance.md"} <= names
+    of_c = ("Makefile", "flags", "fingerprint.py", "recipes.c", "fastrms_decl.h", "kernels.inc")
+    assert {f"csrc/{name}" for name in of_c} <= names
+    assert {"LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
+    assert {"README.md", "docs/performance.md"} <= names
     assert {"examples/trainer_c/" + name for name in ("Makefile", "trainer.c", "export_digits.py", "same.py")} <= names
     assert not [name for name in names if name.endswith((".o", ".a", ".so")) or "/build/" in name]
 
@@ -324,6 +329,15 @@ def test_an_import_without_the_extension_says_so():
     assert re.search(rf"^backends .*numpy; no c: {reason}", config, re.M)
     assert f"The C backend is not available: {reason}" in report
     assert f"RuntimeError: backend='c' is not available: {reason}" in run.stderr
+
+
+def test_one_version_and_licence_everywhere():
+    """pyproject.toml, the package, the citation, the changes."""
+    texts = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")}
+    version = re.search(r'^version = "(.*)"$', texts["pyproject.toml"], re.M)[1]
+    assert version == fastrms.__version__ == re.search(r"^version: (.*)$", texts["CITATION.cff"], re.M)[1]
+    assert version in texts["CHANGELOG.md"] and re.search(r"^license: MIT$", texts["CITATION.cff"], re.M)
+    assert 'license = "MIT"' in texts["pyproject.toml"] and (ROOT / "LICENSE").read_text().startswith("MIT License\n")
 
 
 def test_every_backend_is_found_from_the_import_statements():

@@ -2,6 +2,7 @@
 The tests on a GPU at the end are skipped, with the reason, where there is no GPU."""
 
 import gc
+import importlib
 import subprocess
 import sys
 import weakref
@@ -37,9 +38,17 @@ def test_three_sentences_for_what_is_missing(monkeypatch):
 
 def test_the_cuda_target_of_numba_itself_is_refused(monkeypatch):
     numba_cuda = pytest.importorskip("numba.cuda", reason="needs numba")
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: object())
     monkeypatch.setattr(numba_cuda, "implementation", "Built-in", raising=False)
     with pytest.raises(RuntimeError, match="deprecated target, which is not supported; numba-cuda is not installed: pip"):
         toolchain.compiler()
+
+
+def test_fastrms_cuda_without_numba_cuda_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fastrms.cuda", raising=False)
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"^numba-cuda is not installed: pip install 'numba-cuda\[cu13\]'"):
+        importlib.import_module("fastrms.cuda")
 
 
 def in_process(code):

@@ -13,7 +13,7 @@ import pytest
 from conftest import c
 from test_build import COMPILER, ROOT
 
-from fastrms import formats
+from fastrms import formats, self_check
 from fastrms.formats import FORMATS, Rounding
 
 NEAREST, STOCHASTIC = Rounding(), Rounding(True, formats.key(1, 2, 3), 2**32 - 300)  # the positions pass the end of 32 bits
@@ -485,21 +485,13 @@ each_encoder = pytest.mark.parametrize("format", encoders, ids=[format.name for 
 each_tier = pytest.mark.parametrize("isa", c.isas())
 
 
-def pointer(array):
-    return c.ffi.NULL if array is None else c.ffi.from_buffer(array)
-
-
 def c_encoded(isa, x, made, rounding):
-    in_c = {"stochastic": rounding.stochastic, "key": rounding.key, "position": rounding.position}
-    source = c.ffi.from_buffer("float[]", x)
-    to = c.ISAS.index(isa), made.format.number, x.size, source, pointer(made.stored), pointer(made.low)
-    c.lib.fastrms_encode(*to, c.ffi.new("fastrms_rounding *", in_c)[0])
+    self_check.encode(isa, made.format, x, made.stored, made.low, rounding)
     return made
 
 
 def c_decoded(isa, made, x):
-    from_ = c.ISAS.index(isa), made.format.number, made.size, pointer(made.stored), pointer(made.low)
-    c.lib.fastrms_decode(*from_, c.ffi.from_buffer("float[]", x))
+    self_check.decode(isa, made.format, made.stored, made.low, x)
     return x
 
 

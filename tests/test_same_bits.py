@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import CLASSES, DTYPES, Guarded, backends, bits, raw_recipe, wild_values
+from conftest import CLASSES, DTYPES, Guarded, backends, bits, raw_recipe
 
 import fastrms
 from fastrms import rules
+from fastrms.self_check import wild_buffers
 
 LENGTHS = [*range(131), 255, 257, 1003, 4099]
 LONGEST = max(LENGTHS)
@@ -15,13 +16,6 @@ CASES = [
     for general in (False, True)
     for dtype in DTYPES
 ]
-
-
-def wild_buffers(rule, dtype, size):
-    """param, grad and states; averages of squares are not negative."""
-    names = rules.arguments(rules.RULES[rule])[: 2 + len(rules.state_names(rules.RULES[rule]))]
-    buffers = [wild_values(size, dtype, seed) for seed, _ in enumerate(names)]
-    return [np.abs(b) if name.endswith(("sq", "square_avg", "sum")) else b for name, b in zip(names, buffers, strict=True)]
 
 
 def scalar_reference(recipe, buffers):

@@ -435,7 +435,7 @@ def test_show_config_shows_what_it_can(monkeypatch, capsys):
     fastrms.show_config()
     out = capsys.readouterr().out
     assert "machine    unknown (OSError('no uname'))" in out and "auto       unknown (ValueError(" in out
-    assert f"threads    {fastrms.get_num_threads()}\n" in out and len(out.splitlines()) == 10
+    assert f"threads    {fastrms.get_num_threads()}\n" in out and len(out.splitlines()) == 17
 
 
 def test_the_number_of_threads(monkeypatch):

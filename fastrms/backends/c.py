@@ -52,6 +52,12 @@ def compiler():
     return ffi.string(lib.fastrms_compiler()).decode() if lib else None
 
 
+def built(fact):
+    """What the extension knows of its build: its "sources", a hash of them, or the "flags" of the compiler; None where it is
+    older than that or missing."""
+    return ffi.string(getattr(lib, f"fastrms_built_{fact}")).decode() if hasattr(lib, f"fastrms_built_{fact}") else None
+
+
 def use_isa(name):
     """Force an instruction set for the whole process; None takes the fastest for each kernel.  ValueError if this CPU or
     binary lacks it."""

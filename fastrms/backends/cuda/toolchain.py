@@ -29,7 +29,10 @@ def available():
 
 
 def compiler():
-    """The module compile; RuntimeError unless numba-cuda stands in for Numba's own CUDA target."""
+    """The module compile; ModuleNotFoundError without numba-cuda, RuntimeError unless it stands in for Numba's own CUDA
+    target."""
+    if not find_spec("numba_cuda"):
+        raise ModuleNotFoundError(NO_PACKAGE, name="numba_cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba-cuda uses what NumPy deprecates
         from numba import cuda

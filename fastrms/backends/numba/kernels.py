@@ -129,8 +129,13 @@ def kernel(rule, general, dtype, parallel=False):
     try:
         name = f"{name}_{fingerprint(text)}"
         return executed(text, name, kept(text, name), CACHE=True).kernel
-    except Exception:  # an unwritable, full or damaged disk, no sources: the cache can be done without
-        return executed(text, name, CACHE=False).kernel
+    except Exception as error:  # an unwritable, full or damaged disk, no sources: the cache can be done without
+        return executed(text, name, CACHE=False, WHY_NOT=repr(error)).kernel
+
+
+def why_not_kept(rule, general, dtype, parallel=False):
+    """Why kernel() is not kept on disk; None where it is."""
+    return kernel(rule, general, dtype, parallel).py_func.__globals__.get("WHY_NOT")
 
 
 def name_of(rule, general, dtype):
