@@ -10,7 +10,7 @@ from test_same_bits import OPTIMIZERS
 from test_storage import numbers, raw, refused, stored
 
 import fastrms
-from fastrms import backends, family, formats, storage, stored_call
+from fastrms import family, formats, storage, stored_call
 
 STATE_FORMATS = [None, "bf16", "fp16", "q8"]
 ROUNDINGS = ["stochastic", "nearest"]

@@ -92,8 +92,8 @@ def is_device_array(x):
 
 
 def acquire(x, name, *, writable, halves=False):
-    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves: whether it may also be bf16 or fp16, whose
-    DeviceBuffer has the dtype uint16 or float16."""
+    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves: whether it may also be bf16 or fp16, for
+    which a DeviceBuffer has the dtype uint16 or float16."""
     seen = see(x, name, halves)
     if seen.dtype not in host.DTYPES and not (halves and seen.dtype == host.FP16) and not _says_bf16(x):
         if halves:
@@ -111,6 +111,7 @@ def see(x, name, halves):
     """The Seen of a device array, and of one in a Stored where it may be bf16 or fp16; TypeError for anything else."""
     if halves and isinstance(x, host.Stored):
         return see(x.array, name, halves)._replace(dtype=host.IN_HALF[{"bf16": "bfloat16", "fp16": "float16"}[x.format]])
+    host.refuse_stored(x, name)
     if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip

@@ -186,8 +186,7 @@ def as_array(x, name):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
-    if isinstance(x, Stored):
-        raise TypeError(f"{name} is a Stored {x.format}; it must be float32 or float64 here")
+    refuse_stored(x, name)
     refuse_non_array(x, name)
     if remedies.is_jax(x):
         _refuse_without_numbers(x, name)
@@ -196,6 +195,12 @@ def as_array(x, name):
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
         )
     return _view(x, name)
+
+
+def refuse_stored(x, name):
+    """TypeError for bf16 and fp16 where only floats are taken."""
+    if isinstance(x, Stored):
+        raise TypeError(f"{name} is a Stored {x.format}; it must be float32 or float64 here")
 
 
 def is_torch(x):

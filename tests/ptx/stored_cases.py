@@ -66,13 +66,12 @@ class Stored:
     @staticmethod
     def at(format, x, offset):
         """The first element lies `offset` elements behind a multiple of the size of four."""
-        shift = [Buffers(format, x.size).stored.ctypes.data // format.dtype.itemsize % 4 for _ in range(1)][0]
         for k in range(4):
             made = Buffers(format, x.size, (k if not format.in_blocks else 0))
             starts = [array.ctypes.data // array.itemsize % 4 for array in (made.stored, made.low) if array is not None]
             if format.in_blocks or all(start == offset % 4 for start in starts):
                 return made.encode(x, formats.Rounding())
-        raise AssertionError((format.name, offset, shift))
+        raise AssertionError((format.name, offset))
 
     def tensor(self, address=True):
         """The plan.StoredTensor of these arrays, or of their addresses."""
@@ -100,7 +99,7 @@ class Stored:
         return copy
 
     def check(self, wanted, zero_grad=False):
-        """The bits of NumPy, every byte that is stored written once, the gradient untouched or zero, nothing else written."""
+        """The bits of NumPy, every byte written once, the gradient untouched or zero, nothing else written."""
         for k, (mine, theirs) in enumerate(zip(self.parts, wanted.parts, strict=True)):
             x, y = mine.decode(), theirs.decode()
             assert mine.intact()

@@ -52,7 +52,7 @@ def test_every_format_has_the_bits_of_numpy(rule, made):
 @pytest.mark.parametrize("k", [0, 1])
 @pytest.mark.parametrize("cc", [(9, 0), NEW_DIALECT])
 def test_many_tensors_capturable_and_zeroed_gradients(k, cc):
-    made = [made for rule, made in stored_cases.ALL if rule == "adam" and made.stochastic and made.in_blocks == k][0]
+    made = next(made for rule, made in stored_cases.ALL if rule == "adam" and made.stochastic and made.in_blocks == k)
     kind = stored_cases.kind_of(made, many=True, capturable=True, zero_grad=True)
     kernel = cases.kernel("adam", True, F32, kind, cc)
     recipe = cases.recipe_of("adam", True, F32, visible=True)

@@ -70,7 +70,8 @@ def vectors(addresses, size, itemsize, itemsizes=None):
     """How many whole vectors a tensor has.  addresses, size: integers, or arrays of them with one entry per tensor;
     itemsizes: those of the buffers where they differ, itemsize is that of the update then."""
     lanes, differs = VECTOR // itemsize, 0
-    places = [address // each % lanes for address, each in zip(addresses, itemsizes or [itemsize] * len(addresses))]
+    sizes = itemsizes or [itemsize] * len(addresses)
+    places = [address // each % lanes for address, each in zip(addresses, sizes, strict=True)]
     for place in places:
         differs = differs | (place ^ places[0])
     head = -places[0] % lanes  # elements in front of the first vector
