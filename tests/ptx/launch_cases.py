@@ -934,7 +934,7 @@ class Pair:
         assert self.optimizer.tensor_steps == self.reference.tensor_steps
 
 
-@pytest.mark.parametrize("kind, state_format", zip(PARAMS, [None, "bf16", "fp16", "q8"] * 3, strict=False))
+@pytest.mark.parametrize("kind, state_format", [*zip(PARAMS, [None, "bf16", "fp16", "q8"] * 3, strict=False)])
 def test_formats_have_the_bits_of_the_host(driver, kind, state_format):
     """Steps with gradients of all formats, clipped, scaled and without some tensors."""
     pair = Pair(fastrms.Adam, kind, state_format=state_format, seed=2**64 - 1)
