@@ -247,7 +247,7 @@ def fill(flat, format, size, value, memory=host):
     """Make all `size` numbers of a flat array in a Format this value, rounded to nearest."""
     flat.fill(value if format is FLOAT else 0)
     if value and format is not FLOAT:
-        memory.copy(flat, stored(format, np.full(size, value, np.float32)))
+        memory.copy(flat.view(format.dtype), stored(format, np.full(size, value, np.float32)))
 
 
 def new_state(format, param, beside, value, memory):
