@@ -153,7 +153,7 @@ def test_dir_shows_the_public_names():
     optimizer = fastrms.Adam(np.ones(3))
     shown = {name for name in dir(optimizer) if not name.startswith("__")}
     assert shown == {
-        "advance", "backend", "bind", "c_step", "dialect", "groups", "load", "load_state_dict", "load_torch_state_dict",
+        "advance", "backend", "bind", "c_step", "dialect", "formats", "groups", "load", "load_state_dict", "load_torch_state_dict",
         "lr", "nbytes", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
         "to_torch_state_dict", "zero_grad",
     }  # fmt: skip

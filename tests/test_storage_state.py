@@ -288,9 +288,8 @@ def test_another_master_is_refused_with_the_remedy():
 def test_a_float64_state_is_not_converted():
     w = np.ones(5)
     d = fastrms.Adam(w).state_dict()
-    with pytest.raises(
-        ValueError, match=r"^exp_avg of params in the state_dict must be an ndarray of float32, shape \(5,\)$"
-    ):
+    words = "^exp_avg of params is float64 in the state_dict, and bf16 in this optimizer: float64 is not converted$"
+    with pytest.raises(ValueError, match=words):
         fastrms.Adam(w.astype(np.float32), state_format="bf16").load_state_dict(d, convert="float32")
 
 
