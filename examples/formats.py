@@ -3,7 +3,9 @@
 RMSProp and Adam train a network on scikit-learn's digits, one on 5,000 images of MNIST and one that predicts the next
 character of Python's language reference, once with everything in float32 and once with each format, from the same weights
 on the same batches.  The loss is the mean over the last fifth of the steps.  One more float32 run starts from weights that
-are rounded to bf16: its distance from the first is what a change of nothing but the last bits makes.
+are rounded to bf16: its distance from the first is what a change of nothing but the last bits makes.  At last the digits are
+trained with gradients that are multiplied by a small number: RMSProp and Adam divide by it again, and only a format whose
+range is too small shows it.
 
     python examples/formats.py            # a minute on one core; prints the tables, draws fastrms-formats.png
     python examples/formats.py --quick    # a try
@@ -45,11 +47,14 @@ RUNS = {  # label: options of the optimizer, whether the parameters are bf16
     "bf16 states": ({"state_format": "bf16"}, False),
     "bf16 states, nearest": ({"state_format": "bf16", "rounding": "nearest"}, False),
     "q8 states": ({"state_format": "q8"}, False),
+    "fp16 states": ({"state_format": "fp16"}, False),
     "bf16 parameters": ({"master": None, "rounding": "stochastic"}, True),
     "bf16 parameters, nearest": ({"master": None, "rounding": "nearest"}, True),
     "bf16 parameters, split16": ({"master": "split16"}, True),
     "bf16 parameters, split8": ({"master": "split8"}, True),
 }
+SCALES = (1, 0.1, 0.01, 0.001)  # by which the gradients of the digits are multiplied
+SCALED = ("float32", "bf16 states", "fp16 states", "q8 states")
 OPTIMIZERS = {"RMSProp": fastrms.RMSProp, "Adam": fastrms.Adam}
 
 
@@ -131,8 +136,9 @@ def as_split16_shows(weights):
     return (high << 16).view(np.float32).reshape(weights.shape)
 
 
-def train(task, name, run, seed, epochs):
-    """Train; returns the loss of every step, the parameters as the optimizer has them, and the optimizer."""
+def train(task, name, run, seed, epochs, grad_scale=1.0):
+    """Train, with gradients times grad_scale; returns the loss of every step, the parameters as the optimizer has them, and
+    the optimizer."""
     options, halves = ({}, False) if run == SEEN else RUNS[run]
     random = np.random.default_rng(seed)
     network, (inputs, classes) = task.make(random), task.data()
@@ -152,7 +158,7 @@ def train(task, name, run, seed, epochs):
             for weight, param in zip(seen, params, strict=True):
                 weight[...] = as_split16_shows(param) if run == SEEN else param
         losses.append(network.backward(inputs[batch], classes[batch]))
-        optimizer.step()
+        optimizer.step(grad_scale=grad_scale)
     return losses, params, optimizer
 
 
@@ -192,10 +198,30 @@ def rows(results, name):
     return made
 
 
+def scaled(seeds, epochs):
+    """The final losses on the digits with gradients times each of SCALES, one for each seed, by (optimizer, run, scale)."""
+    return {
+        (name, run, scale): [final(train(TASKS["digits"], name, run, seed, epochs, scale)[0]) for seed in range(seeds)]
+        for name in OPTIMIZERS
+        for run in SCALED
+        for scale in SCALES
+    }
+
+
+def scaled_rows(small):
+    """The table of scaled(): a row for each optimizer and run, a column for each of SCALES."""
+    made = [("stored", *(f"gradients x {scale:g}" for scale in SCALES))]
+    for name in OPTIMIZERS:
+        for run in SCALED:
+            losses = [f"{np.mean(small[name, run, scale]):.4f}" for scale in SCALES]
+            made.append((f"{name}, {run}", *losses))
+    return made
+
+
 def verdicts(results):
     """Sentences: which states are within 1 % of float32, and how often stochastic rounding of parameters beats nearest."""
     made = []
-    for run in ("bf16 states", "bf16 states, nearest", "q8 states"):
+    for run in ("bf16 states", "bf16 states, nearest", "q8 states", "fp16 states"):
         means = {f"{name} on {task}": excess(results, task, name, run).mean() for task, name in results}
         outside = [f"{where} ({mean:+.2f} %)" for where, mean in means.items() if abs(mean) > 1]
         made.append(f"{run}: mean within 1 % of float32 in {len(means) - len(outside)} of {len(means)}"
@@ -232,25 +258,31 @@ def draw(results, path):
     figure.savefig(path, dpi=100)
 
 
-def show(console, results):
+def show(console, results, small):
     for name in OPTIMIZERS:
-        made = rows(results, name)
-        table = Table(*made[0], title=name, box=None)
-        for row in made[1:]:
-            table.add_row(*row)
-        console.print(table)
+        show_table(console, name, rows(results, name))
+    show_table(console, "Small gradients: loss on digits", scaled_rows(small))
     console.print("final loss above float32's, %: mean ± standard deviation over the seeds (largest magnitude)")
     for sentence in verdicts(results):
         console.print(f"* {sentence}", highlight=False)
 
 
-def as_markdown(results):
-    parts = []
-    for name in OPTIMIZERS:
-        made = rows(results, name)
-        made.insert(1, ["---"] + ["---:"] * len(TASKS))
-        parts.append(f"## {name}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in made))
-    return "\n".join([*parts, "".join(f"* {sentence}.\n" for sentence in verdicts(results))])
+def show_table(console, title, made):
+    table = Table(*made[0], title=title, box=None)
+    for row in made[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def as_markdown(results, small):
+    parts = [table_as_markdown(name, rows(results, name)) for name in OPTIMIZERS]
+    parts.append("".join(f"* {sentence}.\n" for sentence in verdicts(results)))
+    return "\n".join([*parts, table_as_markdown("Small gradients", scaled_rows(small))])
+
+
+def table_as_markdown(title, made):
+    made = [made[0], ["---"] + ["---:"] * (len(made[0]) - 1), *made[1:]]
+    return f"## {title}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in made)
 
 
 def parse(arguments):
@@ -285,10 +317,11 @@ def main(arguments=None):
     options, console = parse(arguments), Console()
     with threadpool_limits(1), Progress(console=console, transient=True) as progress:
         results = measure(options.seeds, options.quick, progress)
-    show(console, results)
+        small = scaled(options.seeds, 1 if options.quick else TASKS["digits"].epochs)
+    show(console, results, small)
     if options.markdown:
         with open(options.markdown, "w") as file:
-            file.write(as_markdown(results))
+            file.write(as_markdown(results, small))
     draw(results, options.picture)
     return results
 

@@ -55,9 +55,13 @@ class Family:
     def resolve(cls, dialect, options):
         """All hyper-parameters, checked.  The dialect overrides the defaults, and explicit options override both."""
         unknown = next((name for name in options if name not in cls.defaults), None)
+        if unknown in OPTIONS:
+            raise TypeError(f"{unknown} is an option of a whole {cls.__name__}: pass it to the constructor, "
+                            f"{cls.__name__}(params, {unknown}=...)")  # fmt: skip
         if unknown is not None:
             said = hyper.said_instead(unknown, cls.defaults)
-            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{said}; it has {', '.join(cls.defaults)}")
+            raise TypeError(f"{cls.__name__} has no hyper-parameter {unknown!r}{said}; it has {', '.join(cls.defaults)}; "
+                            f"its options are {', '.join(OPTIONS)}")  # fmt: skip
         values = {**cls.defaults, **dialects.preset(dialect, cls.family), **options}
         return {name: cls.checked(dialect, name, value) for name, value in values.items()}
 

@@ -292,7 +292,8 @@ FORMATS = {
         ),
         Format(
             3, "fp16s", U16, None, "states",
-            "as fp16, but finite numbers beyond 65504 become 65504, and a number that is not 0 becomes at least 2^-24",
+            "2^-11 of the number; 2^-25 below 2^-14; 2^-24 below 2^-24, where every number but 0 becomes 2^-24, which is "
+            "too large, for stochastic rounding, too; NaN stays NaN, and finite numbers beyond 65504 become 65504",
             alone(fp16s_encoded), fp16_decoded,
         ),
         Format(

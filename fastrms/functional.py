@@ -203,8 +203,8 @@ def rmsprop(
         g = grad*grad_scale, clipped and decayed;  square_avg = rho*square_avg + (1 - rho)*g**2
         param = param - lr*g/(sqrt(square_avg + eps_root) + eps)
 
-    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.  init_state() makes the
-    state.
+    The arrays are all of one shape, memory order and dtype (float32 or float64; see param_copy for bf16, fp16 and q8), and
+    share no byte.  init_state() makes the state.
 
     Parameters
     ----------
@@ -252,7 +252,8 @@ def adagrad(param, grad, sum, *, step=None, grad_scale=ONE, lr=_UNSAID, **option
         g = grad*grad_scale, clipped and decayed;  sum = sum + g**2
         param = param - lr/(1 + (step-1)*lr_decay)*g/(sqrt(sum + eps_root) + eps)
 
-    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+    The arrays are all of one shape, memory order and dtype (float32 or float64; see param_copy for bf16, fp16 and q8), and
+    share no byte.
 
     Parameters
     ----------
@@ -290,7 +291,8 @@ def adam(param, grad, exp_avg, exp_avg_sq, *, step, max_exp_avg_sq=None, grad_sc
         m, v = exp_avg/(1 - beta1**step), exp_avg_sq/(1 - beta2**step)
         param = param - lr*m/(sqrt(v + eps_root) + eps)
 
-    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+    The arrays are all of one shape, memory order and dtype (float32 or float64; see param_copy for bf16, fp16 and q8), and
+    share no byte.
 
     Parameters
     ----------
@@ -330,7 +332,8 @@ def rprop(param, grad, prev, step_size, *, step=None, grad_scale=ONE, **options)
         s = sign(g)*sign(prev);  step_size = clip(step_size*(eta_plus, 1 or eta_minus), step_min, step_max)
         g = 0 where s < 0;  param = param - sign(g)*step_size;  prev = g
 
-    The arrays are all of one shape, memory order and dtype (float32 or float64), and share no byte.
+    The arrays are all of one shape, memory order and dtype (float32 or float64; see param_copy for bf16, fp16 and q8), and
+    share no byte.
 
     Parameters
     ----------
@@ -373,7 +376,8 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     dialect : str, optional
         As in the optimizer's class.
     state_format : "bf16", "fp16", "q8" or None, default None
-        How the state is stored, as in the optimizer's class; None is float32, or float64 for a float64 param.
+        How the state is stored, as in the optimizer's class; None is float32, or float64 for a float64 param.  The calls
+        read it off the arrays, and have no such option.
     **options
         The hyper-parameters of that class.  They decide which arrays there are and at what values these start: RMSProp's
         square_avg and AdaGrad's sum at initial_value, RProp's step_size at lr, all others at 0.
@@ -381,8 +385,9 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     Returns
     -------
     dict of str to array
-        Well-placed arrays of the shape, memory order and dtype of param.  Those in bf16 are fastrms.Stored arrays, those in
-        fp16 float16 arrays; those in q8 are flat arrays of bytes, which only these calls can read.
+        Well-placed arrays of the shape and memory order of param, and of its dtype; float32 for a param in bf16 or fp16.
+        With a state_format, those in bf16 are fastrms.Stored arrays, which np.asarray() decodes, and those in fp16 float16
+        arrays; those in q8 are flat arrays of bytes, which only these calls can read.
 
     Raises
     ------
@@ -393,6 +398,7 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
     maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
+    stored_call.refuse_in_init_state(options, optimizer)
     stored = {"state_format": storage.CHECKS["state_format"]("state_format", state_format)}
     if memory is device:
         storage.refuse_on_device([stored], None)

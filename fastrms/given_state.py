@@ -84,6 +84,9 @@ def acquired_one(tensors, k, array, name, format):
 
 def stored_one(like, tensor, name, format):
     """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
+    if not host.is_torch(tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; what is stored in {storage.said(format)} is a torch tensor "
+                        f"of {DTYPES[format]} here")  # fmt: skip
     dtype, size = str(tensor.dtype).removeprefix("torch."), like.param.size
     if dtype != DTYPES[format]:
         raise TypeError(f"{name} has dtype {dtype}; what is stored in {storage.said(format)} is {DTYPES[format]}: formats "

@@ -5,6 +5,7 @@ from math import inf
 from types import SimpleNamespace
 
 from . import hyper
+from .family import OPTIONS
 
 
 class Group(MutableMapping):
@@ -29,6 +30,10 @@ class Group(MutableMapping):
         """Set several hyper-parameters at once, or none where one of them is refused."""
         values = dict(other, **values)
         unknown = next((name for name in values if name not in self._values), None)
+        if unknown in OPTIONS:
+            raise ValueError(f"{unknown} is used once, when the optimizer is made: make a new one with {unknown}=..., and "
+                             f"load the state_dict() of this one into it, with convert= where states were stored in another "
+                             f"format")  # fmt: skip
         if unknown is not None:
             raise KeyError(f"{unknown!r} is not a hyper-parameter; there are {', '.join(self._values)}")
         if values:

@@ -165,7 +165,7 @@ class Optimizer(Names, Family):
             storage.refuse_on_device(stored, param_copy)
         if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
-        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), any(map(storage.takes_halves, stored)))
+        self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), stored)
         values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
         self._groups = Groups(type(self), self._tensors, values)
         self._tensors.make_storage(stored, self._groups.rules, self.not_negative, param_copy, hyper.seed("seed", seed))

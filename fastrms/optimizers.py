@@ -87,10 +87,11 @@ class RMSProp(Optimizer):
         that raises does not.
     state_format : "bf16", "fp16", "q8" or None, default None
         How states are stored, for parameters that are updated in float32; None is float32 itself.  Each is off by at most:
-        bf16 2**-8 of the number; fp16 2**-11 of it, or 2**-25 below 2**-14, and numbers beyond 65504 become this; q8, 8 bits
+        bf16 2**-8 of the number; fp16 2**-11 of it, or 2**-24 below 2**-14, and numbers beyond 65504 become this; q8, 8 bits
         with a scale for each 256 elements, 1/16 of the number, or 2**-17 of the largest in the block for small numbers with
-        a sign.  A mean of squares that is not 0 stays above 0 in fp16 and q8.  A group may have its own, as with the next
-        two.  Not for centered=True, and q8 neither for amsgrad nor RProp, nor fp16 for RProp.
+        a sign.  A mean of squares that is not 0 stays above 0 in fp16 and q8.  fp16 is for large gradients alone: squares
+        of those below 0.008 are too small for it, and training stalls.  A group may have its own, as with the next two.  Not
+        for centered=True, and q8 neither for amsgrad nor RProp, nor fp16 for RProp.
     master : "float32", "split16", "split8" or None, default None
         What bf16 and fp16 parameters are updated in.  "float32" keeps a float32 of each; "split16" and "split8" keep, for
         bf16 parameters, 16 or 8 bits more of each, which together are a float32 exactly, or to 2**-16 of it; None keeps

@@ -179,8 +179,8 @@ def _refuse_conversion(tensor, key, format, entries, convert):
         if theirs not in (mine, convert):
             instead = "no state_format" if theirs == "float32" else f"state_format={theirs!r}"
             raise ValueError(f"{label} is stored in {theirs} in the state_dict, and in {mine} in this optimizer: make the "
-                             f"optimizer with {instead}, or pass convert={theirs!r}, which decodes it and rounds it to the "
-                             f"nearest {mine}")  # fmt: skip
+                             f"optimizer with {instead}, or pass convert={theirs!r} beside the state_dict, which decodes it "
+                             f"and rounds it to the nearest {mine}")  # fmt: skip
 
 
 def _array(key, entry, format, shape, dtype):

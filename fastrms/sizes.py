@@ -56,8 +56,8 @@ def of_tensor(tensor, grad, size):
 
 
 def per_element(rows, sizes_of):
-    """Name -> bytes per element, the mean over the elements of (Tensor, dtype of its gradient) pairs.  sizes_of(tensor, grad): name ->
-    bytes of MANY elements; a buffer that only some tensors have counts as nothing in the others."""
+    """Name -> bytes per element, the mean over the elements of (Tensor, dtype of its gradient) pairs.  sizes_of(*pair): name
+    -> bytes of MANY elements; a buffer that only some tensors have counts as nothing in the others."""
     found, elements = {}, sum(tensor.param.size for tensor, _ in rows)
     for tensor, grad in rows:
         share = tensor.param.size / elements if elements else 1 / len(rows)

@@ -58,6 +58,8 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     group, and the patterns of its groups; convert: the name of a format that states in d may have in place of theirs.
     ValueError where d does not fit; what it lacks, and of what type, is any of MALFORMED."""
     saved_formats.check("convert", convert)
+    if not isinstance(d, Mapping):
+        raise ValueError(f"this is a {type(d).__name__}, not a state_dict of fastrms: pass what state_dict() gave")
     if isinstance(d.get("optimizer"), Mapping):
         raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
     if "param_groups" in d:

@@ -120,10 +120,13 @@ def state_format(said, name, dtype, not_negative, label):
     if said is None:
         return FLOAT
     if dtype != np.float32:
-        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}")
+        raise ValueError(f"state_format={said!r} is for tensors that are updated in float32; {label} has dtype {dtype}: "
+                         f"pass state_format=None, which may be that of its group alone")  # fmt: skip
     reason = NEEDS_FLOATS.get((said, name))
     if reason:
-        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; leave it out here")
+        instead = None if ("bf16", name) in NEEDS_FLOATS else "bf16"
+        raise ValueError(f"state_format={said!r} cannot hold {name} of {label}: {reason}; pass state_format={instead!r}, "
+                         f"which may be that of its group alone")  # fmt: skip
     return named(said, name not in not_negative)
 
 
@@ -143,7 +146,19 @@ def refuse_with_state(options):
     said = next((group["state_format"] for group in options if group.get("state_format")), None)
     if said:
         raise ValueError(f"state= and state_format={said!r} are both given; state= takes arrays of float32 or float64: "
-                         f"leave state= out, and load_state_dict(d, convert='float32') fills the state")  # fmt: skip
+                         f"leave state= out; to go on from the state of another optimizer, pass its state_dict() to "
+                         f"load_state_dict(), with convert='float32' where that state is in float32")  # fmt: skip
+
+
+def refuse_undecided(x, name, options):
+    """TypeError for a parameter in bf16 or fp16 whose options, some of OPTIONS, do not say how it is updated."""
+    if not host.is_half(x) or takes_halves(options):
+        return
+    of_array = f"np.asarray({name})" if isinstance(x, host.Stored) else f"{name}.astype(np.float32)"
+    floats = "model.float()" if host.is_torch(x) else of_array
+    raise TypeError(f"{name} has dtype {host.half_name(x)}: say how it is updated, by master='float32' (from a float32 "
+                    f"copy) or rounding='stochastic' (without one; 'nearest' is what torch.optim does, and loses small "
+                    f"updates), or train in float32: {floats}")  # fmt: skip
 
 
 def takes_halves(options):
@@ -171,7 +186,8 @@ def refuse_master(master, param, tensor):
         return
     if param is FLOAT:
         raise ValueError(f"master={master!r} is for parameters in bf16 or fp16; {tensor.name} has dtype "
-                         f"{tensor.param.dtype} and needs none: leave it out, or pass param_copy= for a copy")  # fmt: skip
+                         f"{tensor.param.dtype} and needs none: pass master=None, which may be that of its group alone, or "
+                         f"param_copy= for a copy in bf16 or fp16")  # fmt: skip
     if master in SPLIT and param is not BF16:
         raise ValueError(f"master={master!r} splits a float32 into a bf16 and a remainder; {tensor.name} is "
                          f"{param.name}: pass master='float32'")  # fmt: skip
@@ -196,10 +212,13 @@ def acquired_copy(copy, name, tensor):
     """The Buffer of the bf16 or fp16 array to which a parameter is written once more."""
     if tensor.dtype != np.float32:
         raise ValueError(f"{name} is for parameters that are updated in float32; {tensor.name} has dtype {tensor.dtype}")
+    wanted = "it must be bf16 or fp16: an array of float16 or ml_dtypes.bfloat16, a torch tensor of float16 or bfloat16, or "
+    wanted += "fastrms.Stored(array, 'bf16')"
+    if host.is_no_array(copy):
+        raise TypeError(f"{name} is a {type(copy).__name__}; {wanted}")
     buffer = host.acquire(copy, name, writable=True, halves=True)
     if of_buffer(buffer) is FLOAT:
-        raise TypeError(f"{name} has dtype {buffer.dtype}; it must be bf16 or fp16: an array of float16, of "
-                        f"ml_dtypes.bfloat16, a torch tensor, or fastrms.Stored(array, 'bf16')")  # fmt: skip
+        raise TypeError(f"{name} has dtype {buffer.dtype}; {wanted}")
     host.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
     return buffer
 
@@ -290,12 +309,8 @@ class StoredState:
         return StoredState(self._format, self.bits, self._layout, part)
 
     def __array__(self, dtype=None, copy=None):
-        if copy is False:
-            raise ValueError(
-                f"the numbers of {self.format} are decoded to float32, which is a copy: copy=False is impossible"
-            )
         numbers = host.shaped(formats.decode(self._format, self.bits, math.prod(self._layout.shape)), self._layout)
-        return np.asarray(numbers if self._part is None else self._part.of(numbers), dtype)
+        return host.decoded(numbers if self._part is None else self._part.of(numbers), self.format, dtype, copy)
 
     def __reduce__(self):
         return remade, (self._format.name, self.bits.copy(), self._layout, self._part)

@@ -45,6 +45,15 @@ def taken(options):
     return said, {name: value for name, value in options.items() if name not in said}
 
 
+def refuse_in_init_state(options, function):
+    """TypeError where init_state() for a function is given an option of the function, or of the classes alone."""
+    if "master" in options:
+        taken(options)
+    name = next((name for name in (*OPTIONS, "backend") if name in options), None)
+    if name:
+        raise TypeError(f"{name} does not change which state is made: leave it out here, and pass it to {function}()")
+
+
 def refuse_on_device(said):
     """ValueError where a call on arrays in device memory has one of OPTIONS."""
     options = {name: value for name, value in said.items() if name != "param_copy"}
@@ -59,20 +68,19 @@ def acquired(buffers, names, said):
 
 def acquired_param(x, rounding_said):
     """The Buffer of the parameter, which may be bf16 or fp16 where the call says how it is rounded."""
-    try:
-        return host.acquire(x, "param", writable=True, halves=rounding_said)
-    except TypeError as error:
-        if host.is_half(x) and not rounding_said:
-            error.args = (f"{error}; or say rounding='stochastic' or 'nearest', by which new parameters are rounded",)
-        raise
+    if not rounding_said and host.is_half(x):
+        raise TypeError(f"param has dtype {host.half_name(x)}: pass a float32 copy of it as param and this array as "
+                        f"param_copy, or say rounding='stochastic' or 'nearest', by which new parameters are "
+                        f"rounded")  # fmt: skip
+    return host.acquire(x, "param", writable=True, halves=rounding_said)
 
 
 def acquired_beside(x, name, param):
     """The Buffer of a gradient or a state, checked against the parameter."""
-    dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None
+    dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None  # None: that of param alone
     if dtypes and name != "grad" and isinstance(x, np.ndarray) and x.dtype == Q8.dtype:
         return q8_state(x, name, param)
-    buffer = host.acquire(x, name, writable=name != "grad", halves=bool(dtypes))
+    buffer = host.acquire(x, name, writable=name != "grad", halves=True)
     host.same_layout(buffer, name, param, "param", dtypes=dtypes)
     return buffer
 

@@ -43,16 +43,17 @@ class Tensors(list):
     """All tensors of an optimizer, a list of Tensor in the order of its structure.
 
     ``memory`` is the module for arrays of their kind, memory.host or memory.device; ``keys`` lists the RecipeKeys.
-    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.
+    ``tells_of_state`` says whether torch learns that a step has written the caller's state tensors.  options: those of
+    storage.OPTIONS for each group, None where no group has any.
     """
 
-    def __init__(self, structure, leaves, groups, memory, halves=False):
+    def __init__(self, structure, leaves, groups, memory, options=None):
         self.structure, self.memory = structure, memory
         self._reader, self.tells_of_state = None, True
         names = structure.names("params")
         refuse_equal(name for parts in structure.parts("params") for name, _ in parts)
-        also = {"halves": True} if halves else {}
-        params = [memory.acquire(leaf, name, writable=True, **also) for leaf, name in zip(leaves, names, strict=True)]
+        rows = zip(leaves, names, groups, strict=True)
+        params = [acquired_param(memory, leaf, name, options and options[group]) for leaf, name, group in rows]
         memory.same_device(params, names)
         host.refuse_overlap(zip(names, params, strict=True))
         keys = [RecipeKey(group, storage.compute_dtype(param)) for group, param in zip(groups, params, strict=True)]
@@ -157,12 +158,13 @@ class Tensors(list):
         if grad is None:
             return None
         tensor = self[k]
-        if self.memory is not host or tensor.dtype != np.float32:
+        if self.memory is not host:
             buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
             self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
             return buffer
         buffer = host.acquire(grad, tensor.grad_name, writable=writable, halves=True)
-        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=storage.GRADIENTS)
+        dtypes = storage.GRADIENTS if tensor.dtype == np.float32 else None
+        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
         return buffer
 
     def moved(self, which):
@@ -174,6 +176,7 @@ class Tensors(list):
             tensor = self[k]
             if host.is_torch(tensor.param.owner):
                 params[k] = memory.again(tensor.param, tensor.name)
+            refuse_other_dtype(params[k], tensor)
             memory.same_layout(params[k], tensor.name, tensor.param, f"{tensor.name} when it was bound")
         moved = any(params[k].address != self[k].param.address for k in which if params[k].size)
         return params if moved else None
@@ -204,6 +207,23 @@ class Tensors(list):
                 named.append((self[k].grad_name, buffer))
         host.refuse_overlap(named)
         raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
+
+
+def acquired_param(memory, x, name, options):
+    """The Buffer of a parameter, which may be bf16 or fp16 where the options of its group say how it is updated."""
+    if options is None or memory is not host:
+        return memory.acquire(x, name, writable=True)
+    storage.refuse_undecided(x, name, options)
+    return host.acquire(x, name, writable=True, halves=storage.takes_halves(options))
+
+
+def refuse_other_dtype(param, tensor):
+    """TypeError where torch has given a parameter another dtype than it had when it was bound (model.float(), model.half()).
+    Its Buffer is now `param`."""
+    if param.dtype != tensor.param.dtype:
+        now, before = map(host.dtype_of, (param.dtype, tensor.param.dtype))
+        raise TypeError(f"{tensor.name} has dtype {now}, and had {before} when it was bound: turn the model back, by "
+                        f"model.to(torch.{before}), or make a new optimizer of its parameters as they are now")  # fmt: skip
 
 
 def new_state(rule, initial, param, memory, twin=None, formats=None):

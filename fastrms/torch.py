@@ -231,4 +231,10 @@ state_format, master, rounding, seed : see RMSprop
         pass
 
 
+def __getattr__(name):
+    """Names are spelt here as torch.optim has them."""
+    instead = next((f"; write fastrms.torch.{x}" for x in __all__[:-1] if x.lower() == name.lower()), "")
+    raise AttributeError(f"module 'fastrms.torch' has no attribute {name!r}{instead}")
+
+
 graph_breaks.at(Optimizer, torch_core.Core, step_in_backward, *(globals()[name] for name in __all__[:-1]))

@@ -65,6 +65,9 @@ def arguments(init):
 
     @wraps(init)
     def wrapper(self, *args, **named):
+        if "param_copy" in named:
+            raise TypeError("param_copy is an option of fastrms.Adam and its kin; here the bf16 or fp16 tensors are the "
+                            "parameters, and master='float32' keeps a float32 of each")  # fmt: skip
         given = signature.bind(self, *args, **named).arguments
         del given["self"]
         defaults = {name: p.default for name, p in signature.parameters.items() if name not in ("self", "params")}
@@ -118,6 +121,9 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(ours, str):
                 rows.append((ours, theirs, value))
                 continue
+            if not hasattr(value, "__len__"):
+                raise TypeError(f"{theirs}={value!r} is a {type(value).__name__}; it must be {len(ours)} numbers, such as "
+                                f"{theirs}={tuple(kind.defaults[name] for name in ours)}")  # fmt: skip
             if len(value) != len(ours):
                 raise ValueError(f"{theirs}={value!r} must be {len(ours)} numbers")
             rows += [(name, f"{theirs}[{k}]", value[k]) for k, name in enumerate(ours)]

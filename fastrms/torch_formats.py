@@ -39,10 +39,8 @@ def refuse_undecided(param, options, name):
         option, value = next(iter(options.items()))
         raise ValueError(f"{option}={value!r} is for parameters in host memory; {name} is on {param.device}: put it into a "
                          f"group of parameters without {option}")  # fmt: skip
-    if not param.is_cuda and param.dtype in HALVES and not storage.takes_halves(options):
-        raise TypeError(f"{name} has dtype {str(param.dtype).removeprefix('torch.')}: say how it is updated, by "
-                        f"master='float32' (from a float32 copy) or rounding='stochastic' (without one; 'nearest' is what "
-                        f"torch.optim does, and loses small updates), or train in float32: model.float()")  # fmt: skip
+    if not param.is_cuda:
+        storage.refuse_undecided(param, name, options)
 
 
 def of_state(kind, rule, options, param, name):

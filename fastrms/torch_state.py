@@ -187,7 +187,7 @@ def _array(x, name):
     dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
     if dtype in ("bfloat16", "float16", "uint8"):
         raise ValueError(f"{name} has dtype {dtype}, which stores a state in a format; this takes float32 and float64: load "
-                         f"it into an optimizer of fastrms.torch without state_format, by load_state_dict(d, convert=...), "
-                         f"and take the state_dict() of that one")  # fmt: skip
+                         f"it into an optimizer of fastrms.torch without state_format, by load_state_dict(state_dict, "
+                         f"convert=...), and take the state_dict() of that one")  # fmt: skip
     buffer = host.acquire(x, name, writable=False)
     return host.shaped(buffer.flat, buffer)

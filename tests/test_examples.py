@@ -216,11 +216,16 @@ def test_formats(picture, tmp_path, capsys, monkeypatch, mnist_data):
     page = tmp_path / "page.md"
     results = module.main(["--quick", "--picture", picture, "--markdown", str(page)])
     assert "split16: every loss" in capsys.readouterr().out and page.read_text().count("| q8 states |") == 2
+    assert "| Adam, fp16 states |" in page.read_text()
     assert len(results) == 6 and all(found.keys() == module.RUNS.keys() for found in results.values())
     for (task, name), found in results.items():
         assert abs(module.excess(results, task, name, "bf16 states")).max() < 5, (task, name)
         if task != "MNIST":  # where one epoch from another start differs by more than the rounding does
             assert found["bf16 parameters"][0] < found["bf16 parameters, nearest"][0], (task, name)
+    small = module.scaled(1, 1)
+    for name in module.OPTIMIZERS:
+        usual, bf16, fp16 = (small[name, run, 0.001][0] for run in module.SCALED[:3])
+        assert abs(bf16 / usual - 1) < 0.02 and fp16 > 1.1 * usual, "fp16 loses the squares of small gradients"
     task = module.TASKS["digits"]
     for name in module.OPTIMIZERS:
         losses, params, optimizer = found = module.train(task, name, "bf16 parameters, split16", 0, 2)

@@ -111,6 +111,7 @@ def test_like_takes_torch_tensors():
     (lambda: fastrms.FlatBuffer({"w": (3, 1.5)}), TypeError, r"shapes\['w'\]=\(3, 1.5\)"),
     (lambda: fastrms.FlatBuffer({"w": "3"}), TypeError, r"shapes\['w'\]='3'"),
     (lambda: fastrms.FlatBuffer({"w": 3}, np.float16), TypeError, "dtype=float16"),
+    (lambda: fastrms.FlatBuffer({"w": 3}, "bf16"), TypeError, "dtype='bf16' must be np.float32, np.float64 or ml"),
 ])  # fmt: skip
 def test_what_cannot_be_a_flat_buffer(make, error, words):
     with pytest.raises(error, match=words):

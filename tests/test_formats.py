@@ -333,6 +333,14 @@ def test_no_number_but_0_becomes_0(name, rounding):
     assert np.array_equal(got == 0, x == 0)
 
 
+@each_rounding
+def test_the_smallest_numbers_of_a_state_in_fp16_are_too_large(rounding):
+    """Below 2^-24 the mean of what is stored is not the number, as it is elsewhere: nothing but 0 becomes 0."""
+    x = np.full(1003, 2.0**-26, np.float32)
+    assert (encoded(FORMATS["fp16s"], x, rounding).decode() == 2.0**-24).all()
+    assert "2^-24 below 2^-24, where every number but 0 becomes 2^-24" in FORMATS["fp16s"].error
+
+
 @each_format
 def test_what_is_not_finite(format):
     x = np.resize(np.float32([1.0, np.inf, 2.0, -np.inf, np.nan, -np.nan]), 300)

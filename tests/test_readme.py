@@ -192,6 +192,8 @@ def test_the_examples_with_torch_optimizers_run(model, capsys):
     assert moved(model["model"], before) and model["opt"].state[param]["step"] == 1
     exec(example("copy.deepcopy(model).to(torch.bfloat16)"), {**model, "copy": copy})
     assert "remainder torch.int16" in capsys.readouterr().out
+    exec(example("torch.autocast("), model)
+    assert capsys.readouterr().out == "torch.bfloat16\n"
 
 
 def test_adamax_is_its_formula():

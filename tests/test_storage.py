@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import BACKENDS, WAYS, backends, bits, c, forced
+from ml_dtypes import bfloat16
 from test_formats import Buffers
 from test_numerics import fp_mode as mode_of_thread
 from test_same_bits import OPTIMIZERS
@@ -702,7 +703,21 @@ def refusals():
     whole = lambda: np.ones(N, np.float32)  # noqa: E731
     half = lambda: stored("bf16", np.ones(N, np.float32))  # noqa: E731
     wrong = np.zeros(N - 1, np.float16)
+    bf16 = lambda: np.ones(N, bfloat16)  # noqa: E731
+    undecided = "say how it is updated, by master='float32' (from a float32 copy) or rounding='stochastic'"
     return {
+        f"params has dtype bfloat16: {undecided}": (fastrms.Adam, bf16, {}),
+        f"params has dtype float16: {undecided}": (fastrms.RMSProp, lambda: np.ones(N, np.float16), {}),
+        f"params has dtype bf16: {undecided}": (fastrms.Adam, half, {"state_format": "bf16"}),
+        "or train in float32: params.astype(np.float32)": (fastrms.Adam, bf16, {"master": None}),
+        "or train in float32: np.asarray(params)": (fastrms.Adam, half, {"master": None}),
+        "pass state_format='bf16', which may be that of its group": (fastrms.RProp, whole, {"state_format": "fp16"}),
+        "pass state_format=None, which may be that of its group": (fastrms.Adam, lambda: np.ones(N), {"state_format": "q8"}),
+        "pass master=None, which may be that of its group alone": (fastrms.Adam, whole, {"master": "split8"}),
+        "param_copy is a str; it must be bf16 or fp16": (fastrms.Adam, whole, {"param_copy": "bf16"}),
+        "param_copy is a bool; it must be bf16 or fp16": (fastrms.Adam, whole, {"param_copy": True}),
+        "param_copy is a list; it must be one array, as params is": (fastrms.Adam, whole, {"param_copy": [wrong]}),
+        "its options are state, groups, dialect": (fastrms.Adam, whole, {"state_dtype": "bf16"}),
         "state_format='q4'": (fastrms.Adam, whole, {"state_format": "q4"}),
         "master='split4'": (fastrms.Adam, half, {"master": "split4"}),
         "rounding='up'": (fastrms.Adam, whole, {"rounding": "up"}),
@@ -749,6 +764,69 @@ def test_what_cannot_be_stored_is_refused(backend, sentence):
         make(param, backend=backend, **options)
     assert sentence in str(error.value)
     assert np.array_equal(raw(param), before)
+
+
+def test_each_group_says_how_its_parameters_in_bf16_are_updated():
+    """What another group says does not count, and a group may take back what is said for all."""
+    half, other = np.ones(N, bfloat16), np.ones(N, bfloat16)
+    for groups, options in (
+        ([{"params": [half], "master": "float32"}, {"params": [other]}], {}),
+        ([{"params": [half]}, {"params": [other], "master": None}], {"master": "float32"}),
+    ):
+        with pytest.raises(TypeError, match=r"^params\[1\]\[0\] has dtype bfloat16: say how it is updated"):
+            fastrms.Adam(groups, **options)
+    fastrms.Adam([{"params": [half], "master": "float32"}, {"params": [other], "rounding": "nearest"}])
+
+
+def test_options_of_the_whole_optimizer_stand_in_no_group():
+    for name, value in (("seed", 3), ("param_copy", np.zeros(N, np.float16)), ("backend", "c")):
+        with pytest.raises(TypeError, match=rf"^{name} is an option of a whole Adam: pass it to the constructor"):
+            fastrms.Adam([{"params": [np.ones(N, np.float32)], name: value}])
+
+
+@pytest.mark.parametrize(
+    "name, value", [("state_format", "q8"), ("master", "float32"), ("rounding", "nearest"), ("seed", 1)]
+)
+def test_formats_of_a_group_are_not_changed_later(name, value):
+    optimizer = fastrms.Adam(np.ones(N, np.float32), state_format="bf16")
+    with pytest.raises(ValueError, match=rf"^{name} is used once, .*: make a new one with {name}="):
+        optimizer.groups[0][name] = value
+
+
+@pytest.mark.parametrize("grad", [np.ones(N, bfloat16), np.ones(N, np.float16), stored("bf16", np.ones(N, np.float32))])
+def test_float64_has_no_gradients_in_16_bits(grad):
+    optimizer, w = fastrms.Adam(np.ones(N)), np.ones(N)
+    with pytest.raises(TypeError, match=r"^grads has dtype b?float16, params has float64; .*: grads\.astype\(np\.float64\)"):
+        optimizer.step(grad)
+    with pytest.raises(TypeError, match=r"^grad has dtype b?float16, param has float64; .*: grad\.astype\(np\.float64\)"):
+        fastrms.adam(w, grad, np.ones(N), np.ones(N), step=1)
+    assert (w == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5)])
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_numbers_of_stored(shape, format, order):
+    x = np.array(np.random.default_rng(3).standard_normal(shape), np.float32, order=order)
+    there = x.astype(bfloat16 if format == "bf16" else np.float16)
+    made = fastrms.Stored(there.view(np.uint16 if order == "C" else np.int16), format)
+    found = np.asarray(made)
+    assert found.dtype == np.float32 and found.shape == shape and np.array_equal(found, there.astype(np.float32))
+    assert np.asarray(made, np.float64).dtype == np.float64 and np.array_equal(np.array(made, copy=True), found)
+    with pytest.raises(ValueError, match=f"the numbers of {format} are decoded to float32, which is a copy"):
+        made.__array__(copy=False)
+
+
+@pytest.mark.parametrize("array, said", [
+    (np.ones(3, np.float32), "a ndarray of float32"), (np.ones(3, np.float16), "a ndarray of float16"),
+    (np.ones(3, bfloat16), "a ndarray of bfloat16"), (np.ones(3, np.uint8), "a ndarray of uint8"), ([1, 2], "a list"),
+    (None, "a NoneType"), (3, "a int"), ("bf16", "a str"), (stored("bf16", np.ones(3, np.float32)), "a Stored"),
+])  # fmt: skip
+def test_stored_takes_bits_alone(array, said):
+    with pytest.raises(TypeError, match=rf"^array is {said}; Stored takes an array of uint16 or int16 .* without Stored$"):
+        fastrms.Stored(array, "bf16")
+    with pytest.raises(ValueError, match=r"^format='q8' is not one of 'bf16', 'fp16'$"):
+        fastrms.Stored(np.zeros(3, np.uint16), "q8")
 
 
 def test_gradients_that_do_not_fit_are_refused_before_anything_is_written(backend):

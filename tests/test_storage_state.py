@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_q8_states_are_never_rounded_to_nearest():
     assert {(entry["rounding"], entry["seed"]) for entry in loading.state_dict()["tensors"]} == {("stochastic", 5)}
 
 
+@pytest.mark.parametrize("given", [None, [1]])
+def test_what_is_no_state_dict_at_all(given):
+    with pytest.raises(ValueError, match=f"^this is a {type(given).__name__}, not a state_dict of fastrms: pass what"):
+        fastrms.Adam(np.ones(3, np.float32)).load_state_dict(given)
+
+
 def test_convert_must_be_the_name_of_a_format():
     params, _ = problem()
     optimizer = fastrms.Adam(params, state_format="q8")
@@ -305,7 +312,167 @@ def test_a_zero_in_the_padding_of_blocks_is_no_zero_of_the_sum():
         optimizer.load_state_dict(d)
 
 
+# copies of parameters
+
+
+def nearest(numbers, dtype):
+    return numbers.astype(np.float16).view(np.uint16) if dtype == "fp16" else rounded(numbers)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("master", ["float32 parameter", *MASTERS])
+def test_a_copy_is_right_from_the_first_and_after_loading(master, dtype, monkeypatch):
+    """Also where the first step is skipped, and where masters have bits that their parameters lack."""
+    monkeypatch.setattr(storage, "COPIED", 256)
+    rng = np.random.default_rng(3)
+    start = {
+        key: np.asarray(rng.standard_normal(n).astype(np.float32)) for key, n in {"w": (7, 11), "x": 1003, "e": 0}.items()
+    }
+    start["w"] = np.asfortranarray(start["w"])
+    whole = master == "float32 parameter"
+    options = {"nonfinite": "skip"} if whole else {"nonfinite": "skip", "master": master, "rounding": "stochastic"}
+
+    def fresh():
+        params = {key: x.copy(order="K") if whole else np.asarray(rounded(x), order="K") for key, x in start.items()}
+        params["w"] = np.asfortranarray(params["w"])
+        copies = {key: np.full_like(x, 7, np.uint16) for key, x in params.items()}
+        given = params if whole else stored(params)
+        mine = {key: fastrms.Stored(x, dtype) for key, x in copies.items()}
+        return params, copies, fastrms.Adam(given, param_copy=mine, **options)
+
+    params, copies, optimizer = fresh()
+    numbers = {key: x if whole else (x.astype(np.uint32) << 16).view(np.float32) for key, x in params.items()}
+    wanted = {key: nearest(x, dtype) for key, x in numbers.items()}
+    assert all(np.array_equal(copies[key], x) for key, x in wanted.items())
+    assert not optimizer.step({key: np.full_like(x, np.inf) for key, x in numbers.items()}).applied
+    assert all(np.array_equal(copies[key], x) for key, x in wanted.items())
+    for _ in range(3):
+        optimizer.step({key: 1 + np.abs(x) for key, x in numbers.items()})
+    other, others, loading = fresh()
+    for key, x in params.items():
+        other[key][...] = x
+    loading.load_state_dict(optimizer.state_dict())
+    if whole or master is not None:  # without a master, a step writes the numbers from before they were rounded at random
+        assert all(np.array_equal(copies[key], others[key]) for key in params)
+
+
+def test_copies_that_are_torch_tensors_are_watched():
+    """A step raises their version counters, so that a backward pass through an older copy is refused, and does not write
+    into memory that torch has taken from them."""
+    torch = pytest.importorskip("torch")
+    copies = [torch.zeros(5, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.float16)]
+    for params in ([torch.ones(5), torch.ones(3)], [np.ones(5, np.float32), np.ones(3, np.float32)]):
+        counts = lambda: [copy._version for copy in copies]  # noqa: E731
+        before = counts()
+        optimizer = fastrms.Adam(params, param_copy=copies)
+        assert counts() == [n + 1 for n in before]
+        gradients = [param * 2 for param in params]
+        for k in range(3):
+            before = counts()
+            optimizer.step([gradients[0], None] if k == 1 else gradients)
+            assert counts() == [before[0] + 1, before[1] + (k != 1)]
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert counts()[0] > before[0] + 1
+        old = copies[1].data
+        held, kept = [*map(np.array, params)], old.clone()
+        copies[1].data = torch.zeros(3, dtype=torch.float16)
+        for use in (partial(optimizer.step, gradients), optimizer.state_dict):
+            with pytest.raises(ValueError, match=r"^param_copy\[1\] of params\[1\] was given other memory"):
+                use()
+        assert all(map(np.array_equal, held, map(np.asarray, params))) and torch.equal(old, kept) and not copies[1].any()
+        copies[1].data = old
+        optimizer.step(gradients)
+
+
+# states as objects
+
+
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_state_is_a_state_of_its_own(way, flat, state_format):
+    params, gradients = problem()
+    buffer = fastrms.FlatBuffer.like(params)
+    optimizer = fastrms.Adam(buffer if flat else params, state_format=state_format)
+    gradient = np.concatenate([gradients[0][key].reshape(-1) for key in params]) if flat else gradients[0]
+    optimizer.step(gradient)
+    for key, state in optimizer.state["exp_avg_sq"].items():
+        twin, numbers, raw = way(state), np.asarray(state), state.bits.copy()
+        assert (twin.format, twin.shape, repr(twin)) == (state.format, state.shape, repr(state))
+        assert (
+            np.array_equal(twin.bits, raw)
+            and np.array_equal(np.asarray(twin), numbers)
+            and numbers.shape == params[key].shape
+        )
+        assert not np.shares_memory(twin.bits, state.bits)
+        optimizer.step(gradient)
+        assert np.array_equal(np.asarray(twin), numbers) and np.array_equal(twin.bits, raw)
+        assert not numbers.size or not np.array_equal(np.asarray(state), numbers)
+
+
+def test_the_bits_of_a_state_are_in_use_and_its_numbers_are_a_copy():
+    w = np.asfortranarray(np.ones((3, 5), np.float32))
+    optimizer = fastrms.Adam(w, state_format="bf16")
+    state, numbers = optimizer.state["exp_avg"], np.arange(15, dtype=np.float32).reshape(3, 5)
+    np.asarray(state)[...] = 5
+    assert not np.asarray(state).any()
+    state.bits[:] = rounded(numbers.T).reshape(-1)  # in the memory order of the parameter
+    assert np.array_equal(optimizer.state["exp_avg"], numbers)
+    assert np.array_equal(np.asarray(state, np.float64), numbers) and np.array(state, copy=True).dtype == np.float32
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        with pytest.raises(ValueError, match="copy=False is impossible"):
+            np.array(state, copy=False)
+
+
+def test_formats_and_seeds_are_read_back():
+    params = [np.ones(5, np.float32), np.ones(3)]
+    optimizer = fastrms.Adam([{"params": params[0], "state_format": "q8"}, {"params": params[1]}], seed=11)
+    said = {"formats": {"exp_avg": "q8", "exp_avg_sq": "q8"}, "rounding": "stochastic", "seed": 11}
+    assert optimizer.formats == {"params[0]": said}
+    other = fastrms.Adam([{"params": params[0], "state_format": "q8"}, {"params": params[1]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.formats == optimizer.formats
+    halved = fastrms.RMSProp(BF16(rounded(params[0])), master="split8", rounding="nearest")
+    kept = {"square_avg": "float32", "remainder": "split8"}
+    assert halved.formats == {"params": {"formats": kept, "rounding": "nearest", "seed": 0}}
+
+
 # sizes
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_gradients_are_counted_as_the_last_were(backend):
+    """A gradient that is given to each step need not be bound for that; one that is not there counts as the update."""
+    params = [np.ones(7, np.float32), np.ones(5), BF16(rounded(np.ones(3)))]
+    optimizer = fastrms.Adam(params, rounding="stochastic", backend=backend)
+    assert optimizer.nbytes["grad"] == 7 * 4 + 5 * 8 + 3 * 4
+    halved = BF16(rounded(np.ones(7))), np.ones(5), BF16(rounded(np.ones(3)))
+    optimizer.step([*halved])
+    assert optimizer.nbytes["grad"] == 7 * 2 + 5 * 8 + 3 * 2 and "grad 2," in optimizer.report()
+    optimizer.step([np.ones(7, np.float32), np.ones(5), None])
+    assert optimizer.nbytes["grad"] == 7 * 4 + 5 * 8 + 3 * 4
+    optimizer.bind([*halved])
+    assert optimizer.nbytes["grad"] == 7 * 2 + 5 * 8 + 3 * 2
+
+
+def test_gradients_of_a_flat_buffer_of_bf16_are_counted_before_the_first_step():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    flat = fastrms.FlatBuffer([7, 6], ml_dtypes.bfloat16)
+    optimizer = fastrms.Adam(flat, master="float32")
+    assert optimizer.nbytes["grad"] == 26 and "grad 2," in optimizer.report()
+    optimizer.step(np.ones(13, np.float32))
+    assert optimizer.nbytes["grad"] == 52
+    optimizer.step(flat.grads)
+    assert optimizer.nbytes["grad"] == 26
+
+
+def test_gradients_that_torch_has_are_counted():
+    torch = pytest.importorskip("torch")
+    param = torch.ones(7)
+    optimizer = fastrms.Adam([param])
+    for _ in range(2):
+        optimizer.step([torch.ones(7, dtype=torch.bfloat16)])
+        assert optimizer.nbytes["grad"] == 14
 
 
 def test_nbytes_are_those_of_the_buffers():
@@ -672,6 +839,11 @@ def test_the_examples_of_the_page_run(capsys):
     exec(example("saved = halved"), names)
     found, wanted = (np.asarray(names[name].state["exp_avg"]) for name in ("small", "halved"))
     assert names["small"].steps == 1 and np.allclose(found, wanted, rtol=1 / 16)
+    names |= {"np": np, "b": np.ones(7, np.float32), "gb": np.ones(7, np.float32), "gw": np.ones(300, np.float32)}
+    exec(example("same = fastrms.Stored(bits"), names)
+    exec(example("trained.step("), names)
+    exec(example("mixed.step(gw"), names)
+    assert capsys.readouterr().out.split() == ["True", "True"] and names["mixed"].steps == 1
     names["w16"] = np.zeros(300, np.float16)
     exec(example("param_copy=w16, seed=1"), names)
     assert np.array_equal(names["w16"], w.astype(np.float16)) and names["state"]["exp_avg"].array.all()

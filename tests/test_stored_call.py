@@ -124,6 +124,15 @@ def test_init_state_makes_what_the_calls_take(state_format, format):
     assert (found == 0.5).all()
 
 
+@pytest.mark.parametrize("name, value", [("rounding", "nearest"), ("seed", 3), ("param_copy", 0), ("backend", "c")])
+def test_init_state_says_where_an_option_belongs(name, value):
+    w = np.ones(N, np.float32)
+    with pytest.raises(TypeError, match=rf"^{name} does not change which state is made: .* pass it to adam\(\)$"):
+        fastrms.init_state("adam", w, **{name: value})
+    with pytest.raises(TypeError, match=r"^master='split16' is for optimizer objects: pass the float32 master as param"):
+        fastrms.init_state("adam", w, master="split16")
+
+
 def refusals():
     """Parts of a sentence, behind what tells equal ones apart, and the call that it refuses: its function, its arrays and
     its options."""
@@ -145,6 +154,9 @@ def refusals():
 
     return {
         "or say rounding='stochastic' or 'nearest'": ("rmsprop", (half, g, v), {}),
+        "param has dtype bf16: pass a float32 copy of it as param and this array": ("adagrad", (half, g, v), {}),
+        "param_copy is a list; it must be bf16 or fp16": ("adagrad", (w, g, v), {"param_copy": [1]}),
+        "nonfinite is an option of a whole AdaGrad": ("adagrad", (w, g, v), {"nonfinite": "skip"}),
         "param has dtype float16": ("adam", (fp16, g, v, v), {"step": 1}),
         "grad has dtype float16": ("adagrad", (double, fp16, double), {}),
         "param_copy is for parameters that": ("adagrad", (double, double, double), {"param_copy": fp16}),

@@ -26,7 +26,6 @@ F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = {None: F32, "bf16": BF16, "fp16": FP16, "q8": torch.uint8}
 SHAPES = [(300, 7), (5,), (), (0, 3), (1000,), (33, 2)]
 MASTERS = {F32: (None,), BF16: (None, "float32", "split16", "split8"), FP16: (None, "float32")}
-NUMPY = {"bfloat16": "(bfloat16|uint16)"}  # what NumPy calls it
 LOW = {"float32": ("master", F32), "split16": ("remainder", torch.int16), "split8": ("remainder", torch.int8)}
 ROUNDINGS = ("nearest", "stochastic")
 CASES = [
@@ -163,6 +162,12 @@ def test_masters_of_split16_are_those_of_float32():
         master, low = optimizers[0].state[param]["master"], optimizers[1].state[other]["remainder"]
         joined = (other.detach().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
         assert raw(joined) == raw(master) and raw(master.to(BF16)) == raw(param)
+
+
+def test_seeds_are_read_back():
+    param = parameters(F32, [(3,)])[0]
+    optimizer = ft.Adam([param], state_format="bf16", seed=2**63)
+    assert optimizer.seed == copy.deepcopy(optimizer).seed == 2**63 and ft.Adam([param]).seed == 0
 
 
 def test_seeds_and_roundings_count():
@@ -532,6 +537,34 @@ def test_an_exchanged_state_in_a_format_is_checked(change, words):
     assert optimizer.state[param]["exp_avg"] is mine and raw(mine) != raw(good)
 
 
+@pytest.mark.parametrize("state_format", ["q8", "bf16"])
+def test_an_exchanged_state_is_a_tensor(state_format):
+    param = parameters(F32, [(400,)])[0]
+    optimizer = ft.Adam([param], state_format=state_format)
+    run([param], optimizer, 1, first=1)
+    for other in (np.zeros(400, np.uint8), [0]):
+        optimizer.state[param]["exp_avg"] = other
+        with pytest.raises(TypeError, match=rf"is a (ndarray|list); what is stored in {state_format} is a torch tensor of "):
+            run([param], optimizer, 1, first=1)
+
+
+def test_names_and_pairs_are_explained():
+    for wrong, right in (("RMSProp", "RMSprop"), ("AdaGrad", "Adagrad"), ("RProp", "Rprop")):
+        with pytest.raises(AttributeError, match=f"no attribute '{wrong}'; write fastrms.torch.{right}$"):
+            getattr(ft, wrong)
+    with pytest.raises(AttributeError, match=r"no attribute 'NAdam'$"):
+        _ = ft.NAdam
+    params = parameters(F32, [(4,)])
+    with pytest.raises(TypeError, match=r"^betas=0\.9 is a float; it must be 2 numbers, such as betas=\(0\.9, 0\.999\)$"):
+        ft.Adam(params, betas=0.9)
+    with pytest.raises(TypeError, match=r"^param_copy is an option of fastrms.Adam and its kin; .* master='float32'"):
+        ft.Adam(params, param_copy=[torch.zeros(4, dtype=BF16)])
+    for dtype in ("bfloat16", "float16"):
+        half = parameters(getattr(torch, dtype), [(4,)])
+        with pytest.raises(TypeError, match=rf"^params\[0\] has dtype {dtype}: say how it is updated, .* model\.float\(\)$"):
+            fastrms.Adam(half)
+
+
 @pytest.mark.parametrize("change", [lambda x: x[4:], lambda x: torch.cat([x, x])[1 : 1 + x.numel()]])
 def test_an_exchanged_state_in_q8_is_checked(change):
     param = parameters(F32, [(400,)])[0]
@@ -843,9 +876,11 @@ def test_a_model_that_turns_to_another_dtype_is_refused(dtype, then, options):
     give_grads(params, 1, absent=False)
     before = [*map(raw, params)]
     name = str(then).removeprefix("torch.")
-    with pytest.raises(TypeError, match=rf"params\[0\]\[0\].* has dtype {NUMPY.get(name, name)}\b"):
+    with pytest.raises(TypeError, match=rf"params\[0\]\[0\].* has dtype {name}\b") as error:
         optimizer.step()
-    assert [*map(raw, params)] == before
+    if dtype is BF16:
+        assert "and had bfloat16 when it was bound: turn the model back, by model.to(torch.bfloat16)" in str(error.value)
+    assert [*map(raw, params)] == before and "uint16" not in str(error.value)
 
 
 def test_a_master_that_is_removed_is_made_from_the_parameter():

@@ -594,14 +594,13 @@ def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the threads of autograd for a GPU do not survive a fork")
 def test_share_memory_shares_states_and_counts():
     model = net()
     model.share_memory()
     optimizer = ft.Adam(model.parameters())
     optimizer.share_memory()
     twin, other = pickle.loads(pickle.dumps((model, optimizer)))  # a plain copy has memory of its own
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # a fork after a backward pass has no threads of autograd
     process = context.Process(target=train, args=(model, optimizer, 3))
     process.start()
     process.join()

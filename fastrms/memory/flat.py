@@ -149,9 +149,7 @@ class FlatBuffer:
 
     def __init__(self, shapes, dtype=np.float32, *, data=None, grad=None):
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
-        if not _is_held(np.dtype(dtype)):
-            raise TypeError(f"dtype={np.dtype(dtype)} must be float32 or float64, or ml_dtypes.bfloat16")
-        size, dtype = sum(map(math.prod, shapes.values())), np.dtype(dtype)
+        size, dtype = sum(map(math.prod, shapes.values())), _held_dtype(dtype)
         given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
         flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
         if len(flats) > 1:
@@ -240,6 +238,18 @@ class FlatBuffer:
 def _is_held(dtype):
     """Whether a FlatBuffer may have this dtype."""
     return dtype in host.DTYPES or str(dtype) == "bfloat16"
+
+
+def _held_dtype(dtype):
+    """dtype as a numpy.dtype; TypeError where a FlatBuffer cannot have it."""
+    try:
+        made = np.dtype(dtype)
+    except TypeError:
+        made = None
+    if made is None or not _is_held(made):
+        said = repr(dtype) if made is None else made
+        raise TypeError(f"dtype={said} must be np.float32, np.float64 or ml_dtypes.bfloat16")
+    return made
 
 
 def _array(x, name):

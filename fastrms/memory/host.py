@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import formats
 from . import placement, remedies
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
@@ -45,7 +46,8 @@ class Buffer(NamedTuple):
 class Stored:
     """An array of 16 bits for each number, and which numbers these are, where its dtype does not say so.
 
-    It may stand wherever an optimizer takes bf16 or fp16: among gradients, parameters and copies.
+    It may stand wherever an optimizer takes bf16 or fp16: among gradients, parameters and copies.  np.asarray() of it gives
+    its numbers, a copy in float32.
 
     Parameters
     ----------
@@ -56,7 +58,7 @@ class Stored:
     Raises
     ------
     TypeError
-        Where array has another dtype: float16, ml_dtypes.bfloat16 and torch tensors are passed as they are.
+        Where array is anything else: float16, ml_dtypes.bfloat16 and torch tensors are passed as they are.
     ValueError
         For another format.
     """
@@ -66,18 +68,37 @@ class Stored:
     def __init__(self, array, format):
         if format not in ("bf16", "fp16"):
             raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
-        found = as_array(array, "array")
-        if found.dtype not in (np.uint16, np.int16):
-            raise TypeError(f"array has dtype {found.dtype}; Stored is for uint16: an array of float16, of "
-                            f"ml_dtypes.bfloat16 or of torch.bfloat16 is passed as it is")  # fmt: skip
+        is_other = is_torch(array) or isinstance(array, Stored) or is_no_array(array)
+        if is_other or as_array(array, "array").dtype not in (np.uint16, np.int16):
+            raise TypeError(f"array is {_with_dtype(array)}; Stored takes an array of uint16 or int16 with the bits of each "
+                            f"number, and converts nothing: an array of float16 or ml_dtypes.bfloat16, or a torch tensor of "
+                            f"float16 or bfloat16, is passed without Stored")  # fmt: skip
         self.array, self.format = array, format
 
     @property
     def shape(self):
         return self.array.shape
 
+    def __array__(self, dtype=None, copy=None):
+        bits = np.ravel(as_array(self.array, "array"))
+        numbers = formats.decode(formats.FORMATS[self.format], bits, bits.size)
+        return decoded(numbers.reshape(self.shape), self.format, dtype, copy)
+
     def __repr__(self):
         return f"Stored({self.array!r}, {self.format!r})"
+
+
+def decoded(numbers, format, dtype, copy):
+    """What __array__(dtype, copy) gives where the numbers had to be decoded; ValueError where there must be no copy."""
+    if copy is False:
+        raise ValueError(f"the numbers of {format} are decoded to float32, which is a copy: copy=False is impossible")
+    return np.asarray(numbers, dtype)
+
+
+def _with_dtype(x):
+    """The kind of an object in words, with its dtype where it has one."""
+    dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
+    return f"a {type(x).__name__}{dtype and f' of {dtype}'}"
 
 
 def acquire(x, name, *, writable, halves=False):
@@ -128,6 +149,11 @@ def half_array(x, name):
 def is_half(x):
     """Whether x is an array of bf16 or fp16."""
     return isinstance(x, Stored) or str(getattr(x, "dtype", "")).removeprefix("torch.") in IN_HALF
+
+
+def half_name(x):
+    """The name of the dtype of an array of bf16 or fp16."""
+    return x.format if isinstance(x, Stored) else str(x.dtype).removeprefix("torch.")
 
 
 def _of_jax(x, name):
@@ -245,9 +271,14 @@ def _refuse_without_numbers(x, name):
                         f"what that function returned")  # fmt: skip
 
 
+def is_no_array(x):
+    """Whether x is None, a number, text or a container."""
+    return x is None or isinstance(x, _NOT_ARRAYS)
+
+
 def refuse_non_array(x, name):
-    """TypeError for None, numbers, text and containers."""
-    if x is None or isinstance(x, _NOT_ARRAYS):
+    """TypeError for what is_no_array()."""
+    if is_no_array(x):
         raise TypeError(f"{name} is a {type(x).__name__}{remedies.of_non_array(x, name)}")
 
 
@@ -303,10 +334,10 @@ def same_layout(buffer, name, reference, reference_name, dtypes=None):
     that in which reference is updated."""
     dtypes = dtypes or (reference.dtype,)
     if buffer.dtype not in dtypes:
-        dtype = dtypes[0]
-        has = f"{reference_name} {'has' if reference.dtype == dtype else 'is updated in'} {dtype}"
-        raise TypeError(f"{name} has dtype {buffer.dtype}, {has}; give both the same: "
-                        f"{name}.astype(np.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
+        has = f"{reference_name} {'has' if reference.dtype == dtypes[0] else 'is updated in'} {dtype_of(dtypes[0])}"
+        dtype, library = dtype_of(dtypes[0]), "ml_dtypes" if dtypes[0] == BF16 else "np"
+        raise TypeError(f"{name} has dtype {dtype_of(buffer.dtype)}, {has}; give both the same: "
+                        f"{name}.astype({library}.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
     if buffer.shape != reference.shape:
         raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
     if buffer.strides != reference.strides and buffer.size:
@@ -344,6 +375,11 @@ def shaped(flat, like):
     if not flat.size:
         return flat.reshape(like.shape)
     return np.lib.stride_tricks.as_strided(flat, like.shape, [stride * flat.itemsize for stride in like.strides])
+
+
+def dtype_of(dtype):
+    """What people call the dtype of a Buffer: uint16 stands for bfloat16."""
+    return "bfloat16" if dtype == BF16 else str(dtype)
 
 
 def again(buffer, name):
