@@ -137,9 +137,7 @@ def _dtype(tensor, format):
 
 def _format_of(tensor, entry, key):
     """The name of the format of a saved array."""
-    dtype = getattr(entry["state"][key], "dtype", None)
-    plain = dtype if dtype in (np.float32, np.float64) else tensor.dtype
-    name = entry.get("formats", {}).get(key, str(plain))
+    name = entry.get("formats", {}).get(key, str(tensor.dtype))
     if name not in DTYPES:
         raise ValueError(f"{key} of {entry['name']} in the state_dict has the format {name!r}, which this fastrms does not "
                          f"know: it has {', '.join(DTYPES)}")  # fmt: skip
