@@ -741,7 +741,6 @@ class Optimizer(Names, Family):
             for tensor, storage_of in zip(tensors, made, strict=True):
                 tensor.storage = storage_of
             self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
-            tensors.write_copies()
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))

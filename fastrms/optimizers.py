@@ -102,7 +102,8 @@ class RMSProp(Optimizer):
         another master, are rounded to nearest.  States in "q8" are rounded at random alone: 8 bits would lose most changes.
     param_copy : arrays in the structure of params, optional
         bf16 or fp16 arrays into which each step writes the new parameters, rounded to nearest; None for a tensor without.
-        The constructor and load_state_dict() write the present ones, so load the parameters before the state.
+        They hold the present parameters as soon as the optimizer is made.  Whoever writes into a parameter later writes into
+        its copy, too; load_state_dict() touches neither.
     seed : int, default 0
         From 0 to 2**64 - 1.  The bits of stochastic rounding depend on it, on the number of the update, and on the position
         of the element among all elements of params, and on nothing else.

@@ -1,7 +1,6 @@
 """How the buffers of a tensor are stored: the options state_format, master, rounding and param_copy, checked, and what they
 make for each tensor.  The formats themselves are in formats.py."""
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ SPLIT = {"split16": SPLIT16, "split8": SPLIT8}
 SIGNED = {"bf16": BF16, "fp16": FP16S, "q8": Q8}
 NEVER_NEGATIVE = {**SIGNED, "q8": Q8U}
 LOW = {"float32": "master", "split16": "remainder", "split8": "remainder"}  # what a state calls what a master needs
-COPIED = 2**16  # elements of a parameter that are rounded at a time
 LARGEST_BASE = {Q8: 1896, Q8U: 1786}
 NEEDS_FLOATS = {  # (state_format, rule or state) -> why not
     ("fp16", "prev"): "fp16 would round the sign of a small gradient away",
@@ -224,13 +222,11 @@ def acquired_copy(copy, name, tensor):
 
 
 def write_copy(tensor):
-    """Write a parameter as it is now, from its master where it has one, into its copy, rounded to nearest."""
-    made, flat, size = tensor.storage, tensor.param.flat, tensor.param.size
-    for begin in range(0, size, COPIED):
-        end = min(begin + COPIED, size)
-        numbers = made.low if made.master == "float32" else None
-        numbers = formats.decode(made.param, flat, size, made.low, begin, end) if numbers is None else numbers[begin:end]
-        formats.encode(made.copy_format, numbers, made.copy.flat, size, formats.Rounding(), begin=begin)
+    """Give the copy of a parameter the numbers that this has now, rounded to nearest."""
+    made, param, step = tensor.storage, tensor.param, 1 << 16  # elements that are in cache
+    for begin in range(0, param.size, step):
+        numbers = decoded(param.flat[begin : begin + step])
+        formats.encode(made.copy_format, numbers, host.bits(made.copy.flat), param.size, formats.Rounding(), begin=begin)
 
 
 def refuse_damaged_blocks(format, flat, size, label):
@@ -275,16 +271,9 @@ def said(format):
     return {FP16S: "fp16", Q8U: "q8"}.get(format, format.name)
 
 
-class Layout(NamedTuple):
-    """The shape and the strides, in elements, of an array whose numbers are kept flat, in the order of memory."""
-
-    shape: tuple
-    strides: tuple
-
-
 class StoredState:
     """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32: what is written there
-    does not reach the optimizer.  A copy, or what is unpickled, has bits of its own and belongs to no optimizer.
+    does not reach the optimizer, what is written into bits does.
 
     Attributes
     ----------
@@ -297,35 +286,29 @@ class StoredState:
         That of the parameter.
     """
 
-    def __init__(self, format, flat, layout, part=None):
-        if part is not None and not format.in_blocks:  # nothing else is needed of the whole
-            flat = flat[part.span]
-            layout, part = Layout(flat.shape, (1,)), part._replace(span=slice(None))
-        self._format, self._layout, self._part, self.bits = format, layout, part, flat
-        self.format, self.shape = said(format), layout.shape if part is None else part.shape
+    def __init__(self, tensor, format, flat, part=None):
+        self._tensor, self._format, self._flat, self._part = tensor, format, flat, part
+        self.bits = flat if part is None or format.in_blocks else flat[part.span]
+        self.format, self.shape = said(format), tensor.param.shape if part is None else part.shape
 
     def part(self, part):
         """The state of a Part of the tensor."""
-        return StoredState(self._format, self.bits, self._layout, part)
+        return StoredState(self._tensor, self._format, self._flat, part)
 
     def __array__(self, dtype=None, copy=None):
-        numbers = host.shaped(formats.decode(self._format, self.bits, math.prod(self._layout.shape)), self._layout)
+        numbers = self._tensor.shaped(formats.decode(self._format, self._flat, self._tensor.param.size))
         return host.decoded(numbers if self._part is None else self._part.of(numbers), self.format, dtype, copy)
 
     def __reduce__(self):
-        return remade, (self._format.name, self.bits.copy(), self._layout, self._part)
+        raise TypeError("a state that is stored in a format is a view of its optimizer: copy or pickle opt.state_dict(), or "
+                        "np.asarray() of the state, which decodes it")  # fmt: skip
 
     def __repr__(self):
         return f"<state of shape {self.shape}, stored in {self.format}>"
 
 
-def remade(name, *rest):
-    """The StoredState in the Format of this name."""
-    return StoredState(formats.FORMATS[name], *rest)
-
-
 def shown(tensor, name):
     """A state of a Tensor that has a Storage, as people see it."""
-    flat, param = tensor.state[name], tensor.param
+    flat = tensor.state[name]
     format = tensor.storage.states[list(tensor.state).index(name)]
-    return tensor.shaped(flat) if format is FLOAT else StoredState(format, flat, Layout(param.shape, param.strides))
+    return tensor.shaped(flat) if format is FLOAT else StoredState(tensor, format, flat)

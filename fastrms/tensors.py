@@ -23,8 +23,8 @@ class Tensor:
     inside it: (name, Part) pairs.  ``param`` is its Buffer, ``dtype`` the dtype in which it is updated, ``recipe`` the index
     of its RecipeKey, and ``state`` maps the name of a state to a flat array in the memory order of the parameter.
     ``storage`` is its Storage, None where all of it is in its compute dtype.  ``given`` has the Buffers of a state that the
-    caller gave, by name.  ``lent`` maps what error sentences call them to those Buffers, of the given state and of the copy
-    of the parameter, that are torch tensors: they must learn that they were written, and must not be given other memory.
+    caller gave, by name, and ``lent`` maps what sentences call them to those of them, and to a copy of the parameter, that
+    are torch tensors: they must learn that they were written, and must not be given other memory.
     """
 
     __slots__ = ("dtype", "given", "grad_name", "lent", "name", "param", "parts", "recipe", "state", "storage")
@@ -60,7 +60,6 @@ class Tensors(list):
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
         super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
-        self._find_of_torch()
 
     @property
     def params(self):
@@ -93,16 +92,23 @@ class Tensors(list):
             mine = options[self.keys[tensor.recipe].group]
             if copy is not None:
                 copy = storage.acquired_copy(copy, name, tensor)
-                tensor.lent |= lent_by_torch({f"{name} of {tensor.name}": copy})
             tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
             origin += tensor.param.size
-        self._find_of_torch()
+            tensor.lent = {name: copy} if copy is not None and host.is_torch(copy.owner) else {}
         host.refuse_overlap([*self.copies(), *((tensor.name, tensor.param) for tensor in self)])
+        self._know_torch()
 
     def copies(self):
         """(name, Buffer) pairs of the arrays to which parameters are written once more."""
         names, found = self.structure.names("param_copy"), (tensor.storage and tensor.storage.copy for tensor in self)
         return [(name, copy) for name, copy in zip(names, found, strict=True) if copy is not None]
+
+    def write_copies(self):
+        """Give the copies of parameters the numbers that these have now, and tell their owners."""
+        copied = [tensor for tensor in self if tensor.storage and tensor.storage.copy]
+        for tensor in copied:
+            storage.write_copy(tensor)
+        self.memory.wrote([tensor.storage.copy for tensor in copied])
 
     def make_low(self):
         """Make the buffers with what bf16 and fp16 parameters lack of a float32."""
@@ -122,30 +128,27 @@ class Tensors(list):
         for tensor, buffers in zip(self, given, strict=True):
             tensor.state = {name: buffer.flat for name, buffer in buffers.items() if name not in storage.LOW.values()}
             tensor.given = buffers
-            tensor.lent |= lent_by_torch({f"state[{name!r}] of {tensor.name}": buffer for name, buffer in buffers.items()})
-        self._find_of_torch()
+            tensor.lent |= {
+                f"state[{name!r}] of {tensor.name}": buffer
+                for name, buffer in buffers.items()
+                if host.is_torch(buffer.owner)
+            }
+        self._know_torch()
 
-    def _find_of_torch(self):
-        """Note which tensors have a parameter, or another buffer of the caller's, in a torch tensor."""
+    def _know_torch(self):
+        """Note which tensors have buffers that torch may move."""
         self.of_torch = [k for k, tensor in enumerate(self) if tensor.lent or host.is_torch(tensor.param.owner)]
 
-    def write_copies(self):
-        """Write the parameters as they are now into their copies, as a step does."""
-        for tensor in self:
-            if tensor.storage and tensor.storage.copy:
-                storage.write_copy(tensor)
-        self.memory.wrote([copy for _, copy in self.copies()])
-
     def refuse_moved_state(self):
-        """ValueError where torch has given a state tensor of the caller, or the copy of a parameter, other memory: the old
-        memory may be gone."""
+        """ValueError where torch has given a state tensor of the caller, or a copy, other memory: the old memory may be
+        gone."""
         for tensor in self:
             for label, buffer in tensor.lent.items():
                 found = self.memory.again(buffer, label)
                 self.memory.same_layout(found, label, buffer, f"{label} when it was bound")
                 if found.address != buffer.address and buffer.size:
                     raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
-                                     f"optimizer had been made; make a new one of the tensors as they are now")  # fmt: skip
+                                     f"optimizer had been made; make a new one")  # fmt: skip
 
     def of_the_caller(self, grads):
         """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
@@ -235,11 +238,6 @@ def new_state(rule, initial, param, memory, twin=None, formats=None):
         format = formats[k] if formats else storage.FLOAT
         state[name] = storage.new_state(format, param, [*known, *state.values()], initial(name), memory)
     return state
-
-
-def lent_by_torch(buffers):
-    """Those of some Buffers, by name, that are torch tensors."""
-    return {name: buffer for name, buffer in buffers.items() if host.is_torch(buffer.owner)}
 
 
 def refuse_equal(names):

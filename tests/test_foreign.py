@@ -282,3 +282,24 @@ def test_a_restored_parameter_counts_as_changed(torch):
     assert param.item() == 2
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_copy_in_a_torch_tensor_learns_of_writes_and_stays_where_it_is(torch, backend):
+    for w in (torch.ones(33), np.ones(33, np.float32)):
+        copy, grad = torch.zeros(33, dtype=torch.bfloat16), np.linspace(-1, 1, 33, dtype=np.float32)
+        optimizer, before = fastrms.Adam(w, param_copy=copy, backend=backend), copy._version
+        assert before > 0 and (copy == 1).all()
+        for grads in (grad, torch.from_numpy(grad), None):
+            optimizer.step(grads)
+            assert copy._version > before and torch.equal(copy, torch.as_tensor(w).bfloat16())
+            before = copy._version
+            optimizer.bind(grad)
+        with optimizer.streaming() as stream:
+            stream.step(0, grad)
+        assert copy._version > before and torch.equal(copy, torch.as_tensor(w).bfloat16())
+        old, kept = copy.view(torch.int16).numpy(), np.asarray(w).copy()
+        was = old.copy()
+        copy.data = torch.zeros(33, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"^param_copy was given other memory .* make a new one$"):
+            optimizer.step(grad)
+        assert np.array_equal(old, was) and np.array_equal(kept, w) and not copy.any() and optimizer.steps == 4

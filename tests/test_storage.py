@@ -933,3 +933,20 @@ def test_zeros_may_be_written_into_a_split_parameter(backend, master):
     w.array[:500], w.array[500:] = 0, 0x8000
     optimizer.step(np.zeros(1000, np.float32))
     assert not (w.array & 0x7FFF).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_copy_holds_the_parameter_from_the_start(backend, dtype):
+    """Also where the first step is left out; and a refused optimizer has written nothing."""
+    w = np.random.default_rng(0).standard_normal(70_001).astype(dtype)
+    memory = np.full(w.size + 8, 0x1234, np.uint16)
+    copy = fastrms.Stored(memory[5:-3], "bf16")
+    options = {"master": "float32"} if dtype == np.float16 else {}
+    with pytest.raises(ValueError):
+        fastrms.Adam(w, param_copy=copy, lr=-1.0, backend=backend, **options)
+    assert (memory == 0x1234).all()
+    optimizer = fastrms.Adam(w, param_copy=copy, nonfinite="skip", backend=backend, **options)
+    want = storage.stored(storage.BF16, w.astype(np.float32))
+    assert np.array_equal(memory[5:-3], want) and (memory[[0, 1, 2, 3, 4, -3, -2, -1]] == 0x1234).all()
+    assert not optimizer.step(np.full(w.size, np.nan, np.float32)).applied
+    assert np.array_equal(memory[5:-3], want)

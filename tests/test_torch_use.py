@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -594,13 +595,21 @@ def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the threads of autograd for a GPU do not survive a fork")
 def test_share_memory_shares_states_and_counts():
+    """In a process of its own: other tests start threads of autograd, which a fork does not have."""
+    program = [sys.executable, "-c", "import test_torch_use; test_torch_use.share_with_a_child()"]
+    done = subprocess.run(program, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def share_with_a_child():
     model = net()
     model.share_memory()
     optimizer = ft.Adam(model.parameters())
     optimizer.share_memory()
     twin, other = pickle.loads(pickle.dumps((model, optimizer)))  # a plain copy has memory of its own
-    context = torch.multiprocessing.get_context("spawn")  # a fork after a backward pass has no threads of autograd
+    context = torch.multiprocessing.get_context("fork")
     process = context.Process(target=train, args=(model, optimizer, 3))
     process.start()
     process.join()
