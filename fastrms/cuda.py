@@ -1,7 +1,7 @@
 """For your own Numba CUDA kernels: the scalar rules as device functions, bit for bit those of the backend "cuda".
 
-fastrms.cuda.rules.adam(param, grad, exp_avg, exp_avg_sq, *coefficients) -> the new param and states; the arguments are
-those of fastrms.rules, all float32 or all float64.  neutral_rules are the same with GENERAL False.  compile_ptx compiles
+``fastrms.cuda.rules.adam(param, grad, exp_avg, exp_avg_sq, *coefficients)`` gives the new param and states; the arguments
+are those of fastrms.rules, all float32 or all float64.  neutral_rules are the same with GENERAL False.  compile_ptx compiles
 a kernel that calls them without a GPU.
 """
 

@@ -106,7 +106,8 @@ class Optimizer(Names, Family):
     """Base of the optimizers, and of rules of your own.
 
     A rule of your own, for the backends "numba", "numpy" and "cuda", is a subclass with the attributes below.  It gets
-    groups, schedules, all checks, clipping, ``state_dict()`` and threads.
+    groups, schedules, all checks, clipping, ``state_dict()`` and threads.  The options state, nonfinite, zero_grad and
+    backend are those of fastrms.RMSProp.
 
     Attributes
     ----------
@@ -114,17 +115,15 @@ class Optimizer(Names, Family):
         The hyper-parameters of the rule and their values; lr may be a callable(step), first called with 0.
     state_names : tuple of str
         The names of the buffers that the rule keeps beside each parameter.
-    coefficients : callable(step, **hyper) -> dict
+    coefficients : ``callable(step, **hyper) -> dict``
         The numbers that the rule needs at update number ``step`` (from 1), computed in double.
-    rule : callable(param, grad, *states, *coefficients) -> tuple
+    rule : ``callable(param, grad, *states, *coefficients) -> tuple``
         The new param and states, in this order.  It is called on scalars (numba, cuda) or on read-only arrays (numpy), so
         it is elementwise and has no ``if``: see select, larger, clip and flush in fastrms.rules.  All arithmetic is in the
         dtype of param as long as every number in it is a coefficient.  grad arrives multiplied by grad_scale and the
         clip_norm factor.  ``coefficients``, ``rule`` and ``initial`` may be static methods.
     initial : callable(h, state_name) -> float, optional
         The value at which a state starts; 0.0 unless it is given.
-
-    The options state, nonfinite, zero_grad and backend are those of fastrms.RMSProp.
     """
 
     # what step() reads: 20 ns faster than in the dict

@@ -1,13 +1,17 @@
 """README.md and docs/: every example runs, the commands are those of CI, the tables say what the code says."""
 
 import copy
+import hashlib
+import os
+import pickle
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, FAMILIES
+from conftest import CLASSES, FAMILIES, c, forced
 from test_build import COMPILER
 
 import fastrms
@@ -235,6 +239,96 @@ def test_the_output_of_the_program_in_c_is_what_python_computes():
     from test_c_library import want
 
     assert f"It prints `{want().strip()}`" in page("c")
+
+
+# docs/problems.md
+
+
+def test_the_example_of_a_fused_rmsprop_runs(model):
+    before = weights(model["model"])
+    exec(example("fastrms.torch.RMSprop(model.parameters(), lr=0.01)"), model)
+    assert moved(model["model"], before) and model["opt"].state[model["model"].weight]["step"] == 1
+
+
+@pytest.mark.skipif(c.lib is None, reason="without the C extension there is one way to compute")
+def test_the_example_of_one_digest_prints_one_for_every_instruction_set(capsys):
+    for tier in c.isas():
+        names = {**small_arrays(), "hashlib": hashlib}
+        names["w"], names["gw"] = np.linspace(-1, 1, 1003, dtype=np.float32), np.linspace(2, 3, 1003, dtype=np.float32)
+        with forced(tier):
+            exec(example("hashlib.sha256(w)"), names)
+    digests = capsys.readouterr().out.split()
+    assert len(digests) == len(c.isas()) and len(set(digests)) == 1
+
+
+def test_the_example_of_clipping_runs(model):
+    """Two steps, the first of them clipped, are those of torch.optim after clip_grad_norm_; gradients stay as they are."""
+    torch, theirs = model["torch"], copy.deepcopy(model["model"])
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    make, *rest = example("in place of clip_grad_norm_").splitlines()
+    exec(make, model)
+    for scale, clipped in ((1.0, True), (0.02, False)):
+        for net in (theirs, model["model"]):
+            net.zero_grad()
+        (scale * theirs(model["x"]).sum()).backward()
+        exec("\n".join(rest), {**model, "loss": scale * model["model"](model["x"]).sum()})
+        pairs = list(zip(theirs.parameters(), model["model"].parameters(), strict=True))
+        assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item()
+        optimizer.step()
+        assert (norm > 0.5) == clipped and np.isclose(model["opt"].step_info.grad_norm, norm, rtol=1e-6)
+        assert all(torch.allclose(p, q, rtol=1e-6) for p, q in pairs)
+
+
+def test_the_example_of_zero_gradients_leaves_zero(capsys):
+    exec(example("1000 * [np.zeros_like(gw)]"), {**small_arrays(), "np": np})
+    assert capsys.readouterr().out == "0.0\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_example_of_a_fork_runs():
+    """In a process of its own, whose child would hang with OpenMP."""
+    given = "import os, numpy as np, fastrms; fastrms.set_num_threads(2); gw = np.ones(1 << 20); opt = fastrms.Adam(gw + 1)"
+    code = "\n".join([given, example("os.fork() == 0"), "print(os.waitpid(-1, 0)[1], opt.steps)"])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "0 1\n", run.stderr
+
+
+def test_the_example_of_tensorflows_rmsprop_is_its_formula(model):
+    before = weights(model["model"])
+    exec(example("alpha=0.99, eps_root=1e-5"), model)
+    for old, new in zip(before, model["model"].parameters(), strict=True):
+        want = old - 7e-4 * new.grad / (0.99 * 1 + 0.01 * new.grad**2 + 1e-5).sqrt()
+        assert model["torch"].allclose(new, want, rtol=1e-6) and not model["torch"].equal(new, old)
+
+
+def test_the_example_of_a_resumed_run_has_the_same_bits():
+    """Saved; two steps, as if the run went on; loaded; the same two steps again."""
+    names = {**small_arrays(), "pickle": pickle}
+    names["opt"] = opt = fastrms.Adam(names["w"])
+    opt.step(names["gw"])
+    save, *load = example("saved = pickle.dumps(").splitlines()
+    exec(save, names)
+    runs = []
+    for resume in ("", "\n".join(load)):
+        exec(resume, names)
+        for _ in range(2):
+            opt.step(names["gw"])
+        runs.append(names["w"].tobytes())
+    assert runs[0] == runs[1] and opt.steps == 3
+
+
+def test_the_example_of_bf16_parameters_trains(model):
+    """They move in 300 steps, each too small for bf16; those of torch.optim do not."""
+    torch, rest = model["torch"], "\n".join(example("low = model.to").splitlines()[1:])
+    for make, trains in ((example("low = model.to"), True), ("opt = torch.optim.AdamW(low.parameters(), lr=1e-5)", False)):
+        low = torch.nn.Linear(3, 2).to(torch.bfloat16)
+        torch.nn.init.ones_(low.weight)
+        names = {**model, "low": low}
+        exec(make, names)
+        for _ in range(300):
+            exec(rest, names)
+        assert (low.weight != 1).all() == trains
 
 
 # the tables
