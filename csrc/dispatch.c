@@ -1,8 +1,7 @@
 /* Which tier runs.  All tiers have the same bits, so each kernel is taken from the tier that is fastest at it on this CPU:
  * that depends on its divider, its clock and the width of its units, and is measured when the kernel is first used. */
+#include "system.h"
 #include <stdatomic.h>
-#include <stddef.h>
-#include <time.h>
 #include "internal.h"
 
 #define DEFINE_SUPPORTED(isa, target, supported, roots, with) \
@@ -62,18 +61,16 @@ static int64_t time_of(fastrms_kernel *kernel, int wide)
     int count = wide ? DOUBLES : 2 * DOUBLES;
     double ones[FASTRMS_MAX_COEFFICIENTS];
     void *state[FASTRMS_MAX_STATES];
-    struct timespec begin, end;
     for (int k = 0; k < 2 + FASTRMS_MAX_STATES; ++k)
         fill_with_ones(count, buffer[k], wide);
     fill_with_ones(FASTRMS_MAX_COEFFICIENTS, ones, wide);
     for (int s = 0; s < FASTRMS_MAX_STATES; ++s)
         state[s] = buffer[2 + s];
     kernel(count, buffer[0], buffer[1], state, ones);
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    int64_t begin = nanoseconds();
     for (int k = 0; k < CALLS; ++k)
         kernel(count, buffer[0], buffer[1], state, ones);
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    return (end.tv_sec - begin.tv_sec) * INT64_C(1000000000) + (end.tv_nsec - begin.tv_nsec);
+    return nanoseconds() - begin;
 }
 
 /* the tier that is fastest at a kernel; the tiers take turns, and the shortest time of each counts */

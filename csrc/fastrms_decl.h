@@ -259,10 +259,10 @@ extern const fastrms_hyper fastrms_rprop_defaults;
  * is NULL, or the name of the hyper-parameter that is refused; then *recipe is as it was.  What depends on the state is not
  * checked: AdaGrad with eps and eps_root both 0 needs a sum without zeros.  The caller fills RProp's state step_size with lr
  * before the first step. */
-const char *fastrms_rmsprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_adagrad_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_adam_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
-const char *fastrms_rprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *hyper);
+const char *fastrms_rmsprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *given);
+const char *fastrms_adagrad_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *given);
+const char *fastrms_adam_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *given);
+const char *fastrms_rprop_recipe(fastrms_recipe *recipe, int itemsize, const fastrms_hyper *given);
 
 /* ---- rules ---- */
 

@@ -61,7 +61,7 @@ LOOPS uint32_t largest(int finite, int64_t size, const word *from)
     int32_t top = 0;
     for (int64_t i = 0; i < size; ++i) {
         int32_t a = (int32_t)(from[i] & MAGNITUDE);
-        a = !finite || a < INFINITE ? a : 0;
+        a = !finite || a < (int32_t)INFINITE ? a : 0;
         top = a > top ? a : top;
     }
     return (uint32_t)top;

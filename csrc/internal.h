@@ -25,6 +25,8 @@
     X(avx2, __attribute__((target("avx2"))), HAS("avx2"), DIVIDER, with)                                        \
     X(baseline, , 1, DIVIDER, with)                       /* without fma nothing can contract */
 int fastrms_roots_are_right(void);                        /* roots.c */
+#elif defined(__aarch64__)
+#define TIERS(X, with) X(neon, , 1, DIVIDER, with)        /* every such CPU has it */
 #else
 #define TIERS(X, with) X(baseline, , 1, DIVIDER, with)
 #endif
@@ -103,7 +105,6 @@ int64_t fastrms_chunk_size(void);
 void fastrms_enter_step(void);
 void fastrms_leave_step(void);
 int32_t fastrms_generation(void);
-#define FASTRMS_VISIBLE __attribute__((visibility("default")))      /* threadpoolctl finds such functions by name */
 
 /* norm.c.  A step multiplies every gradient by grad_scale * grad_rescale.  grad_rescale is a power of two, and 1 except
  * where the product is below the normal numbers of float; such a step runs the general form of its rules. */

@@ -160,8 +160,6 @@ class Optimizer(Names, Family):
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         stored = storage.of_groups(options, overrides)
-        if self._backend == "cuda":
-            storage.refuse_on_device(stored, param_copy)
         if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), stored)

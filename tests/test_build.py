@@ -3,6 +3,7 @@
 import collections
 import inspect
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from fastrms import rules
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("cc")
-X86 = os.uname().machine == "x86_64"
+MACHINE = platform.machine()
+X86 = MACHINE == "x86_64"
 needs_c = pytest.mark.skipif(c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)")
 
 
@@ -49,7 +51,8 @@ def instructions(binary):
 
 def tiers():
     """The instruction sets that csrc/internal.h lists for this machine."""
-    return re.findall(r"^    X\((\w+),", (ROOT / "csrc" / "internal.h").read_text(), re.M) if X86 else ["baseline"]
+    text = (ROOT / "csrc" / "internal.h").read_text()
+    return re.findall(r"^    X\((\w+),", text, re.M) if X86 else ["neon" if MACHINE in ("aarch64", "arm64") else "baseline"]
 
 
 @needs_c

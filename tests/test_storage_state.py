@@ -443,20 +443,6 @@ def test_the_report_of_mixed_dtypes_gives_the_mean():
 # refusals
 
 
-@pytest.mark.parametrize(
-    "options", [{"state_format": "q8"}, {"master": "float32"}, {"rounding": "nearest"}, {"param_copy": np.zeros(3)}]
-)
-def test_a_gpu_refuses_formats_before_anything_is_allocated(options, monkeypatch):
-    from types import SimpleNamespace
-
-    from fastrms import backends
-
-    module = SimpleNamespace(__name__="fastrms.backends.cuda", memory=None)
-    monkeypatch.setattr(backends, "choose", lambda *arguments: module)
-    with pytest.raises(ValueError, match=rf"{next(iter(options))}.* is for the backends in host memory"):
-        fastrms.Adam(np.ones(3, np.float32), **options)
-
-
 def test_given_states_and_formats_exclude_each_other():
     w = np.ones(3, np.float32)
     state = fastrms.init_state("rmsprop", w)
