@@ -264,13 +264,14 @@ def said(format):
 
 
 class StoredState:
-    """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32.
+    """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32: what is written there
+    does not reach the optimizer, what is written into bits does.
 
     Attributes
     ----------
     bits : numpy.ndarray, or array in device memory
-        The memory that is in use, flat: uint16 for bf16 and fp16, uint8 for q8, where a name of a FlatBuffer has that of the
-        whole FlatBuffer.
+        The memory that is in use, flat, in the memory order of the parameter: uint16 for bf16 and fp16, uint8 for q8, where
+        a name of a FlatBuffer has that of the whole FlatBuffer.
     format : str
         "bf16", "fp16" or "q8".
     shape : tuple of int

@@ -179,6 +179,10 @@ class Plan(backends.Plan):
         """Whether the updates of the last step serve these parameters and gradients, too: never, as they hold the arrays."""
         return False
 
+    def grad_dtype(self, k):
+        """The dtype of the gradient of tensor k that the plan took over last, None where it has none."""
+        return None if self.grads[k] is None else self.grads[k].dtype
+
     def join(self, exchange):
         self.exchange = exchange
 
