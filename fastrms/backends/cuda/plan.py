@@ -81,11 +81,7 @@ class Plan(plan.Plan):
         self._source = device.stream_source(params[0])
         self._explicit = None if options.stream is None else stream_handle(options.stream)
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
-        self._clips, self._norm, self._normed = (
-            False,
-            None,
-            None,
-        )  # whether the updates take the factor of clip_norm from the device
+        self._clips, self._norm, self._normed = False, None, None  # _clips: updates take clip_norm's factor from the device
         self._scale = 1.0
         self._nonfinites, self._which, self._looked = (
             {},
