@@ -28,10 +28,10 @@ X86 = MACHINE == "x86_64"
 needs_c = pytest.mark.skipif(c.lib is None, reason="this installation was built without C on purpose (FASTRMS_NO_EXT=1)")
 
 
-def addressed(binary):
+def addressed(binary, objdump="objdump"):
     """The instructions of every function of a binary: name -> list of (address, mnemonic and registers)."""
     listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(binary)], capture_output=True, text=True, check=True
+        [objdump, "-d", "--no-show-raw-insn", str(binary)], capture_output=True, text=True, check=True
     ).stdout
     functions, current = collections.defaultdict(list), None
     for line in listing.splitlines():
@@ -43,9 +43,9 @@ def addressed(binary):
     return functions
 
 
-def instructions(binary):
+def instructions(binary, objdump="objdump"):
     """Mnemonics and registers of every function of a binary: name -> list of lines."""
-    bodies = addressed(binary)
+    bodies = addressed(binary, objdump)
     return collections.defaultdict(list, {name: [text for _, text in body] for name, body in bodies.items()})
 
 

@@ -1,82 +1,78 @@
-"""Other CPUs and systems: the C sources, built for them and run by an emulator, have the bits of this machine."""
+"""Other CPUs, systems and compilers compute the bits of this machine: tests/c/bits.c, cross-compiled, and run by an emulator.
+
+aarch64: Debian's gcc-aarch64-linux-gnu or zig (the wheel ziglang), and qemu-user.  Windows: zig, and wine64.
+"""
 
 import importlib.util
-import re
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_build
+from test_build import COMPILER, ROOT, check_kernels, flags, instructions
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = " ".join(line.partition("#")[0] for line in (ROOT / "csrc/flags").read_text().splitlines()).split()
-SOURCES = [*map(str, sorted((ROOT / "csrc").glob("*.c")))]
-ZIG = [sys.executable, "-m", "ziglang", "cc", "-target"]
-GCC = shutil.which("gcc")
-NEON_TOOLS = [f"aarch64-linux-gnu-{name}" for name in ("gcc", "objdump")]
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
+QEMU, GCC = shutil.which("qemu-aarch64"), "aarch64-linux-gnu-gcc"
+WINE = shutil.which("wine64") or next((at for at in ["/usr/lib/wine/wine64"] if os.access(at, os.X_OK)), None)
+OBJDUMP = shutil.which("aarch64-linux-gnu-objdump") or shutil.which("llvm-objdump")
+needs_zig = pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no zig here: pip install ziglang")
+needs_gcc = pytest.mark.skipif(shutil.which(GCC) is None, reason=f"no {GCC} here")
+PORTS = [
+    pytest.param([GCC, "-static", "-pthread"], QEMU, id="gcc-aarch64", marks=needs_gcc),
+    pytest.param([*ZIG, "-target", "aarch64-linux-musl", "-pthread"], QEMU, id="zig-aarch64", marks=needs_zig),
+    pytest.param([*ZIG, "-target", "x86_64-windows-gnu"], WINE, id="zig-windows", marks=needs_zig),
+]
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
 
 
-def needs(*programs, module=None):
-    missing = [name for name in programs if not shutil.which(name)]
-    missing += [module] if module and importlib.util.find_spec(module) is None else []
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
-def built(compiler, program, *options):
-    """tests/c/bits.c with the library, by a compiler."""
-    command = [*compiler, *FLAGS, f"-I{ROOT / 'csrc'}", str(ROOT / "tests/c/bits.c"), *SOURCES, *options, "-o", str(program)]
+def built(compiler, name, folder):
+    """The program tests/c/<name>.c with csrc/, by a compiler with its options."""
+    program = Path(folder, f"{name}.exe")
+    sources = [ROOT / "tests" / "c" / f"{name}.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    options = [flag for flag in flags() if flag != "-pthread"]
+    command = [*compiler, *options, f"-I{ROOT / 'csrc'}", *sources, "-lm", "-o", program]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return str(program)
+    return program
 
 
-def hashes(*command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def lines_of(command, tmp_path):
+    environment = {**os.environ, "WINEPREFIX": str(tmp_path / "wine"), "WINEDEBUG": "-all"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.replace("\r", "").splitlines()
-    *lines, last = lines
-    assert last == "done" and len(lines) > 50 and all(re.search(r" [0-9a-f]{16}$", line) for line in lines)
-    return lines
+    return done.stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """The hashes of this machine, by the compiler that is called gcc."""
-    return hashes(built([GCC], tmp_path_factory.mktemp("ports") / "here", "-lm", "-pthread"))
+    """The lines of this machine, all of whose tiers agree."""
+    folder = tmp_path_factory.mktemp("here")
+    return lines_of([built([COMPILER, "-pthread"], "bits", folder)], folder)
 
 
-@needs("gcc", "qemu-aarch64", *NEON_TOOLS)
-def test_aarch64_has_the_same_bits(here, tmp_path):
-    """Debian's packages gcc-aarch64-linux-gnu and qemu-user; its vectors have roots and divisions, and nothing is fused."""
-    program = built(NEON_TOOLS[:1], tmp_path / "neon", "-static", "-lm", "-pthread")
-    assert hashes("qemu-aarch64", program) == here
-    text = subprocess.run([NEON_TOOLS[1], "-d", program], capture_output=True, text=True, check=True).stdout
-    for operation in ("fsqrt", "fdiv"):
-        for lanes in ("4s", "2d"):
-            assert re.search(rf"\t{operation}\tv\d+\.{lanes}", text), (operation, lanes)
-    assert not re.search(r"\tf(n?m(add|sub)|ml[as])\t", text)
+def test_every_rule_and_format_is_there(here):
+    words = [line.split()[0] for line in here]
+    for rule in test_build.rules.RULES:
+        assert words.count(rule) == 8, rule  # kernels and steps of 1 to 7 threads, two forms, two dtypes
+    assert words.count("format") == 16 and words[-1] == "done"
+    assert len({line.split()[-1] for line in here if " steps " not in line}) > 40  # the hashes say something
 
 
-@needs("gcc", "wine", module="ziglang")
-def test_windows_has_the_same_bits(here, tmp_path):
-    """The extra `wheels`, and wine: the pool, too, as bits.c makes steps on several threads."""
-    program = built([*ZIG, "x86_64-windows-gnu"], tmp_path / "bits.exe")
-    assert hashes("wine", program) == here
+@pytest.mark.parametrize(("compiler", "emulator"), PORTS)
+def test_a_port_has_the_bits_of_this_machine(here, compiler, emulator, tmp_path):
+    if emulator is None:
+        pytest.skip("its emulator is not here: qemu-user or wine64")
+    assert lines_of([emulator, built(compiler, "bits", tmp_path)], tmp_path) == here
 
 
-@needs("gcc", module="ziglang")
-def test_another_compiler_has_the_same_bits(here, tmp_path):
-    """clang, as zig has it, for the C library of this machine."""
-    program = built([*ZIG, "x86_64-linux-musl"], tmp_path / "clang", "-lm", "-pthread")
-    assert hashes(program) == here
-
-
-@needs("gcc", module="ziglang")
-@pytest.mark.parametrize("target", ["aarch64-macos", "x86_64-macos", "aarch64-windows-gnu"])
-def test_other_systems_are_compiled(target, tmp_path):
-    """Compiled, and not run: there is no such machine."""
-    for source in SOURCES:
-        command = [*ZIG, target, *FLAGS, "-Werror", "-c", source, "-o", str(tmp_path / "object.o")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("compiler", "emulator"), PORTS[:2])
+def test_kernels_of_aarch64_are_packed_and_exact(compiler, emulator, tmp_path, monkeypatch):
+    """As test_build.py says it of the machine that it runs on."""
+    if OBJDUMP is None:
+        pytest.skip("no objdump for aarch64 here")
+    monkeypatch.setattr(test_build, "MACHINE", "aarch64")
+    monkeypatch.setattr(test_build, "X86", False)
+    check_kernels(instructions(built(compiler, "bits", tmp_path), OBJDUMP))
