@@ -1066,3 +1066,21 @@ def test_what_is_wrong_with_formats_is_refused_before_any_launch(driver):
     with pytest.raises(ValueError, match="sum has damaged blocks"):
         fastrms.adagrad(OnDevice(w), OnDevice(g), **state, step=1)
     assert not driver.launches
+
+
+def test_gradients_of_several_formats_in_one_step(driver):
+    """The sums of all runs of tensors with one format, in their order; one memory that is bf16 and then fp16."""
+    pair = Pair(fastrms.RMSProp, "float32", sizes=(5000, 7, 4097, 3, 9000), state_format="bf16")
+    names = ["bf16", "bf16", "fp16", "float32", "bf16"]
+    halves = [stored(name, numbers(size, seed=k)) for k, (name, size) in enumerate(zip(names, pair.sizes, strict=True))]
+    there = [on_device(x) for x in halves]
+    for grads, given in ((halves, there), ([None, *halves[1:]], [None, *there[1:]]), (halves, there)):
+        infos = pair.optimizer.step(given, clip_norm=0.5), pair.reference.step(grads, clip_norm=0.5)
+        assert infos[0].grad_norm == infos[1].grad_norm
+        pair.optimizer.step(given)
+        pair.reference.step(grads)
+    pair.same()  # random numbers depend on the count of updates of a tensor, though the coefficients do not
+    as_fp16 = [raw(halves[0]).view(np.float16), *halves[1:]]
+    pair.optimizer.step([on_device(x) for x in as_fp16])
+    pair.reference.step(as_fp16)
+    pair.same()
