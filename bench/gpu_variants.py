@@ -51,8 +51,8 @@ def ptx_of(rule, name, cc):
     """The PTX of a variant."""
     (load, store), threads, vectors = VARIANTS[name]
     compiler = toolchain.compiler()
-    names = {"load": intrinsics.load, "store": intrinsics.store, "address": intrinsics.address,
-             "uint64": compiler.types.uint64, "cuda": compiler.cuda}  # fmt: skip
+    names = {"address": intrinsics.address, "uint64": compiler.types.uint64, "cuda": compiler.cuda}
+    names["load"], names["store"] = intrinsics.vectors(table.width(DTYPE))
     names["rule"] = lower.lower(compiler.operations_of(rule, False))
     exec(text_of(rule, threads, vectors), names)
     entry = f"{rule}_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}"

@@ -60,7 +60,7 @@ def key(seed, step, stream):
 
 def random_of(position, key):
     """The random bits of elements: a hash of their positions."""
-    w = position * np.uint32(0x9E3779B9) + np.uint32(key)
+    w = position * np.uint32(0x9E3779B9) + key
     return (w ^ (w >> 15)) * np.uint32(0x2C1B3C6D)
 
 
@@ -233,6 +233,11 @@ def blocks(size):
     return -(-size // Q8_BLOCK)
 
 
+def first_base(size):
+    """Where the bases of blocks begin behind the codes, in bytes."""
+    return -(-size // Q8_ALIGNMENT) * Q8_ALIGNMENT
+
+
 def of_elements(bases, size):
     return np.repeat(bases, Q8_BLOCK)[:size]
 
@@ -325,14 +330,14 @@ FORMATS = {
 def stored_bytes(format, size):
     """The bytes of the buffer for `size` elements: of the stored array, or of the remainders of split16 and split8."""
     if format.in_blocks:
-        return -(-size // Q8_ALIGNMENT) * Q8_ALIGNMENT + 4 * blocks(size)
+        return first_base(size) + 4 * blocks(size)
     return size * (format.low or format.dtype).itemsize
 
 
 def parts_of(format, stored, low, size, begin, end):
     """The arrays in which the elements [begin, end) are stored."""
     if format.in_blocks:
-        bases = stored[-(-size // Q8_ALIGNMENT) * Q8_ALIGNMENT :].view(np.uint32)
+        bases = stored[first_base(size) :].view(np.uint32)
         return stored.view(U8)[begin:end], bases[begin // Q8_BLOCK : blocks(end)]
     parts = (stored.view(format.dtype),) if format.low is None else (stored.view(format.dtype), low.view(format.low))
     return tuple(part[begin:end] for part in parts)

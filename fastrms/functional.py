@@ -102,7 +102,7 @@ class Call:
             options = {**options, "backend": "cuda"}
         prepared = self.prepared(storage.compute_dtype(param), options)
         recipe = prepared.recipe if rate is _UNSAID else self.at_rate(prepared, options.get("dialect"), rate)
-        if prepared.positive_state and stored_call.holds_zero(memory, param, states):
+        if prepared.positive_state and stored_call.holds_zero(param, states):
             raise ValueError(f"eps and eps_root are both 0 in {recipe.dtype} and {self.names[2]} holds a 0: 0/0")
         try:
             stored_call.update(prepared.module, made, recipe, step or 1, grad_scale, acquired)
@@ -112,14 +112,8 @@ class Call:
     def acquired(self, memory, buffers, stored):
         """The Buffers of the arguments, checked against each other, and that of param_copy or None.  stored: the options of
         stored_call.OPTIONS that are given."""
-        if memory is host:
-            made = stored_call.acquired(buffers, self.names, stored)
-        else:
-            stored_call.refuse_on_device(stored)
-            made = [memory.acquire(x, name, writable=name != "grad") for x, name in zip(buffers, self.names, strict=True)]
-            for buffer, name in zip(made[1:], self.names[1:], strict=True):
-                memory.same_layout(buffer, name, made[0], "param")
-        copy = stored_call.acquired_copy(stored.get("param_copy"), made[0])
+        made = stored_call.acquired(memory, buffers, self.names, stored)
+        copy = stored_call.acquired_copy(memory, stored.get("param_copy"), made[0])
         host.refuse_overlap([*zip(self.names, made, strict=True), *([] if copy is None else [("param_copy", copy)])])
         return made, copy
 
@@ -400,8 +394,6 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     memory = device if device.is_device_array(param) else host
     stored_call.refuse_in_init_state(options, optimizer)
     stored = {"state_format": storage.CHECKS["state_format"]("state_format", state_format)}
-    if memory is device:
-        storage.refuse_on_device([stored], None)
     buffer = memory.acquire(param, "param", writable=True, halves=True)
     h = SimpleNamespace(**maker.resolve(dialect, options))
     refuse_schedule(h.lr)

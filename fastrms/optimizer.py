@@ -160,8 +160,6 @@ class Optimizer(Names, Family):
         module = backends.choose(backend, self.own_rule, leaves[0])
         self._backend, self._dialect, self._patterns = backends.name_of(module), dialect, list(groups or ())
         stored = storage.of_groups(options, overrides)
-        if self._backend == "cuda":
-            storage.refuse_on_device(stored, param_copy)
         if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), stored)
@@ -180,9 +178,9 @@ class Optimizer(Names, Family):
         gradients = self._nonfinite, self._zero_grad
         self._bind_plan(module.Plan(self._tensors.params, flats, which, self._groups.recipes, *gradients,
                                     *extra, **self._tensors.storages()))  # fmt: skip
-        self._tensors.write_copies()
         if shards is not None:
             join(self, shards)
+        self._tensors.write_copies()
 
     def _bind_plan(self, plan):
         self._plan, self._one_thread = plan, OneThread(type(self).__name__)
@@ -664,7 +662,8 @@ class Optimizer(Names, Family):
     def state(self):
         """Mapping: state name -> the state arrays, in the structure of params (None where a tensor has no such state).
 
-        The arrays are those in use, the caller's own memory where ``state=`` was given: write into them.  The mapping itself
+        The arrays are those in use, the caller's own memory where ``state=`` was given: write into them.  What is stored in
+        a format is an object whose numbers np.asarray() copies, and whose ``bits`` are those in use.  The mapping itself
         cannot be changed.
         """
         self._tensors.refuse_moved_state()
@@ -837,17 +836,25 @@ class Optimizer(Names, Family):
         torch_state.imported(self, d, convert)
 
     @property
+    def formats(self):
+        """How the tensors with buffers in formats are kept, by name: a dict with "formats", name of a state, "master" or
+        "remainder" -> its format, "rounding" and "seed", as state_dict() has them."""
+        return {tensor.name: saved_formats.described(tensor) for tensor in self._tensors if tensor.storage}
+
+    @property
     def nbytes(self):
         """The bytes of all buffers of a step: a dict by the names of the buffers ("param", "grad", the states, "master" or
         "remainder", "param_copy") with the attributes total, elements and per_parameter."""
-        return sizes.of_optimizer(self._tensors, self._sized_grads())
-
-    def _sized_grads(self):
-        """What has the dtype of each gradient, or None."""
-        return self._gradients.bound or self._tensors.structure.twins()
+        return sizes.of_optimizer(self._tensors, self._grad_dtypes())
 
     def _known_grads(self):
         return self._gradients.bound or [None] * len(self._tensors)
+
+    def _grad_dtypes(self):
+        """The dtype of each gradient: of the last step or bind(), before these of a FlatBuffer, or else of the update."""
+        seen = map(self._plan.grad_dtype, range(len(self._tensors)))
+        rows = zip(seen, self._tensors, self._tensors.structure.twins(), strict=True)
+        return [dtype or (tensor if twin is None else twin).dtype for dtype, tensor, twin in rows]
 
     def report(self):
         """What runs, on what, with how many bytes, and which of your buffers lie badly: a text for people.
@@ -876,7 +883,7 @@ class Optimizer(Names, Family):
     def _line_of(self, k):
         """The line of report() on the tensors of recipe k."""
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
-        rows = [row for row in zip(self._tensors, self._sized_grads(), strict=True) if row[0].recipe == k]
+        rows = [row for row in zip(self._tensors, self._grad_dtypes(), strict=True) if row[0].recipe == k]
         buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
         moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"

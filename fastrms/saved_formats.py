@@ -55,15 +55,18 @@ def order(tensor, part):
     return sorted(range(len(shape)), key=lambda axis: axis if in_order else -strides[axis])
 
 
-def described(tensor, part):
-    """What a state_dict says of the formats of an array in a tensor."""
+def described(tensor):
+    """What a state_dict says of the formats of a tensor."""
     if tensor.storage is None:
         return {}
     rounding = "stochastic" if tensor.storage.stochastic else "nearest"
     named = {name: said(tensor, format) for name, format in formats_of(tensor).items()}
-    entry = {"formats": named, "rounding": rounding, "seed": tensor.storage.seed}
-    lies = {"order": order(tensor, part), "shape": [*_shape(tensor, part)]}
-    return {**entry, **lies} if in_blocks(tensor) else entry
+    return {"formats": named, "rounding": rounding, "seed": tensor.storage.seed}
+
+
+def laid_out(tensor, part):
+    """What a state_dict says of where the elements of an array in a tensor lie, if there are blocks of them."""
+    return {"order": order(tensor, part), "shape": [*_shape(tensor, part)]} if in_blocks(tensor) else {}
 
 
 def arrays(tensor, part, copies):

@@ -9,8 +9,8 @@ class Bytes(dict):
     """Name of a buffer -> its bytes, of all tensors together.
 
     The names are "param", "grad", those of the states, "master" or "remainder" for bf16 and fp16 parameters that have one,
-    and "param_copy".  Gradients count as those that are bound or a FlatBuffer has, and without any in the dtype of the
-    update.
+    and "param_copy".  Gradients count as those of the last step or of bind(); before, as those of a FlatBuffer, or in
+    the dtype of the update.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Bytes(dict):
 
 
 def of_optimizer(tensors, grads):
-    """The Bytes of all tensors.  grads: a Buffer, an array or None for each."""
+    """The Bytes of all tensors.  grads: the dtype of each gradient."""
     found = {}
     for tensor, grad in zip(tensors, grads, strict=True):
         for name, count in of_tensor(tensor, grad, tensor.param.size).items():
@@ -46,7 +46,7 @@ def of_optimizer(tensors, grads):
 
 def of_tensor(tensor, grad, size):
     """Name -> bytes of the buffers of a Tensor as if it had `size` elements."""
-    made = {"param": size * tensor.param.dtype.itemsize, "grad": size * (tensor if grad is None else grad).dtype.itemsize}
+    made = {"param": size * tensor.param.dtype.itemsize, "grad": size * grad.itemsize}
     for name, format in saved_formats.formats_of(tensor).items():
         native = format is storage.FLOAT
         made[name] = size * tensor.dtype.itemsize if native else formats.stored_bytes(format, size)
@@ -56,8 +56,8 @@ def of_tensor(tensor, grad, size):
 
 
 def per_element(rows, sizes_of):
-    """Name -> bytes per element, the mean over the elements of (Tensor, gradient) pairs.  sizes_of(tensor, grad): name ->
-    bytes of MANY elements; a buffer that only some tensors have counts as nothing in the others."""
+    """Name -> bytes per element, the mean over the elements of (Tensor, dtype of its gradient) pairs.  sizes_of(*pair): name
+    -> bytes of MANY elements; a buffer that only some tensors have counts as nothing in the others."""
     found, elements = {}, sum(tensor.param.size for tensor, _ in rows)
     for tensor, grad in rows:
         share = tensor.param.size / elements if elements else 1 / len(rows)

@@ -33,7 +33,8 @@ def saved(tensors, copies, counts):
         {
             "name": name,
             "steps": counts[k],
-            **saved_formats.described(tensor, part),
+            **saved_formats.described(tensor),
+            **saved_formats.laid_out(tensor, part),
             "state": saved_formats.arrays(tensor, part, copies[k]),
         }
         for k, tensor in enumerate(tensors)

@@ -128,17 +128,6 @@ def state_format(said, name, dtype, not_negative, label):
     return named(said, name not in not_negative)
 
 
-def refuse_on_device(options, copy):
-    """ValueError where a group on a GPU is to have buffers in formats.  options: those of OPTIONS for each group."""
-    asked = [(name, value) for group in options for name, value in group.items() if value is not None]
-    asked += [] if copy is None else [("param_copy", copy)]
-    if asked:
-        name, value = asked[0]
-        given = name if name == "param_copy" else f"{name}={value!r}"
-        raise ValueError(f"{given} is for the backends in host memory; backend 'cuda' updates float32 and float64 arrays "
-                         f"with states of their dtype: leave it out, or keep these arrays in host memory")  # fmt: skip
-
-
 def refuse_with_state(options):
     """ValueError where states that the caller gives are to be in formats.  options: those of OPTIONS for each group."""
     said = next((group["state_format"] for group in options if group.get("state_format")), None)
@@ -202,11 +191,14 @@ def with_low(tensor, memory):
         return made._replace(low=given[0], param=SPLIT.get(made.master, made.param))
     dtype = np.dtype(np.float32) if made.master == "float32" else SPLIT[made.master].low
     low = memory.place_beside(param, list(tensor.state.values()), param.size, dtype)
-    low[:] = formats.decode(made.param, host.bits(param.flat), param.size) if made.master == "float32" else 0
+    if made.master == "float32":
+        memory.copy(low, decoded(host.on_host(param.flat)))
+    else:
+        low.fill(0)
     return made._replace(low=low, param=SPLIT.get(made.master, made.param))
 
 
-def acquired_copy(copy, name, tensor):
+def acquired_copy(copy, name, tensor, memory):
     """The Buffer of the bf16 or fp16 array to which a parameter is written once more."""
     if tensor.dtype != np.float32:
         raise ValueError(f"{name} is for parameters that are updated in float32; {tensor.name} has dtype {tensor.dtype}")
@@ -214,24 +206,24 @@ def acquired_copy(copy, name, tensor):
     wanted += "fastrms.Stored(array, 'bf16')"
     if host.is_no_array(copy):
         raise TypeError(f"{name} is a {type(copy).__name__}; {wanted}")
-    buffer = host.acquire(copy, name, writable=True, halves=True)
+    buffer = memory.acquire(copy, name, writable=True, halves=True)
     if of_buffer(buffer) is FLOAT:
         raise TypeError(f"{name} has dtype {buffer.dtype}; {wanted}")
-    host.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
+    memory.same_layout(buffer, name, tensor.param, tensor.name, dtypes=GRADIENTS)
     return buffer
 
 
-def write_copy(tensor):
+def write_copy(tensor, memory):
     """Give the copy of a parameter the numbers that this has now, rounded to nearest."""
-    made, param, step = tensor.storage, tensor.param, 1 << 16  # elements that are in cache
-    for begin in range(0, param.size, step):
-        numbers = decoded(param.flat[begin : begin + step])
-        formats.encode(made.copy_format, numbers, host.bits(made.copy.flat), param.size, formats.Rounding(), begin=begin)
+    made, param, step = tensor.storage, tensor.param, 1 << 20  # elements
+    for some in (slice(begin, begin + step) for begin in range(0, param.size, step)):
+        numbers = decoded(host.on_host(param.flat[some]))
+        memory.copy(host.bits(made.copy.flat[some]), stored(made.copy_format, numbers))
 
 
 def refuse_damaged_blocks(format, flat, size, label):
     """ValueError where the bases of the blocks of q8 are none that an encoder makes."""
-    bases = formats.parts_of(format, flat, None, size, 0, size)[1].view(np.int32)
+    bases = host.on_host(flat[formats.first_base(size) :]).view(np.int32)
     if not ((bases >= 0) & (bases <= LARGEST_BASE[format])).all() or (format is Q8 and (bases % 8).any()):
         raise ValueError(f"{label} has damaged blocks: the base of a block is from 0 to {LARGEST_BASE[format]}, and a "
                          f"multiple of 8 where numbers have a sign")  # fmt: skip
@@ -251,18 +243,18 @@ def stored(format, numbers):
     return made
 
 
-def fill(flat, format, size, value):
+def fill(flat, format, size, value, memory=host):
     """Make all `size` numbers of a flat array in a Format this value, rounded to nearest."""
     flat.fill(value if format is FLOAT else 0)
     if value and format is not FLOAT:
-        formats.encode(format, np.full(size, value, np.float32), flat, size, formats.Rounding())
+        memory.copy(flat.view(format.dtype), stored(format, np.full(size, value, np.float32)))
 
 
 def new_state(format, param, beside, value, memory):
     """A new flat state array in a Format, every element of which holds a value."""
     dtype = compute_dtype(param) if format is FLOAT else format.dtype
     made = memory.place_beside(param, beside, items_of(format, param.size), dtype)
-    fill(made, format, param.size, value)
+    fill(made, format, param.size, value, memory)
     return made
 
 
@@ -272,13 +264,14 @@ def said(format):
 
 
 class StoredState:
-    """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32.
+    """A state that is stored in a format.  np.asarray() of it gives its numbers, a copy in float32: what is written there
+    does not reach the optimizer, what is written into bits does.
 
     Attributes
     ----------
-    bits : numpy.ndarray
-        The memory that is in use, flat: uint16 for bf16 and fp16, uint8 for q8, where a name of a FlatBuffer has that of the
-        whole FlatBuffer.
+    bits : numpy.ndarray, or array in device memory
+        The memory that is in use, flat, in the memory order of the parameter: uint16 for bf16 and fp16, uint8 for q8, where
+        a name of a FlatBuffer has that of the whole FlatBuffer.
     format : str
         "bf16", "fp16" or "q8".
     shape : tuple of int
@@ -295,7 +288,8 @@ class StoredState:
         return StoredState(self._tensor, self._format, self._flat, part)
 
     def __array__(self, dtype=None, copy=None):
-        numbers = self._tensor.shaped(formats.decode(self._format, self._flat, self._tensor.param.size))
+        flat = host.on_host(self._flat)
+        numbers = self._tensor.shaped(formats.decode(self._format, flat, self._tensor.param.size))
         return host.decoded(numbers if self._part is None else self._part.of(numbers), self.format, dtype, copy)
 
     def __reduce__(self):

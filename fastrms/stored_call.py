@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from . import formats, hyper, rules, storage
-from .memory import host
+from .memory import device, host
 from .storage import BF16, FLOAT, FP16S, Q8, Storage, of_buffer
 
 OPTIONS = {"param_copy": None, "rounding": "stochastic", "seed": 0}  # of a call, with their defaults
@@ -54,34 +54,39 @@ def refuse_in_init_state(options, function):
         raise TypeError(f"{name} does not change which state is made: leave it out here, and pass it to {function}()")
 
 
-def refuse_on_device(said):
-    """ValueError where a call on arrays in device memory has one of OPTIONS."""
-    options = {name: value for name, value in said.items() if name != "param_copy"}
-    storage.refuse_on_device([options], said.get("param_copy"))
-
-
-def acquired(buffers, names, said):
+def acquired(memory, buffers, names, said):
     """The Buffers of the arguments of a call, checked against each other."""
-    param = acquired_param(buffers[0], "rounding" in said)
-    return [param, *(acquired_beside(x, name, param) for x, name in zip(buffers[1:], names[1:], strict=True))]
+    param = acquired_param(memory, buffers[0], "rounding" in said)
+    return [param, *(acquired_beside(memory, x, name, param) for x, name in zip(buffers[1:], names[1:], strict=True))]
 
 
-def acquired_param(x, rounding_said):
+def acquired_param(memory, x, rounding_said):
     """The Buffer of the parameter, which may be bf16 or fp16 where the call says how it is rounded."""
     if not rounding_said and host.is_half(x):
         raise TypeError(f"param has dtype {host.half_name(x)}: pass a float32 copy of it as param and this array as "
                         f"param_copy, or say rounding='stochastic' or 'nearest', by which new parameters are "
                         f"rounded")  # fmt: skip
-    return host.acquire(x, "param", writable=True, halves=rounding_said)
+    return memory.acquire(x, "param", writable=True, halves=rounding_said)
 
 
-def acquired_beside(x, name, param):
+def acquired_beside(memory, x, name, param):
     """The Buffer of a gradient or a state, checked against the parameter."""
     dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None  # None: that of param alone
-    if dtypes and name != "grad" and isinstance(x, np.ndarray) and x.dtype == Q8.dtype:
-        return q8_state(x, name, param)
-    buffer = host.acquire(x, name, writable=name != "grad", halves=True)
-    host.same_layout(buffer, name, param, "param", dtypes=dtypes)
+    if dtypes and name != "grad" and memory.holds_bytes(x):
+        return q8_state(x, name, param) if memory is host else q8_state_on_device(x, name, param)
+    buffer = memory.acquire(x, name, writable=name != "grad", halves=True)
+    memory.same_layout(buffer, name, param, "param", dtypes=dtypes)
+    return buffer
+
+
+def q8_state_on_device(x, name, param):
+    """The Buffer of a state in q8 in device memory."""
+    buffer, shape = device.acquire_integers(x, name), (formats.stored_bytes(Q8, param.size),)
+    device.same_device([param, buffer], ["param", name])
+    if buffer.shape != shape or buffer.address % 4:
+        raise ValueError(f"{name} is an array of uint8 with shape {buffer.shape} at address {buffer.address:#x}; a state in "
+                         f"q8 of {param.size} elements has shape {shape}, and is aligned to 4 bytes: make it by "
+                         f"init_state()")  # fmt: skip
     return buffer
 
 
@@ -127,15 +132,15 @@ def storage_of(acquired, copy, names, said, not_negative, step):
     return Storage(param_format, tuple(made), None, None, copy, copied, stochastic, options["seed"])
 
 
-def acquired_copy(x, param):
+def acquired_copy(memory, x, param):
     """The Buffer of param_copy, None where there is none."""
     tensor = SimpleNamespace(dtype=storage.compute_dtype(param), param=param, name="param")
-    return None if x is None else storage.acquired_copy(x, "param_copy", tensor)
+    return None if x is None else storage.acquired_copy(x, "param_copy", tensor, memory)
 
 
-def holds_zero(memory, param, states):
+def holds_zero(param, states):
     """Whether a state holds a 0; in q8 that is the code 0."""
-    flats = (storage.decoded(x.flat[: param.size]) if memory is host else memory.on_host(x.flat) for x in states)
+    flats = (storage.decoded(host.on_host(x.flat[: param.size])) for x in states)
     return any((flat == 0).any() for flat in flats)
 
 
@@ -145,6 +150,8 @@ def update(module, made, recipe, step, grad_scale, acquired):
     flats = [state.flat for state in states]
     if made is None and of_buffer(grad) is FLOAT:
         return module.update(recipe, step, grad_scale, param.flat, grad.flat, flats)
+    if hasattr(param, "device"):
+        return module.update(recipe, step, grad_scale, param, grad, flats, made)
     plan = module.Plan([param], [flats], [0], [recipe], storages=[made])
     plan.copy([], steps=[step - 1, step - 1])
     status, _ = plan.change(grads=[grad], grad_scale=grad_scale)

@@ -60,6 +60,7 @@ class Tensors(list):
         self.keys = sorted(set(keys), key=str)
         columns = names, structure.names("grads"), structure.parts("params"), params, map(self.keys.index, keys)
         super().__init__(Tensor(*row) for row in zip(*columns, strict=True))
+        self._know_torch()
 
     @property
     def params(self):
@@ -91,7 +92,7 @@ class Tensors(list):
         for tensor, copy, name in zip(self, copies, names, strict=True):
             mine = options[self.keys[tensor.recipe].group]
             if copy is not None:
-                copy = storage.acquired_copy(copy, name, tensor)
+                copy = storage.acquired_copy(copy, name, tensor, self.memory)
             tensor.storage = storage.of_tensor(tensor, rules_of_keys[tensor.recipe], mine, copy, not_negative, seed, origin)
             origin += tensor.param.size
             tensor.lent = {name: copy} if copy is not None and host.is_torch(copy.owner) else {}
@@ -107,7 +108,7 @@ class Tensors(list):
         """Give the copies of parameters the numbers that these have now, and tell their owners."""
         copied = [tensor for tensor in self if tensor.storage and tensor.storage.copy]
         for tensor in copied:
-            storage.write_copy(tensor)
+            storage.write_copy(tensor, self.memory)
         self.memory.wrote([tensor.storage.copy for tensor in copied])
 
     def make_low(self):
@@ -161,13 +162,9 @@ class Tensors(list):
         if grad is None:
             return None
         tensor = self[k]
-        if self.memory is not host:
-            buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable)
-            self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name)
-            return buffer
-        buffer = host.acquire(grad, tensor.grad_name, writable=writable, halves=True)
         dtypes = storage.GRADIENTS if tensor.dtype == np.float32 else None
-        host.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
+        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable, halves=True)
+        self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
         return buffer
 
     def moved(self, which):
@@ -214,10 +211,10 @@ class Tensors(list):
 
 def acquired_param(memory, x, name, options):
     """The Buffer of a parameter, which may be bf16 or fp16 where the options of its group say how it is updated."""
-    if options is None or memory is not host:
+    if options is None:
         return memory.acquire(x, name, writable=True)
     storage.refuse_undecided(x, name, options)
-    return host.acquire(x, name, writable=True, halves=storage.takes_halves(options))
+    return memory.acquire(x, name, writable=True, halves=storage.takes_halves(options))
 
 
 def refuse_other_dtype(param, tensor):

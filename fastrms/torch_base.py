@@ -167,6 +167,11 @@ class Optimizer(torch.optim.Optimizer):
         self._clip_norm = value
 
     @property
+    def seed(self):
+        """What the random numbers of stochastic rounding depend on, beside steps and positions."""
+        return self._seed
+
+    @property
     def nonfinite(self):
         """What a step does where a gradient is NaN or infinite: "propagate", "skip" or "raise"."""
         return self._nonfinite

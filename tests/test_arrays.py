@@ -621,7 +621,7 @@ def test_the_backend_steps_only_with_gradients_that_are_held(backend):
 def test_both_memory_modules_offer_what_is_written_down():
     """The functions that the docstring of fastrms.memory lists, with these parameters; a Buffer with these attributes."""
     listed = dict(re.findall(r"^(\w+)\((.*?)\)  ", memory.__doc__, re.MULTILINE))
-    assert len(listed) == 8
+    assert len(listed) == 9
     for module, (name, parameters) in itertools.product((host, device), listed.items()):
         assert ", ".join(inspect.signature(getattr(module, name)).parameters) == parameters.replace("=", ""), (module, name)
     attributes = re.findall(

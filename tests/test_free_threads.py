@@ -1,4 +1,4 @@
-"""Python threads without the GIL: on free-threaded CPython these really run at once; elsewhere C releases the GIL in a step."""
+"""Python threads without the GIL: on free-threaded CPython these run at once; elsewhere C releases the GIL in a step."""
 
 import sys
 import sysconfig

@@ -13,7 +13,7 @@ import pytest
 from conftest import CLASSES, DTYPES, backends, bits, raw_recipe, wild_values
 
 import fastrms
-from fastrms import rules
+from fastrms import formats, rules, storage
 from fastrms.backends.coefficients import Coefficients
 from fastrms.backends.cuda import table, toolchain
 from fastrms.memory import device
@@ -227,6 +227,44 @@ def test_state_goes_to_the_host_and_back(library):
     assert optimizer.steps == 2
     for a, b in zip(optimizer.state_dict()["tensors"], twice["tensors"], strict=True):
         assert all(same(a["state"][name], b["state"][name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+FORMATS = [  # parameter, gradient, options
+    ("float32", "bf16", {"state_format": "bf16"}),
+    ("float32", "fp16", {"state_format": "q8"}),
+    ("bf16", "bf16", {"master": "split16", "state_format": "fp16"}),
+    ("bf16", "float32", {"master": "split8", "rounding": "nearest"}),
+    ("bf16", "bf16", {"rounding": "stochastic", "state_format": "bf16"}),
+    ("fp16", "fp16", {"master": "float32", "state_format": "q8"}),
+]
+
+
+def in_format(name, x, to_device=np.array):
+    """Float32 numbers in a format, in memory of the host or of a library's arrays."""
+    if name == "float32":
+        return to_device(x)
+    codes = storage.stored(formats.FORMATS[name], x)
+    return to_device(codes.view(np.float16)) if name == "fp16" else fastrms.Stored(to_device(codes.view(np.int16)), "bf16")
+
+
+@pytest.mark.parametrize("param, grad, options", FORMATS, ids=str)
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_storage_formats(library, param, grad, options, clip_norm):
+    sizes = (1003, 5, 0, 257, 1 << 16)
+    where = (library.to_device, library.to_host), (np.array, np.asarray)
+    found = []
+    for to, back in where:
+        params = [in_format(param, numbers(size, k), to) for k, size in enumerate(sizes)]
+        copies = [in_format("bf16", numbers(size), to) for size in sizes]
+        backend = "numpy" if to is np.array else "cuda"
+        optimizer = fastrms.Adam(params, param_copy=copies, seed=7, backend=backend, **options)
+        for step in range(3):
+            grads = [in_format(grad, numbers(size, 9 + k + step), to) for k, size in enumerate(sizes)]
+            norm = optimizer.step([None, *grads[1:]] if step == 1 else grads, clip_norm=clip_norm).grad_norm
+        arrays = [back(getattr(x, "array", x)) for x in (*params, *copies)]
+        states = [x for entry in optimizer.state_dict()["tensors"] for x in entry["state"].values()]
+        found.append([norm, *(np.asarray(x).reshape(-1).view(np.uint8) for x in (*arrays, *states))])
+    assert found[0][0] == found[1][0] and all(map(np.array_equal, found[0][1:], found[1][1:]))
 
 
 def test_functions(library):

@@ -153,9 +153,9 @@ def test_dir_shows_the_public_names():
     optimizer = fastrms.Adam(np.ones(3))
     shown = {name for name in dir(optimizer) if not name.startswith("__")}
     assert shown == {
-        "advance", "backend", "bind", "c_step", "dialect", "groups", "load", "load_state_dict", "load_torch_state_dict",
-        "lr", "nbytes", "nonfinite", "report", "save", "state", "state_dict", "step", "steps", "streaming", "tensor_steps",
-        "to_torch_state_dict", "zero_grad",
+        "advance", "backend", "bind", "c_step", "dialect", "formats", "groups", "load", "load_state_dict",
+        "load_torch_state_dict", "lr", "nbytes", "nonfinite", "report", "save", "state", "state_dict", "step", "steps",
+        "streaming", "tensor_steps", "to_torch_state_dict", "zero_grad",
     }  # fmt: skip
     loaded = {"numba", "cuda", "mpi", "torch"} & vars(fastrms).keys()
     assert set(dir(fastrms)) == {*fastrms.__all__, "schedules", "__version__", *loaded}

@@ -1,4 +1,4 @@
-"""Other CPUs, systems and compilers compute the bits of this machine: tests/c/bits.c, cross-compiled, and run by an emulator.
+"""Other CPUs, systems and compilers compute the bits of this machine: tests/c/bits.c, cross-compiled, and run emulated.
 
 aarch64: Debian's gcc-aarch64-linux-gnu or zig (the wheel ziglang), and qemu-user.  Windows: zig, and wine64.
 """

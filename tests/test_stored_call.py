@@ -10,7 +10,7 @@ from test_same_bits import OPTIMIZERS
 from test_storage import numbers, raw, refused, stored
 
 import fastrms
-from fastrms import backends, family, formats, storage, stored_call
+from fastrms import family, formats, storage, stored_call
 
 STATE_FORMATS = [None, "bf16", "fp16", "q8"]
 ROUNDINGS = ["stochastic", "nearest"]
@@ -233,15 +233,6 @@ def test_arrays_of_a_call_may_not_share_a_byte(backend, first, second):
         with pytest.raises(ValueError, match=said) if shared else contextlib.nullcontext():
             fastrms.adam(**arrays, step=1, backend=backend)
         assert not memory.any()
-
-
-def test_a_gpu_takes_no_formats(monkeypatch):
-    """The sentence comes before an array is looked at."""
-    monkeypatch.setattr(backends, "choose", lambda name, own_rule=None, array=None: type("cuda", (), {"memory": None}))
-    w = np.ones(N, np.float32)
-    for options in ({"param_copy": w}, {"rounding": "nearest"}, {"seed": 3}):
-        with pytest.raises(ValueError, match=f"^{next(iter(options))}.* backend 'cuda' updates float32 and float64"):
-            fastrms.adagrad(w, w, w, **options)
 
 
 def test_every_option_of_a_call_is_that_of_a_class():

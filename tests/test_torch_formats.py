@@ -164,6 +164,12 @@ def test_masters_of_split16_are_those_of_float32():
         assert raw(joined) == raw(master) and raw(master.to(BF16)) == raw(param)
 
 
+def test_seeds_are_read_back():
+    param = parameters(F32, [(3,)])[0]
+    optimizer = ft.Adam([param], state_format="bf16", seed=2**63)
+    assert optimizer.seed == copy.deepcopy(optimizer).seed == 2**63 and ft.Adam([param]).seed == 0
+
+
 def test_seeds_and_roundings_count():
     runs = {}
     for options in ({"seed": 0}, {"seed": 1}, {"seed": 0, "rounding": "nearest"}):

@@ -204,6 +204,7 @@ class Plan(backends.Plan):
         self._tensor = ffi.new("fastrms_tensor[]", len(params))
         self._recipe = ffi.new("fastrms_recipe[]", len(recipes))
         self._grad = ffi.new(self._pointers, len(params))
+        self._dtypes = [recipes[index].dtype for index in recipe_of]
         for index, recipe in enumerate(recipes):
             fill_recipe(self._recipe[index], recipe)
         for k, (param, state) in enumerate(zip(params, states, strict=True)):
@@ -220,6 +221,10 @@ class Plan(backends.Plan):
         lib.fastrms_plan_init(self._plan, *tables, self._scratch)
         self._plan.on_nonfinite, self._plan.zero_grad = ON_NONFINITE.index(nonfinite), zero_grad
         self._watches = nonfinite != "propagate"
+
+    def grad_dtype(self, k):
+        """The dtype of the gradient of tensor k that the plan took over last, None where it has none."""
+        return DTYPE_OF.get(self._tensor[k].grad_format, self._dtypes[k]) if self._grad[k] else None
 
     def join(self, exchange):
         self._gathering = Gathering(exchange)

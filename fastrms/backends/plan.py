@@ -179,6 +179,10 @@ class Plan(backends.Plan):
         """Whether the updates of the last step serve these parameters and gradients, too: never, as they hold the arrays."""
         return False
 
+    def grad_dtype(self, k):
+        """The dtype of the gradient of tensor k that the plan took over last, None where it has none."""
+        return None if self.grads[k] is None else self.grads[k].dtype
+
     def join(self, exchange):
         self.exchange = exchange
 
@@ -214,17 +218,17 @@ class Plan(backends.Plan):
             if grad is not None and grad.size:
                 index = self.recipe_of[k]
                 missed = None if self.recipes[index].fixed else self.missed[k]
-                groups.setdefault((index, missed, self._is_stored(k, grad)), []).append(k)
+                groups.setdefault((index, missed, self._stored_as(k, grad)), []).append(k)
         return groups.values()
 
-    def _is_stored(self, k, grad):
-        """Whether tensor k is updated tile by tile, through floats."""
+    def _stored_as(self, k, grad):
+        """Whether tensor k is updated tile by tile, through floats; in a subclass how."""
         return self.storages[k] is not None or of_buffer(grad) is not FLOAT
 
     def _update(self, coefficients, members, grads):
         """An Update of the tensors with the indices `members`, which are of one group; grads: index -> gradient."""
         tensors, missed = [(self.params[k], grads[k], self.states[k]) for k in members], self.missed[members[0]]
-        if not self._is_stored(members[0], grads[members[0]]):
+        if not self._stored_as(members[0], grads[members[0]]):
             return self.kind(coefficients, missed, tensors)
         stored = [StoredTensor(self.storages[k], self.missed[k], *row) for k, row in zip(members, tensors, strict=True)]
         return TiledUpdate(self.kind, coefficients, missed, stored)

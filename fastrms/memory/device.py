@@ -34,21 +34,29 @@ class DeviceBuffer:
     def flat(self):
         return self
 
-    def _replace(self, address):
-        """A DeviceBuffer like this one at another address, whose memory somebody else keeps; as of a named tuple."""
-        made = DeviceBuffer.__new__(DeviceBuffer)
-        vars(made).update(vars(self))
-        made.owner, made.address, made.end, made.stream = None, address, address + self.nbytes, None
-        return made
+    def _replace(self, address, dtype):
+        """A DeviceBuffer like this one of another dtype at another address, whose memory somebody else keeps."""
+        return DeviceBuffer(None, address, self.shape, self.strides, dtype, self.device)
+
+    def __getitem__(self, span):
+        """A part of a flat array."""
+        start, stop, _ = span.indices(self.size)
+        size, address = max(0, stop - start), self.address + start * self.dtype.itemsize
+        return DeviceArray(self.owner, address, (size,), (int(size > 1),), self.dtype, self.device)
+
+    def view(self, dtype):
+        """The same memory as elements of another dtype of this size."""
+        return DeviceArray(self.owner, self.address, self.shape, self.strides, np.dtype(dtype), self.device)
 
     def fill(self, value):
         """Write a value everywhere; the device does it where all words of the value are equal."""
-        words = np.full(1, value, self.dtype).view(np.uint32)
+        size = min(self.dtype.itemsize, 4)
+        words = np.full(1, value, self.dtype).view(f"u{size}")
         if (words != words[0]).any():
             copy(self, np.full(self.size, value, self.dtype))
         elif self.size:
             with finished(self.device):
-                call_driver("filling", "cuMemsetD32", self.address, int(words[0]), self.nbytes // 4)
+                call_driver("filling", f"cuMemsetD{8 * size}", self.address, int(words[0]), self.nbytes // size)
 
     def to_host(self):
         """A NumPy array with the numbers in memory order."""
@@ -73,6 +81,7 @@ class DeviceArray(DeviceBuffer):
 
 def is_device_array(x):
     """Whether x lies in device memory, without importing anything."""
+    x = x.array if isinstance(x, host.Stored) else x
     if isinstance(x, (np.ndarray, *host._NOT_ARRAYS)):
         return False
     if host.is_torch(x):
@@ -83,7 +92,26 @@ def is_device_array(x):
 
 
 def acquire(x, name, *, writable, halves=False):
-    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves, of host memory, is not used here."""
+    """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves: whether it may also be bf16 or fp16, for
+    which a DeviceBuffer has the dtype uint16 or float16."""
+    seen = see(x, name, halves)
+    if seen.dtype not in host.DTYPES and not (halves and seen.dtype == host.FP16) and not _says_bf16(x):
+        if halves:
+            host.refuse_unsaid(seen.dtype, name)
+        raise TypeError(f"{name} has dtype {seen.dtype}; fastrms updates float32 and float64")
+    return _buffer(x, seen, name, writable)
+
+
+def acquire_integers(x, name):
+    """The DeviceBuffer of an array of any dtype, which holds what a format stores."""
+    return _buffer(x, see(x, name, False), name, True)
+
+
+def see(x, name, halves):
+    """The Seen of a device array, and of one in a Stored where it may be bf16 or fp16; TypeError for anything else."""
+    if halves and isinstance(x, host.Stored):
+        return see(x.array, name, halves)._replace(dtype=host.IN_HALF[{"bf16": "bfloat16", "fp16": "float16"}[x.format]])
+    host.refuse_stored(x, name)
     if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip
@@ -91,9 +119,20 @@ def acquire(x, name, *, writable, halves=False):
     if not is_device_array(x):
         raise TypeError(f"{name} ({type(x).__name__}) is in host memory; backend='cuda' updates device memory: pass "
                         f"cupy.asarray({name}) or a torch tensor on 'cuda', or use backend='c'")  # fmt: skip
-    seen = _seen_of_torch(x, name) if host.is_torch(x) else _seen_of_cupy(x) if _is_cupy(x) else _seen(x, name)
-    if seen.dtype not in host.DTYPES:
-        raise TypeError(f"{name} has dtype {seen.dtype}; fastrms updates float32 and float64")
+    return _seen_of_torch(x, name, halves) if host.is_torch(x) else _seen_of_cupy(x) if _is_cupy(x) else _seen(x, name)
+
+
+def holds_bytes(x):
+    """Whether x is an array of uint8, as those of q8 are."""
+    return is_device_array(x) and not isinstance(x, host.Stored) and see(x, "this", True).dtype == np.uint8
+
+
+def _says_bf16(x):
+    """Whether an array that was seen with halves says itself that its bits are bf16."""
+    return host.is_half(x) and (host.is_torch(x) or isinstance(x, host.Stored))
+
+
+def _buffer(x, seen, name, writable):
     if seen.address % seen.dtype.itemsize:
         raise ValueError(f"{name} starts at address {seen.address:#x}, which is not aligned to {seen.dtype.itemsize} bytes")
     if writable and seen.read_only:
@@ -115,10 +154,11 @@ class Seen(NamedTuple):
     stream: int | None = None
 
 
-def _seen_of_torch(x, name):
+def _seen_of_torch(x, name, halves):
     """The Seen of a torch tensor.  Its own methods answer in a tenth of the time that the protocols take."""
     dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float64"):
+    kind = host.IN_HALF.get(dtype) if halves else None
+    if dtype not in ("float32", "float64", "uint16", "int16", "uint8") and kind is None:
         raise TypeError(
             f"{name} has dtype {dtype}; fastrms updates float32 and float64 on CUDA: pass {name}.float(), a copy"
         )
@@ -132,7 +172,7 @@ def _seen_of_torch(x, name):
         raise ValueError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
     if address + x.numel() * x.element_size() > end:
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
-    return Seen(address, tuple(x.shape), tuple(strides), np.dtype(dtype), x.device.index, False)
+    return Seen(address, tuple(x.shape), tuple(strides), kind or np.dtype(dtype), x.device.index, False)
 
 
 def _is_cupy(x):
@@ -218,21 +258,21 @@ def ours(array):
     return array
 
 
-def on_host(array):
-    """A flat array of ours as a NumPy array in host memory: a copy of its numbers."""
-    return array.to_host()
+on_host = host.on_host
 
 
 def place_beside(param, others, size=None, dtype=None):
-    """A new uninitialised flat DeviceArray like a Buffer, unless it is to have another size and dtype, at the same offset to
-    a multiple of VECTOR, so that a kernel can load vectors of both; where else it lies makes no difference on a GPU."""
-    made = param.size if size is None else size, dtype or param.dtype
-    return allocate(*made, param.device, param.address % VECTOR)
+    """A new uninitialised flat DeviceArray like a Buffer, unless it is to have another size and dtype.  It begins as
+    many elements behind a vector as the Buffer, so that a kernel can load vectors of both, unless it has another size; where
+    else it lies makes no difference on a GPU."""
+    dtype = dtype or param.dtype
+    behind = 0 if size not in (None, param.size) else param.address // param.dtype.itemsize % 4  # of 16 bytes at most
+    return allocate(param.size if size is None else size, dtype, param.device, behind * dtype.itemsize)
 
 
 def again(buffer, name):
     """The Buffer of a torch tensor that may have been given other memory since."""
-    return buffer if buffer.owner.data_ptr() == buffer.address else acquire(buffer.owner, name, writable=True)
+    return buffer if buffer.owner.data_ptr() == buffer.address else acquire(buffer.owner, name, writable=True, halves=True)
 
 
 class Memory:
@@ -250,7 +290,7 @@ class Memory:
 
 
 def allocate(size, dtype, index, offset=0):
-    """A new uninitialised DeviceArray on a device, whose address has this offset to a multiple of VECTOR."""
+    """A new uninitialised DeviceArray on a device, whose address has this offset to a multiple of 256."""
     memory = Memory(offset + size * dtype.itemsize, index)
     return DeviceArray(memory, memory.address + offset, (size,), (1 if size > 1 else 0,), dtype, index)
 

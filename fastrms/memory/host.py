@@ -69,7 +69,9 @@ class Stored:
         if format not in ("bf16", "fp16"):
             raise ValueError(f"format={format!r} is not one of 'bf16', 'fp16'")
         is_other = is_torch(array) or isinstance(array, Stored) or is_no_array(array)
-        if is_other or as_array(array, "array").dtype not in (np.uint16, np.int16):
+        interface = None if is_other else getattr(array, "__cuda_array_interface__", None)
+        dtype = np.dtype(interface["typestr"]) if interface else None if is_other else as_array(array, "array").dtype
+        if dtype not in (np.uint16, np.int16):
             raise TypeError(f"array is {_with_dtype(array)}; Stored takes an array of uint16 or int16 with the bits of each "
                             f"number, and converts nothing: an array of float16 or ml_dtypes.bfloat16, or a torch tensor of "
                             f"float16 or bfloat16, is passed without Stored")  # fmt: skip
@@ -146,6 +148,11 @@ def half_array(x, name):
     return as_array(x, name).view(kind)
 
 
+def holds_bytes(x):
+    """Whether x is an array of uint8, as those of q8 are."""
+    return isinstance(x, np.ndarray) and x.dtype == np.uint8
+
+
 def is_half(x):
     """Whether x is an array of bf16 or fp16."""
     return isinstance(x, Stored) or str(getattr(x, "dtype", "")).removeprefix("torch.") in IN_HALF
@@ -169,14 +176,20 @@ def refuse_dtype(dtype, name, x, halves=False):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
     if dtype in DTYPES:
         return
-    if halves and dtype in (np.uint16, np.int16):
-        raise TypeError(f"{name} has dtype {dtype}; say which numbers its bits are: fastrms.Stored({name}, 'bf16') or "
-                        f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
+    if halves:
+        refuse_unsaid(dtype, name)
     fault = f"{dtype}; fastrms updates float32 and float64"
     if not dtype.isnative:
         fault = f"{dtype.str}, which is not in native byte order"
     array = name if hasattr(x, "astype") else f"np.asarray({name})"
     raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array)}")
+
+
+def refuse_unsaid(dtype, name):
+    """TypeError for 16 bits of which nobody says what numbers they are."""
+    if dtype in (np.uint16, np.int16):
+        raise TypeError(f"{name} has dtype {dtype}; say which numbers its bits are: fastrms.Stored({name}, 'bf16') or "
+                        f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
 
 
 def address(array):
@@ -200,8 +213,7 @@ def as_array(x, name):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
-    if isinstance(x, Stored):
-        raise TypeError(f"{name} is a Stored {x.format}; it must be float32 or float64 here")
+    refuse_stored(x, name)
     refuse_non_array(x, name)
     if remedies.is_jax(x):
         _refuse_without_numbers(x, name)
@@ -210,6 +222,12 @@ def as_array(x, name):
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
         )
     return _view(x, name)
+
+
+def refuse_stored(x, name):
+    """TypeError for bf16 and fp16 where only floats are taken."""
+    if isinstance(x, Stored):
+        raise TypeError(f"{name} is a Stored {x.format}; it must be float32 or float64 here")
 
 
 def is_torch(x):
@@ -423,8 +441,13 @@ def same_device(buffers, names):
 
 
 def on_host(array):
-    """A flat array of ours as a NumPy array in host memory, which it is here."""
-    return array
+    """A flat array of ours as a NumPy array in host memory: itself, or a copy of one of device memory."""
+    return array.to_host() if hasattr(array, "to_host") else array
+
+
+def copy(to, source):
+    """Copy between flat arrays."""
+    to[...] = source
 
 
 def place_beside(param, others, size=None, dtype=None):

@@ -51,6 +51,11 @@ def recipe_of(rule, general, dtype, visible):
     )
 
 
+def never_negative(name):
+    """Whether a state holds no negative number."""
+    return name.endswith(("sq", "square_avg", "sum"))
+
+
 def coefficients_of(recipe):
     return np.array(recipe.at(1, 1.0)).astype(recipe.dtype)
 
@@ -60,7 +65,7 @@ def buffers_of(rule, dtype, size, ordinary):
     names = rules.arguments(rules.RULES[rule])[: 2 + len(rules.state_names(rules.RULES[rule]))]
     values = [np.random.default_rng(k).standard_normal(size).astype(dtype) if ordinary else wild_values(size, dtype, k)
               for k, _ in enumerate(names)]  # fmt: skip
-    return [np.abs(v) if name.endswith(("sq", "square_avg", "sum")) else v for name, v in zip(names, values, strict=True)]
+    return [np.abs(v) if never_negative(name) else v for name, v in zip(names, values, strict=True)]
 
 
 def expected(recipe, buffers):

@@ -89,6 +89,8 @@ CALL(cuMemGetInfo_v2, size_t *available, size_t *all) *available = *all = 1ull <
 CALL(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t n, void *s) memmove((void *)to, (void *)from, n); OK
 CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
 CALL(cuMemsetD32_v2, uint64_t to, unsigned value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned *)to)[k] = value; OK
+CALL(cuMemsetD16_v2, uint64_t to, unsigned short value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned short *)to)[k] = value; OK
+CALL(cuMemsetD8_v2, uint64_t to, unsigned char value, size_t n) memset((void *)to, value, n); OK
 CALL(cuEventQuery, void *e) return busy ? 600 : 0; }
 CALL(cuMemsetD8Async, uint64_t to, unsigned char value, size_t n, void *s) memset((void *)to, value, n); OK
 CALL(cuMemPoolGetAttribute, void *pool, int attribute, void *v) *(uint64_t *)v = 0; OK

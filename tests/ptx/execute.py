@@ -22,8 +22,13 @@ FLAGS = [
     "-fPIC",
 ]
 SPECIAL = {"%tid.x": "tid", "%ctaid.x": "cta", "%ntid.x": "ntid", "%nctaid.x": "ncta"}
-SIZES = {"64": 8, "32": 4, "16": 2}
-ERRORS = {1: "misaligned access", 2: "load out of range", 3: "store out of range"}
+SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
+ERRORS = {
+    1: "misaligned access",
+    2: "load out of range",
+    3: "store out of range",
+    4: "an exchange without all threads of a warp",
+}
 RUN = """
 int run(const u64 *P, u32 ntid, u32 first, u32 last, u32 ncta, int backwards, memory *m)
 {
@@ -31,6 +36,20 @@ int run(const u64 *P, u32 ntid, u32 first, u32 last, u32 ncta, int backwards, me
     for (u64 k = 0; k < count && !m->error; k++) {
         u64 t = backwards ? count - 1 - k : k;
         thread(m, P, (u32)(t % ntid), ntid, first + (u32)(t / ntid), ncta);
+    }
+    return m->error;
+}
+"""
+
+
+RUN_WARPS = """
+#include "warp.h"
+int run(const u64 *P, u32 ntid, u32 first, u32 last, u32 ncta, int backwards, memory *m)
+{
+    u64 count = (u64)(last - first) * ntid / WARP;
+    for (u64 k = 0; k < count && !m->error; k++) {
+        u64 t = (backwards ? count - 1 - k : k) * WARP;
+        run_warp(m, P, (u32)(t % ntid), ntid, first + (u32)(t / ntid), ncta, backwards);
     }
     return m->error;
 }
@@ -55,11 +74,11 @@ class Memory(ctypes.Structure):
 
 
 class Buffer:
-    """Memory that a kernel may touch: an array, and how often each of its words was stored."""
+    """Memory that a kernel may touch: an array, and how often each of its bytes was stored."""
 
     def __init__(self, array):
         self.array = array
-        self.stores = np.zeros(array.nbytes // 4, np.uint8)
+        self.stores = np.zeros(array.nbytes, np.uint8)
         self.address = array.ctypes.data
 
     def region(self):
@@ -85,6 +104,11 @@ class Kernel:
             if line.strip("{}"):
                 yield line
 
+    @property
+    def exchanges(self):
+        """Whether threads of a warp exchange registers."""
+        return any(opcode.startswith("shfl") for opcode in self.opcodes)
+
     @functools.cached_property
     def library(self):
         return built(self.source())
@@ -100,7 +124,8 @@ class Kernel:
             if line.strip("{}"):
                 body.append((f"if ({self.operand(guard)}) " if guard else "") + self.statement(line))
         head = "static void thread(memory *m, const u64 *P, u32 tid, u32 ntid, u32 cta, u32 ncta)\n{\n"
-        return f'#include "{HERE}/machine.h"\n{head}' + "\n".join([*registers, *body]) + "\nend: ;\n}\n" + RUN
+        run = RUN_WARPS.replace("warp.h", f"{HERE}/warp.h") if self.exchanges else RUN
+        return f'#include "{HERE}/machine.h"\n{head}' + "\n".join([*registers, *body]) + "\nend: ;\n}\n" + run
 
     def statement(self, line):
         if line.endswith(":"):
@@ -113,7 +138,7 @@ class Kernel:
             return f"goto {operands[0].replace('$', '')};"
         if opcode.startswith(("ld.param.", "ld.global.", "st.global.")):
             return self.access(opcode, operands)
-        target, *sources = map(self.operand, operands)
+        target, *sources = map(self.operand, [operands[0].partition("|")[0], *operands[1:]])  # of a|p, p is not used
         return f"{target} = {opcode.replace('.', '_')}({', '.join(sources)});"
 
     def operand(self, text):
@@ -124,8 +149,8 @@ class Kernel:
             return "{}{}_{}".format(*register.groups())
         if re.fullmatch(r"0[fd][0-9A-Fa-f]+", text):
             return f"0x{text[2:]}ull"
-        if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", text):
-            return f"{text}ll"
+        if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+U?", text):
+            return f"{text.rstrip('U')}ll"
         raise Refused(f"operand {text}")
 
     def access(self, opcode, operands):

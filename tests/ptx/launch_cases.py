@@ -18,8 +18,10 @@ import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import bits  # noqa: E402
+from test_storage import PARAMS, raw, stored  # noqa: E402
 
 import fastrms  # noqa: E402
+from fastrms import saved_formats  # noqa: E402
 from fastrms.backends import OK, OVERLAP  # noqa: E402
 from fastrms.backends.c import ffi  # noqa: E402
 from fastrms.backends.cuda import kernel, norm, table, toolchain  # noqa: E402
@@ -371,20 +373,28 @@ def test_addresses_that_were_read_in_c_are_taken(driver):
     for leaves in (grads, grads, [None, *grads[1:]], grads, [grads[0], grads[1].copy(), grads[2]]):
         addresses = [0 if leaf is None else leaf.ctypes.data for leaf in leaves]
         pointers = ffi.new("void *[]", [ffi.cast("void *", address) for address in addresses])
-        reader = types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None)
+        formats = ffi.new("int32_t[]", 3)
+        reader = types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None, formats=formats + 0)
         before = plan._updates
         assert plan.change(grads=reader)[0] == OK
         assert (plan._updates is before) == (reference.steps == 1)
         reference.step(leaves)
+    half = stored("bf16", grads[2])  # at an address at which a float32 could lie, too
+    pointers[2], formats[2] = ffi.cast("void *", half.array.ctypes.data), 1
+    plan.change(grads=types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=False, formats=formats + 0))
+    reference.step([leaves[0], leaves[1], half])
     assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
     assert optimizer.tensor_steps == reference.tensor_steps
     empty = fastrms.Adam([OnDevice(numbers(0)), OnDevice(numbers(9))])
     pointers = ffi.new("void *[]", [ffi.NULL, ffi.cast("void *", grads[0].ctypes.data)])
     for leaves in ([None, grads[0]], [numbers(0), grads[0]]):
-        empty._plan.change(grads=types.SimpleNamespace(pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None))
+        reader = types.SimpleNamespace(
+            pointers=pointers + 0, leaves=leaves, absent=leaves[0] is None, formats=ffi.new("int32_t[]", 2) + 0
+        )
+        empty._plan.change(grads=reader)
     assert empty.tensor_steps == [1, 2]
     overlapping = ffi.new("void *[]", [ffi.cast("void *", params[0].ctypes.data)] * 3)
-    reader = types.SimpleNamespace(pointers=overlapping + 0, leaves=grads, absent=False)
+    reader = types.SimpleNamespace(pointers=overlapping + 0, leaves=grads, absent=False, formats=formats + 0)
     assert plan.change(grads=reader)[0] == OVERLAP and optimizer.steps == reference.steps
 
 
@@ -873,3 +883,204 @@ def test_a_kernel_is_compiled_once_and_kept(driver, tmp_path, monkeypatch):
     made = _compiled.__wrapped__(*arguments)
     monkeypatch.setattr(compiler, "compile_ptx", None)
     assert _compiled.__wrapped__(*arguments) == made and made.cubin[:4] == b"\x7fELF"
+
+
+# storage formats
+
+
+def on_device(x):
+    """What stored() gave as an array in device memory."""
+    return fastrms.Stored(OnDevice(x.array), x.format) if isinstance(x, fastrms.Stored) else OnDevice(x)
+
+
+class Pair:
+    """An optimizer on the device and one of NumPy with the same options, on tensors of the same numbers."""
+
+    SIZES = (1003, 0, 5, 257)
+
+    def __init__(self, make, kind, sizes=SIZES, **options):
+        param, master, copy = PARAMS[kind]
+        self.sizes, self.seed = sizes, 50
+        self.params, self.copies = ([self.made(name or "bf16") for _ in range(2)] for name in (param, copy))
+        options |= {"master": master} if master else {}
+        options = options if param == "float32" else {"rounding": "stochastic", **options}
+        cuda = {name: options.pop(name) for name in ("capturable", "stream") if name in options}
+        (mine, theirs), copies = self.params, self.copies if copy else [None] * 2
+        there = copies[0] and [on_device(x) for x in copies[0]]
+        self.optimizer = make([on_device(x) for x in mine], param_copy=there, **options, **cuda)
+        self.reference = make(theirs, param_copy=copies[1], backend="numpy", **options)
+
+    def made(self, name, first=0):
+        return [stored(name, numbers(size, seed=first + k)) for k, size in enumerate(self.sizes)]
+
+    def grads(self, name="bf16"):
+        """Two equal lists."""
+        self.seed += 10
+        return self.made(name, self.seed), self.made(name, self.seed)
+
+    def step(self, name="bf16", without=(), **more):
+        mine, theirs = ([None if k in without else g for k, g in enumerate(grads)] for grads in self.grads(name))
+        infos = [self.optimizer.step([None if g is None else on_device(g) for g in mine], **more),
+                 self.reference.step(theirs, **more)]  # fmt: skip
+        assert tuple(infos[0]) == tuple(infos[1])
+        return mine, theirs
+
+    def same(self):
+        for mine, theirs in (self.params, self.copies):
+            assert all(np.array_equal(raw(a), raw(b)) for a, b in zip(mine, theirs, strict=True))
+        for mine, theirs in zip(self.optimizer._tensors, self.reference._tensors, strict=True):
+            for name, flat in saved_formats.kept(theirs).items():
+                assert np.array_equal(raw(saved_formats.kept(mine)[name].to_host()), raw(flat)), name
+        assert self.optimizer.tensor_steps == self.reference.tensor_steps
+
+
+@pytest.mark.parametrize("kind, state_format", [*zip(PARAMS, [None, "bf16", "fp16", "q8"] * 3, strict=False)])
+def test_formats_have_the_bits_of_the_host(driver, kind, state_format):
+    """Steps with gradients of all formats, clipped, scaled and without some tensors."""
+    pair = Pair(fastrms.Adam, kind, state_format=state_format, seed=2**64 - 1)
+    pair.step("bf16")
+    pair.step("fp16", without=(0, 2), grad_scale=0.75, clip_norm=0.5)
+    pair.step("bf16")  # whose step counts differ now
+    pair.same()
+
+
+def test_tensors_in_one_format_are_one_driver_call(driver):
+    pair = Pair(fastrms.RMSProp, "float32+bf16", state_format="bf16")
+    mine, theirs = pair.grads()
+    pair.optimizer.bind([on_device(g) for g in mine])
+    pair.reference.bind(theirs)
+    for _ in range(3):
+        calls = driver.census(pair.optimizer.step)
+        pair.reference.step()
+    assert calls == {"cuLaunchKernelEx": 1}
+    pair.same()
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "q8"])
+def test_formats_in_a_graph(driver, state_format):
+    """advance() writes the keys of the random numbers of the next step, too."""
+    pair = Pair(fastrms.Adam, "bf16-split8+bf16", state_format=state_format, capturable=True, stream=0x7770)
+    mine, theirs = pair.grads()
+    pair.optimizer.bind([on_device(g) for g in mine])
+    pair.reference.bind(theirs)
+    pair.optimizer.step()
+    for _ in range(2):
+        pair.optimizer.advance()
+        pair.optimizer._plan._updates[0].run(pair.optimizer.steps, 0x7770)  # the graph, launched again
+    for _ in range(3):
+        pair.reference.step()
+    pair.same()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_halves_that_are_not_finite(driver, nonfinite):
+    pair = Pair(fastrms.Adam, "bf16", state_format="bf16", nonfinite=nonfinite, zero_grad=nonfinite == "skip")
+    for name, infinite in (("bf16", 0x7F80), ("fp16", 0x7E01), ("float32", np.nan), ("bf16", None)):
+        grads, results = pair.grads(name), []
+        for optimizer, there in ((pair.optimizer, grads[0]), (pair.reference, grads[1])):
+            if infinite is not None:
+                (there[2] if name == "float32" else raw(there[2]))[3] = infinite
+            try:
+                results.append(str(optimizer.step([on_device(g) if optimizer is pair.optimizer else g for g in there])))
+            except FloatingPointError as error:
+                results.append(str(error))
+        assert results[0] == results[1] and all(np.array_equal(raw(a), raw(b)) for a, b in zip(*grads, strict=True))
+    pair.same()
+    assert pair.optimizer.steps == 1
+
+
+@pytest.mark.parametrize("state_format", ["fp16", "q8"])
+def test_formats_in_a_streamed_step(driver, state_format):
+    pair = Pair(fastrms.Adam, "bf16-float32", state_format=state_format, zero_grad=True)
+    for order in ((3, 0, 1, 2), (2, 0)):
+        mine, theirs = pair.grads("fp16")
+        with pair.optimizer.streaming() as s, pair.reference.streaming() as r:
+            for k in order:
+                s.step(k, on_device(mine[k]))
+                r.step(k, theirs[k])
+    pair.step()
+    pair.same()
+
+
+@pytest.mark.parametrize("kind", ["bf16-split16", "float32", "fp16-float32"])
+@pytest.mark.parametrize("state_format", ["bf16", "q8"])
+def test_formats_are_saved_and_loaded(driver, kind, state_format, tmp_path):
+    """Between the device and the host in both ways, seed included; and converted."""
+    pair, other = (Pair(fastrms.Adam, kind, state_format=state_format, seed=seed) for seed in (3, 4))
+    pair.step()
+    saved = pair.optimizer.state_dict()
+    for mine, theirs in zip([*pair.params[0], *pair.params[1]], [*other.params[0], *other.params[1]], strict=True):
+        raw(theirs)[:] = raw(mine)
+    other.optimizer.load_state_dict(pair.reference.state_dict())
+    other.reference.load_state_dict(saved)
+    for both in (pair, other):
+        both.seed = 200
+        both.step()
+        both.same()
+    assert all(np.array_equal(raw(a), raw(b)) for a, b in zip(pair.params[0], other.params[0], strict=True))
+    found = np.asarray(pair.optimizer.state["exp_avg"][0])
+    assert found.dtype == np.float32 and np.array_equal(found, np.asarray(pair.reference.state["exp_avg"][0]))
+    if kind == "float32":
+        plain = fastrms.Adam([OnDevice(numbers(size)) for size in pair.sizes])
+        plain.load_state_dict(saved, convert=state_format)
+
+
+@pytest.mark.parametrize("state_format", [None, "bf16", "fp16", "q8"])
+@pytest.mark.parametrize("param", ["float32", "bf16"])
+def test_calls_on_raw_arrays_in_formats(driver, param, state_format):
+    """init_state() makes states on the device; the bits are those of the host."""
+    given, grad = [stored(param, numbers(259)) for _ in range(2)], stored("fp16", numbers(259, seed=1))
+    copies = [stored("bf16", np.zeros(259, np.float32)) for _ in range(2)]
+    there = on_device(given[0])
+    states = [fastrms.init_state("rmsprop", x, initial_value=1.0, state_format=state_format) for x in (there, given[1])]
+    said = {"rounding": "stochastic"} if param == "bf16" else {}
+    for step in (1, 2):
+        fastrms.rmsprop(there, on_device(grad), **states[0], step=step, param_copy=on_device(copies[0]), **said)
+        fastrms.rmsprop(given[1], grad, **states[1], step=step, param_copy=copies[1], backend="numpy", **said)
+    assert np.array_equal(raw(given[0]), raw(given[1])) and np.array_equal(raw(copies[0]), raw(copies[1]))
+    flat = states[0]["square_avg"]
+    assert np.array_equal(raw(getattr(flat, "array", flat).to_host()), raw(states[1]["square_avg"]))
+
+
+def test_what_is_wrong_with_formats_is_refused_before_any_launch(driver):
+    w, g, half = numbers(300), numbers(300), stored("bf16", numbers(300))
+    driver.launches.clear()
+    with pytest.raises(TypeError, match="params has dtype uint16; fastrms updates float32 and float64"):
+        fastrms.Adam(OnDevice(half.array))
+    with pytest.raises(TypeError, match=r"say which numbers its bits are: fastrms.Stored\(params, 'bf16'\)"):
+        fastrms.Adam(OnDevice(half.array), rounding="stochastic")
+    with pytest.raises(TypeError, match="params has dtype bf16: say how it is updated, by master='float32'"):
+        fastrms.Adam(on_device(half))
+    with pytest.raises(ValueError, match="cannot have rounding='nearest'"):
+        fastrms.Adam(OnDevice(w), state_format="q8", rounding="nearest")
+    with pytest.raises(TypeError, match="is in host memory; backend='cuda'"):
+        fastrms.Adam(OnDevice(w), param_copy=half)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        fastrms.Adam(OnDevice(w), param_copy=fastrms.Stored(OnDevice(w.view(np.uint16)[:300]), "bf16"))
+    with pytest.raises(TypeError, match="array is a OnDevice; Stored takes an array of uint16 or int16"):
+        fastrms.Stored(OnDevice(w), "bf16")
+    state = fastrms.init_state("adagrad", OnDevice(w), state_format="q8")
+    with pytest.raises(ValueError, match="a state in q8 of 300 elements has shape"):
+        fastrms.adagrad(OnDevice(w), OnDevice(g), state["sum"][:-1], step=1)
+    state["sum"].fill(255)
+    with pytest.raises(ValueError, match="sum has damaged blocks"):
+        fastrms.adagrad(OnDevice(w), OnDevice(g), **state, step=1)
+    assert not driver.launches
+
+
+def test_gradients_of_several_formats_in_one_step(driver):
+    """The sums of all runs of tensors with one format, in their order; one memory that is bf16 and then fp16."""
+    pair = Pair(fastrms.RMSProp, "float32", sizes=(5000, 7, 4097, 3, 9000), state_format="bf16")
+    names = ["bf16", "bf16", "fp16", "float32", "bf16"]
+    halves = [stored(name, numbers(size, seed=k)) for k, (name, size) in enumerate(zip(names, pair.sizes, strict=True))]
+    there = [on_device(x) for x in halves]
+    for grads, given in ((halves, there), ([None, *halves[1:]], [None, *there[1:]]), (halves, there)):
+        infos = pair.optimizer.step(given, clip_norm=0.5), pair.reference.step(grads, clip_norm=0.5)
+        assert infos[0].grad_norm == infos[1].grad_norm
+        pair.optimizer.step(given)
+        pair.reference.step(grads)
+    pair.same()  # random numbers depend on the count of updates of a tensor, though the coefficients do not
+    as_fp16 = [raw(halves[0]).view(np.float16), *halves[1:]]
+    pair.optimizer.step([on_device(x) for x in as_fp16])
+    pair.reference.step(as_fp16)
+    pair.same()

@@ -4,9 +4,9 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef uint64_t u64; typedef uint32_t u32; typedef uint16_t u16; typedef uint8_t pred;
-typedef int64_t s64; typedef int32_t s32; typedef int16_t s16;
-typedef u64 b64; typedef u32 b32; typedef u16 b16;
+typedef uint64_t u64; typedef uint32_t u32; typedef uint16_t u16; typedef uint8_t u8; typedef uint8_t pred;
+typedef int64_t s64; typedef int32_t s32; typedef int16_t s16; typedef int8_t s8;
+typedef u64 b64; typedef u32 b32; typedef u16 b16; typedef u8 b8;
 
 /* Registers hold bits; these see them as numbers. */
 static inline float f32_of(u32 x) { float y; memcpy(&y, &x, 4); return y; }
@@ -89,6 +89,17 @@ static inline u64 bfi_b64(u64 a, u64 b, u32 at, u32 length)
     u64 ones = (at & 255) > 63 ? 0 : (length & 255) > 63 ? ~0ull : (1ull << (length & 255)) - 1;
     return (at & 255) > 63 ? b : (b & ~(ones << (at & 255))) | ((a & ones) << (at & 255));
 }
+/* four bytes of the eight in a and b, each by its number in four bits; the highest of these repeats the sign of the byte */
+static inline u32 prmt_b32(u32 a, u32 b, u32 which)
+{
+    u64 from = (u64)b << 32 | a;
+    u32 made = 0;
+    for (int k = 0; k < 4; k++) {
+        u32 selected = which >> 4 * k & 15, byte = (u32)(from >> 8 * (selected & 7)) & 255;
+        made |= (selected & 8 ? byte & 128 ? 255u : 0 : byte) << 8 * k;
+    }
+    return made;
+}
 static inline u64 mul_wide_u32(u32 a, u32 b) { return (u64)a * b; }
 static inline u64 mul_wide_s32(s32 a, s32 b) { return (s64)a * b; }
 static inline u32 mul_wide_u16(u16 a, u16 b) { return (u32)a * b; }
@@ -99,16 +110,21 @@ static inline pred or_pred(pred a, pred b) { return a | b; }
 static inline pred not_pred(pred a) { return !a; }
 
 #define CONVERT(to, from) static inline u64 cvt_##to##_##from(from a) { return (u64)(to)a; }
-#define CONVERT_FROM(from) CONVERT(u64, from) CONVERT(s64, from) CONVERT(u32, from) CONVERT(s32, from) CONVERT(u16, from)
+#define CONVERT_FROM(from) CONVERT(u64, from) CONVERT(s64, from) CONVERT(u32, from) CONVERT(s32, from) CONVERT(u16, from) CONVERT(s16, from)
 CONVERT_FROM(u64) CONVERT_FROM(s64) CONVERT_FROM(u32) CONVERT_FROM(s32) CONVERT_FROM(u16) CONVERT_FROM(s16)
+CONVERT_FROM(u8) CONVERT_FROM(s8)
 static inline u64 cvt_f64_f32(u32 a) { return bits_of_f64(f32_of(a)); }
 static inline u32 cvt_rn_f32_f64(u64 a) { return bits_of_f32((float)f64_of(a)); }
+static inline u32 cvt_rn_f32_u32(u32 a) { return bits_of_f32((float)a); }
+static inline u32 cvt_rn_f32_u16(u16 a) { return bits_of_f32((float)a); }
+static inline u32 cvt_rzi_u32_f32(u32 a) { /* towards 0, between 0 and the largest */
+    float x = f32_of(a); return isnan(x) || x <= 0 ? 0 : x >= 0x1p32f ? ~0u : (u32)x; }
 static inline u32 cvt_rn_f32_s32(s32 a) { return bits_of_f32((float)a); }
 
-/* Memory: each access lies inside one region, aligned; each store is counted per 4-byte word. */
+/* Memory: each access lies inside one region, aligned; each store is counted per byte. */
 typedef struct { u64 start, end; uint8_t *stores; } region;
 typedef struct { const region *region; int regions, error; u64 address; } memory;
-enum { MISALIGNED = 1, BAD_LOAD, BAD_STORE };
+enum { MISALIGNED = 1, BAD_LOAD, BAD_STORE, DIVERGED };
 
 static inline int reach(memory *m, u64 address, u64 size, int error)
 {
@@ -116,7 +132,7 @@ static inline int reach(memory *m, u64 address, u64 size, int error)
     for (const region *r = m->region; r < m->region + m->regions; r++)
         if (address >= r->start && address + size <= r->end) {
             if (error == BAD_STORE && r->stores)
-                for (u64 k = (address - r->start) / 4; k < (address + size - r->start) / 4; k++)
+                for (u64 k = address - r->start; k < address + size - r->start; k++)
                     if (r->stores[k] < 255) r->stores[k]++;
             return 1;
         }
@@ -125,3 +141,11 @@ static inline int reach(memory *m, u64 address, u64 size, int error)
 #define LOAD(register_, type, address) { type x; memcpy(&x, (void *)(address), sizeof x); register_ = (u64)x; }
 #define STORE(type, address, register_) { type x = (type)(register_); memcpy((void *)(address), &x, sizeof x); }
 typedef u32 f32; typedef u64 f64; /* in memory, too, only bits */
+
+/* A shuffle: every thread of a warp waits for all others, whose registers it may read then; see warp.h. */
+static u32 exchanged(u32 x, u32 with);
+static inline u32 shfl_sync_bfly_b32(u32 x, u32 mask, u32 clamp, u32 members)
+{
+    if (clamp != 31 || members != ~0u) __builtin_trap();
+    return exchanged(x, mask);
+}

@@ -21,13 +21,13 @@ from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
 from numba.cuda import types
 
-from ... import files, own_rules, rules
+from ... import files, formats, own_rules, rules
 from ..trace import text, trace
-from . import intrinsics, norm_kernels
+from . import codecs, intrinsics, kernel, norm_kernels, stored_kernel
 from . import lower as lowering
-from .kernel import arguments, kernel_name, kernel_text
+from .kernel import kernel_name
 from .lower import REALS, lower
-from .table import THREADS
+from .table import THREADS, width
 
 
 class Compiled(NamedTuple):
@@ -104,12 +104,19 @@ def norm_path(name, cc):
 
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
-    names = {"load": intrinsics.load, "store": intrinsics.store, "address": intrinsics.address}
-    names |= {"uint64": types.uint64, "real": REALS[dtype], "cuda": cuda}
+    names = {"address": intrinsics.address, "uint64": types.uint64, "real": REALS[dtype], "cuda": cuda}
+    names["load"], names["store"] = intrinsics.vectors(width(dtype))
     names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
-    exec(kernel_text(rules.find(rule), dtype, kind), names)
+    if kind.formats:
+        names |= stored_kernel.functions(rules.find(rule), kind.formats)
+    exec(text_of(kind).kernel_text(rules.find(rule), dtype, kind), names)
     name = kernel_name(rule, general, dtype, kind)
     return named_ptx(names["kernel"], signature(rule, dtype, kind), name, cc, launch_bounds=THREADS)
+
+
+def text_of(kind):
+    """The module that has the text of a kernel of this Kind."""
+    return stored_kernel if kind.formats else kernel
 
 
 @own_rules.remembered
@@ -124,9 +131,9 @@ def operations_of(rule, general):
 def signature(rule, dtype, kind):
     """The types of a kernel's arguments."""
     real = REALS[dtype]
-    known = {"real": real, "uint32": types.uint32, "uint64": types.uint64}
+    known = {"real": real, **{str(one): one for one in (types.uint8, types.uint16, types.int32, types.uint32, types.uint64)}}
     known |= {f"{name}*": types.CPointer(one) for name, one in known.items()}
-    return types.void(*[known[name] for name in arguments(rules.find(rule), kind).values()])
+    return types.void(*[known[name] for name in text_of(kind).arguments(rules.find(rule), kind).values()])
 
 
 def named_ptx(function, signature, name, cc, **options):
@@ -144,7 +151,7 @@ def link(ptx, cc):
 def cache_path(rule, general, dtype, kind, cc):
     """The path of a kernel in the cache, without suffix; its name holds a hash of all that decides the code.  OSError where
     our sources cannot be read."""
-    texts = [text(operations_of(rule, general)), kernel_text(rules.find(rule), dtype, kind)]
+    texts = [text(operations_of(rule, general)), text_of(kind).kernel_text(rules.find(rule), dtype, kind)]
     parts = [*texts, str(signature(rule, dtype, kind)), str(cc), *versions()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
     return files.cache_folder() / f"{kernel_name(rule, general, dtype, kind)}_sm{cc[0]}{cc[1]}_{key}"
@@ -154,5 +161,5 @@ def cache_path(rule, general, dtype, kind, cc):
 def versions():
     """The versions of everything between the text of a kernel and its machine code, and the files that compile it."""
     packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
-    ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics)]
+    ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics, codecs, formats)]
     return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]

@@ -1,43 +1,41 @@
-"""The functions that Numba lacks and CUDA kernels call: vectors of 128 bits, pointers into global memory."""
+"""The functions that Numba lacks and CUDA kernels call: vectors, pointers into global memory."""
 
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .table import VECTOR
 
+def vectors(count):
+    """(load, store), which move `count` elements of a buffer at once, at an address that is a multiple of their size."""
 
-def _count(pointer):
-    """How many elements a vector has."""
-    return VECTOR // (pointer.dtype.bitwidth // 8)
+    @intrinsic
+    def load(typing, pointer, at):
+        """The vector at pointer + at, as a tuple."""
+        signature = types.UniTuple(pointer.dtype, count)(pointer, at)
 
+        def lower(context, builder, signature, values):
+            vector = builder.load(_vector_pointer(builder, values, count), align=count * pointer.dtype.bitwidth // 8)
+            lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(count)]
+            return context.make_tuple(builder, signature.return_type, lanes)
 
-@intrinsic
-def load(typing, pointer, at):
-    """The 128-bit vector at pointer + at, as a tuple."""
-    signature = types.UniTuple(pointer.dtype, _count(pointer))(pointer, at)
+        return signature, lower
 
-    def lower(context, builder, signature, values):
-        vector = builder.load(_vector_pointer(builder, values, _count(pointer)), align=VECTOR)
-        lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(_count(pointer))]
-        return context.make_tuple(builder, signature.return_type, lanes)
+    @intrinsic
+    def store(typing, pointer, at, lanes):
+        """Write a tuple as the vector at pointer + at."""
 
-    return signature, lower
+        def lower(context, builder, signature, values):
+            where = _vector_pointer(builder, values, count)
+            vector = ir.Constant(where.type.pointee, ir.Undefined)
+            for k in range(count):
+                lane = builder.extract_value(values[2], k)
+                vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
+            builder.store(vector, where, align=count * pointer.dtype.bitwidth // 8)
+            return context.get_dummy_value()
 
+        return types.void(pointer, at, lanes), lower
 
-@intrinsic
-def store(typing, pointer, at, lanes):
-    """Write a tuple as the 128-bit vector at pointer + at."""
-
-    def lower(context, builder, signature, values):
-        where = _vector_pointer(builder, values, _count(pointer))
-        vector = ir.Constant(where.type.pointee, ir.Undefined)
-        for k in range(_count(pointer)):
-            vector = builder.insert_element(vector, builder.extract_value(values[2], k), ir.Constant(ir.IntType(32), k))
-        builder.store(vector, where, align=VECTOR)
-        return context.get_dummy_value()
-
-    return types.void(pointer, at, lanes), lower
+    return load, store
 
 
 @intrinsic

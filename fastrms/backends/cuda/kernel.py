@@ -6,7 +6,7 @@ the same rule.  There is no loop, hence no limit at 2^31 elements, and every ind
 an int64 Numba would compare doubles).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ... import own_rules, rules
 from .table import BEHIND, THREADS, VECTOR, width
@@ -24,11 +24,14 @@ class Kind(NamedTuple):
         CUDA graph; else they are arguments.
     zero_grad : bool
         The kernel writes zeros over the gradient.
+    formats : table.Formats, optional
+        How the buffers are stored, where they are not all in the dtype of the update.
     """
 
     many: bool = False
     capturable: bool = False
     zero_grad: bool = False
+    formats: Any = None
 
 
 KERNEL = """\
@@ -52,7 +55,8 @@ def kernel({arguments}):
 def kernel_name(rule, general, dtype, kind):
     """The name of a kernel in PTX, on disk and in errors."""
     form = "general" if general else "neutral"
-    return "_".join(["fastrms", str(rule), form, str(dtype), *(name for name, on in kind._asdict().items() if on)])
+    kinds = [getattr(on, "name", name) for name, on in kind._asdict().items() if on]
+    return "_".join(["fastrms", str(rule), form, str(dtype), *kinds])
 
 
 def arguments(rule, kind):
@@ -72,7 +76,7 @@ def kernel_text(rule, dtype, kind):
     stored = [*((name, f"{name}_lanes") for name in updated), *[("grad", f"({'nothing, ' * lanes})")] * kind.zero_grad]
     return KERNEL.format(
         arguments=", ".join(arguments(rule, kind)),
-        head="".join(f"    {line}\n" for line in _head(buffers, names, kind)),
+        head=indented(head(dict.fromkeys(buffers, "pointer"), BEHIND, names, kind), 1),
         threads=THREADS,
         vector=VECTOR,
         itemsize=dtype.itemsize,
@@ -86,12 +90,16 @@ def kernel_text(rule, dtype, kind):
     )
 
 
-def _tensor(buffers, kind):
+def indented(lines, depth):
+    return "".join(f"{'    ' * depth}{line}\n" for line in lines)
+
+
+def _tensor(buffers, behind, kind):
     """The lines that note where the parameter starts; in a launch over many tensors a block finds its tensor first."""
     if not kind.many:
         return ["start = address(param)"]
-    row = [*(f"{name} = pointer(table[row + uint64({k})])" for k, name in enumerate(buffers)),
-           *(f"{name} = table[row + uint64({k})]" for k, name in enumerate(BEHIND, len(buffers)))]  # fmt: skip
+    row = [*(f"{name} = {pointer}(table[row + uint64({k})])" for k, (name, pointer) in enumerate(buffers.items())),
+           *(f"{name} = table[row + uint64({k})]" for k, name in enumerate(behind, len(buffers)))]  # fmt: skip
     return [
         f"row = uint64(tensor_of[block]) * uint64({len(row)})",
         "start = table[row]",
@@ -100,7 +108,8 @@ def _tensor(buffers, kind):
     ]
 
 
-def _head(buffers, names, kind):
-    """The lines before a thread knows what it updates."""
+def head(buffers, behind, names, kind):
+    """The lines before a thread knows what it updates.  buffers: their names, and what makes pointers to each; behind: what
+    follows on them in a row of the table; names: of the coefficients."""
     coefficients = [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
-    return [*_tensor(buffers, kind), *coefficients, *["nothing = real(0)"] * kind.zero_grad]
+    return [*_tensor(buffers, behind, kind), *coefficients, *["nothing = real(0)"] * (kind.zero_grad and not kind.formats)]

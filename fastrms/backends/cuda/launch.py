@@ -4,13 +4,13 @@ from collections import deque
 
 import numpy as np
 
-from ... import own_rules, rules
+from ... import formats, own_rules, rules
 from ...memory import device
 from .. import plan
 from . import toolchain
 from .driver import stream_of, write
 from .kernel import kernel_name
-from .table import THREADS, blocks, table, vectors
+from .table import THREADS, grid, table
 
 PENDING = 4096  # rows of coefficients that are kept unchanged for the driver; it lets no stream be as many launches behind
 
@@ -39,7 +39,9 @@ class Launch(plan.Update):
     def __init__(self, recipe, kind, index, allocate):
         self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
-        self.device_row = allocate(self.count, recipe.dtype, index) if kind.capturable else None
+        self.streams = kind.formats.streams if kind.formats else []
+        self.numbers = self.count + len(self.streams)  # keys of random numbers have the size of the coefficients
+        self.device_row = allocate(self.numbers, recipe.dtype, index) if kind.capturable else None
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.arguments = None
@@ -47,23 +49,37 @@ class Launch(plan.Update):
         self.rows_sent = deque([None], PENDING)
 
     def aim(self, coefficients, missed, tensors, allocate):
-        """Set the tensors of the next launches, a list of (param, grad, states), of which only the addresses are kept."""
+        """Set the tensors of the next launches, a list of (param, grad, states) or of StoredTensor, of which only the
+        addresses are kept."""
         self.use(coefficients, missed)
         self.rows_sent.append(None)  # whoever aims may have changed what is on the device
-        found = [([buffer.address for buffer in (param, grad, *states)], param.size) for param, grad, states in tensors]
+        self.seed = tensors[0].storage.seed if self.streams else None
+        found = [self._numbers(tensor) for tensor in tensors]
         if self.kind.many:
-            parts = table(found, self.itemsize)
-            head, grid = self.table.set(parts, allocate, self.index), parts[1].size
+            parts = table(found, self.itemsize, self.kind.formats)
+            head, blocks = self.table.set(parts, allocate, self.index), parts[1].size
         else:
-            addresses, size = found[0]
-            count = vectors(addresses, size, self.itemsize)
-            head, grid = (*addresses, size, count), blocks(size, count, self.itemsize)
-        self.arguments = Arguments(self.kernel, head, self._tail(), grid, THREADS)
+            addresses, size, *others = found[0]
+            count, blocks = grid(addresses, size, self.itemsize, self.kind.formats)
+            head = *addresses, size, count, *others
+        self.arguments = Arguments(self.kernel, head, self._tail(), blocks, THREADS)
+
+    def _numbers(self, tensor):
+        """What a kernel is told of a tensor: its addresses, its size, and where random numbers need it, the position of its
+        first element."""
+        if not self.kind.formats:
+            param, grad, states = tensor
+            return [buffer.address for buffer in (param, grad, *states)], param.size
+        return addresses_of(tensor), tensor.size, *[tensor.storage.origin % 2**32] * bool(self.streams)
 
     def _tail(self):
-        """The memory of the arguments behind the head: a row of coefficients, or the address of the row on the device."""
+        """The memory of the arguments behind the head: a row of numbers, or the address of the row on the device."""
         row = self.device_row
-        return np.empty(self.count, f"f{self.itemsize}") if row is None else np.array([row.address], np.uint64)
+        return np.empty(self.numbers, f"f{self.itemsize}") if row is None else np.array([row.address], np.uint64)
+
+    def keys(self, number):
+        """The keys of the random numbers of step `number` of the plan."""
+        return [formats.key(self.seed, number - self.missed, stream) for stream in self.streams]
 
     def take(self):
         """Note the new coefficients as bytes."""
@@ -73,7 +89,10 @@ class Launch(plan.Update):
         """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel."""
         self.table.send(handle)
         if self.device_row is not None:
-            row = self.taken[(number - self.first) * self.stride].copy()
+            row = np.empty(self.numbers, self.taken.dtype)
+            row[: self.count] = self.taken[(number - self.first) * self.stride]
+            if self.streams:
+                row[self.count :].view(np.uint32)[:] = self.keys(number)
             if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
                 self.rows_sent.append(row)
                 write(self.device_row.address, row, handle)
@@ -83,10 +102,25 @@ class Launch(plan.Update):
         if self.device_row is None:
             nbytes = self.count * self.itemsize
             start = (number - self.first) * self.stride * nbytes
-            self.arguments.tail[:] = self.bytes[start : start + nbytes]
+            self.arguments.tail[:nbytes] = self.bytes[start : start + nbytes]
+            if self.streams:
+                self.arguments.tail[nbytes:] = np.array(self.keys(number), np.uint32).tobytes()
         status = self.arguments.launch(handle)
         if status:
             raise RuntimeError(f"launching {self.name} failed on the GPU: {status.name}")
+
+
+def addresses_of(tensor):
+    """The addresses of all buffers of a StoredTensor, as stored_kernel.buffers() lists these."""
+    param, *states = tensor.written
+    found = []
+    for part in (param, tensor.read[1], *states, *tensor.copies):
+        found.append(part.stored.address)
+        if part.format.in_blocks:
+            found.append(part.stored.address + formats.first_base(tensor.size))
+        elif part.format.low:
+            found.append(part.low.address)
+    return found
 
 
 class Table:

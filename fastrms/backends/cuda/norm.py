@@ -7,18 +7,30 @@ finite decides what the host does next, so a step waits for that.
 """
 
 import math
+from functools import cache
+from itertools import groupby
 
 import numpy as np
 
 from ...memory import device
+from ...storage import BF16, FLOAT, FP16, OF_DTYPE, of_buffer
 from .. import norm as host_norm
 from . import toolchain
 from .launch import Arguments, Table, kernel_of
 
 THREADS, LANES, SLOTS = 256, host_norm.LANES, 1024
 PER_SEGMENT = host_norm.SEGMENT // host_norm.BLOCK  # blocks
-KERNELS = ("lane_sums", "segment_sums", "clip")  # in this order
+KERNELS = ("segment_sums", "clip")  # after those that sum the lanes, in this order
+LANE_SUMS = {FLOAT: "lane_sums", BF16: "lane_sums_bf16", FP16: "lane_sums_fp16"}
+LANE_COUNTS = {BF16: "bf16", FP16: "fp16"}
+REAL = np.dtype(np.float32), np.dtype(np.float64)
 MAXIMIZES, SPLITS = 1, 2  # of a target: its gradient is negated; its kernel takes a second factor
+
+
+@cache
+def loaded(name, index):
+    """A kernel of norm_kernels.py, loaded on a device."""
+    return kernel_of(toolchain.compiler().compiled_norm, name, index=index)
 
 
 class Norm:
@@ -29,27 +41,40 @@ class Norm:
 
     def __init__(self, index):
         self.index = index
-        self.kernels = [kernel_of(toolchain.compiler().compiled_norm, name, index=index) for name in KERNELS]
+        self.kernels = [loaded(name, index) for name in KERNELS]
         self.table, self.scratch, self.slots = Table(), None, None
         self.number = 0  # of steps
 
     def aim(self, grads, launches, allocate):
         """Set the gradients, and the launches whose coefficients lie on the device."""
-        rows, tensor_of, first_of = blocked(grads)
+        _, blocks_of_all, first_of = blocked(grads)
         rows_of_targets = np.array([launch.device_row.address for launch in launches], np.uint64)
         kinds = np.array([kind_of(launch.coefficients.recipe) for launch in launches], np.uint32)
-        there = self.table.set([rows, rows_of_targets, first_of, tensor_of, kinds], allocate, self.index)
-        self._make_arguments(there, tensor_of.size, first_of.size - 1, len(launches), allocate)
+        runs = [(format, *blocked([*run])[:2]) for format, run in groupby(grads, of_buffer)]
+        parts = [rows_of_targets, *(rows for _, rows, _ in runs), first_of, kinds, *(blocks for *_, blocks in runs)]
+        there = self.table.set(parts, allocate, self.index)
+        count = len(runs)
+        rows = zip(runs, there[1 : 1 + count], there[3 + count :], strict=True)
+        lanes = [(LANE_SUMS[format], rows, tensor_of, blocks.size) for (format, _, blocks), rows, tensor_of in rows]
+        fixed = there[0], there[1 + count], there[2 + count]
+        self._make_arguments(lanes, fixed, blocks_of_all.size, first_of.size - 1, len(launches), allocate)
 
-    def _make_arguments(self, there, blocks, segments, targets, allocate):
-        rows, rows_of_targets, first_of, tensor_of, kinds = there
+    def _make_arguments(self, runs, there, blocks, segments, targets, allocate):
+        """runs: of each run of gradients in one format the kernel, its table and the number of its blocks."""
+        rows_of_targets, first_of, kinds = there
         numbers = blocks * LANES + segments
         if self.scratch is None or self.scratch.size != numbers:
             self.scratch = allocate(numbers, np.dtype(np.float64), self.index)
         self.slots = self.slots or allocate(SLOTS, np.dtype(np.float64), self.index)
         lanes, sums = self.scratch.address, self.scratch.address + 8 * blocks * LANES
-        self.arguments = launches_of(self.kernels, [
-            ([rows, tensor_of, lanes, blocks], np.empty(0), blocks * LANES),
+        heads, at = [], lanes
+        for _, rows, tensor_of, count in runs:
+            heads.append(([rows, tensor_of, at, count], np.empty(0), count * LANES))
+            at += 8 * count * LANES
+        self.names = [*(name for name, *_ in runs), *KERNELS]
+        kernels = [*(loaded(name, self.index) for name, *_ in runs), *self.kernels]
+        self.arguments = launches_of(kernels, [
+            *heads,
             ([lanes, first_of, sums, segments], np.empty(0), segments),
             ([sums, segments, rows_of_targets, kinds, targets], np.empty(5), 1),
         ])  # fmt: skip
@@ -63,7 +88,7 @@ class Norm:
         tail[:8] = np.uint64(self.slots.address + 8 * slot).tobytes()
         tail[8:32] = np.array([grad_scale, clip_norm, mantissa]).tobytes()
         tail[32:] = np.int64(exponent).tobytes()
-        for name, arguments in zip(KERNELS, self.arguments, strict=True):
+        for name, arguments in zip(self.names, self.arguments, strict=True):
             if arguments.launch(handle):
                 raise RuntimeError(f"launching fastrms_{name} failed on the GPU")
         return Later(self, slot, self.number)
@@ -97,9 +122,9 @@ class Nonfinite:
     """Counts the elements of gradients of one dtype that are not finite, or whose square overflows; the host waits."""
 
     def __init__(self, dtype, index):
-        names = f"lane_counts_{'float' if dtype.itemsize == 4 else 'double'}", "segment_counts"
-        self.dtype, self.index, self.table, self.memory = dtype, index, Table(), None
-        self.kernels = [kernel_of(toolchain.compiler().compiled_norm, name, index=index) for name in names]
+        of = LANE_COUNTS.get(OF_DTYPE.get(dtype), "double" if dtype.itemsize == 8 else "float")
+        self.dtype, self.index, self.table, self.memory = REAL[of == "double"], index, Table(), None
+        self.kernels = [loaded(name, index) for name in (f"lane_counts_{of}", "segment_counts")]
 
     def aim(self, grads, allocate):
         rows, tensor_of, first_of = blocked(grads)

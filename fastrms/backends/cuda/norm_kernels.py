@@ -6,19 +6,23 @@
     segment_sums     a thread for each segment: its blocks in sequence
     clip             one thread: the segments in sequence, the norm, the factor
 
-Additions and products are calls of libdevice, which the compiler cannot contract.
+Additions and products are calls of libdevice, which the compiler cannot contract.  of_halves() makes those that read
+gradients in bf16 or fp16.
 """
 
 from math import inf
+from types import FunctionType
 
 from numba import cuda
 from numba.cuda.libdevice import dadd_rn, ddiv_rn, dmul_rn, double_as_longlong, dsqrt_rn, fmul_rn, longlong_as_double
-from numba.cuda.types import float32, float64, int64, uint32, uint64
+from numba.cuda.types import float32, float64, int64, uint16, uint32, uint64
 
 from ..norm import FLT_MIN
+from .codecs import decoder
 from .intrinsics import pointer_to
 
-pointer, pointer_to_doubles = pointer_to(float32), pointer_to(float64)
+pointer, pointer_to_doubles, number = pointer_to(float32), pointer_to(float64), float32
+HALVES = ("bf16", "fp16")
 ARGUMENTS = {  # of each kernel, with their types as in C
     "lane_counts_float": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
                           "grad_scale": "float"},
@@ -41,7 +45,7 @@ def lane_counts_float(tensors, tensor_of, counts, blocks, grad_scale):
         end = min(tensors[row + uint64(1)], first + uint64(4096))
         at, count = first + lane, uint64(0)
         while at < end:
-            x = fmul_rn(grad[at], grad_scale)
+            x = fmul_rn(number(grad[at]), grad_scale)
             count += uint64(0) if abs(fmul_rn(x, x)) < float32(inf) else uint64(1)
             at += uint64(8)
         counts[thread] = count
@@ -83,11 +87,11 @@ def lane_sums(tensors, tensor_of, sums, blocks):
         at, total = first + lane, float64(0)
         while at + uint64(248) < end:  # many elements are loaded before the first is added
             for k in range(32):
-                x = float64(grad[at + uint64(k) * uint64(8)])
+                x = float64(number(grad[at + uint64(k) * uint64(8)]))
                 total = dadd_rn(total, dmul_rn(x, x))
             at += uint64(256)
         while at < end:
-            x = float64(grad[at])
+            x = float64(number(grad[at]))
             total = dadd_rn(total, dmul_rn(x, x))
             at += uint64(8)
         sums[thread] = total
@@ -141,3 +145,20 @@ def clip(sums, segments, targets, kinds, count, found, grad_scale, clip_norm, ma
 def power(exponent):
     """2 to an exponent between -1022 and 1023."""
     return longlong_as_double((exponent + int64(1023)) << int64(52))
+
+
+def of_halves(function, format):
+    """A kernel as it is, for gradients in bf16 or fp16: their elements are decoded to floats."""
+    decode = decoder(format)
+
+    @cuda.jit(device=True, inline="always")
+    def number(code):
+        return decode(code)[0]
+
+    names = {**globals(), "pointer": pointer_to(uint16), "number": number}
+    return FunctionType(function.__code__, names, function.__name__)
+
+
+for _format in HALVES:
+    for _name, _of in ((f"lane_counts_{_format}", "lane_counts_float"), (f"lane_sums_{_format}", "lane_sums")):
+        ARGUMENTS[_name], globals()[_name] = ARGUMENTS[_of], of_halves(globals()[_of], _format)

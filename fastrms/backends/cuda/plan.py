@@ -8,13 +8,15 @@ import numpy as np
 
 from ...memory import device
 from ...memory.device import LEGACY_STREAM
+from ...storage import FLOAT, of_buffer
 from .. import NONFINITE, OK, Found, plan
-from ..c import ffi
+from ..c import DTYPE_OF, ffi
 from ..coefficients import Coefficients
 from .driver import capturing, stream_handle, wait
 from .kernel import Kind
 from .launch import Launch
 from .norm import Nonfinite, Norm
+from .table import EXACT, Formats
 
 DOUBLES = "clip_norm on backend='cuda' is for float32, not for float64: use grad_scale or clip_value"
 CAPTURING = "a CUDA graph is being captured, "
@@ -25,6 +27,9 @@ STREAMED = f"{CAPTURING}in which a step cannot be made tensor by tensor: bind() 
 STEP_FIRST = f"{CAPTURING}in which no memory can be allocated: make one step of as many gradients before the capture"
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
                 "other than its neutral one from the start")  # fmt: skip
+
+
+LIES = ("address", "stream", "dtype")  # of a gradient, what a launch depends on
 
 
 class Options(NamedTuple):
@@ -45,14 +50,23 @@ class Options(NamedTuple):
     check: bool = False
 
 
-def update(recipe, step, grad_scale, param, grad, states):
-    """One step on DeviceBuffers, in place."""
+def update(recipe, step, grad_scale, param, grad, states, storage=None):
+    """One step on DeviceBuffers, in place; storage: their Storage, where they are stored in formats."""
     if param.size:
+        stored = storage is not None or of_buffer(grad) is not FLOAT
+        tensor = plan.StoredTensor(storage, 0, param, grad, states) if stored else (param, grad, states)
         with device.entered(param.device):
-            made = Launch(recipe, Kind(), param.device, device.allocate)
-            made.aim(Coefficients(recipe), 0, [(param, grad, states)], device.allocate)
+            made = Launch(recipe, Kind(formats=formats_of(tensor) if stored else None), param.device, device.allocate)
+            made.aim(Coefficients(recipe), 0, [tensor], device.allocate)
             made.make_coefficients(step, grad_scale)
             made.run(step, device.stream_source(param)())
+
+
+def formats_of(tensor):
+    """The Formats of a StoredTensor."""
+    written, copies = (tuple(part.format.name for part in parts) for parts in (tensor.written, tensor.copies))
+    stochastic = tensor.storage.stochastic and any(name not in EXACT for name in written)
+    return Formats(written, tensor.read[1].format.name, copies, stochastic)
 
 
 class Plan(plan.Plan):
@@ -61,17 +75,13 @@ class Plan(plan.Plan):
     It overrides plan.Plan where that uses NumPy arrays, makes an update, or runs a step.
     """
 
-    def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options):
-        super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad)
+    def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options, storages=None):
+        super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad, storages)
         self._options, self._device, self._process = options, params[0].device, os.getpid()
         self._source = device.stream_source(params[0])
         self._explicit = None if options.stream is None else stream_handle(options.stream)
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
-        self._clips, self._norm, self._normed = (
-            False,
-            None,
-            None,
-        )  # whether the updates take the factor of clip_norm from the device
+        self._clips, self._norm, self._normed = False, None, None  # _clips: updates take clip_norm's factor from the device
         self._scale = 1.0
         self._nonfinites, self._which, self._looked = (
             {},
@@ -87,7 +97,13 @@ class Plan(plan.Plan):
 
     takes_pointers = True
     flat_grad = ours = staticmethod(device.ours)
-    assign = staticmethod(device.copy)
+
+    @staticmethod
+    def assign(to, source):
+        if isinstance(to, list):  # of Storages
+            to[:] = source
+        else:
+            device.copy(to, source)
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
         if clip_norm is not None and any(recipe.dtype.itemsize == 8 for recipe in self.recipes):
@@ -102,40 +118,58 @@ class Plan(plan.Plan):
     def _read(self, reader):
         """The gradients that a torch_reader.Reader has read: the list of the last time where they still lie there."""
         addresses = bytes(ffi.buffer(reader.pointers, ffi.sizeof("void *") * len(self.params)))
-        if addresses != self._read_last[0]:
-            rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, strict=True)
-            grads = [None if leaf is None else param._replace(address) for leaf, address, param in rows]
+        read = addresses, bytes(ffi.buffer(reader.formats, ffi.sizeof("int32_t") * len(self.params)))
+        if read != self._read_last[0]:
+            dtypes = self._dtypes(np.frombuffer(read[1], np.int32).tolist())
+            rows = zip(reader.leaves, np.frombuffer(addresses, np.uintp).tolist(), self.params, dtypes, strict=True)
+            grads = [None if leaf is None else param._replace(address, dtype) for leaf, address, param, dtype in rows]
             if reader.absent:  # an empty gradient has the same address as a missing one
                 return grads
-            self._read_last = addresses, grads
+            self._read_last = read, grads
         return self._read_last[1]
+
+    def _dtypes(self, formats):
+        """Of gradients in the formats that C has read."""
+        pairs = zip(formats, self.recipe_of, strict=True)
+        return [DTYPE_OF[format] if format else self.recipes[index].dtype for format, index in pairs]
 
     def _lies_as_before(self, params, grads):
         """Whether the tables of the last step serve this one, too."""
         if grads is None or (params is not self.params and [p.address for p in params] != [p.address for p in self.params]):
             return False
         return all(
-            new is old or (new and old and new.address == old.address and new.stream == old.stream)
+            new is old or (new and old and all(getattr(new, name) == getattr(old, name) for name in LIES))
             for new, old in zip(grads, self.grads, strict=True)
         )
 
     def _would_overlap(self, params, grads):
-        states = [state for states in self.states for state in states]
-        buffers = [buffer for buffer in (*params, *grads, *states) if buffer is not None and buffer.size]
+        buffers = [buffer for buffer in (*params, *grads, *self._beside_params()) if buffer is not None and buffer.size]
         starts, ends = (np.array([getattr(buffer, end) for buffer in buffers]) for end in ("address", "end"))
         order = starts.argsort()
         return bool((ends[order[:-1]] > starts[order[1:]]).any())
 
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
-        kind = Kind(len(members) > 1, self.capturable or self._clips, self.zero_grad)
+        formats, *_ = self._stored_as(first, grads[first]) or [None]
+        kind = Kind(len(members) > 1, self.capturable or self._clips, self.zero_grad, formats)
         key = self.recipe_of[first], recipe.general, kind, *members
         if key not in self._launches:
             self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
-        tensors = [(self.params[k], grads[k], self.states[k]) for k in members]
+        tensors = [self._stored(k, grads[k]) if formats else (self.params[k], grads[k], self.states[k]) for k in members]
         launch.aim(coefficients, self.missed[first], tensors, self._allocate)
         return launch
+
+    def _stored(self, k, grad):
+        return plan.StoredTensor(self.storages[k], self.missed[k], self.params[k], grad, self.states[k])
+
+    def _stored_as(self, k, grad):
+        """None, or what tensors stored in formats must share to be updated in one launch: their Formats, and what random
+        numbers depend on."""
+        if not super()._stored_as(k, grad):
+            return None
+        made = self._stored(k, grad)
+        return formats_of(made), made.storage.seed, self.missed[k]
 
     def _allocate(self, size, dtype, index):
         if self._recorded:
