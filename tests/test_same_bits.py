@@ -1,8 +1,10 @@
 """Promise 1: one result, to the last bit, for every backend, instruction set, form, length, offset and tail."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import CLASSES, DTYPES, Guarded, backends, bits, raw_recipe
+from conftest import CLASSES, DTYPES, Guarded, backends, bits, c, raw_recipe
 
 import fastrms
 from fastrms import rules
@@ -25,6 +27,14 @@ def scalar_reference(recipe, buffers):
     with np.errstate(all="ignore"):
         rows = [rule(*numbers, *coefficients) for numbers in zip(*buffers, strict=True)]
     return [np.array(column, recipe.dtype) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.skipif(c.lib is None or not Path("/proc/cpuinfo").exists(), reason="no C extension, or no such file")
+def test_no_tier_of_this_cpu_is_missing():
+    """A compiler's library that says of every CPU that it has no AVX makes slow wheels, and all else passes."""
+    features = set(Path("/proc/cpuinfo").read_text().split())
+    assert ("avx2" in c.isas()) == ("avx2" in features)
+    assert ("avx512" in c.isas()) == ({"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vbmi2", "fma"} <= features)
 
 
 @pytest.mark.parametrize("rule, general, dtype", CASES)
