@@ -37,7 +37,7 @@ def addressed(binary, objdump="objdump"):
     for line in listing.splitlines():
         if match := re.match(r"[0-9a-f]+ <(\w+)>:", line):
             current = match[1]
-        elif current and "\t" in line:
+        elif current and re.match(r" *[0-9a-f]+:\t", line):
             address, text = line.split("\t", 1)
             functions[current].append((int(address.strip(" :"), 16), text))
     return functions

@@ -114,13 +114,13 @@ def test_workers_leave_the_cpus_of_the_process_alone():
     """) == "fine"  # fmt: skip
 
 
-def in_process(code, python=sys.executable, **environment):
+def in_process(code, python=sys.executable, patience=WATCHDOG, **environment):
     """Standard output of code in a fresh process that must end by itself."""
     import os
     import textwrap
 
     run = subprocess.run([python, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True,
-                         timeout=WATCHDOG, env={**os.environ, **environment})  # fmt: skip
+                         timeout=patience, env={**os.environ, **environment})  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.strip()
 
@@ -170,15 +170,14 @@ def test_fork_after_use_and_again_in_the_child():
     """) == "fine"  # fmt: skip
 
 
-def test_fork_while_other_threads_step():
-    """The child finds every optimizer between two steps: as many updates as its count says, and not busy."""
-    assert in_process(COMMON + """
+def fork_while_others_step(forks, **options):
+    return in_process(COMMON + f"    forks = {forks}\n" + """
     sizes = (50_001, 200)      # one shared out, one run by its caller alone
     made = []
     for size in sizes:
-        w = np.zeros(size, np.float32)
+        w = np.zeros(size)         # float64, which counts beyond 2**24
         opt = fastrms.AdaGrad(w)
-        opt.bind(np.ones(size, np.float32))
+        opt.bind(np.ones(size))
         opt.step()
         made.append(opt)
     stop = []
@@ -187,7 +186,7 @@ def test_fork_while_other_threads_step():
         while not stop:
             opt.step()
 
-    runners = [threading.Thread(target=work, args=(opt,)) for opt in made]
+    runners = [threading.Thread(target=work, args=(opt,), daemon=True) for opt in made]
     for runner in runners:
         runner.start()
 
@@ -200,13 +199,18 @@ def test_fork_while_other_threads_step():
 
     import warnings
     warnings.simplefilter("ignore")      # Python's own: there are threads, the runners
-    for _ in range(200):
+    for _ in range(forks):
         child(look)
     stop.append(1)
     for runner in runners:
         runner.join()
     print("fine")
-    """) == "fine"  # fmt: skip
+    """, **options)  # fmt: skip
+
+
+def test_fork_while_other_threads_step():
+    """The child finds every optimizer between two steps: as many updates as its count says, and not busy."""
+    assert fork_while_others_step(200) == "fine"
 
 
 def test_fork_while_another_thread_is_in_the_python_of_a_step():
@@ -255,11 +259,16 @@ def test_multiprocessing(method, tmp_path):
     assert run.stdout.strip() == "fine 4", run.stdout + run.stderr
 
 
-def test_thirty_two_python_threads_at_once():
-    assert in_process(COMMON + """
-    at_once(32, lambda: [check(size=20_011) for _ in range(20)])
+def threads_at_once(count, rounds, steps, **options):
+    """So many Python threads that make rounds of steps with optimizers of their own."""
+    return in_process(COMMON + f"""
+    at_once({count}, lambda: [check({steps}, 20_011) for _ in range({rounds})])
     print("fine")
-    """) == "fine"  # fmt: skip
+    """, **options)  # fmt: skip
+
+
+def test_thirty_two_python_threads_at_once():
+    assert threads_at_once(32, 20, 5) == "fine"
 
 
 def test_nested_in_other_pools():
@@ -308,9 +317,9 @@ def test_workers_leave_signals_to_python():
     """) == "fine"  # fmt: skip
 
 
-def test_interrupts_find_a_whole_number_of_steps():
-    """SIGINT every few hundred microseconds: buffers and count agree after each."""
-    assert in_process(COMMON + """
+def interrupts(count, seconds, **options):
+    """An interrupt so many seconds, and a little longer each time, after steps have begun."""
+    return in_process(COMMON + f"    count, seconds = {count}, {seconds}\n" + """
     w = np.zeros(50_001, np.float32)
     opt = fastrms.AdaGrad(w)
     g = np.ones(50_001, np.float32)
@@ -318,9 +327,9 @@ def test_interrupts_find_a_whole_number_of_steps():
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, interrupt)
-    for k in range(300):
+    for k in range(count):
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 1e-6 * k)      # once: a second one could hit this test itself
+            signal.setitimer(signal.ITIMER_REAL, seconds + 1e-6 * (k % 1000))    # once: a second could hit this test itself
             while True:
                 opt.step(g, clip_norm=1e30, grad_scale=1.0 + 0.0 * k)
         except KeyboardInterrupt:
@@ -328,7 +337,12 @@ def test_interrupts_find_a_whole_number_of_steps():
             assert (state == opt.steps).all(), (opt.steps, state.min(), state.max())
             opt.step(g.copy())
     print("fine")
-    """) == "fine"  # fmt: skip
+    """, **options)  # fmt: skip
+
+
+def test_interrupts_find_a_whole_number_of_steps():
+    """Every few hundred microseconds: buffers and count agree after each."""
+    assert interrupts(300, 0.0005) == "fine"
 
 
 def fake(tmp_path, files):
