@@ -41,15 +41,13 @@ def kernel({arguments}):
     thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
     head = (uint64(0) - start) % uint64({vector}) // uint64({itemsize})
     if thread < vectors:
-        first = thread * uint64({width}) + head
-        {lanes} = rule({loads})
-{stores}\
+        {first} = thread * uint64({lanes}) + head
+{of_vector}\
     else:
         single = thread - vectors
-        at = single if single < head else single + vectors * uint64({width})
+        at = single if single < head else single + vectors * uint64({lanes})
         if at < size:
-            {results} = rule({elements})
-{cleared}"""
+{of_element}"""  # of_vector updates the elements from {first} on, of_element the one at `at`
 
 
 def kernel_name(rule, general, dtype, kind):
@@ -74,19 +72,22 @@ def kernel_text(rule, dtype, kind):
     states, names = rules.state_names(rule), list(rules.coefficient_names(rule))
     buffers, updated, lanes = ["param", "grad", *states], ["param", *states], width(dtype)
     stored = [*((name, f"{name}_lanes") for name in updated), *[("grad", f"({'nothing, ' * lanes})")] * kind.zero_grad]
+    loads = ", ".join([f"load({name}, first)" for name in buffers] + names)
+    of_vector = [", ".join(f"{name}_lanes" for name in updated) + f", = rule({loads})",
+                 *(f"store({name}, first, {vector})" for name, vector in stored)]  # fmt: skip
+    elements = ", ".join([f"{name}[at]" for name in buffers] + names)
+    of_element = [", ".join(f"{name}[at]" for name in updated) + f", = rule({elements})"]
+    of_element += ["grad[at] = nothing"] * kind.zero_grad
     return KERNEL.format(
         arguments=", ".join(arguments(rule, kind)),
         head=indented(head(dict.fromkeys(buffers, "pointer"), BEHIND, names, kind), 1),
         threads=THREADS,
         vector=VECTOR,
         itemsize=dtype.itemsize,
-        width=lanes,
-        lanes=", ".join(f"{name}_lanes" for name in updated) + ",",
-        loads=", ".join([f"load({name}, first)" for name in buffers] + names),
-        stores="".join(f"        store({name}, first, {lanes})\n" for name, lanes in stored),
-        cleared="            grad[at] = nothing\n" * kind.zero_grad,
-        results=", ".join(f"{name}[at]" for name in updated) + ",",
-        elements=", ".join([f"{name}[at]" for name in buffers] + names),
+        lanes=lanes,
+        first="first",
+        of_vector=indented(of_vector, 2),
+        of_element=indented(of_element, 3),
     )
 
 

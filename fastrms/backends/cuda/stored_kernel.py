@@ -11,26 +11,11 @@ from numba.cuda import types
 
 from ... import formats, own_rules, rules
 from . import codecs, intrinsics
-from .kernel import head, indented
+from .kernel import KERNEL, head, indented
 from .table import BEHIND, BLOCKS, LANES, THREADS, WARP
 
 ELEMENTS = range(formats.Q8_BLOCK // WARP)  # of a thread
 
-
-KERNEL = """\
-def kernel({arguments}):
-    block = uint64(cuda.blockIdx.x)
-{head}\
-    thread = block * uint64({threads}) + uint64(cuda.threadIdx.x)
-    head = (uint64(0) - start) % uint64({vector}) // uint64({itemsize})
-    if thread < vectors:
-        at = thread * uint64({lanes}) + head
-{of_vector}\
-    else:
-        single = thread - vectors
-        at = single if single < head else single + vectors * uint64({lanes})
-        if at < size:
-{of_element}"""
 
 KERNEL_IN_BLOCKS = """\
 def kernel({arguments}):
@@ -124,6 +109,7 @@ def kernel_text(rule, dtype, kind):
         vector=LANES * itemsize,
         itemsize=itemsize,
         lanes=LANES,
+        first="at",
         of_vector=indented(body(rule, kind, "load({}, at)".format, "store({}, at, {})".format, LANES), 2),
         of_element=indented(body(rule, kind, "{}[at]".format, "{}[at] = {}".format), 3),
     )
