@@ -138,8 +138,9 @@ static void open_streams(const fastrms_plan *plan, int64_t k, int64_t offset, in
     streams[PARAM] = has_floats(storage) ? stream_at(FASTRMS_FLOAT, size, storage->low, NULL, offset, row[PARAM])
                                          : stream_at(storage->param, size, tensor->param, storage->low, offset, row[PARAM]);
     streams[GRAD] = stream_at(tensor->grad_format, size, (void *)plan->grad[k], NULL, offset, row[GRAD]);
-    for (int s = 0; s < count; ++s)
-        streams[STATES + s] = stream_at(storage->state[s], size, tensor->state[s], NULL, offset, row[STATES + s]);
+    for (int s = 0; s < FASTRMS_MAX_STATES; ++s)          /* one that the rule lacks is empty */
+        streams[STATES + s] = s < count ? stream_at(storage->state[s], size, tensor->state[s], NULL, offset, row[STATES + s])
+                                        : (stream){.format = FASTRMS_FLOAT};
     for (int s = 0; tensor->storage && s <= count; ++s)
         streams[s ? GRAD + s : PARAM].rounding = rounding_of(tensor, s, offset);
     streams[COPY] = stream_at(storage->copy_format, size, storage->copy, NULL, offset, NULL);
@@ -719,7 +720,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
             return FASTRMS_MISSING;
         ranges[k] = range_of(buffer[k], size * recipe->itemsize, 0);
     }
-    if (overlap(ranges, 5, NULL, 0))
+    if (overlap(ranges, 5, ranges + 5, 0))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double made[FASTRMS_MAX_COEFFICIENTS];
