@@ -8,7 +8,8 @@ flat: FlatBuffer against separate arrays, and huge pages against small ones, one
 numba: the Numba backend against the C backend, on one thread and on all.
 torch: steps of fastrms.torch and fastrms on torch tensors against torch.optim; --docs writes into docs/torch.md.
 clients: the step's share of the training time in stable-baselines3, with its optimizers and with ours; --docs as torch.
-formats: updates in bf16 and 8 bits against float32, bitsandbytes, torchao and prime-rl; --docs writes into docs/formats.md.
+formats: updates in bf16 and 8 bits against float32, bitsandbytes, torchao and prime-rl; --docs writes table and picture in
+docs/formats.md.
 shards: steps of fastrms.torch on DTensors in 2 and 4 processes against torch.optim; --docs writes into docs/shards.md.
 """
 
@@ -38,6 +39,7 @@ from .timing import clock
 
 PAGES = {"torch": Path("docs/torch.md"), "clients": Path("docs/torch.md"), "shards": Path("docs/shards.md"),
          "formats": Path("docs/formats.md")}  # fmt: skip
+PICTURES = {"formats": Path("docs/formats-bytes.png")}
 
 
 class Figure(NamedTuple):
@@ -84,6 +86,8 @@ def main(arguments=None):
         text = machines.markdown() if options.set == "machine" else markdown(options.set, *measured)
         page = PAGES.get(options.set, report.PAGE)
         report.write_page(page, f"figures-{options.set}", text)
+    if options.docs and options.set in PICTURES:
+        import_module(f".figures_{options.set}", __package__).draw(PICTURES[options.set], measured[0])
 
 
 def measure_set(options):
@@ -130,7 +134,7 @@ def markdown(name, facts, figures):
     command = f"`python -m bench.figures {name} --docs`"
     return "\n".join(
         ["| what | target | measured |", "| --- | ---: | ---: |"]
-        + [f"| {f.what} | {f.target} | {f.measured if f.ok else f'**{f.measured}, missed**'} |" for f in figures]
+        + [f"| {figure.what} | {figure.target} | {machines.in_cell(figure._asdict())} |" for figure in figures]
         + ["", f"{machine.in_words(facts)}; {machine.software(facts)}; {date.today().isoformat()}; {command}."]
     )
 

@@ -2,7 +2,8 @@
 prime-rl's kernel.
 
 All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
-the gradient is read, everything else is read and written.
+the gradient is read, everything else is read and written.  The ceiling of a row is the time in which the loop in C that does
+nothing else moves so many bytes, in the same rounds; the picture has it beside each measured time.
 """
 
 from functools import partial
@@ -12,14 +13,17 @@ import numpy as np
 import fastrms
 
 from . import peers
-from .contenders import OPTIMIZERS
-from .figures import Figure, at_least, at_most
-from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate
+from .contenders import OPTIMIZERS, STREAMS, streams, streams_ways
+from .figures import Figure, at_least, at_most, times_as_fast
+from .machine import in_words, software
+from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_per_element
 from .report import size_name
 from .timing import interleaved
 
 SECONDS = 4.0  # of timing for each row of contenders
-LARGE, MIDDLE, SMALL = 2**25, 2**20, 2**15
+LARGE, MIDDLE = 2**25, 2**20
+SIZES = LARGE, MIDDLE, 2**16
+IN_L2 = 2**15
 PLACED = IN_WORDS[WELL_PLACED]
 FLOAT32, BF16, NEAREST, Q8, SPLIT = "float32", "bf16 states", "bf16 states, nearest", "q8 states", "split16 and bf16 states"
 SETTINGS = {  # name -> (whether gradients are bf16, whether the parameter is, options)
@@ -67,23 +71,72 @@ def nanoseconds(rule, size, names):
     return {name: timing.minimum / size for name, timing in timings.items()}
 
 
+def beside_streams(rule, size):
+    """The same for all SETTINGS and, as STREAMS, for the fastest loop that does nothing but move the bytes of float32."""
+    problem, threads = Problem(rule, size, "float32"), fastrms.get_num_threads()
+    buffers = problem.new_buffers()
+    ways = {way: streams(problem, way, settings, buffers).step for way, settings in streams_ways(size, threads)}
+    timings = interleaved({**{name: bound(rule, size, name) for name in SETTINGS}, **ways}, SECONDS)
+    times = {name: timing.minimum / size for name, timing in timings.items()}
+    return {**{name: times[name] for name in SETTINGS}, STREAMS: min(times[way] for way in ways)}
+
+
+def ceiling(rule, name, times):
+    """The nanoseconds per element in which STREAMS would move the bytes of a step."""
+    return times[STREAMS] * bytes_moved(rule, name) / bytes_per_element(rule, "float32")
+
+
 def row(rule, size, name, times, target):
     ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
     over = times[FLOAT32] / times[name]
     measured = f"{over:.2f}x: {times[name]:.3f} against {times[FLOAT32]:.3f} ns per element"
     what = f"{rule}, {size_name(size)}, all threads: {name}, over float32 (bytes: {ratio:.2f}x)"
-    return Figure(what, f">= {target:.2f}x" if target else "", measured, over >= target)
+    most = times_as_fast(times[FLOAT32] / ceiling(rule, name, times))
+    return Figure(what, f">= {target:.2f}x" if target else "", measured, over >= target, most)
+
+
+MEASURED = {}  # (rule, size) -> what beside_streams() gave: the picture has it
 
 
 def in_memory():
     """Where memory limits an update, fewer bytes are fewer nanoseconds."""
     targets = {("rmsprop", Q8): 1.3, ("adam", Q8): 1.6, ("adam", SPLIT): 1.0}
     for rule in ("rmsprop", "adam"):
-        for size in (LARGE, MIDDLE, 2**16):
-            times = nanoseconds(rule, size, SETTINGS)
+        for size in SIZES:
+            times = MEASURED[rule, size] = beside_streams(rule, size)
             for name in (BF16, NEAREST, Q8, SPLIT):
                 ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
                 yield row(rule, size, name, times, targets.get((rule, name), 0.95 * ratio) if size == LARGE else 0.0)
+
+
+def draw(path, facts):
+    """A picture of what in_memory() measured: a bar for each time, and a line where its bytes have their ceiling."""
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(11, 6), layout="constrained")
+    picture.suptitle(f"One update through storage formats, all threads\n{in_words(facts)}; {software(facts)}", fontsize=9)
+    panels = picture.subplots(2, len(SIZES), squeeze=False)
+    for panel, ((rule, size), times) in zip(panels.ravel(), MEASURED.items(), strict=True):
+        ceilings = [ceiling(rule, name, times) for name in SETTINGS]
+        labels = [f"{name}\n{bytes_moved(rule, name):.4g} bytes" for name in SETTINGS]
+        bars = panel.barh(labels, [times[name] for name in SETTINGS], 0.7, color="#56B4E9", label="measured")
+        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        for place, most in enumerate(ceilings):
+            panel.plot(
+                [most, most], [place - 0.45, place + 0.45], color="#000000", label="" if place else "ceiling of the bytes"
+            )
+        panel.set_title(f"{rule}, {size_name(size)} elements", fontsize=9)
+        panel.set_xlim(0, 1.15 * max(*times.values(), *ceilings))
+        panel.invert_yaxis()
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel not in panels[:, 0]:
+            panel.set_yticklabels([])
+    for panel in panels[-1]:
+        panel.set_xlabel("nanoseconds per element", fontsize=8)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    picture.savefig(path, dpi=150)
 
 
 def in_cache():
@@ -91,10 +144,10 @@ def in_cache():
     threads = fastrms.get_num_threads()
     fastrms.set_num_threads(1)
     for rule in ("rmsprop", "adam"):
-        times = nanoseconds(rule, SMALL, SETTINGS)
+        times = nanoseconds(rule, IN_L2, (FLOAT32, BF16, NEAREST, Q8))
         for name, target in ((BF16, 1.35), (NEAREST, 1.35), (Q8, 2.0)):
             yield at_most(
-                f"{rule}, {size_name(SMALL)}, one thread: {name}, time over float32", times[name] / times[FLOAT32], target
+                f"{rule}, {size_name(IN_L2)}, one thread: {name}, time over float32", times[name] / times[FLOAT32], target
             )
     fastrms.set_num_threads(threads)
 

@@ -10,7 +10,19 @@ from conftest import BACKENDS
 import fastrms
 
 pytest.importorskip("rich")
-from bench import contenders, figures, figures_machine, figures_numpy, machine, machines, model, peers, report, timing
+from bench import (
+    contenders,
+    figures,
+    figures_formats,
+    figures_machine,
+    figures_numpy,
+    machine,
+    machines,
+    model,
+    peers,
+    report,
+    timing,
+)
 from bench.figures import Figure
 from bench.problem import PLACES
 from bench.results import Results
@@ -198,3 +210,36 @@ def test_small_figures_against_numpy_are_those_of_several_places(monkeypatch):
         "bound step(), 1024, RMSProp: over naive",
     ]
     assert {figure.measured for figure in made} == {"1.00x"}
+
+
+@needs_c
+def test_the_picture_of_formats_has_the_ceiling_of_each(page, monkeypatch, tmp_path, capsys):
+    """A row says what its bytes allow, and the picture has a bar and a line for each row."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "formats.md"
+    path.write_text("<!-- figures-formats:begin -->\n<!-- figures-formats:end -->\n")
+    monkeypatch.setattr(figures, "PAGES", {"formats": path})
+    monkeypatch.setattr(figures, "PICTURES", {"formats": tmp_path / "formats.png"})
+    monkeypatch.setattr(figures_formats, "SIZES", (2**12,))
+    monkeypatch.setattr(figures_formats, "LARGE", 2**12)
+    monkeypatch.setattr(figures_formats, "MEASURED", {})
+    monkeypatch.setattr(figures_formats, "MEASUREMENTS", (figures_formats.in_memory,))
+    monkeypatch.setattr(figures_formats, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "REST", 0.0)
+    monkeypatch.setattr(timing, "MEASUREMENT", 1e-5)
+    figures.main(["formats", "--docs"])
+    assert path.read_text().count("| rmsprop, 2^12, ") == path.read_text().count("| adam, 2^12, ") == 4
+    assert (tmp_path / "formats.png").stat().st_size > 10_000
+    times = {name: 1.0 for name in figures_formats.SETTINGS} | {contenders.STREAMS: 0.5}
+    row = figures_formats.row("adam", 2**12, figures_formats.BF16, times, 1.4)
+    assert row.at_most == "3.1x" and not row.ok and "; at most 3.1x**" in machines.in_cell(row._asdict())
+
+
+@needs_c
+@pytest.mark.parametrize("rule", ["rmsprop", "adam"])
+def test_the_bytes_of_a_row_are_those_that_the_optimizer_reports(rule):
+    """report() knows what a step of an optimizer moves; the figures compute it from the formats."""
+    for name in figures_formats.SETTINGS:
+        said = figures_formats.bound(rule, 2**16, name).__self__.report()
+        moved = float(re.search(r"([\d.]+) bytes moved", said)[1])
+        assert moved == pytest.approx(figures_formats.bytes_moved(rule, name), rel=0.01), said
