@@ -1,8 +1,7 @@
 """The project's target figures, each measured in interleaved runs: `python -m bench.figures SET [--docs]`.
 
 numpy: against NumPy, one thread, in rounds with NumPy alone.   machine: on two threads, against the ceilings, the other
-libraries installed and naive NumPy, in rounds with all of them; what it measures is stored for each machine in
-bench/machines, and --docs writes the table of all machines.
+libraries installed and naive NumPy, in rounds with all of them.
 step: on all cores, what clipping, looking for nonfinite gradients, zeroing and streaming add or gain.
 flat: FlatBuffer against separate arrays, and huge pages against small ones, one thread.
 numba: the Numba backend against the C backend, on one thread and on all.
@@ -11,6 +10,7 @@ clients: the step's share of the training time in stable-baselines3, with its op
 formats: updates in bf16 and 8 bits against float32, bitsandbytes, torchao and prime-rl; --docs writes table and picture in
 docs/formats.md.
 shards: steps of fastrms.torch on DTensors in 2 and 4 processes against torch.optim; --docs writes into docs/shards.md.
+What machine and formats measure is stored for each machine in bench/machines, and --docs writes the table of all machines.
 """
 
 import argparse
@@ -76,17 +76,17 @@ def main(arguments=None):
     sets = ("numpy", "machine", "step", "flat", "numba", "torch", "clients", "shards", "formats")
     parser.add_argument("set", nargs="?", choices=sets, default="numpy", help="which (default: numpy)")
     parser.add_argument("--docs", "--readme", action="store_true", help=f"rewrite their table in {report.PAGE}")
-    parser.add_argument("--stored", action="store_true", help="machine --docs without measuring: from bench/machines")
+    parser.add_argument("--stored", action="store_true", help="--docs without measuring: from bench/machines")
     options = parser.parse_args(arguments)
-    if options.stored and not (options.set == "machine" and options.docs):
-        parser.error("--stored goes with machine --docs: only those figures are stored")
+    if options.stored and not (options.set in machines.SETS and options.docs):
+        parser.error(f"--stored goes with {' --docs or '.join(machines.SETS)} --docs: only those figures are stored")
     if not options.stored:
         measured = measure_set(options)
     if options.docs:
-        text = machines.markdown() if options.set == "machine" else markdown(options.set, *measured)
+        text = machines.markdown(options.set) if options.set in machines.SETS else markdown(options.set, *measured)
         page = PAGES.get(options.set, report.PAGE)
         report.write_page(page, f"figures-{options.set}", text)
-    if options.docs and options.set in PICTURES:
+    if options.docs and options.set in PICTURES and not options.stored:
         import_module(f".figures_{options.set}", __package__).draw(PICTURES[options.set], measured[0])
 
 
@@ -96,8 +96,8 @@ def measure_set(options):
         sys.exit("the figures are those of the C backend, and fastrms was built without its C extension")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     facts, figures = measure(options.set, console)
-    if options.set == "machine":
-        console.print(f"wrote {machines.store(facts, figures, 'python -m bench.figures machine')}", soft_wrap=True)
+    if options.set in machines.SETS:
+        console.print(f"wrote {machines.store(options.set, facts, figures)}", soft_wrap=True)
     return facts, figures
 
 

@@ -15,7 +15,7 @@ import fastrms
 from . import peers
 from .contenders import OPTIMIZERS, STREAMS, streams, streams_ways
 from .figures import Figure, at_least, at_most, times_as_fast
-from .machine import in_words, software
+from .machine import in_words
 from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_per_element
 from .report import size_name
 from .timing import interleaved
@@ -114,7 +114,7 @@ def draw(path, facts):
     from matplotlib.figure import Figure as Picture
 
     picture = Picture(figsize=(11, 6), layout="constrained")
-    picture.suptitle(f"One update through storage formats, all threads\n{in_words(facts)}; {software(facts)}", fontsize=9)
+    picture.suptitle(f"One update through storage formats, all threads\n{in_words(facts)}, {facts['isa']}", fontsize=10)
     panels = picture.subplots(2, len(SIZES), squeeze=False)
     for panel, ((rule, size), times) in zip(panels.ravel(), MEASURED.items(), strict=True):
         ceilings = [ceiling(rule, name, times) for name in SETTINGS]

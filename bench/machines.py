@@ -1,4 +1,4 @@
-"""What `python -m bench.figures machine` has measured, in one JSON file for each machine, and the table of them all."""
+"""What `python -m bench.figures` has measured of the sets in SETS, a file for each machine, and the tables of them all."""
 
 import json
 import re
@@ -7,28 +7,29 @@ from pathlib import Path
 
 from .machine import in_words, software
 
-FOLDER = Path(__file__).parent / "machines"
+FOLDER = Path(__file__).parent / "machines"  # a folder for each set
+SETS = ("machine", "formats")
 
 
-def store(facts, figures, command):
-    """Write the file of this machine, named after its processor, cores and caches; returns its path."""
+def store(name, facts, figures):
+    """Write the file of this machine for a set of figures, named after its processor, cores and caches; returns its path."""
     words = re.sub(r"\((r|tm)\)", "", in_words(facts).lower())
-    path = FOLDER / f"{re.sub('[^a-z0-9]+', '-', words).strip('-')}.json"
-    content = {"command": command, "date": date.today().isoformat(), "machine": facts}
-    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / name / f"{re.sub('[^a-z0-9]+', '-', words).strip('-')}.json"
+    content = {"command": f"python -m bench.figures {name}", "date": date.today().isoformat(), "machine": facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | {"figures": [figure._asdict() for figure in figures]}, indent=1) + "\n")
     return path
 
 
-def stored():
-    """What the files hold, the newest measurement first."""
-    found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+def stored(name):
+    """What the files of a set hold, the newest measurement first."""
+    found = [json.loads(path.read_text()) for path in sorted((FOLDER / name).glob("*.json"))]
     return sorted(found, key=lambda content: content["date"], reverse=True)
 
 
-def markdown():
+def markdown(name):
     """One row for each figure, one column for each machine."""
-    machines = stored()
+    machines = stored(name)
     names = [in_words(content["machine"]) for content in machines]
     targets = {figure["what"]: figure["target"] for content in machines for figure in content["figures"]}
     found = [{figure["what"]: in_cell(figure) for figure in content["figures"]} for content in machines]

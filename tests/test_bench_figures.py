@@ -90,7 +90,7 @@ def rows():
 def test_every_row_is_measured_printed_stored_and_shown(tiny, capsys):
     figures.main(["machine", "--docs"])
     out, page = capsys.readouterr().out, tiny.read_text()
-    (path,) = machines.FOLDER.glob("*.json")
+    (path,) = machines.FOLDER.glob("machine/*.json")
     stored = json.loads(path.read_text())
     assert str(path) in out.replace("\n", "") and f"instruction set {fastrms.isa()}" in out
     assert {row["what"]: row["target"] for row in stored["figures"]} == rows()
@@ -135,12 +135,14 @@ def test_the_numba_backend_and_the_peers_run_beside_c(monkeypatch):
 
 def test_machines_stand_side_by_side(page):
     machines.store(
-        FACTS, [Figure("a", ">= 2x", "1.50x", False, "1.60x"), Figure("b", ">= 1x", "3.0x", True, "4x", "optax")], "c"
+        "machine", FACTS, [Figure("a", ">= 2x", "1.50x", False, "1.60x"), Figure("b", ">= 1x", "3.0x", True, "4x", "optax")]
     )
-    (old,) = machines.FOLDER.glob("*.json")
+    (old,) = machines.FOLDER.glob("machine/*.json")
     old.write_text(re.sub(r'"date": "[\d-]+"', '"date": "2020-01-01"', old.read_text()))
     other = FACTS | {"cpu": "Yet Another CPU"}
-    path = machines.store(other, [Figure("a", ">= 2x", "2.5x", True), Figure("c", ">= 1x", "not measured: x", False)], "d")
+    path = machines.store(
+        "machine", other, [Figure("a", ">= 2x", "2.5x", True), Figure("c", ">= 1x", "not measured: x", False)]
+    )
     assert path.name == "yet-another-cpu-2-cores-l2-1-mib.json"
     figures.main(["machine", "--docs", "--stored"])
     lines = page.read_text().splitlines()
@@ -151,27 +153,34 @@ def test_machines_stand_side_by_side(page):
         "| b | >= 1x |  | 3.0x (optax) |",
     ]
     text = page.read_text()
-    assert "instruction set best (of best, least), up to 2 threads (NumPy: one), torch 9; 2" in text and "`d`." in text
+    assert (
+        "instruction set best (of best, least), up to 2 threads (NumPy: one), torch 9; 2" in text
+        and "`python -m bench.figures machine`." in text
+    )
 
 
 def test_a_machine_has_one_file(page):
     for number in ("1.50x", "1.70x"):
-        machines.store(FACTS, [Figure("a", ">= 2x", number, False)], "c")
-    (content,) = machines.stored()
+        machines.store("machine", FACTS, [Figure("a", ">= 2x", number, False)])
+    (content,) = machines.stored("machine")
     assert content["figures"][0]["measured"] == "1.70x"
 
 
-def test_the_page_shows_the_machines_that_are_stored():
-    found = re.search("<!-- figures-machine:begin -->\n(.*)\n<!-- figures-machine:end -->", PAGE.read_text(), re.S)
-    assert found[1] == machines.markdown(), "run `python -m bench.figures machine --docs --stored`"
-    assert machines.stored() and all(machine.in_words(content["machine"]) in found[1] for content in machines.stored())
+@pytest.mark.parametrize("name", machines.SETS)
+def test_the_page_shows_the_machines_that_are_stored(name):
+    page = PAGE.parent.parent / figures.PAGES.get(name, report.PAGE)
+    found = re.search(f"<!-- figures-{name}:begin -->\n(.*)\n<!-- figures-{name}:end -->", page.read_text(), re.S)
+    assert found[1] == machines.markdown(name), f"run `python -m bench.figures {name} --docs --stored`"
+    assert machines.stored(name) and all(
+        machine.in_words(content["machine"]) in found[1] for content in machines.stored(name)
+    )
 
 
 @pytest.mark.parametrize("arguments", [["machine", "--stored"], ["numpy", "--stored", "--docs"]])
 def test_only_a_machines_figures_are_stored(arguments, capsys):
     with pytest.raises(SystemExit):
         figures.main(arguments)
-    assert "--stored goes with machine --docs: only those figures are stored" in capsys.readouterr().err
+    assert "--stored goes with machine --docs or formats --docs: only those figures are stored" in capsys.readouterr().err
 
 
 def test_the_gap_is_not_timed(monkeypatch):
