@@ -186,7 +186,9 @@ def _array(key, entry, format, shape, dtype):
     array, label, size = entry["state"][key], f"{key} of {entry['name']}", math.prod(shape)
     expected = (formats.stored_bytes(format, size),) if format.in_blocks else shape
     if type(array) is not np.ndarray or (array.dtype, array.shape) != (dtype, expected):
-        raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}")
+        its = f"{array.dtype}, shape {array.shape}" if type(array) is np.ndarray else f"a {type(array).__name__}"
+        raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}, and is {its}: load it "
+                         f"into an optimizer over parameters as those that it was saved from")  # fmt: skip
     if format.in_blocks:
         storage.refuse_damaged_blocks(format, np.array(array), size, f"{label} in the state_dict")
     return array

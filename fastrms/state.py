@@ -64,6 +64,8 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
         raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
     if "param_groups" in d:
         raise ValueError("this is a state_dict of torch.optim: pass it to load_torch_state_dict()")
+    if "optimizer" not in d:
+        raise ValueError(f"this has the keys {[*d]}, not those of a state_dict of fastrms: pass what state_dict() gave")
     if d["optimizer"] != kind.__name__:
         raise ValueError(f"the state_dict is of {d['optimizer']}, this is {kind.__name__}")
     dialects.preset(d["dialect"], kind.family)

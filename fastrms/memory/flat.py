@@ -26,7 +26,8 @@ class ReadOnly:
 
     def __setitem__(self, name, value):
         if value is not self[name]:  # the same comes back from collection[name] += x
-            how = "its arrays" if isinstance(self[name], ReadOnly) else f"it: [{name!r}][...] = x"
+            bits = ".bits" if hasattr(self[name], "bits") else ""  # of what is stored in a format
+            how = "its arrays" if isinstance(self[name], ReadOnly) else f"it: [{name!r}]{bits}[...] = x"
             raise TypeError(f"[{name!r}] {self.entry} and stays; write into {how}")
 
     def __delitem__(self, name):
