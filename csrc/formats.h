@@ -75,8 +75,9 @@ ELEMENT uint32_t fp16_encoded(uint32_t u, int stochastic, uint32_t random)
 ELEMENT uint32_t fp16s_encoded(uint32_t u, int stochastic, uint32_t random)
 {
     uint32_t a = u & MAGNITUDE, c = fp16_magnitude(a, stochastic, random);
-    c = a < INFINITE && c > 0x7bff ? 0x7bff : c;
-    c = a > 0 && c == 0 ? 1 : c;
+    uint32_t least = a < 1 ? 0 : 1, most = a < INFINITE ? 0x7bff : 0x7c00;
+    c = c > least ? c : least;
+    c = c < most ? c : most;
     return (a > INFINITE ? 0x7e00 : c) | (u & SIGN) >> 16;
 }
 

@@ -7,6 +7,11 @@
 #include "roots.h"
 #endif
 
+/* gcc 14 would turn selects that depend on each other, as those of rprop, into jumps, and vectorises no loop with jumps */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-thread-jumps")
+#endif
+
 #define GENERAL 0
 #define form neutral
 #define real float
