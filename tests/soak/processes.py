@@ -34,7 +34,7 @@ def stepping(stop):
         optimizer.step()
 
 
-def children(method, count, seconds):
+def children(method, count, seconds, patience=60):
     """Start so many processes one after the other, no longer than this, while a thread steps; how many there were."""
     context, stop, end = multiprocessing.get_context(method), threading.Event(), time.monotonic() + seconds
     runner, made = threading.Thread(target=stepping, args=(stop,)), 0
@@ -43,8 +43,10 @@ def children(method, count, seconds):
         while made < count and time.monotonic() < end:
             child = context.Process(target=steps_of_a_child)
             child.start()
-            child.join(30)
-            assert child.exitcode == 0, f"{method}: child {made} has exit code {child.exitcode} (None: it hangs)"
+            child.join(patience)
+            code = child.exitcode
+            child.kill()  # or this process would wait for it at its end
+            assert code == 0, f"{method}: child {made} has exit code {code} (None: it hangs)"
             made += 1
     finally:
         stop.set()
