@@ -18,6 +18,7 @@ import numpy as np
 import fastrms
 
 from . import ROOT, NotRun, check
+from .long import need_c
 
 
 def steps_of_a_child(size=300_007):
@@ -59,6 +60,7 @@ def children(method, count, seconds, patience=60):
 @check({"count": 10, "seconds": 1})
 def forks(count=1000, seconds=45):
     """Children of os.fork and of multiprocessing, made while other threads step, step themselves, and none hangs."""
+    need_c()
     from test_threads import fork_while_others_step
 
     assert fork_while_others_step(count, patience=300) == "fine"
@@ -71,6 +73,7 @@ def forks(count=1000, seconds=45):
 @check({"rounds": 1, "steps": 20})
 def many_threads(rounds=1, steps=10_000):
     """32 Python threads step at once, each with an optimizer of its own: no update is lost or made twice."""
+    need_c()
     from test_threads import threads_at_once
 
     assert threads_at_once(32, rounds, steps, patience=300) == "fine"
@@ -80,6 +83,7 @@ def many_threads(rounds=1, steps=10_000):
 @check({"count": 100})
 def interrupts(count=20_000):
     """Ctrl-C about every millisecond: after each, buffers and counts are those of a whole number of steps."""
+    need_c()
     from test_threads import interrupts
 
     assert interrupts(count, 0.0005, patience=300) == "fine"
@@ -145,6 +149,7 @@ ONE_CPU = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
 @check({"steps": 60, "least": 0})
 def one_cpu(steps=2000, least=0.8):
     """On one CPU there is one thread; a process that loses its other CPUs later is about as fast as with one thread."""
+    need_c()
     if not hasattr(os, "sched_setaffinity"):
         raise NotRun("this system has no affinity")
     free = {"FASTRMS_NUM_THREADS": "", "OMP_NUM_THREADS": ""}
@@ -183,6 +188,7 @@ def new_group(cpus=1, period=100_000):
 @check({"steps": 60, "least": 0})
 def quota(steps=2000, least=0.8):
     """In a cgroup that may use one CPU there is one thread, which is as fast as one thread without a limit."""
+    need_c()
     from fastrms import threads
 
     if threads.usable_cpus() < 2:
@@ -292,7 +298,7 @@ print(hashlib.sha256(w.tobytes()).hexdigest())
 
 
 @check({"seconds": 0})
-def import_orders(seconds=340):
+def import_orders(seconds=200):
     """Beside torch, scikit-learn and Numba, imported in every order, all of which compute: the same bits, denormals are not
     flushed, and a child of a fork makes a step."""
     names = [name for name in LIBRARIES if importlib.util.find_spec(name)]

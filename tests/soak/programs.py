@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from . import ROOT, NotRun, check
+from .long import need_c
 
 CPUS = ("qemu64", "Nehalem", "Haswell", "max")
 SANITIZERS = "address,undefined"
@@ -135,9 +136,10 @@ atheris.Fuzz()
 
 
 @check({"programs": 300})
-def any_python(programs=20_000):
+def any_python(programs=10_000):
     """Any bytes as a small program in Python: arrays of all kinds, hyper-parameters, gradients, steps, saved states.  C and
     NumPy have the same bits and say the same; a refusal is a sentence, and has changed nothing."""
+    need_c()
     from .any_python import one_input
 
     for seed in range(programs):
