@@ -719,7 +719,7 @@ int fastrms_update_at_rate(const fastrms_recipe *recipe, double lr, int64_t size
             return FASTRMS_MISSING;
         ranges[k] = range_of(buffer[k], size * recipe->itemsize, 0);
     }
-    if (overlap(ranges, 5, NULL, 0))
+    if (overlap(ranges, 5, ranges + 5, 0))
         return FASTRMS_OVERLAP;
     fastrms_tensor tensor = {.size = size, .steps = step - 1, .param = param, .state = {state0, state1, state2}};
     double made[FASTRMS_MAX_COEFFICIENTS];

@@ -20,7 +20,7 @@ import numpy as np
 from . import ROOT
 
 LARGE, MIDDLE, SMALL = 1_000_003, 20_011, 130  # MIDDLE: too small for several threads
-PATIENCE = 240  # seconds for an optimizer
+PATIENCE = 400  # seconds for an optimizer
 NAMES = ("fastrms", "torch", "deepspeed", "bitsandbytes", "optax", "jax", "numpy")
 
 
@@ -256,7 +256,7 @@ def forking(make):
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(30)
+        signal.alarm(20)
         optimizer.step(grad.copy())
         os._exit(0 if np.isfinite(optimizer.read()).all() else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -58,7 +58,7 @@ def children(method, count, seconds, patience=60):
 
 
 @check({"count": 10, "seconds": 1})
-def forks(count=1000, seconds=45):
+def forks(count=1000, seconds=30):
     """Children of os.fork and of multiprocessing, made while other threads step, step themselves, and none hangs."""
     need_c()
     from test_threads import fork_while_others_step

@@ -30,7 +30,9 @@ def said(*command, **environment):
     """Standard output and error of a command that must succeed."""
     environment = {**os.environ, **environment}
     run = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, f"{command[0]} ended with {run.returncode}: {(run.stdout + run.stderr)[-500:]}"
+    told = run.stdout + run.stderr
+    faults = "; ".join(re.findall(r".*(?:runtime error|ERROR:|WARNING: ThreadSanitizer).*", told))[:200]
+    assert run.returncode == 0, f"{command[0]} ended with {run.returncode}: {faults} ... {told[-300:]}"
     return run.stdout.strip(), run.stderr
 
 
@@ -60,7 +62,7 @@ def guard_pages(most=1025, step=1):
 
 
 @check({"calls": 2000, "arm": False})
-def other_processors(calls=100_000, arm=True):
+def other_processors(calls=50_000, arm=True):
     """Processors from 2008 on, and aarch64, all emulated by qemu, run what they have, and have the bits of this one."""
     emulator = need("qemu-x86_64")
     program = built("any_call", "gcc", "-static")
@@ -85,21 +87,22 @@ def on_arm():
 
 
 @check({"calls": 5000, "sanitize": ""})
-def any_call(calls=1_000_000, sanitize=SANITIZERS):
+def any_call(calls=500_000, sanitize=SANITIZERS):
     """Any bytes as a call of the C library: hyper-parameters, sizes, offsets, NaN, missing and overlapping buffers.  No
     access outside of a buffer, no undefined behaviour, what is refused changes nothing, all tiers have the same bits."""
     return f"{said(built('any_call', sanitize=sanitize), calls)[0]}; sanitizers {sanitize or 'none'}: 0 reports"
 
 
 @check(None)
-def fuzzing(seconds=90):
+def fuzzing(seconds=60):
     """The same by libFuzzer, which looks for bytes that reach new code, under AddressSanitizer and UBSan."""
     compiler = Path(need("clang", "clang-14", "clang-15", "clang-16")).name
     checked = f"-w -g -fno-sanitize-recover=all -fsanitize={SANITIZERS}"
     options = [*checked.split(), "-fsanitize=fuzzer", "-DLIBFUZZER=1"]
     program = built("any_call", compiler, *options, of_library=f"{checked},fuzzer-no-link")
     with tempfile.TemporaryDirectory() as corpus:
-        log = said(program, f"-max_total_time={seconds}", "-max_len=256", "-print_final_stats=1", corpus)[1]
+        limits = (f"-max_total_time={seconds}", "-max_len=256", f"-artifact_prefix={corpus}/")
+        log = said(program, *limits, "-print_final_stats=1", corpus)[1]
     return f"{int(re.search(r'number_of_executed_units: (.*)', log)[1]):,} executions in {seconds} s, 0 findings"
 
 
@@ -151,7 +154,7 @@ def any_python(programs=10_000):
 
 
 @check(None)
-def python_fuzzing(seconds=90):
+def python_fuzzing(seconds=60):
     """The same by atheris (libFuzzer), which looks for bytes that reach new lines of fastrms."""
     if importlib.util.find_spec("atheris") is None:
         raise NotRun("atheris is not installed: pip install atheris")
@@ -162,7 +165,7 @@ def python_fuzzing(seconds=90):
 
 
 @check(None)
-def properties(seconds=60):
+def properties(seconds=45):
     """What the tests of properties promise, for as many examples as Hypothesis finds in this time."""
     made, runs, end = 0, 0, time.monotonic() + seconds
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
