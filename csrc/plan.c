@@ -140,6 +140,8 @@ static void open_streams(const fastrms_plan *plan, int64_t k, int64_t offset, in
     streams[GRAD] = stream_at(tensor->grad_format, size, (void *)plan->grad[k], NULL, offset, row[GRAD]);
     for (int s = 0; s < count; ++s)
         streams[STATES + s] = stream_at(storage->state[s], size, tensor->state[s], NULL, offset, row[STATES + s]);
+    for (int s = count; s < FASTRMS_MAX_STATES; ++s)
+        streams[STATES + s] = (stream){.format = FASTRMS_FLOAT};
     for (int s = 0; tensor->storage && s <= count; ++s)
         streams[s ? GRAD + s : PARAM].rounding = rounding_of(tensor, s, offset);
     streams[COPY] = stream_at(storage->copy_format, size, storage->copy, NULL, offset, NULL);
@@ -179,7 +181,7 @@ static ALWAYS_INLINE void run_tile(const fastrms_plan *plan, const fastrms_tenso
         void *state[FASTRMS_MAX_STATES];
         int64_t length = size - start < FASTRMS_BLOCK ? size - start : FASTRMS_BLOCK;
         for (int s = 0; s < STREAMS; ++s)
-            if (streams[s].format != FASTRMS_FLOAT && (s < STATES + count || s >= COPY)) {
+            if (streams[s].format != FASTRMS_FLOAT) {
                 int bytes = streams[s].bytes / (TILE / FASTRMS_BLOCK), from = (int)(start / FASTRMS_BLOCK) * bytes;
                 for (int line = from; line < from + bytes; line += FASTRMS_LINE)
                     __builtin_prefetch((const char *)streams[s].at.stored + streams[s].bytes + line);

@@ -81,7 +81,7 @@ def many_threads(rounds=1, steps=10_000):
 
 
 @check({"count": 100})
-def interrupts(count=20_000):
+def interrupts(count=10_000):
     """Ctrl-C about every millisecond: after each, buffers and counts are those of a whole number of steps."""
     need_c()
     from test_threads import interrupts
@@ -91,7 +91,7 @@ def interrupts(count=20_000):
 
 
 @check({"kills": 20})
-def killed_writers(kills=2000):
+def killed_writers(kills=1000):
     """kill -9 while a checkpoint is saved: the file is the old one or the new one, whole."""
     from test_checkpoint import killed
 
@@ -298,7 +298,7 @@ print(hashlib.sha256(w.tobytes()).hexdigest())
 
 
 @check({"seconds": 0})
-def import_orders(seconds=200):
+def import_orders(seconds=150):
     """Beside torch, scikit-learn and Numba, imported in every order, all of which compute: the same bits, denormals are not
     flushed, and a child of a fork makes a step."""
     names = [name for name in LIBRARIES if importlib.util.find_spec(name)]

@@ -107,7 +107,7 @@ def fuzzing(seconds=60):
 
 
 @check(None)
-def thread_sanitizer(callers=32, forks=100):
+def thread_sanitizer(callers=32, forks=40):
     """The pool under ThreadSanitizer: many callers at once, and forks while they step; no data race."""
     program = built("stress", sanitize="thread")
     options = {"TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0"}
