@@ -52,7 +52,6 @@ def test_what_was_found_is_of_these_checks(found):
         assert tuple(row) == soak.Outcome._fields and row["outcome"] in ("passed", "not run"), row
         assert row["promise"] == soak.promise(row["name"]), row["name"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]) and "cores" in found["machine"] and found["command"]
-    assert sum(row["seconds"] for row in found["checks"]) < 30 * 60
 
 
 def test_what_others_answered_is_to_these_questions(found):
