@@ -237,7 +237,7 @@ def is_torch(x):
 
 
 def is_masked(x):
-    """Whether x is a masked array.  np.ma would import numpy.ma: a child that is forked meanwhile waits for ever for that."""
+    """Whether x is a masked array.  np.ma would import numpy.ma; a child that is forked meanwhile would wait for ever."""
     return isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
