@@ -180,7 +180,7 @@ static ALWAYS_INLINE void run_tile(const fastrms_plan *plan, const fastrms_tenso
         void *state[FASTRMS_MAX_STATES];
         int64_t length = size - start < FASTRMS_BLOCK ? size - start : FASTRMS_BLOCK;
         for (int s = 0; s < STREAMS; ++s)
-            if (streams[s].format != FASTRMS_FLOAT && (s < STATES + count || s >= COPY)) {
+            if (streams[s].format != FASTRMS_FLOAT) {
                 int bytes = streams[s].bytes / (TILE / FASTRMS_BLOCK), from = (int)(start / FASTRMS_BLOCK) * bytes;
                 for (int line = from; line < from + bytes; line += FASTRMS_LINE)
                     __builtin_prefetch((const char *)streams[s].at.stored + streams[s].bytes + line);

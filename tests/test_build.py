@@ -193,7 +193,7 @@ def run_tests_with(wheel, tests, tmp_path):
     """The named tests of this checkout against an installed wheel, from another directory."""
     python, package = environment_with(wheel, tmp_path)
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", *[str(ROOT / "tests" / t) for t in tests]]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTRMS_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("FASTRMS_", "PYTHONPATH"))}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     assert str(package / "__init__.py") in run.stdout  # the header names what was tested
@@ -248,7 +248,7 @@ def check_header(python, tmp_path):
     """The installed wheel's fastrms.h is found by get_include() and compiles, with nothing of the sources in reach."""
     program = "import fastrms; print(fastrms.get_include())"
     include = subprocess.run(
-        [python, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+        [python, "-E", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.strip()
     assert include.startswith(str(tmp_path)) and not Path(include, "fastrms.h").is_symlink()
     text = "#include <fastrms.h>\nint main(void) { return sizeof(fastrms_plan) < 100; }\n"
@@ -268,7 +268,7 @@ def test_built_without_c_on_purpose(sources, tmp_path):
     left = [name for name in BACKENDS if name != "c"]
     assert f"{len(left)} tiers run ({', '.join(left)})" in out
     question = "import fastrms; assert fastrms.isa() is None; fastrms.RMSProp(__import__('numpy').ones(3), backend='c')"
-    answer = subprocess.run([python, "-c", question], cwd=tmp_path, capture_output=True, text=True)
+    answer = subprocess.run([python, "-E", "-c", question], cwd=tmp_path, capture_output=True, text=True)
     assert "backend='c' is not available: fastrms was built without its C extension" in answer.stderr
 
 

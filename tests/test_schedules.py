@@ -231,8 +231,10 @@ def test_the_state_dict_of_early_stopping_is_its_own():
     saved = stopping.state_dict()
     saved["optimizer"]["tensors"][0]["state"]["exp_avg"][:] = 7
     assert not stopping.state_dict()["optimizer"]["tensors"][0]["state"]["exp_avg"].any()
-    with pytest.raises(ValueError, match="state_dict of this EarlyStopping"):
+    with pytest.raises(ValueError, match=r"^this has the keys \['garbage'\], not those of a state_dict of fastrms"):
         stopping.load_state_dict({**saved, "optimizer": {"garbage": 1}})
+    with pytest.raises(ValueError, match="state_dict of this EarlyStopping"):
+        stopping.load_state_dict({**saved, "bad": "garbage"})
 
 
 def test_early_stopping_is_resumed():

@@ -213,6 +213,26 @@ def test_fork_while_other_threads_step():
     assert fork_while_others_step(200) == "fine"
 
 
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_the_first_step_imports_nothing(backend):
+    """A child that is forked while another thread imports a module waits for ever where it needs this module: numpy.ma was
+    imported by the first optimizer."""
+    assert in_process("""
+    import sys
+    import numpy as np, fastrms
+    from fastrms import backends
+    w = np.ones(300_007, np.float32)
+    """ + f"backend = {backend!r}\n    backends.load(backend)" + """
+    before = {*sys.modules}
+    optimizer = fastrms.Adam({"w": w}, backend=backend)
+    optimizer.step({"w": w.copy()}, clip_norm=1.0)
+    optimizer.bind({"w": w.copy()})
+    optimizer.step()
+    fastrms.rmsprop(w, w.copy(), w.copy(), lr=0.1, backend=backend)
+    print({*sys.modules} - before or "fine")
+    """) == "fine"  # fmt: skip
+
+
 def test_fork_while_another_thread_is_in_the_python_of_a_step():
     """The child has not that thread, and does not wait for it."""
     assert in_process(COMMON + """

@@ -209,7 +209,7 @@ def as_array(x, name):
     """x as an ndarray of the same memory; TypeError or ValueError that calls x `name`."""
     if is_torch(x):
         return _from_torch(x, name)
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
@@ -234,6 +234,11 @@ def is_torch(x):
     """Whether x is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return isinstance(x, getattr(torch, "Tensor", ()))  # torch is None, or may be in the middle of its import
+
+
+def is_masked(x):
+    """Whether x is a masked array.  np.ma would import numpy.ma; a child that is forked meanwhile would wait for ever."""
+    return isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
 def _from_torch(x, name, kind=None):

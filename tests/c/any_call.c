@@ -41,11 +41,11 @@ static uint32_t random_word(void)
     return (uint32_t)(random_state >> 16);
 }
 
-/* a number for a hyper-parameter whose default is given */
+/* a number for a hyper-parameter whose default is given, which it is where the bytes are at their end */
 static double number(double usual)
 {
     static const double often[] = {0, 1, 0.5, 0.9, 0.999, 1e-3, 1e-8, 1e-46, 1e-300, 1e39, 2, -1, INFINITY, NAN};
-    unsigned which = choose(160);
+    unsigned which = 159 - choose(160);
     double any;
     if (which < sizeof often / sizeof *often)
         return often[which];
@@ -69,7 +69,7 @@ static const char *choose_recipe(fastrms_recipe *recipe, int itemsize)
     for (; real <= &hyper.step_max; ++real)
         *real = number(*real);
     for (; whole <= &hyper.zero_on_flip; ++whole)
-        *whole = choose(6) ? *whole : (int32_t)choose(6) - 1;
+        *whole = choose(6) < 5 ? *whole : (int32_t)choose(6) - 1;
     return make[family](recipe, itemsize, &hyper);
 }
 
@@ -180,16 +180,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
     }
     take(&random_state, sizeof random_state);
     random_state |= 1;
-    c.size = choose(4) ? choose(40) : choose(MOST);
+    c.size = choose(4) < 3 ? choose(40) : choose(MOST);
     c.as_plan = choose(2);
     c.step = steps[choose(sizeof steps / sizeof *steps)];
     c.grad_scale = number(1);
     c.clip_norm = choose(2) ? -1 : fabs(number(1));
     c.on_nonfinite = (int)choose(3);
-    c.missing = c.as_plan || choose(8) ? BUFFERS : (int)choose(BUFFERS);
-    c.same = c.as_plan || choose(8) ? 0 : 1 + (int)choose(2);
+    c.missing = c.as_plan || choose(8) < 7 ? BUFFERS : (int)choose(BUFFERS);
+    c.same = c.as_plan || choose(8) < 7 ? 0 : 1 + (int)choose(2);
     for (int b = 0; b < BUFFERS; ++b) {
-        c.offset[b] = choose(8) * (size_t)itemsize + (c.as_plan || choose(20) ? 0 : 1);
+        c.offset[b] = choose(8) * (size_t)itemsize + (c.as_plan || choose(20) < 19 ? 0 : 1);
         fill(c.first[b], c.size, itemsize, b < 2);
     }
     for (int isa = 0; isa < fastrms_isa_count(); ++isa) {

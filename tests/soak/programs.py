@@ -1,14 +1,18 @@
 """Checks by C programs: guard pages, processors under qemu, fuzzing, sanitizers and valgrind; and the suite's own tests."""
 
+import importlib.util
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from . import ROOT, NotRun, check
+from .long import need_c
 
 CPUS = ("qemu64", "Nehalem", "Haswell", "max")
 SANITIZERS = "address,undefined"
@@ -24,8 +28,11 @@ def need(*names):
 
 def said(*command, **environment):
     """Standard output and error of a command that must succeed."""
-    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, env={**os.environ, **environment})
-    assert run.returncode == 0, f"{command[0]} ended with {run.returncode}: {(run.stdout + run.stderr)[-500:]}"
+    environment = {**os.environ, **environment}
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    told = run.stdout + run.stderr
+    faults = "; ".join(re.findall(r".*(?:runtime error|ERROR:|WARNING: ThreadSanitizer).*", told))[:200]
+    assert run.returncode == 0, f"{command[0]} ended with {run.returncode}: {faults} ... {told[-300:]}"
     return run.stdout.strip(), run.stderr
 
 
@@ -47,7 +54,7 @@ def built(source, compiler="gcc", *flags, sanitize="", of_library=""):
     return program
 
 
-@check({"most": 1025, "step": 60})
+@check({"most": 1025, "step": 205})
 def guard_pages(most=1025, step=1):
     """Every kernel of every tier stays within its buffers between two pages that may not be touched, at every length
     and 64 offsets from either page, and each element has the bits of a call that has it alone."""
@@ -55,7 +62,7 @@ def guard_pages(most=1025, step=1):
 
 
 @check({"calls": 2000, "arm": False})
-def other_processors(calls=100_000, arm=True):
+def other_processors(calls=50_000, arm=True):
     """Processors from 2008 on, and aarch64, all emulated by qemu, run what they have, and have the bits of this one."""
     emulator = need("qemu-x86_64")
     program = built("any_call", "gcc", "-static")
@@ -80,26 +87,27 @@ def on_arm():
 
 
 @check({"calls": 5000, "sanitize": ""})
-def any_call(calls=1_000_000, sanitize=SANITIZERS):
+def any_call(calls=500_000, sanitize=SANITIZERS):
     """Any bytes as a call of the C library: hyper-parameters, sizes, offsets, NaN, missing and overlapping buffers.  No
     access outside of a buffer, no undefined behaviour, what is refused changes nothing, all tiers have the same bits."""
     return f"{said(built('any_call', sanitize=sanitize), calls)[0]}; sanitizers {sanitize or 'none'}: 0 reports"
 
 
 @check(None)
-def fuzzing(seconds=90):
+def fuzzing(seconds=60):
     """The same by libFuzzer, which looks for bytes that reach new code, under AddressSanitizer and UBSan."""
     compiler = Path(need("clang", "clang-14", "clang-15", "clang-16")).name
     checked = f"-w -g -fno-sanitize-recover=all -fsanitize={SANITIZERS}"
     options = [*checked.split(), "-fsanitize=fuzzer", "-DLIBFUZZER=1"]
     program = built("any_call", compiler, *options, of_library=f"{checked},fuzzer-no-link")
     with tempfile.TemporaryDirectory() as corpus:
-        log = said(program, f"-max_total_time={seconds}", "-max_len=256", "-print_final_stats=1", corpus)[1]
+        limits = (f"-max_total_time={seconds}", "-max_len=256", f"-artifact_prefix={corpus}/")
+        log = said(program, *limits, "-print_final_stats=1", corpus)[1]
     return f"{int(re.search(r'number_of_executed_units: (.*)', log)[1]):,} executions in {seconds} s, 0 findings"
 
 
 @check(None)
-def thread_sanitizer(callers=32, forks=100):
+def thread_sanitizer(callers=32, forks=40):
     """The pool under ThreadSanitizer: many callers at once, and forks while they step; no data race."""
     program = built("stress", sanitize="thread")
     options = {"TSAN_OPTIONS": "die_after_fork=0:report_thread_leaks=0"}
@@ -115,6 +123,60 @@ def memcheck(calls=30_000):
     found = said(*options, "--leak-check=full", built("any_call"), calls)[0]
     said(*options, built("formats"))  # which frees nothing
     return f"{found}; tests/c/formats.c; 0 reports"
+
+
+# the interface in Python
+
+OF_ATHERIS = """
+import sys
+import atheris
+with atheris.instrument_imports(include=["fastrms"]):
+    import fastrms
+from tests.soak.any_python import one_input
+atheris.Setup(sys.argv, one_input)
+atheris.Fuzz()
+"""
+
+
+@check({"programs": 300})
+def any_python(programs=10_000):
+    """Any bytes as a small program in Python: arrays of all kinds, hyper-parameters, gradients, steps, saved states.  C and
+    NumPy have the same bits and say the same; a refusal is a sentence, and has changed nothing."""
+    need_c()
+    from .any_python import one_input
+
+    for seed in range(programs):
+        try:
+            one_input(random.Random(seed).randbytes(120))
+        except BaseException as error:
+            raise AssertionError(f"program {seed}: {type(error).__name__}: {error}") from error
+    return f"{programs:,} programs, each on C and NumPy"
+
+
+@check(None)
+def python_fuzzing(seconds=60):
+    """The same by atheris (libFuzzer), which looks for bytes that reach new lines of fastrms."""
+    if importlib.util.find_spec("atheris") is None:
+        raise NotRun("atheris is not installed: pip install atheris")
+    with tempfile.TemporaryDirectory() as corpus:
+        limits = (f"-max_total_time={seconds}", "-max_len=128", "-len_control=0", f"-artifact_prefix={corpus}/")
+        log = "".join(said(sys.executable, "-c", OF_ATHERIS, *limits, "-print_final_stats=1", corpus))
+    return f"{int(re.search(r'number_of_executed_units: (.*)', log)[1]):,} executions in {seconds} s, 0 findings"
+
+
+@check(None)
+def properties(seconds=45):
+    """What the tests of properties promise, for as many examples as Hypothesis finds in this time."""
+    made, runs, end = 0, 0, time.monotonic() + seconds
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    files = [path for path, text in texts.items() if "from hypothesis import" in text]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "hypothesis"]
+    while runs == 0 or time.monotonic() < end:
+        log = said(*command, "--hypothesis-show-statistics", f"--hypothesis-seed={runs}", *files)[0]
+        made += sum(map(int, re.findall(r"- (\d+) passing(?: examples)?, 0 failing", log)))
+        files = [path for path in files if "derandomize=True" not in texts[path]]  # with the same examples every time
+        runs += 1
+    return f"{made:,} examples, {runs} seeds"
 
 
 # what the test suite has, as it stands
