@@ -2,7 +2,7 @@
 prime-rl's kernel.
 
 All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
-the gradient is read, everything else is read and written.
+the gradient is read, everything else is read and written.  bench.gpu measures the same SETTINGS.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import fastrms
 from . import peers
 from .contenders import OPTIMIZERS
 from .figures import Figure, at_least, at_most
-from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate
+from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_moved
 from .report import size_name
 from .timing import interleaved
 
@@ -29,7 +29,6 @@ SETTINGS = {  # name -> (whether gradients are bf16, whether the parameter is, o
     Q8: (True, False, {"state_format": "q8"}),
     SPLIT: (True, True, {"state_format": "bf16", "master": "split16"}),
 }
-STATE_BYTES = {FLOAT32: 4, BF16: 2, NEAREST: 2, Q8: 1 + 4 / 256, SPLIT: 2}
 
 
 def prepare():
@@ -43,7 +42,7 @@ def halves(floats):
 
 
 def bound(rule, size, name):
-    """A bound step of an optimizer with one of the SETTINGS."""
+    """An optimizer with one of the SETTINGS, whose step() is bound."""
     grad_is_half, param_is_half, options = SETTINGS[name]
     problem = Problem(rule, size, "float32")
     grad, param = (halves(x) if half else x for x, half in ((problem.grad, grad_is_half), (problem.start, param_is_half)))
@@ -52,23 +51,23 @@ def bound(rule, size, name):
         param[:] = problem.start
     optimizer = OPTIMIZERS[rule](param, backend="c", **options)
     optimizer.bind(grad)
-    return optimizer.step
+    return optimizer
 
 
-def bytes_moved(rule, name):
-    """The bytes per element that a step has to move."""
-    states = {"rmsprop": 1, "adagrad": 1, "adam": 2}[rule]
-    return (2 if SETTINGS[name][0] else 4) + 8 + 2 * states * STATE_BYTES[name]  # split16: two bytes and two more
+def fewer_bytes(rule, name):
+    """How many times the bytes of a step with one of the SETTINGS go into those of a step in float32."""
+    float32, stored = (bytes_moved(bound(rule, 256, setting)) for setting in (FLOAT32, name))
+    return float32 / stored
 
 
 def nanoseconds(rule, size, names):
     """name -> nanoseconds per element of its shortest step."""
-    timings = interleaved({name: bound(rule, size, name) for name in names}, SECONDS)
+    timings = interleaved({name: bound(rule, size, name).step for name in names}, SECONDS)
     return {name: timing.minimum / size for name, timing in timings.items()}
 
 
 def row(rule, size, name, times, target):
-    ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
+    ratio = fewer_bytes(rule, name)
     over = times[FLOAT32] / times[name]
     measured = f"{over:.2f}x: {times[name]:.3f} against {times[FLOAT32]:.3f} ns per element"
     what = f"{rule}, {size_name(size)}, all threads: {name}, over float32 (bytes: {ratio:.2f}x)"
@@ -82,8 +81,8 @@ def in_memory():
         for size in (LARGE, MIDDLE, 2**16):
             times = nanoseconds(rule, size, SETTINGS)
             for name in (BF16, NEAREST, Q8, SPLIT):
-                ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
-                yield row(rule, size, name, times, targets.get((rule, name), 0.95 * ratio) if size == LARGE else 0.0)
+                target = targets.get((rule, name), 0.95 * fewer_bytes(rule, name))
+                yield row(rule, size, name, times, target if size == LARGE else 0.0)
 
 
 def in_cache():
@@ -112,7 +111,7 @@ def over_8_bits():
         except (CannotDo, ImportError) as error:
             yield Figure(what, f">= {target}x", f"not measured: {error}", True)
             continue
-        timings = interleaved({"ours": bound(rule, MIDDLE, Q8), "theirs": theirs.step}, SECONDS)
+        timings = interleaved({"ours": bound(rule, MIDDLE, Q8).step, "theirs": theirs.step}, SECONDS)
         yield at_least(what, timings["theirs"].minimum / timings["ours"].minimum, target)
 
 

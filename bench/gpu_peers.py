@@ -8,13 +8,14 @@ import numpy as np
 import fastrms
 
 from .gpu_kernels import LR, row
+from .problem import bytes_per_element
 
-FUSED = {  # name -> (class of torch.optim, options, streams of memory that its rule needs)
-    "torch fused Adam": ("Adam", {"fused": True}, 7),
-    "torch fused AdamW": ("AdamW", {"fused": True}, 7),
-    "torch fused Adagrad": ("Adagrad", {"fused": True}, 5),
-    "torch foreach RMSprop": ("RMSprop", {"foreach": True}, 5),
-    "torch foreach Adam": ("Adam", {"foreach": True}, 7),
+FUSED = {  # name -> (class of torch.optim, options, its rule)
+    "torch fused Adam": ("Adam", {"fused": True}, "adam"),
+    "torch fused AdamW": ("AdamW", {"fused": True}, "adam"),
+    "torch fused Adagrad": ("Adagrad", {"fused": True}, "adagrad"),
+    "torch foreach RMSprop": ("RMSprop", {"foreach": True}, "rmsprop"),
+    "torch foreach Adam": ("Adam", {"foreach": True}, "adam"),
 }
 
 
@@ -76,9 +77,9 @@ def of_torch(gpu, size, count=1):
         optimizer.bind(torch_tensors(count, size, 1))
         steps[f"fastrms {make.__name__}"] = optimizer.step
     found = gpu.milliseconds(steps, most=50)
-    streams = {name: FUSED[name][2] if name in FUSED else 7 if "Adam" in name else 5 for name in found}
-    streams |= {name: 8 for name in found if "clip" in name}  # the gradients are read twice
-    rows = [row(name, count * size, np.float32, streams[name], taken) for name, taken in found.items()]
+    rules = {name: FUSED[name][2] if name in FUSED else "adam" if "Adam" in name else "rmsprop" for name in found}
+    moved = {name: bytes_per_element(rules[name], np.float32) + 4 * ("clip" in name) for name in found}  # reads grad twice
+    rows = [row(name, count * size, np.float32, moved[name], taken) for name, taken in found.items()]
     return [{**made, "tensors": count} for made in rows] + refused
 
 
@@ -100,7 +101,8 @@ def of_cupy(gpu, size):
     )  # fmt: skip
     w = cupy.zeros(size, cupy.float32)
     steps = {"CuPy expression": expression, "CuPy ElementwiseKernel": lambda: fused(grad, np.float32(LR), param, w)}
-    return [row(name, size, np.float32, 5, taken) for name, taken in gpu.milliseconds(steps, most=50).items()]
+    moved = bytes_per_element("rmsprop", np.float32)
+    return [row(name, size, np.float32, moved, taken) for name, taken in gpu.milliseconds(steps, most=50).items()]
 
 
 def python_cost(gpu):

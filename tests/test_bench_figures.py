@@ -10,7 +10,19 @@ from conftest import BACKENDS
 import fastrms
 
 pytest.importorskip("rich")
-from bench import contenders, figures, figures_machine, figures_numpy, machine, machines, model, peers, report, timing
+from bench import (
+    contenders,
+    figures,
+    figures_formats,
+    figures_machine,
+    figures_numpy,
+    machine,
+    machines,
+    model,
+    peers,
+    report,
+    timing,
+)
 from bench.figures import Figure
 from bench.problem import PLACES
 from bench.results import Results
@@ -198,3 +210,11 @@ def test_small_figures_against_numpy_are_those_of_several_places(monkeypatch):
         "bound step(), 1024, RMSProp: over naive",
     ]
     assert {figure.measured for figure in made} == {"1.00x"}
+
+
+@needs_c
+def test_storage_formats_are_compared_by_the_bytes_that_they_move():
+    """Of Adam: the gradient, twice the parameter and its lower bits, twice each of two states."""
+    moved = {"bf16 states": 2 + 8 + 8, "q8 states": 2 + 8 + 4 * (1 + 4 / 256), "split16 and bf16 states": 2 + 8 + 8}
+    for name, count in moved.items():
+        assert figures_formats.fewer_bytes("adam", name) == (4 + 8 + 16) / count

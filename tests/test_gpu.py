@@ -13,6 +13,7 @@ import pytest
 from conftest import CLASSES, DTYPES, backends, bits, raw_recipe, wild_values
 
 import fastrms
+from bench.gpu_kernels import MAKERS
 from fastrms import formats, rules, storage
 from fastrms.backends.coefficients import Coefficients
 from fastrms.backends.cuda import table, toolchain
@@ -267,6 +268,34 @@ def test_storage_formats(library, param, grad, options, clip_norm):
     assert found[0][0] == found[1][0] and all(map(np.array_equal, found[0][1:], found[1][1:]))
 
 
+IN_FORMATS = [(rule, said) for rule in MAKERS for said in storage.SIGNED
+              if not any((said, name) in storage.NEEDS_FLOATS for name in rules.state_names(rules.RULES[rule]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, state_format", IN_FORMATS)
+def test_storage_formats_of_every_rule(library, rule, state_format):
+    """Views of one array at any offset, with gradients at the same or at others, whose surroundings stay as they are."""
+    if ON_DOUBLE and rule not in ("rmsprop", "adam"):
+        pytest.skip("tests/ptx runs all of them")
+    (make, options), starts, sizes = MAKERS[rule], (1, 1002, 2003, 3001), (1000, 1001, 997, 1999)
+    halves = storage.stored(formats.FORMATS["bf16"], numbers(5002, 1)).view(np.int16)
+    for apart in (0, 1):
+        found = []
+        for to, back, part, backend in ((library.to_device, library.to_host, library.part, "cuda"),
+                                        (np.array, np.asarray, lambda x, a, n: x[a : a + n], "numpy")):  # fmt: skip
+            whole = params, grads, copies = [to(x) for x in (numbers(5000), halves, np.zeros(5003, np.int16))]
+            views = [[part(x, at + by, n) for at, n in zip(starts, sizes, strict=True)]
+                     for x, by in ((params, 0), (grads, apart), (copies, 0))]  # fmt: skip
+            grads, copies = ([fastrms.Stored(x, "bf16") for x in some] for some in views[1:])
+            named = {"param_copy": copies, "state_format": state_format, "zero_grad": True, "backend": backend}
+            optimizer = make(views[0], **options, **named)
+            for _ in range(2):  # the second with gradients of 0
+                optimizer.step(grads)
+            states = [x for entry in optimizer.state_dict()["tensors"] for x in entry["state"].values()]
+            found.append([np.asarray(x).reshape(-1).view(np.uint8) for x in (*map(back, whole), *states)])
+        assert all(map(np.array_equal, *found)), apart
+
+
 def test_functions(library):
     ours, theirs, grad = numbers(999), numbers(999), numbers(999, 1)
     there, there_grad = library.to_device(ours), library.to_device(grad)
@@ -461,14 +490,16 @@ def test_a_stream_of_yours_is_ordered_with_that_of_cupy():
 
 
 @cupy_only
-def test_a_graph_captured_by_cupy():
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}], ids=str)
+def test_a_graph_captured_by_cupy(options):
+    """States in formats are rounded at random: each launch of the graph has the keys of its step."""
     import cupy
 
     stream, theirs, grad = cupy.cuda.Stream(non_blocking=True), [numbers(999), numbers(5)], [numbers(999, 1), numbers(5, 1)]
-    reference = fastrms.Adam(theirs, backend="numpy")
+    reference = fastrms.Adam(theirs, backend="numpy", **options)
     with stream:
         there, there_grads = list(map(cupy.asarray, theirs)), list(map(cupy.asarray, grad))
-        optimizer = fastrms.Adam(there, capturable=True)
+        optimizer = fastrms.Adam(there, capturable=True, **options)
         optimizer.bind(there_grads)
         optimizer.step()
         stream.begin_capture()
