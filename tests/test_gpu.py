@@ -450,6 +450,33 @@ def test_more_than_two_to_the_31_elements(offset):
         assert same(Ours.part(param, start, 9).to_host(), theirs)
 
 
+FLAT_LIBRARIES = [pytest.param("cupy", marks=cupy_only), pytest.param("torch", marks=torch_only)]
+
+
+@pytest.mark.parametrize("name", FLAT_LIBRARIES)
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}], ids=str)
+def test_a_flat_buffer_in_device_memory(name, options):
+    """Views of one array of the library; a group for some names; clipped steps."""
+    (library,) = (kind for kind in LIBRARIES if kind.name == name)
+    shapes, groups = {"w": (31, 7), "b": 5, "v": (1003,), "b2": ()}, {"b*": {"lr": 0.1}}
+    given = {key: numbers(int(np.prod(shape)), k).reshape(shape) for k, (key, shape) in enumerate(shapes.items())}
+    flat, theirs = (
+        fastrms.FlatBuffer.like({k: library.to_device(x) for k, x in given.items()}),
+        fastrms.FlatBuffer.like(given),
+    )
+    for k, key in enumerate(shapes):
+        theirs.grads[key][...] = numbers(theirs.grads[key].size, 9 + k).reshape(shapes[key])
+        flat.grads[key][...] = library.to_device(theirs.grads[key])
+    optimizer = fastrms.Adam(flat, groups=groups, **options)
+    reference = fastrms.Adam(theirs, groups=groups, backend="numpy", **options)
+    for clip_norm in (None, 0.5, None):
+        assert (
+            optimizer.step(flat.grads, clip_norm=clip_norm).grad_norm
+            == reference.step(theirs.grads, clip_norm=clip_norm).grad_norm
+        )
+    assert same(library.to_host(flat.data), theirs.data) and same(library.to_host(flat.params["w"]), theirs.params["w"])
+
+
 # CuPy
 
 

@@ -64,6 +64,11 @@ class DeviceBuffer:
         copy(host, self)
         return host
 
+    def reshape(self, shape):
+        """The same memory, that of a flat array, in another shape in C order."""
+        steps = [math.prod(shape[k + 1 :]) if length > 1 else 0 for k, length in enumerate(shape)]
+        return DeviceArray(self.owner, self.address, tuple(shape), tuple(steps), self.dtype, self.device)
+
     def shaped(self, like):
         """The same memory in the shape and memory order of a Buffer."""
         return DeviceArray(self.owner, self.address, like.shape, like.strides, self.dtype, self.device)

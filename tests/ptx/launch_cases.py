@@ -2,6 +2,7 @@
 
 cuda.core and fastrms run as they are; only libcuda.so.1 is a double, whose launches execute the PTX on the CPU."""
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -283,7 +284,20 @@ def test_the_device_of_the_caller_is_restored(driver, monkeypatch):
 
 
 class OfCuPy(OnDevice):
-    """As an array of CuPy, which is used on the stream that is CuPy's current one."""
+    """As an array of CuPy, which is used on the stream that is CuPy's current one, and of which parts are views."""
+
+    device = contextlib.nullcontext()
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+
+    def __getitem__(self, key):
+        return type(self)(self.array[key])
+
+    def __setitem__(self, key, value):
+        self.array[key] = value.array
+
+    def reshape(self, shape):
+        return type(self)(self.array.reshape(shape))
 
 
 OfCuPy.__module__ = "cupy._core.core"
@@ -294,6 +308,7 @@ def cupy(monkeypatch):
     """A stand-in for CuPy with a current stream."""
     library = types.ModuleType("cupy")
     library.current = types.SimpleNamespace(ptr=0x7770)
+    library.zeros = lambda size, dtype: OfCuPy(np.zeros(size, dtype))
     library.cuda = types.SimpleNamespace(get_current_stream=lambda: library.current)
     monkeypatch.setitem(sys.modules, "cupy", library)
     return library
@@ -315,6 +330,79 @@ def test_a_stream_of_yours_and_that_of_the_library_wait_for_each_other(driver, c
     cupy.current.ptr = 0x8880
     optimizer.step()
     assert driver.waits() == []
+
+
+SHAPES = {"w": (3, 5), "b": (), "none": (0, 2), "v": 1003, "b2": 7}
+
+
+@pytest.mark.parametrize("groups", [None, {"b*": {"lr": 0.1}}], ids=["one", "groups"])
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}], ids=str)
+def test_a_flat_buffer_in_device_memory(driver, cupy, groups, options):
+    """The library of its arrays allocates; a step is one driver call per run of names; the bits are those of the host."""
+    size = 15 + 1 + 0 + 1003 + 7
+    flat = fastrms.FlatBuffer(SHAPES, data=OfCuPy(np.zeros(size, np.float32)))
+    theirs = fastrms.FlatBuffer(SHAPES)
+    for made in (flat, theirs):
+        for k, name in enumerate(SHAPES):
+            values = numbers(*made.params[name].shape, seed=k), numbers(*made.params[name].shape, seed=9 + k)
+            for view, value in zip((made.params[name], made.grads[name]), values, strict=True):
+                view[...] = value if made is theirs else OfCuPy(value)
+    optimizer = fastrms.Adam(flat, groups=groups, **options)
+    reference = fastrms.Adam(theirs, groups=groups, backend="numpy", **options)
+    assert type(flat.data) is type(flat.grad) is OfCuPy and optimizer.backend == "cuda"
+    optimizer.bind(flat.grads)
+    for k in range(3):
+        calls = driver.census(lambda k=k: optimizer.step(*[[], [flat.grads], [flat.grad]][k]))
+        reference.step(theirs.grads)
+        assert calls["cuLaunchKernelEx"] == (2 if groups else 1)
+    optimizer.step(flat.grads, clip_norm=0.5)
+    reference.step(theirs.grads, clip_norm=0.5)
+    assert same(flat.data.array, theirs.data) and same(flat.params["w"].array, theirs.params["w"])
+    saved, wanted = (made.state_dict()["tensors"] for made in (optimizer, reference))
+    for mine, other in zip(saved, wanted, strict=True):
+        assert mine["name"] == other["name"]
+        assert all(np.array_equal(mine["state"][name], other["state"][name]) for name in other["state"])
+    for name in SHAPES:
+        found = optimizer.state["exp_avg"][name]
+        found = found.to_host().reshape(found.shape) if isinstance(found, device.DeviceArray) else np.asarray(found)
+        assert same(found, np.asarray(reference.state["exp_avg"][name])), name
+    if not options:
+        again = fastrms.Adam(flat, groups=groups, state=optimizer.state)
+        again.load_state_dict(reference.state_dict())
+        assert again.steps == 4 and again.report()
+    assert optimizer.nbytes["grad"] == reference.nbytes["grad"] == 4 * size
+
+
+def test_a_flat_buffer_like_arrays_in_device_memory(driver, cupy):
+    given = {"w": OfCuPy(numbers(3, 5)), "b": OfCuPy(numbers(4, seed=1))}
+    flat = fastrms.FlatBuffer.like(given)
+    assert all(same(flat.params[name].array, x.array) for name, x in given.items()) and not flat.grad.array.any()
+    assert flat.params["w"].array.base is not None and "2 array(s), 19 float32" in repr(flat)
+    fastrms.RMSProp(flat).step(flat.grads)
+    for error, match, call in (
+        (TypeError, "a copy is FlatBuffer.like", lambda: flat.__reduce__()),
+        (ValueError, r"params\['a'\] and data overlap in memory", lambda: fastrms.FlatBuffer.like(
+            {"a": flat.data[:5], "b": OfCuPy(numbers(14))}, data=flat.data)),
+        (TypeError, "in device memory has parts of an array of CuPy or torch", lambda: fastrms.FlatBuffer.like(
+            {"a": OnDevice(numbers(5))})),
+        (TypeError, r"params\['b'\] \(ndarray\) is in host memory", lambda: fastrms.FlatBuffer.like(
+            {"a": OfCuPy(numbers(5)), "b": numbers(5)})),
+        (TypeError, r"params\['b'\] has dtype float64, params\['a'\] has float32", lambda: fastrms.FlatBuffer.like(
+            {"a": OfCuPy(numbers(5)), "b": OfCuPy(numbers(5, dtype=np.float64))})),
+        (TypeError, r"grad \(ndarray\) is in host memory", lambda: fastrms.FlatBuffer(
+            [5], data=OfCuPy(numbers(5)), grad=numbers(5))),
+        (ValueError, r"data has shape \(6,\); the shapes have 5 numbers", lambda: fastrms.FlatBuffer(
+            [5], data=OfCuPy(numbers(6)))),
+        (TypeError, "data has dtype float64; the FlatBuffer has float32: pass dtype=np.float64", lambda: fastrms.FlatBuffer(
+            [5], data=OfCuPy(numbers(5, dtype=np.float64)))),
+        (ValueError, "data and grad overlap", lambda: fastrms.FlatBuffer([5], data=flat.data[:5], grad=flat.data[3:8])),
+        (ValueError, "data is not dense|not dense", lambda: fastrms.FlatBuffer([5], data=OfCuPy(numbers(10)[::2]))),
+        (TypeError, "is in host memory; backend='cuda'", lambda: fastrms.RMSProp(flat).step(numbers(19))),
+        (TypeError, "it must be the grads or grad of the FlatBuffer", lambda: fastrms.RMSProp(
+            fastrms.FlatBuffer([19]), backend="numpy").step(flat.grad)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            call()
 
 
 def test_memory_is_freed_when_no_kernel_can_use_it(driver):
