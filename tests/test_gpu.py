@@ -599,6 +599,40 @@ def test_optimizers_of_fastrms_torch(zero_to_none):
 
 
 @torch_only
+@pytest.mark.parametrize("param, options", [
+    ("float32", {"state_format": "bf16"}),
+    ("float32", {"state_format": "q8"}),
+    ("bfloat16", {"master": "split16", "state_format": "bf16"}),
+    ("bfloat16", {"master": "split8", "state_format": "q8"}),
+    ("float16", {"master": "float32", "state_format": "fp16"}),
+], ids=str)  # fmt: skip
+def test_optimizers_of_fastrms_torch_with_formats(param, options):
+    """The bits of the same optimizer on the host; a state goes from one to the other."""
+    import torch
+
+    import fastrms.torch
+
+    found = []
+    for where in ("cuda", "cpu"):
+        params = [
+            torch.as_tensor(numbers(size, size)).to(where, getattr(torch, param)).requires_grad_() for size in (700, 33)
+        ]
+        optimizer = fastrms.torch.Adam(params, seed=3, **options)
+        for step in range(3):
+            for p in params:
+                p.grad = torch.as_tensor(numbers(p.numel(), step)).to(p)
+            optimizer.step()
+        state = [x for p in params for name, x in optimizer.state[p].items() if name not in ("step", "q8_shape")]
+        assert all(x.device.type == where for x in state)
+        found.append((params, optimizer, [x.detach().cpu().flatten().view(torch.uint8) for x in (*params, *state)]))
+    assert all(map(torch.equal, found[0][2], found[1][2]))
+    (params, optimizer, _), (_, other, _) = found
+    optimizer.load_state_dict(other.state_dict())
+    assert all(torch.equal(optimizer.state[p]["exp_avg"].cpu(), x["exp_avg"])
+               for p, x in zip(params, other.state_dict()["state"].values(), strict=True))  # fmt: skip
+
+
+@torch_only
 def test_gradients_of_torch_that_stay_and_that_move():
     """The addresses are read in C where this torch allows it."""
     import torch

@@ -9,7 +9,7 @@ LIBRARIES = ("cupy", "torch")
 
 def refuse_others(x, name):
     """TypeError for a device array whose parts are no views that can be written into."""
-    if not host.is_torch(x) and remedies.library(x) not in LIBRARIES:
+    if device.is_device_array(x) and not host.is_torch(x) and remedies.library(x) not in LIBRARIES:
         raise TypeError(f"{name} is a {type(x).__name__}; a FlatBuffer in device memory has parts of an array of CuPy or "
                         f"torch: pass cupy.asarray({name}) or torch.as_tensor({name}, device='cuda'), which do not "
                         f"copy")  # fmt: skip
@@ -17,8 +17,8 @@ def refuse_others(x, name):
 
 def over(x, name, size, dtype):
     """A 1-D array of this size and dtype over a device array of the caller; TypeError or ValueError that calls it `name`."""
-    buffer = device.acquire(x, name, writable=True)
     refuse_others(x, name)
+    buffer = device.acquire(x, name, writable=True)
     if buffer.dtype != dtype:
         raise TypeError(f"{name} has dtype {buffer.dtype}; the FlatBuffer has {dtype}: pass dtype=np.{buffer.dtype}")
     if buffer.shape != (size,):
