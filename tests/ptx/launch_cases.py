@@ -777,6 +777,27 @@ def test_gradients_that_are_not_finite(driver, nonfinite, kinds, clip_norm):
     assert optimizer.tensor_steps == reference.tensor_steps and optimizer.steps < 5
 
 
+def test_counting_what_is_not_finite_waits_for_its_stream_alone(driver):
+    """Two launches for the count, one for the update; nothing but the stream of the step is waited for."""
+    optimizer = fastrms.Adam([OnDevice(numbers(5000)), OnDevice(numbers(3))], nonfinite="skip")
+    grads = numbers(5000), numbers(3)
+    optimizer.bind([OnDevice(grad) for grad in grads])
+    optimizer.step()
+    looking = {"cuLaunchKernelEx": 3, "cuMemcpyDtoHAsync_v2": 1, "cuStreamSynchronize": 1}
+    assert driver.census(optimizer.step) == looking and optimizer.steps == 2
+    grads[1][2] = np.inf
+    assert driver.census(optimizer.step) == {**looking, "cuLaunchKernelEx": 2} and optimizer.steps == 2
+    grads[1][2] = 1
+    optimizer.step(clip_norm=1.0)
+    calls = driver.census(lambda: optimizer.step(clip_norm=1.0))
+    twice = {"cuMemcpyDtoHAsync_v2": 2, "cuStreamSynchronize": 2}
+    assert calls == {
+        "cuLaunchKernelEx": 6,
+        "cuMemcpyHtoDAsync_v2": 1,
+        **twice,
+    }  # the norm, and the coefficients of this step
+
+
 def test_a_capture_cannot_wait_for_what_is_not_finite(driver):
     optimizer = fastrms.RMSProp(OnDevice(numbers(9)), nonfinite="skip", capturable=True, stream=0x7770)
     optimizer.bind(OnDevice(numbers(9)))

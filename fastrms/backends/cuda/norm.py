@@ -16,6 +16,7 @@ from ...memory import device
 from ...storage import BF16, FLOAT, FP16, OF_DTYPE, of_buffer
 from .. import norm as host_norm
 from . import toolchain
+from .driver import read
 from .launch import Arguments, Table, kernel_of
 
 THREADS, LANES, SLOTS = 256, host_norm.LANES, 1024
@@ -146,7 +147,7 @@ class Nonfinite:
         self.arguments[0].tail[:] = self.dtype.type(grad_scale).tobytes()
         if any(arguments.launch(handle) for arguments in self.arguments):
             raise RuntimeError("launching the count of nonfinite gradients failed on the GPU")
-        counts = self.found.to_host()
+        counts = read(self.found, handle)
         return int(counts.sum()), int(self.tensor_of_segment[counts > 0][0]) if counts.any() else -1
 
 
@@ -163,6 +164,12 @@ class Later:
         """The norm; the host waits for the device."""
         if self._of.number - self._number >= SLOTS:
             raise RuntimeError(f"this norm was not asked for within {SLOTS} steps, and is no longer there")
+        return float(self._there().to_host()[0])
+
+    def read(self, handle):
+        """The norm of the last step; the host waits for this stream alone."""
+        return float(read(self._there(), handle)[0])
+
+    def _there(self):
         slots = self._of.slots
-        there = device.DeviceArray(slots.owner, slots.address + 8 * self._slot, (1,), (0,), slots.dtype, slots.device)
-        return float(there.to_host()[0])
+        return device.DeviceArray(slots.owner, slots.address + 8 * self._slot, (1,), (0,), slots.dtype, slots.device)

@@ -224,7 +224,7 @@ class Plan(plan.Plan):
         return status, found
 
     def _look(self, handle, grad_scale, later):
-        """Found of the gradients, for which the host waits.  later: what the norm found, or None."""
+        """Found of the gradients, for which the host waits.  later: where the norm will be, or None."""
         if self._looked is not self._updates:
             self._aim_nonfinites()
             self._looked = self._updates
@@ -233,7 +233,7 @@ class Plan(plan.Plan):
             count, first = self._nonfinites[dtype].count(handle, grad_scale)
             total += count
             tensors += [which[first]] if count else []
-        return Found(later and later.grad_norm, total, min(tensors, default=-1))
+        return Found(later and later.read(handle), total, min(tensors, default=-1))
 
     def _aim_nonfinites(self):
         self._which = {}
