@@ -26,20 +26,37 @@ def test_every_operation_of_a_rule_is_known_to_cuda():
     assert lower.EMIT.keys() == trace.EXPRESSIONS.keys()
 
 
-@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile"])
+def cache_paths():
+    """Those of a kernel of a rule, of one for formats, and of one that sums gradients in bf16."""
+    kinds = Kind(), Kind(formats=table.Formats(("float32", "bf16", "q8u"), "bf16", (), True))
+    found = [cases.compiler.cache_path("adam", False, DTYPES[0], kind, (9, 0)) for kind in kinds]
+    return [*found, cases.compiler.norm_path("lane_sums_bf16", (9, 0))]
+
+
+@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile", "codecs", "stored_kernel", "fastrms.formats"])
 def test_what_compiles_a_kernel_is_in_its_key(name, monkeypatch):
     """With another text of any of these files, no kept kernel is found."""
-    which = "adam", False, DTYPES[0], Kind(), (9, 0)
-    before, source = cases.compiler.cache_path(*which), inspect.getsource
-    assert before == cases.compiler.cache_path(*which)
+    before, source = cache_paths(), inspect.getsource
+    assert before == cache_paths()
 
     def edited(module):
         return source(module) + " " * module.__name__.endswith(name)
 
     monkeypatch.setattr(cases.compiler, "versions", cases.compiler.versions.__wrapped__)
-    assert cases.compiler.cache_path(*which) == before
+    assert cache_paths() == before
     monkeypatch.setattr(cases.compiler.inspect, "getsource", edited)
-    assert cases.compiler.cache_path(*which) != before
+    assert not {*cache_paths()} & {*before}
+
+
+@pytest.mark.parametrize("of_formats", [False, True])
+def test_a_kernel_calls_nothing_that_is_not_in_its_key(of_formats):
+    """Whatever its text calls is numba, or stands in a file of the key."""
+    kind = Kind(formats=table.Formats(("split16", "bf16", "q8u"), "fp16", ("bf16",), True)) if of_formats else Kind()
+    found = cases.compiler.names_of("adam", False, DTYPES[0], kind)
+    files = {inspect.getfile(module) for module in cases.compiler.sources()}
+    for name, made in found.items():
+        code = getattr(getattr(made, "defn", getattr(made, "py_func", made)), "__code__", None)
+        assert code is None or code.co_filename in {*files, "<string>"}, name
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
