@@ -709,9 +709,9 @@ def test_what_is_refused_is_refused_before_any_launch(driver):
         optimizer.step(host)
     with pytest.raises(TypeError, match="is in host memory"):
         fastrms.RMSProp(host, backend="cuda")
-    double = fastrms.RMSProp(OnDevice(numbers(8, dtype=np.float64)))
-    with pytest.raises(ValueError, match="clip_norm on backend='cuda' is for float32, not for float64"):
-        double.step(OnDevice(numbers(8, dtype=np.float64)), clip_norm=1.0)
+    both = [numbers(8), numbers(8, dtype=np.float64)], [numbers(8), numbers(8, dtype=np.float64)]
+    with pytest.raises(ValueError, match="clip_norm on backend='cuda' is for tensors of one dtype, these are float32 and"):
+        fastrms.RMSProp([*map(OnDevice, both[0])]).step([*map(OnDevice, both[1])], clip_norm=1.0)
     with pytest.raises(TypeError, match="is not a CUDA stream"):
         fastrms.RMSProp(OnDevice(host), stream="left")
     assert not driver.launches and optimizer.steps == 0
@@ -849,19 +849,34 @@ SCALED = [
     (np.nan, 1.0),
     (np.nan, np.inf),
 ]
+OF_DOUBLES = [  # and a clip_norm
+    (1e160, 1.0),
+    (1e307, 1e300),
+    (1e307, 1e-300),
+    (1e-160, 1e-170),
+    (1e-310, 1e-320),
+    (np.inf, 1.0),
+    ("apart", 1.0),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("scale, clip_norm", SCALED)
-def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, options):
-    """The norm and the update, for tensors of one block, of one segment, and of more; the last is missing once."""
+@pytest.mark.parametrize("scale, clip_norm, dtype", [*((*case, np.float32) for case in SCALED),
+                                                     *((*case, np.float64) for case in [*SCALED, *OF_DOUBLES])])  # fmt: skip
+def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, dtype, options):
+    """The norm and the update, for tensors of one block, of one segment, and of more; the last is missing once.  "apart":
+    the blocks have magnitudes far from each other, and the sum of their squares is beyond a double."""
     sizes = [1, 4096, 5000, 0, 300_000, 7]
-    params, grads = [numbers(n, seed=k) for k, n in enumerate(sizes)], [numbers(n, seed=9 + k) for k, n in enumerate(sizes)]
-    if np.isnan(scale):
-        grads[2][3] = np.nan
+    params, grads = ([numbers(n, seed=seed + k, dtype=dtype) for k, n in enumerate(sizes)] for seed in (0, 9))
+    if scale == "apart":
+        grads = [g * dtype(10.0 ** (300 - 150 * k)) for k, g in enumerate(grads)]
+        grads[4][7] = 1e250
+    elif np.isfinite(scale):
+        grads = [(g * dtype(scale)).astype(dtype) for g in grads]
     else:
-        grads = [(g * np.float32(scale)).astype(np.float32) for g in grads]
-    if scale > 1e30 and not options.get("clip_value"):
+        grads[2][3] = scale
+    large = scale == "apart" or 1e30 < scale < np.inf
+    if large and dtype is np.float32 and not options.get("clip_value"):
         return  # the neutral form has one factor in float32: see docs/cuda.md
     theirs = [p.copy() for p in params]
     optimizer = fastrms.Adam([OnDevice(p) for p in params], **options)
@@ -872,7 +887,8 @@ def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, options):
         ours = optimizer.step(there, grad_scale=0.75, clip_norm=clip_norm)
         want = reference.step(given, grad_scale=0.75, clip_norm=clip_norm)
         assert same(np.array(ours.grad_norm), np.array(want.grad_norm)) and tuple(ours)[2] is None and ours.applied
-    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+    equal = same if options.get("clip_value") or not large else np.allclose  # the neutral form has one factor
+    assert all(equal(a, b) for a, b in zip(params, theirs, strict=True))
     assert optimizer.tensor_steps == reference.tensor_steps
 
 

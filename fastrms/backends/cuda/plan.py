@@ -18,7 +18,8 @@ from .launch import Launch
 from .norm import Nonfinite, Norm
 from .table import EXACT, Formats
 
-DOUBLES = "clip_norm on backend='cuda' is for float32, not for float64: use grad_scale or clip_value"
+TWO_DTYPES = ("clip_norm on backend='cuda' is for tensors of one dtype, these are float32 and float64: use grad_scale or "
+              "clip_value")  # fmt: skip
 CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
 UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
@@ -106,8 +107,8 @@ class Plan(plan.Plan):
             device.copy(to, source)
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        if clip_norm is not None and any(recipe.dtype.itemsize == 8 for recipe in self.recipes):
-            raise ValueError(DOUBLES)
+        if clip_norm is not None and len({recipe.dtype for recipe in self.recipes}) > 1:
+            raise ValueError(TWO_DTYPES)
         for index, recipe in (recipes or {}).items():
             if self.capturable and recipe.general != self.recipes[index].general:
                 raise ValueError(OTHER_KERNEL)
