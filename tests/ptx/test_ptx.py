@@ -173,6 +173,27 @@ def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc)
     assert not re.search(r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums"].opcodes + kernels["segment_sums"].opcodes))
 
 
+@pytest.mark.parametrize("cc", cases.ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 7, 4095, 4097, 8200])
+def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
+    """Each block has an exponent of its own; only that of the sum is not the one of the host."""
+    grad, blocks, parts = cases.buffers_of("rmsprop", DTYPES[1], size, True)[1], -(-size // norm.BLOCK), 2
+    grad = np.ldexp(grad, np.resize([0, 900, -900], size))
+    grad[norm.BLOCK :] *= 2.0**-1000
+    there, sums = execute.Buffer(grad), execute.Buffer(np.full(blocks * (norm.LANES + 1), np.nan))
+    rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
+    tensor_of, first_of = (execute.Buffer(np.array(x, np.uint32)) for x in ([1] * blocks, [0, 1, blocks]))
+    total = execute.Buffer(np.full(2 * parts, np.nan))
+    kernels = [execute.Kernel(cases.compiler.norm_ptx(f"{name}_sums_double", cc)) for name in ("lane", "segment")]
+    kernels[0].launch(-(-blocks * norm.LANES // 256), 256, [rows, tensor_of, sums, blocks], [there])
+    kernels[1].launch(1, 256, [sums, first_of, total, parts])
+    for (found, exponent), part in zip(total.array.reshape(-1, 2), (grad[: norm.BLOCK], grad[norm.BLOCK :]), strict=True):
+        wanted = norm.segment_scan(part)
+        assert found == np.ldexp(wanted.sum, 2 * (wanted.exponent - int(exponent)))
+    assert (sums.stores == 1).all() and (total.stores == 1).all()
+    assert not re.search(r"\bfma|approx|full|ftz|f32", " ".join(kernels[0].opcodes + kernels[1].opcodes))
+
+
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
 def test_what_the_text_of_a_kernel_holds(rule, general, dtype, cc):
     kernel = cases.kernel(rule, general, dtype, Kind(), cc)

@@ -198,14 +198,12 @@ def lane_sums_double(tensors, tensor_of, sums, blocks):
     end = min(tensors[row + uint64(1)], first + uint64(4096))
     at, top = first + lane, int64(0)
     while at < end:
-        magnitude = abs(grad[at])
-        if magnitude <= float64(inf):  # NaNs are passed over
-            top = max(top, double_as_longlong(magnitude) >> int64(52))
+        top = max(top, double_as_longlong(abs(grad[at])) >> int64(52))
         at += uint64(8)
     most = int32(top)
     for k in range(3):
         most = max(most, cuda.shfl_xor_sync(0xFFFFFFFF, most, 4 >> k))
-    exponent = int64(0) if most == int32(2047) else max(int64(most) - int64(1022), int64(-1000))
+    exponent = int64(most) - int64(1022)  # the host makes it -1000 at least, and 0 beside infinity, with the same norm
     scale, at, total = scaled(float64(1), -exponent), first + lane, float64(0)
     while at < end:
         x = dmul_rn(grad[at], scale)
