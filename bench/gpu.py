@@ -147,6 +147,9 @@ def measure(run, gpu):
         run.part("torch", lambda: [row for size, count in sets for row in gpu_peers.of_torch(gpu, size, count)])
     if gpu_peers.has("cupy"):
         run.part("CuPy", lambda: [row for e in sizes if e in (24, 26) for row in gpu_peers.of_cupy(gpu, 1 << e)])
+    if gpu_peers.has("jax") and gpu_peers.has("optax"):
+        sets = [*((1 << exponent, 1) for exponent in sizes if exponent in (24, 26)), (1 << small[0], 100)]
+        run.part("Optax", lambda: [row for which in sets for row in gpu_peers.of_optax(gpu, *which)])
     run.part("variants", lambda: [row for rule in ("rmsprop", "adam") for row in gpu_variants.compare(gpu, rule, large)])
 
 

@@ -48,6 +48,17 @@ def pattern(size, seed):
     return np.random.default_rng(seed).standard_normal(min(size, PATTERN))
 
 
+def host_seconds(step, wait, count):
+    """What `count` calls take until the last is done; one call before does not count."""
+    step()
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait()
+    return time.perf_counter() - start
+
+
 class Gpu:
     """A device, and its default stream, on which CuPy and torch work, too."""
 
@@ -103,6 +114,16 @@ class Gpu:
                 count, python = counts[name]
                 self._busy(python + BEHIND)
                 found[name].append(self._timed(step, count) / count)
+        return {name: statistics.median(times) for name, times in found.items()}
+
+    def host_milliseconds(self, steps, rounds=ROUNDS, least=5e-2):
+        """Median milliseconds of one call of each of `steps`, name -> (function, function that waits for it), in interleaved
+        rounds of as many calls as take `least` seconds, by the clock of the host."""
+        counts = {name: max(5, math.ceil(least / (host_seconds(*step, 5) / 5))) for name, step in steps.items()}
+        found = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                found[name].append(1e3 * host_seconds(*step, counts[name]) / counts[name])
         return {name: statistics.median(times) for name, times in found.items()}
 
     def _timed(self, step, count):

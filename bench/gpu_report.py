@@ -98,6 +98,7 @@ SECTIONS = {
     FORMATS: of_formats,
     "torch": of_rates,
     "CuPy": of_rates,
+    "Optax": of_rates,
     "calls from Python": of_costs,
     "variants": of_rates,
 }
@@ -133,7 +134,7 @@ def draw(found, path):
 
 def bars(parts):
     """The float32 rows of all parts at 2^26 elements, or at the largest size below; those of formats with their rule."""
-    rows = [row for name in (RULES, "torch", "CuPy") for row in parts.get(name, {}).get("found", ())]
+    rows = [row for name in (RULES, "torch", "CuPy", "Optax") for row in parts.get(name, {}).get("found", ())]
     stored = [row for row in parts.get(FORMATS, {}).get("found", ()) if not row["what"].endswith("Streams")]
     rows += [{**row, "what": f"{row['rule']}: {row['what']}"} for row in stored]
     rows = [row for row in rows if row.get("dtype") == "float32" and row.get("tensors", 1) == 1]

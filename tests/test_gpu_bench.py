@@ -87,3 +87,12 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
     parts = json.loads((tmp_path / "fastrms-gpu.json").read_text())["parts"]
     assert "failed: tests" in done.stderr and "failed" in parts["tests"] and "found" in parts["views"]
     assert "It failed" in (tmp_path / "fastrms-gpu.md").read_text()
+
+
+def test_optax_is_timed_where_it_is_installed(tmp_path):
+    pytest.importorskip("optax")
+    done = run(tmp_path, "--sizes", "8", "--no-tests", "--parts", "Optax")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "fastrms-gpu.json").read_text())["parts"]["Optax"]["found"]
+    names = {f"{library} {rule}, host's clock" for library in ("fastrms", "Optax") for rule in ("Adam", "RMSProp")}
+    assert {row["what"] for row in rows} == names and all(row["tensors"] == 100 and row["us"] > 0 for row in rows)
