@@ -4,9 +4,11 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import in_background
 
 pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
 pytest.importorskip("matplotlib", reason="needs the extra bench")
@@ -17,17 +19,29 @@ ROOT = Path(__file__).parents[1]
 DOUBLE = [sys.executable, str(ROOT / "tests/ptx/on_double.py")]
 
 
+whole = {}  # the folder of a whole run -> what conftest.in_background() gave
+
+
+def command(folder, *options):
+    return [*DOUBLE, "bench.gpu", "--out", str(folder), "--python", shlex.join(DOUBLE), *options]
+
+
 def run(folder, *options):
-    command = [*DOUBLE, "bench.gpu", "--out", str(folder), "--python", shlex.join(DOUBLE), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command(folder, *options), capture_output=True, text=True, cwd=ROOT)
+
+
+def begin():
+    """Run all of it beside the tests that come before; conftest.py calls this."""
+    folder = tempfile.TemporaryDirectory(prefix="fastrms-gpu-")
+    whole[folder] = in_background(command(folder.name, "--sizes", "8,12"), ROOT)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu")
-    done = run(folder, "--sizes", "8,12")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, json.loads((folder / "fastrms-gpu.json").read_text()), done.stdout
+def found():
+    ((folder, ended),) = whole.items()
+    status, printed, said = ended()
+    assert status == 0, printed[-3000:] + said[-3000:]
+    return Path(folder.name), json.loads(Path(folder.name, "fastrms-gpu.json").read_text()), printed
 
 
 def test_every_part_has_run(found):

@@ -860,9 +860,16 @@ OF_DOUBLES = [  # and a clip_norm
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("scale, clip_norm, dtype", [*((*case, np.float32) for case in SCALED),
-                                                     *((*case, np.float64) for case in [*SCALED, *OF_DOUBLES])])  # fmt: skip
+GENERAL = {"clip_value": 0.5}
+CLIPPED = [
+    *((*case, np.float32, options) for case in SCALED for options in ({}, GENERAL, {"maximize": True})),
+    *((*case, np.float64, {}) for case in SCALED),
+    *((*case, np.float64, GENERAL) for case in OF_DOUBLES),
+    (1e160, 1.0, np.float64, {"maximize": True}),
+]
+
+
+@pytest.mark.parametrize("scale, clip_norm, dtype, options", CLIPPED)
 def test_clip_norm_has_the_bits_of_the_host(driver, scale, clip_norm, dtype, options):
     """The norm and the update, for tensors of one block, of one segment, and of more; the last is missing once.  "apart":
     the blocks have magnitudes far from each other, and the sum of their squares is beyond a double."""
