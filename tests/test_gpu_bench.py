@@ -33,7 +33,7 @@ def run(folder, *options):
 def begin():
     """Run all of it beside the tests that come before; conftest.py calls this."""
     folder = tempfile.TemporaryDirectory(prefix="fastrms-gpu-")
-    whole[folder] = in_background(command(folder.name, "--sizes", "8,12"), ROOT)
+    whole[folder] = in_background(command(folder.name, "--sizes", "8,12", "--seconds", "3000"), ROOT)
 
 
 @pytest.fixture(scope="module")
