@@ -2,8 +2,10 @@
 prime-rl's kernel.
 
 All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
-the gradient is read, everything else is read and written.  The ceiling of a row is the time in which the loop in C that does
-nothing else moves so many bytes, in the same rounds; the picture has it beside each measured time.
+from .contenders import OPTIMIZERS, STREAMS, streams, streams_ways
+from .figures import Figure, at_least, at_most, times_as_fast
+from .machine import in_words
+from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_moved
 """
 
 from functools import partial
@@ -16,7 +18,7 @@ from . import peers
 from .contenders import OPTIMIZERS, STREAMS, streams, streams_ways
 from .figures import Figure, at_least, at_most, times_as_fast
 from .machine import in_words
-from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_per_element
+from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_moved
 from .report import size_name
 from .timing import interleaved
 
@@ -33,7 +35,6 @@ SETTINGS = {  # name -> (whether gradients are bf16, whether the parameter is, o
     Q8: (True, False, {"state_format": "q8"}),
     SPLIT: (True, True, {"state_format": "bf16", "master": "split16"}),
 }
-STATE_BYTES = {FLOAT32: 4, BF16: 2, NEAREST: 2, Q8: 1 + 4 / 256, SPLIT: 2}
 
 
 def prepare():
@@ -47,7 +48,7 @@ def halves(floats):
 
 
 def bound(rule, size, name):
-    """A bound step of an optimizer with one of the SETTINGS."""
+    """An optimizer with one of the SETTINGS, whose step() is bound."""
     grad_is_half, param_is_half, options = SETTINGS[name]
     problem = Problem(rule, size, "float32")
     grad, param = (halves(x) if half else x for x, half in ((problem.grad, grad_is_half), (problem.start, param_is_half)))
@@ -56,18 +57,22 @@ def bound(rule, size, name):
         param[:] = problem.start
     optimizer = OPTIMIZERS[rule](param, backend="c", **options)
     optimizer.bind(grad)
-    return optimizer.step
+    return optimizer
 
 
-def bytes_moved(rule, name):
-    """The bytes per element that a step has to move."""
-    states = {"rmsprop": 1, "adagrad": 1, "adam": 2}[rule]
-    return (2 if SETTINGS[name][0] else 4) + 8 + 2 * states * STATE_BYTES[name]  # split16: two bytes and two more
+def moved(rule, name):
+    """The bytes per element that a step with one of the SETTINGS moves."""
+    return bytes_moved(bound(rule, 256, name))
+
+
+def fewer_bytes(rule, name):
+    """How many times the bytes of a step with one of the SETTINGS go into those of a step in float32."""
+    return moved(rule, FLOAT32) / moved(rule, name)
 
 
 def nanoseconds(rule, size, names):
     """name -> nanoseconds per element of its shortest step."""
-    timings = interleaved({name: bound(rule, size, name) for name in names}, SECONDS)
+    timings = interleaved({name: bound(rule, size, name).step for name in names}, SECONDS)
     return {name: timing.minimum / size for name, timing in timings.items()}
 
 
@@ -76,18 +81,18 @@ def beside_streams(rule, size):
     problem, threads = Problem(rule, size, "float32"), fastrms.get_num_threads()
     buffers = problem.new_buffers()
     ways = {way: streams(problem, way, settings, buffers).step for way, settings in streams_ways(size, threads)}
-    timings = interleaved({**{name: bound(rule, size, name) for name in SETTINGS}, **ways}, SECONDS)
+    timings = interleaved({**{name: bound(rule, size, name).step for name in SETTINGS}, **ways}, SECONDS)
     times = {name: timing.minimum / size for name, timing in timings.items()}
     return {**{name: times[name] for name in SETTINGS}, STREAMS: min(times[way] for way in ways)}
 
 
 def ceiling(rule, name, times):
     """The nanoseconds per element in which STREAMS would move the bytes of a step."""
-    return times[STREAMS] * bytes_moved(rule, name) / bytes_per_element(rule, "float32")
+    return times[STREAMS] / fewer_bytes(rule, name)
 
 
 def row(rule, size, name, times, target):
-    ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
+    ratio = fewer_bytes(rule, name)
     over = times[FLOAT32] / times[name]
     measured = f"{over:.2f}x: {times[name]:.3f} against {times[FLOAT32]:.3f} ns per element"
     what = f"{rule}, {size_name(size)}, all threads: {name}, over float32 (bytes: {ratio:.2f}x)"
@@ -105,8 +110,8 @@ def in_memory():
         for size in SIZES:
             times = MEASURED[rule, size] = beside_streams(rule, size)
             for name in (BF16, NEAREST, Q8, SPLIT):
-                ratio = bytes_moved(rule, FLOAT32) / bytes_moved(rule, name)
-                yield row(rule, size, name, times, targets.get((rule, name), 0.95 * ratio) if size == LARGE else 0.0)
+                target = targets.get((rule, name), 0.95 * fewer_bytes(rule, name))
+                yield row(rule, size, name, times, target if size == LARGE else 0.0)
 
 
 def draw(path, facts):
@@ -118,7 +123,7 @@ def draw(path, facts):
     panels = picture.subplots(2, len(SIZES), squeeze=False)
     for panel, ((rule, size), times) in zip(panels.ravel(), MEASURED.items(), strict=True):
         ceilings = [ceiling(rule, name, times) for name in SETTINGS]
-        labels = [f"{name}\n{bytes_moved(rule, name):.4g} bytes" for name in SETTINGS]
+        labels = [f"{name}\n{moved(rule, name):.4g} bytes" for name in SETTINGS]
         bars = panel.barh(labels, [times[name] for name in SETTINGS], 0.7, color="#56B4E9", label="measured")
         panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         for place, most in enumerate(ceilings):
@@ -165,7 +170,7 @@ def over_8_bits():
         except (CannotDo, ImportError) as error:
             yield Figure(what, f">= {target}x", f"not measured: {error}", True)
             continue
-        timings = interleaved({"ours": bound(rule, MIDDLE, Q8), "theirs": theirs.step}, SECONDS)
+        timings = interleaved({"ours": bound(rule, MIDDLE, Q8).step, "theirs": theirs.step}, SECONDS)
         yield at_least(what, timings["theirs"].minimum / timings["ours"].minimum, target)
 
 

@@ -1,8 +1,8 @@
 """The CUDA backend on this machine's GPU, in one command: `python -m bench.gpu`
 
-Runs the GPU tests, then times every rule, other libraries, calls from Python and other ways to write the kernels.  Takes
-under 6 minutes, needs neither a network nor a compiler, and goes on after a failure.  Writes fastrms-gpu.json, .md and, with
-matplotlib, .png.
+Runs the GPU tests, then times every rule, storage formats, other libraries, calls from Python and other ways to write the
+kernels.  Takes under 6 minutes, needs neither a network nor a compiler, and goes on after a failure.  Writes
+fastrms-gpu.json, .md and, with matplotlib, .png.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 from fastrms.backends.cuda import toolchain
 
-from . import gpu_kernels, gpu_peers, gpu_report, gpu_variants
+from . import gpu_formats, gpu_kernels, gpu_peers, gpu_report, gpu_variants
 from .gpu_measure import Gpu, smi
 
 SECONDS = 340.0  # after which no part begins
@@ -137,6 +137,8 @@ def measure(run, gpu):
     run.part("many tensors", lambda: [gpu_kernels.many(gpu, counts, 1 << exponent) for exponent in small])
     run.part("views", lambda: gpu_kernels.offsets(gpu, large))
     run.part("rules", lambda: rules(gpu, sizes))
+    formats = [(rule, 1 << exponent) for rule in ("rmsprop", "adam") for exponent in sizes]
+    run.part("formats", lambda: [row for which in formats for row in gpu_formats.formats(gpu, *which)])
     if gpu_peers.has("torch"):
         sets = [(1 << exponent, 1) for exponent in sizes if 20 <= exponent <= 26] + [
             (1 << small[0], 100),
@@ -145,6 +147,9 @@ def measure(run, gpu):
         run.part("torch", lambda: [row for size, count in sets for row in gpu_peers.of_torch(gpu, size, count)])
     if gpu_peers.has("cupy"):
         run.part("CuPy", lambda: [row for e in sizes if e in (24, 26) for row in gpu_peers.of_cupy(gpu, 1 << e)])
+    if gpu_peers.has("jax") and gpu_peers.has("optax"):
+        sets = [*((1 << exponent, 1) for exponent in sizes if exponent in (24, 26)), (1 << small[0], 100)]
+        run.part("Optax", lambda: [row for which in sets for row in gpu_peers.of_optax(gpu, *which)])
     run.part("variants", lambda: [row for rule in ("rmsprop", "adam") for row in gpu_variants.compare(gpu, rule, large)])
 
 

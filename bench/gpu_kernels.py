@@ -6,7 +6,9 @@ import numpy as np
 import fastrms
 from fastrms.memory import device
 
-MAKERS = {  # name of the rule -> (class, options): streams of memory are counted from its states
+from .problem import bytes_moved
+
+MAKERS = {  # name of the rule -> (class, options)
     "rmsprop": (fastrms.RMSProp, {}),
     "adagrad": (fastrms.AdaGrad, {}),
     "adam": (fastrms.Adam, {}),
@@ -65,34 +67,27 @@ def bound(make, params, grads, **options):
     return optimizer
 
 
-def streams_of(optimizer):
-    """How many streams of memory a step reads and writes."""
-    return 3 + 2 * len(optimizer.state)
-
-
-def row(name, size, dtype, streams, milliseconds):
-    taken = streams * size * np.dtype(dtype).itemsize
+def row(name, size, dtype, bytes_per_element, milliseconds):
     return {"what": name, "elements": size, "dtype": str(np.dtype(dtype)), "us": 1e3 * milliseconds,
-            "GB/s": taken / milliseconds / 1e6}  # fmt: skip
+            "bytes per element": bytes_per_element, "GB/s": bytes_per_element * size / milliseconds / 1e6}  # fmt: skip
 
 
 def rules(gpu, size, dtype, names=MAIN):
     """A row for each rule of these names, for their ceilings and for a copy."""
     param, grad = gpu.random(size, dtype), gpu.random(size, dtype, 1)
     other = device.allocate(size, np.dtype(dtype), gpu.index)
-    steps = {"copy": lambda: copy(other, grad)}
-    streams = {"copy": 2}
+    steps, taken = {"copy": lambda: copy(other, grad)}, {"copy": 2 * grad.dtype.itemsize}
     optimizers = {name: bound(MAKERS[name][0], param, grad, lr=LR, **MAKERS[name][1]) for name in names}
     for states in sorted({len(optimizer.state) for optimizer in optimizers.values()}):
         optimizers[CEILINGS[states].__name__] = bound(CEILINGS[states], param, grad)
     for name, optimizer in optimizers.items():
-        steps[name], streams[name] = optimizer.step, streams_of(optimizer)
+        steps[name], taken[name] = optimizer.step, bytes_moved(optimizer)
     found = gpu.milliseconds(steps)
-    ceiling = {streams[name]: found[name] for name in found if name.endswith("Streams")}
-    rows = [row(name, size, dtype, streams[name], taken) for name, taken in found.items()]
-    for made, name in zip(rows, found, strict=True):
-        if name in names:
-            made["% of streams"] = 100 * ceiling[streams[name]] / found[name]
+    rows = [row(name, size, dtype, taken[name], milliseconds) for name, milliseconds in found.items()]
+    ceiling = {made["bytes per element"]: made["GB/s"] for made in rows if made["what"].endswith("Streams")}
+    for made in rows:
+        if made["what"] in names:
+            made["% of streams"] = 100 * made["GB/s"] / ceiling[made["bytes per element"]]
     return rows
 
 
@@ -119,4 +114,4 @@ def offsets(gpu, size):
     optimizers = {name: bound(fastrms.RMSProp, gpu.random(size, offset=a), gpu.random(size, seed=1, offset=b), lr=LR)
                   for name, (a, b) in places.items()}  # fmt: skip
     found = gpu.milliseconds({name: optimizer.step for name, optimizer in optimizers.items()})
-    return [row(name, size, np.float32, 5, taken) for name, taken in found.items()]
+    return [row(name, size, np.float32, bytes_moved(optimizers[name]), taken) for name, taken in found.items()]

@@ -8,6 +8,8 @@ from importlib import metadata
 
 import numpy as np
 
+import fastrms
+from fastrms import storage
 from fastrms.backends.cuda.driver import stream_of
 from fastrms.memory import device
 
@@ -41,6 +43,22 @@ def smi():
     return run.stdout.strip()
 
 
+def pattern(size, seed):
+    """Normal numbers, as many as are made on the host for an array of this size."""
+    return np.random.default_rng(seed).standard_normal(min(size, PATTERN))
+
+
+def host_seconds(step, wait, count):
+    """What `count` calls take until the last is done; one call before does not count."""
+    step()
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait()
+    return time.perf_counter() - start
+
+
 class Gpu:
     """A device, and its default stream, on which CuPy and torch work, too."""
 
@@ -59,10 +77,17 @@ class Gpu:
 
     def random(self, size, dtype=np.float32, seed=0, offset=0):
         """An array of normal numbers, `offset` elements behind a multiple of 16 bytes."""
-        dtype = np.dtype(dtype)
-        array = device.allocate(size, dtype, self.index, offset * dtype.itemsize)
-        there = min(size, PATTERN)
-        device.copy(self.part(array, 0, there), np.random.default_rng(seed).standard_normal(there).astype(dtype))
+        return self._repeated(pattern(size, seed).astype(dtype), size, offset)
+
+    def bf16(self, size, seed=0):
+        """Normal numbers in bf16."""
+        return fastrms.Stored(self._repeated(storage.stored(storage.BF16, pattern(size, seed).astype("f4")), size), "bf16")
+
+    def _repeated(self, numbers, size, offset=0):
+        """An array on the device of this size, which holds numbers of the host again and again."""
+        array = device.allocate(size, numbers.dtype, self.index, offset * numbers.itemsize)
+        there = numbers.size
+        device.copy(self.part(array, 0, there), numbers)
         while there < size:
             more = min(there, size - there)
             device.copy(self.part(array, there, more), self.part(array, 0, more))
@@ -89,6 +114,16 @@ class Gpu:
                 count, python = counts[name]
                 self._busy(python + BEHIND)
                 found[name].append(self._timed(step, count) / count)
+        return {name: statistics.median(times) for name, times in found.items()}
+
+    def host_milliseconds(self, steps, rounds=ROUNDS, least=5e-2):
+        """Median milliseconds of one call of each of `steps`, name -> (function, function that waits for it), in interleaved
+        rounds of as many calls as take `least` seconds, by the clock of the host."""
+        counts = {name: max(5, math.ceil(least / (host_seconds(*step, 5) / 5))) for name, step in steps.items()}
+        found = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                found[name].append(1e3 * host_seconds(*step, counts[name]) / counts[name])
         return {name: statistics.median(times) for name, times in found.items()}
 
     def _timed(self, step, count):

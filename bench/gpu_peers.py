@@ -1,20 +1,24 @@
-"""Other libraries on the same GPU: torch's fused and foreach optimizers, and CuPy's expression, where they are installed."""
+"""Other libraries on the same GPU: torch's fused and foreach optimizers, CuPy's expression, and Optax compiled by XLA, where
+they are installed."""
 
 import importlib.util
+import os
 from functools import partial
 
 import numpy as np
 
 import fastrms
 
-from .gpu_kernels import LR, row
+from .gpu_kernels import LR, bound, row
+from .peers import jitted
+from .problem import bytes_per_element
 
-FUSED = {  # name -> (class of torch.optim, options, streams of memory that its rule needs)
-    "torch fused Adam": ("Adam", {"fused": True}, 7),
-    "torch fused AdamW": ("AdamW", {"fused": True}, 7),
-    "torch fused Adagrad": ("Adagrad", {"fused": True}, 5),
-    "torch foreach RMSprop": ("RMSprop", {"foreach": True}, 5),
-    "torch foreach Adam": ("Adam", {"foreach": True}, 7),
+FUSED = {  # name -> (class of torch.optim, options, its rule)
+    "torch fused Adam": ("Adam", {"fused": True}, "adam"),
+    "torch fused AdamW": ("AdamW", {"fused": True}, "adam"),
+    "torch fused Adagrad": ("Adagrad", {"fused": True}, "adagrad"),
+    "torch foreach RMSprop": ("RMSprop", {"foreach": True}, "rmsprop"),
+    "torch foreach Adam": ("Adam", {"foreach": True}, "adam"),
 }
 
 
@@ -76,9 +80,9 @@ def of_torch(gpu, size, count=1):
         optimizer.bind(torch_tensors(count, size, 1))
         steps[f"fastrms {make.__name__}"] = optimizer.step
     found = gpu.milliseconds(steps, most=50)
-    streams = {name: FUSED[name][2] if name in FUSED else 7 if "Adam" in name else 5 for name in found}
-    streams |= {name: 8 for name in found if "clip" in name}  # the gradients are read twice
-    rows = [row(name, count * size, np.float32, streams[name], taken) for name, taken in found.items()]
+    rules = {name: FUSED[name][2] if name in FUSED else "adam" if "Adam" in name else "rmsprop" for name in found}
+    moved = {name: bytes_per_element(rules[name], np.float32) + 4 * ("clip" in name) for name in found}  # reads grad twice
+    rows = [row(name, count * size, np.float32, moved[name], taken) for name, taken in found.items()]
     return [{**made, "tensors": count} for made in rows] + refused
 
 
@@ -100,7 +104,40 @@ def of_cupy(gpu, size):
     )  # fmt: skip
     w = cupy.zeros(size, cupy.float32)
     steps = {"CuPy expression": expression, "CuPy ElementwiseKernel": lambda: fused(grad, np.float32(LR), param, w)}
-    return [row(name, size, np.float32, 5, taken) for name, taken in gpu.milliseconds(steps, most=50).items()]
+    moved = bytes_per_element("rmsprop", np.float32)
+    return [row(name, size, np.float32, moved, taken) for name, taken in gpu.milliseconds(steps, most=50).items()]
+
+
+def of_optax(gpu, size, count=1):
+    """Optax's Adam and RMSProp, update and apply_updates in one compiled function with donated parameters and states, beside
+    ours.  XLA works on streams of its own, so all are timed by the clock of the host, over many steps."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes three quarters of the memory
+    import jax
+    import optax
+
+    if jax.default_backend() != "gpu" and not gpu.is_double:
+        return [{"what": "Optax", "elements": count * size, "tensors": count, "refused": "this JAX has no GPU"}]
+    steps = {}
+    for name, rule, ours in (("Adam", optax.adam(LR), fastrms.Adam), ("RMSProp", optax.rmsprop(LR), fastrms.RMSProp)):
+        arrays = [_ours(gpu, count, size, seed) for seed in (0, 1000)]
+        steps[f"fastrms {name}, host's clock"] = bound(ours, *arrays, lr=LR).step, gpu.synchronize
+        steps[f"Optax {name}, host's clock"] = _optax_step(jax, rule, size, count)
+    found = gpu.host_milliseconds(steps)
+    moved = {name: bytes_per_element("adam" if "Adam" in name else "rmsprop", np.float32) for name in found}
+    rows = [row(name, count * size, np.float32, moved[name], taken) for name, taken in found.items()]
+    return [{**made, "tensors": count} for made in rows]
+
+
+def _optax_step(jax, rule, size, count):
+    """(step, wait) of a rule of Optax over arrays of random numbers."""
+    keys = jax.random.split(jax.random.key(0), 2 * count)
+    params, grads = ([jax.random.normal(key, size) for key in some] for some in (keys[:count], keys[count:]))
+    own, update = [params, rule.init(params)], jitted(rule)
+
+    def step():
+        own[:] = update(*own, grads)
+
+    return step, lambda: jax.block_until_ready(own)
 
 
 def python_cost(gpu):

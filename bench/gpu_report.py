@@ -3,7 +3,7 @@
 from .gpu_kernels import MAKERS
 from .report import number, size_name
 
-RULES = "rules"
+RULES, FORMATS = "rules", "formats"
 NOT_TIMES = (
     "**The driver double of the tests ran this on a CPU: the times are made up, and only say that the script works.**"
 )
@@ -59,6 +59,20 @@ def of_cell(row):
     return f"{row['GB/s']:.0f}{share}"
 
 
+def of_formats(rows):
+    """As of_rules(), and how many times as fast as float32; of each way the bytes that it moves."""
+    lines = ["Gradients are in bf16, but for float32 and for the streams; GB/s count the bytes that are moved."]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        chosen = [row for row in rows if row["rule"] == rule]
+        sizes = sorted({row["elements"] for row in chosen})
+        cells = {(row["what"], row["elements"]): f"{of_cell(row)}, {row['over float32']:.2f}x" for row in chosen}
+        names = {row["what"]: row["bytes per element"] for row in chosen}
+        body = [[name, number(moved), *(cells.get((name, size), "") for size in sizes)] for name, moved in names.items()]
+        head = [f"{rule}: GB/s (% of streams), speed over float32", "bytes per element", *map(size_name, sizes)]
+        lines += ["", *table(head, body)]
+    return lines
+
+
 def of_rates(rows):
     body = [[str(row["what"]), *(str(row.get(name, "")) for name in ("rule", "tensors", "dtype")),
              size_name(row["elements"]) if "elements" in row else "", number(row.get("us")), number(row.get("GB/s")),
@@ -81,8 +95,10 @@ SECTIONS = {
     RULES: of_rules,
     "many tensors": of_many,
     "views": of_rates,
+    FORMATS: of_formats,
     "torch": of_rates,
     "CuPy": of_rates,
+    "Optax": of_rates,
     "calls from Python": of_costs,
     "variants": of_rates,
 }
@@ -101,7 +117,7 @@ def draw(found, path):
     from matplotlib import pyplot
 
     names, rates = [row["what"] for row in rows], [row["GB/s"] for row in rows]
-    colors = ["tab:blue" if name in MAKERS or name.startswith("fastrms") else
+    colors = ["tab:blue" if name.partition(":")[0] in MAKERS or name.startswith("fastrms") else
               "lightgray" if name == "copy" or name.endswith("Streams") else "tab:orange" for name in names]  # fmt: skip
     figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1.2))
     axes.barh(names, rates, color=colors)
@@ -117,8 +133,10 @@ def draw(found, path):
 
 
 def bars(parts):
-    """The float32 rows of all parts at 2^26 elements, or at the largest size below."""
-    rows = [row for name in (RULES, "torch", "CuPy") for row in parts.get(name, {}).get("found", ())]
+    """The float32 rows of all parts at 2^26 elements, or at the largest size below; those of formats with their rule."""
+    rows = [row for name in (RULES, "torch", "CuPy", "Optax") for row in parts.get(name, {}).get("found", ())]
+    stored = [row for row in parts.get(FORMATS, {}).get("found", ()) if not row["what"].endswith("Streams")]
+    rows += [{**row, "what": f"{row['rule']}: {row['what']}"} for row in stored]
     rows = [row for row in rows if row.get("dtype") == "float32" and row.get("tensors", 1) == 1]
     size = max((row["elements"] for row in rows if row["elements"] <= 1 << 26), default=0)
     return list({row["what"]: row for row in rows if row["elements"] == size}.values())

@@ -11,6 +11,7 @@ from fastrms.backends.cuda import intrinsics, kernel, launch, lower, table, tool
 from fastrms.memory import device
 
 from .gpu_kernels import LR, row
+from .problem import bytes_per_element
 
 HINTS = {  # what stands behind ld.global and st.global
     "plain": ("", ""),
@@ -98,8 +99,7 @@ def compare(gpu, rule, size):
             rows.append({"what": name, "rule": rule, "refused": "its bits are not those of the others"})
             continue
         steps[name] = lambda made=made: made.run(1, device.LEGACY_STREAM)
-    streams = 3 + 2 * states
-    return rows + [{**row(name, size, DTYPE, streams, taken), "rule": rule}
+    return rows + [{**row(name, size, DTYPE, bytes_per_element(rule, DTYPE), taken), "rule": rule}
                    for name, taken in gpu.milliseconds(steps, rounds=11).items()]  # fmt: skip
 
 

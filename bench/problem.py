@@ -9,7 +9,7 @@ so that buffers of 2^k elements collide in every cache; fastrms still places its
 
 import numpy as np
 
-from fastrms import rules
+from fastrms import rules, sizes
 from fastrms.memory import placement
 
 WELL_PLACED, AS_ALLOCATED, BACK_TO_BACK = PLACEMENTS = ("well placed", "as allocated", "back to back")
@@ -108,6 +108,13 @@ def arena(size, dtypes):
 def bytes_per_element(rule, dtype):
     """The bytes that an update has to move: the gradient is read, the parameter and the states are read and written."""
     return (3 + 2 * len(state_names(rule))) * np.dtype(dtype).itemsize
+
+
+def bytes_moved(optimizer):
+    """The bytes per element that a step of an optimizer of fastrms has to move, whatever its buffers are stored in, as its
+    report() says."""
+    rows = zip(optimizer._tensors, optimizer._grad_dtypes(), strict=True)
+    return sizes.moved_per_element([*rows], optimizer._zero_grad)
 
 
 def held_per_element(rule, dtype):

@@ -71,7 +71,7 @@ def acquired_one(tensors, k, array, name, format):
     if array is None:
         raise ValueError(f"{name} is None, and the rule of {like.name} needs it: pass an array like {like.name}")
     if format is not storage.FLOAT:
-        return stored_one(like, array, name, format)
+        return stored_one(memory, like, array, name, format)
     dtype = str(getattr(array, "dtype", "")).removeprefix("torch.")
     if dtype in DTYPES.values():
         raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
@@ -82,7 +82,7 @@ def acquired_one(tensors, k, array, name, format):
     return buffer
 
 
-def stored_one(like, tensor, name, format):
+def stored_one(memory, like, tensor, name, format):
     """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
     if not host.is_torch(tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; what is stored in {storage.said(format)} is a torch tensor "
@@ -92,9 +92,9 @@ def stored_one(like, tensor, name, format):
         raise TypeError(f"{name} has dtype {dtype}; what is stored in {storage.said(format)} is {DTYPES[format]}: formats "
                         f"stay as they are once there is a state")  # fmt: skip
     is_float = tensor.is_floating_point()
-    buffer = host.acquire(tensor, name, writable=True, halves=True) if is_float else host.acquire_integers(tensor, name)
+    buffer = memory.acquire(tensor, name, writable=True, halves=True) if is_float else memory.acquire_integers(tensor, name)
     if not format.in_blocks:
-        host.same_layout(buffer, name, like.param, like.name, dtypes=(buffer.dtype,))
+        memory.same_layout(buffer, name, like.param, like.name, dtypes=(buffer.dtype,))
     elif buffer.shape != (storage.items_of(format, size),) or buffer.address % 4:
         raise ValueError(f"{name} has shape {buffer.shape} and starts at address {buffer.address:#x}; q8 of {like.name} has "
                          f"shape {(storage.items_of(format, size),)}, and an address that is a multiple of 4")  # fmt: skip

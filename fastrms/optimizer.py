@@ -3,7 +3,6 @@
 import numbers
 import os
 import threading
-from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
@@ -885,7 +884,7 @@ class Optimizer(Names, Family):
         key, recipe = self._tensors.keys[k], self._groups.recipes[k]
         rows = [row for row in zip(self._tensors, self._grad_dtypes(), strict=True) if row[0].recipe == k]
         buffers = ", ".join(f"{name} {size:.4g}" for name, size in sizes.per_element(rows, sizes.stored).items())
-        moved = sum(sizes.per_element(rows, partial(sizes.moved, zero_grad=self._zero_grad)).values())
+        moved = sizes.moved_per_element(rows, self._zero_grad)
         form = "" if self.own_rule else f", {'general' if recipe.general else 'neutral'} form"
         if self._backend == "c":
             form += f" by {backends.load('c').isa_of(recipe.rule, key.dtype, recipe.general)}"

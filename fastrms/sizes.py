@@ -1,5 +1,7 @@
 """How many bytes the buffers of an optimizer have, and how many a step moves between memory and processor."""
 
+from functools import partial
+
 from . import formats, saved_formats, storage
 
 MANY = 2**20  # elements: of so many, a block of q8 has its share of the bytes of one element
@@ -76,3 +78,8 @@ def moved(tensor, grad, zero_grad=False):
     sizes = stored(tensor, grad)
     once = {"param_copy", *["grad"] * (not zero_grad), *["param"] * ("master" in sizes)}
     return {name: count if name in once else 2 * count for name, count in sizes.items()}
+
+
+def moved_per_element(rows, zero_grad=False):
+    """The bytes that a step moves per element of (Tensor, dtype of its gradient) pairs."""
+    return sum(per_element(rows, partial(moved, zero_grad=zero_grad)).values())

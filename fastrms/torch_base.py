@@ -13,7 +13,7 @@ from . import hyper, saved_formats
 from .dialects import meaning_of_true, preset
 from .memory import device, host
 from .optimizer import APPLIED, StepInfo
-from .storage import FLOAT, low, takes_halves
+from .storage import FLOAT, low, refuse_undecided, takes_halves
 from .torch_core import (
     KINDS,
     LOW,
@@ -35,7 +35,6 @@ from .torch_formats import (
     options_of,
     refuse_other_shape,
     refuse_stale_master,
-    refuse_undecided,
     shape_of,
     shown,
 )
@@ -147,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
             for label, param in labelled(group):
                 name = f"params[{len(self.param_groups) - 1}][{label!r}]"
                 refuse_sums(param, name)
-                refuse_undecided(param, options, name)
+                refuse_undecided(param, name, options)
                 halves = {"halves": True} if takes_halves(options) else {}
                 memory_of(param).acquire(part_of(param), name, writable=True, **halves)
                 stored_state(self.kind, values, options, param, name)

@@ -33,16 +33,6 @@ def numpy_dtype(tensor):
     return HALVES[tensor.dtype] if tensor.dtype in HALVES else np.dtype(str(tensor.dtype).removeprefix("torch."))
 
 
-def refuse_undecided(param, options, name):
-    """TypeError for a parameter in bf16 or fp16 of whose update nothing is said; ValueError for options on a GPU."""
-    if param.is_cuda and options:
-        option, value = next(iter(options.items()))
-        raise ValueError(f"{option}={value!r} is for parameters in host memory; {name} is on {param.device}: put it into a "
-                         f"group of parameters without {option}")  # fmt: skip
-    if not param.is_cuda:
-        storage.refuse_undecided(param, name, options)
-
-
 def of_state(kind, rule, options, param, name):
     """Name -> Format of what the state of a parameter holds beside its count: its states, and the master or the remainder of
     a bf16 or fp16 parameter.  ValueError, which calls the parameter `name`, where it cannot be stored so."""
@@ -107,14 +97,14 @@ def dtype_of(param, format):
 def new_part(param, beside, value, format=FLOAT):
     """A new tensor for a state in a Format, whose numbers are all this value; see new_state() of torch_core."""
     dtype, size = dtype_of(param, format), param.numel()
-    if param.device.type != "cpu" or not size:
+    if (format is FLOAT and param.device.type != "cpu") or not size:
         shape = (0,) if format.in_blocks else param.shape
         return torch.full_like(param, value, dtype=dtype, requires_grad=False).view(shape)
     items = storage.items_of(format, size) if format.in_blocks else size
     bits = np.dtype(np.int16) if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
     flat = placement.place(items, bits, [x.data_ptr() for x in (param, *beside)])
     storage.fill(flat, format, size, value)
-    return like(param, torch.from_numpy(flat).view(dtype), format)
+    return like(param, torch.from_numpy(flat).view(dtype).to(param.device), format)
 
 
 def like(param, flat, format):
@@ -208,7 +198,7 @@ def write(made, numbers, param, format):
     if format is FLOAT:
         made.copy_(numbers)
         return
-    laid_out = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(numbers)
+    laid_out = torch.empty_like(param, dtype=torch.float32, device="cpu", requires_grad=False).copy_(numbers)
     bits = storage.stored(format, host.acquire(laid_out, "", writable=False).flat)
     flat = torch.from_numpy(bits.view(np.uint8)).view(made.dtype)
     made.copy_(like(param, flat, format))

@@ -1,7 +1,11 @@
 """What exists here: backends, instruction sets, rules.  Tests run over all of it, and the header says how much that is."""
 
+import atexit
 import contextlib
+import functools
 import importlib.util
+import subprocess
+import tempfile
 
 import numpy as np
 import pytest
@@ -26,6 +30,36 @@ FUNCTIONS = {name: make for name, make in FAMILIES.items() if hasattr(fastrms, n
 def recipe_of(make):
     """The name in recipes.FAMILIES for a class: its own, or that of the class from which it is derived."""
     return next(base.__name__.lower() for base in make.__mro__ if base.__name__.lower() in recipes.FAMILIES)
+
+
+def begin(item):
+    """The function `begin` of the module of a test, None where it has none."""
+    return getattr(getattr(item, "module", None), "begin", None)
+
+
+def pytest_collection_modifyitems(session, items):
+    """Tests of what other processes do come last; these processes begin before the first test."""
+    items.sort(key=lambda item: begin(item) is not None)
+
+
+def pytest_collection_finish(session):
+    for function in () if session.config.option.collectonly else dict.fromkeys(map(begin, session.items)):
+        if function is not None:
+            function()
+
+
+def in_background(command, cwd):
+    """A function that gives (status, stdout, stderr) of a process, which begins now, when it has ended."""
+    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115  they are read when the process has ended
+    process = subprocess.Popen(command, stdout=out, stderr=err, cwd=cwd)
+    atexit.register(process.kill)
+
+    @functools.cache
+    def ended():
+        process.wait()
+        return process.returncode, *((stream.seek(0), stream.read())[1] for stream in (out, err))
+
+    return ended
 
 
 def pytest_report_header(config):

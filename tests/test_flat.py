@@ -248,7 +248,8 @@ UNUSABLE = {
     "gaps": (lambda: np.zeros(2 * SIZE, FLOAT)[::2], ValueError, "it must be contiguous and have one dimension"),
     "a list": (lambda: [0.0] * SIZE, TypeError, "data is a list"),
     "masked": (lambda: np.ma.zeros(SIZE, FLOAT), TypeError, "data is a masked array"),
-    "on a device": (lambda: OnDevice(), TypeError, r"data \(OnDevice\) is in device memory"),
+    "on a device": (lambda: OnDevice(), TypeError, r"data is a OnDevice; a FlatBuffer in device memory has.* CuPy or torch: "
+                    r"pass cupy.asarray\(data\)"),
     "a locked Array": (lambda: multiprocessing.Array("f", SIZE), TypeError, r"pass data\.get_obj\(\)"),
     "a named block": (lambda: Block(), TypeError, r"pass np\.frombuffer\(data\.buf, np\.float32\)"),
     "a tensor of one process": (lambda: shared_tensor(FLOAT).clone(), ValueError, r"call data\.share_memory_\(\)"),

@@ -13,6 +13,7 @@ import pytest
 from conftest import CLASSES, DTYPES, backends, bits, raw_recipe, wild_values
 
 import fastrms
+from bench.gpu_kernels import MAKERS
 from fastrms import formats, rules, storage
 from fastrms.backends.coefficients import Coefficients
 from fastrms.backends.cuda import table, toolchain
@@ -184,11 +185,13 @@ def test_a_streamed_step(library):
     assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"clip_value": 0.5}, {"maximize": True}], ids=str)
-def test_clip_norm(library, options):
+def test_clip_norm(library, options, dtype):
     """Large enough for many blocks and segments; the norm of a step may be asked for after later steps."""
     sizes = (5000, 3, 300_000 if ON_DOUBLE else 3_000_000, 4096)
-    params, theirs, grads = ([numbers(size, k + seed) for k, size in enumerate(sizes)] for seed in (0, 0, 9))
+    params, theirs, grads = ([numbers(size, k + seed, dtype) for k, size in enumerate(sizes)] for seed in (0, 0, 9))
+    grads[0] *= dtype.type(1e15)
     there, there_grads = list(map(library.to_device, params)), list(map(library.to_device, grads))
     optimizer, reference = fastrms.Adam(there, **options), fastrms.Adam(theirs, backend="numpy", **options)
     found = []
@@ -265,6 +268,34 @@ def test_storage_formats(library, param, grad, options, clip_norm):
         states = [x for entry in optimizer.state_dict()["tensors"] for x in entry["state"].values()]
         found.append([norm, *(np.asarray(x).reshape(-1).view(np.uint8) for x in (*arrays, *states))])
     assert found[0][0] == found[1][0] and all(map(np.array_equal, found[0][1:], found[1][1:]))
+
+
+IN_FORMATS = [(rule, said) for rule in MAKERS for said in storage.SIGNED
+              if not any((said, name) in storage.NEEDS_FLOATS for name in rules.state_names(rules.RULES[rule]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, state_format", IN_FORMATS)
+def test_storage_formats_of_every_rule(library, rule, state_format):
+    """Views of one array at any offset, with gradients at the same or at others, whose surroundings stay as they are."""
+    if ON_DOUBLE and rule not in ("rmsprop", "adam"):
+        pytest.skip("tests/ptx runs all of them")
+    (make, options), starts, sizes = MAKERS[rule], (1, 1002, 2003, 3001), (1000, 1001, 997, 1999)
+    halves = storage.stored(formats.FORMATS["bf16"], numbers(5002, 1)).view(np.int16)
+    for apart in (0, 1):
+        found = []
+        for to, back, part, backend in ((library.to_device, library.to_host, library.part, "cuda"),
+                                        (np.array, np.asarray, lambda x, a, n: x[a : a + n], "numpy")):  # fmt: skip
+            whole = params, grads, copies = [to(x) for x in (numbers(5000), halves, np.zeros(5003, np.int16))]
+            views = [[part(x, at + by, n) for at, n in zip(starts, sizes, strict=True)]
+                     for x, by in ((params, 0), (grads, apart), (copies, 0))]  # fmt: skip
+            grads, copies = ([fastrms.Stored(x, "bf16") for x in some] for some in views[1:])
+            named = {"param_copy": copies, "state_format": state_format, "zero_grad": True, "backend": backend}
+            optimizer = make(views[0], **options, **named)
+            for _ in range(2):  # the second with gradients of 0
+                optimizer.step(grads)
+            states = [x for entry in optimizer.state_dict()["tensors"] for x in entry["state"].values()]
+            found.append([np.asarray(x).reshape(-1).view(np.uint8) for x in (*map(back, whole), *states)])
+        assert all(map(np.array_equal, *found)), apart
 
 
 def test_functions(library):
@@ -421,6 +452,33 @@ def test_more_than_two_to_the_31_elements(offset):
         assert same(Ours.part(param, start, 9).to_host(), theirs)
 
 
+FLAT_LIBRARIES = [pytest.param("cupy", marks=cupy_only), pytest.param("torch", marks=torch_only)]
+
+
+@pytest.mark.parametrize("name", FLAT_LIBRARIES)
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}], ids=str)
+def test_a_flat_buffer_in_device_memory(name, options):
+    """Views of one array of the library; a group for some names; clipped steps."""
+    (library,) = (kind for kind in LIBRARIES if kind.name == name)
+    shapes, groups = {"w": (31, 7), "b": 5, "v": (1003,), "b2": ()}, {"b*": {"lr": 0.1}}
+    given = {key: numbers(int(np.prod(shape)), k).reshape(shape) for k, (key, shape) in enumerate(shapes.items())}
+    flat, theirs = (
+        fastrms.FlatBuffer.like({k: library.to_device(x) for k, x in given.items()}),
+        fastrms.FlatBuffer.like(given),
+    )
+    for k, key in enumerate(shapes):
+        theirs.grads[key][...] = numbers(theirs.grads[key].size, 9 + k).reshape(shapes[key])
+        flat.grads[key][...] = library.to_device(theirs.grads[key])
+    optimizer = fastrms.Adam(flat, groups=groups, **options)
+    reference = fastrms.Adam(theirs, groups=groups, backend="numpy", **options)
+    for clip_norm in (None, 0.5, None):
+        assert (
+            optimizer.step(flat.grads, clip_norm=clip_norm).grad_norm
+            == reference.step(theirs.grads, clip_norm=clip_norm).grad_norm
+        )
+    assert same(library.to_host(flat.data), theirs.data) and same(library.to_host(flat.params["w"]), theirs.params["w"])
+
+
 # CuPy
 
 
@@ -461,14 +519,16 @@ def test_a_stream_of_yours_is_ordered_with_that_of_cupy():
 
 
 @cupy_only
-def test_a_graph_captured_by_cupy():
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}], ids=str)
+def test_a_graph_captured_by_cupy(options):
+    """States in formats are rounded at random: each launch of the graph has the keys of its step."""
     import cupy
 
     stream, theirs, grad = cupy.cuda.Stream(non_blocking=True), [numbers(999), numbers(5)], [numbers(999, 1), numbers(5, 1)]
-    reference = fastrms.Adam(theirs, backend="numpy")
+    reference = fastrms.Adam(theirs, backend="numpy", **options)
     with stream:
         there, there_grads = list(map(cupy.asarray, theirs)), list(map(cupy.asarray, grad))
-        optimizer = fastrms.Adam(there, capturable=True)
+        optimizer = fastrms.Adam(there, capturable=True, **options)
         optimizer.bind(there_grads)
         optimizer.step()
         stream.begin_capture()
@@ -538,6 +598,40 @@ def test_optimizers_of_fastrms_torch(zero_to_none):
         of_torch.step()
     assert all(same(OfTorch.to_host(p), t) for p, t in zip(net.parameters(), theirs, strict=True))
     assert all(torch.allclose(p, f, atol=1e-5) for p, f in zip(net.parameters(), fused, strict=True))
+
+
+@torch_only
+@pytest.mark.parametrize("param, options", [
+    ("float32", {"state_format": "bf16"}),
+    ("float32", {"state_format": "q8"}),
+    ("bfloat16", {"master": "split16", "state_format": "bf16"}),
+    ("bfloat16", {"master": "split8", "state_format": "q8"}),
+    ("float16", {"master": "float32", "state_format": "fp16"}),
+], ids=str)  # fmt: skip
+def test_optimizers_of_fastrms_torch_with_formats(param, options):
+    """The bits of the same optimizer on the host; a state goes from one to the other."""
+    import torch
+
+    import fastrms.torch
+
+    found = []
+    for where in ("cuda", "cpu"):
+        params = [
+            torch.as_tensor(numbers(size, size)).to(where, getattr(torch, param)).requires_grad_() for size in (700, 33)
+        ]
+        optimizer = fastrms.torch.Adam(params, seed=3, **options)
+        for step in range(3):
+            for p in params:
+                p.grad = torch.as_tensor(numbers(p.numel(), step)).to(p)
+            optimizer.step()
+        state = [x for p in params for name, x in optimizer.state[p].items() if name not in ("step", "q8_shape")]
+        assert all(x.device.type == where for x in state)
+        found.append((params, optimizer, [x.detach().cpu().flatten().view(torch.uint8) for x in (*params, *state)]))
+    assert all(map(torch.equal, found[0][2], found[1][2]))
+    (params, optimizer, _), (_, other, _) = found
+    optimizer.load_state_dict(other.state_dict())
+    assert all(torch.equal(optimizer.state[p]["exp_avg"].cpu(), x["exp_avg"])
+               for p, x in zip(params, other.state_dict()["state"].values(), strict=True))  # fmt: skip
 
 
 @torch_only

@@ -5,7 +5,6 @@ import io
 import itertools
 import pickle
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -894,10 +893,3 @@ def test_a_master_that_is_removed_is_made_from_the_parameter():
     del optimizer.state[params[0]]["master"]
     run(params, optimizer, 1, first=2)
     assert (params[0] - 8).abs().max() < 0.1 and (params[1] - 8).abs().max() > 1
-
-
-def test_on_a_gpu_options_are_refused():
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=F32, device="cuda:0")
-    with pytest.raises(ValueError, match=r"state_format=.bf16. is for parameters in host memory; params.* is on cuda:0"):
-        fastrms.torch_formats.refuse_undecided(on_gpu, {"state_format": "bf16"}, "params[0][0]")
-    fastrms.torch_formats.refuse_undecided(on_gpu, {}, "params[0][0]")

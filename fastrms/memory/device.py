@@ -64,6 +64,11 @@ class DeviceBuffer:
         copy(host, self)
         return host
 
+    def reshape(self, shape):
+        """The same memory, that of a flat array, in another shape in C order."""
+        steps = [math.prod(shape[k + 1 :]) if length > 1 else 0 for k, length in enumerate(shape)]
+        return DeviceArray(self.owner, self.address, tuple(shape), tuple(steps), self.dtype, self.device)
+
     def shaped(self, like):
         """The same memory in the shape and memory order of a Buffer."""
         return DeviceArray(self.owner, self.address, like.shape, like.strides, self.dtype, self.device)
@@ -158,7 +163,7 @@ def _seen_of_torch(x, name, halves):
     """The Seen of a torch tensor.  Its own methods answer in a tenth of the time that the protocols take."""
     dtype = str(x.dtype).removeprefix("torch.")
     kind = host.IN_HALF.get(dtype) if halves else None
-    if dtype not in ("float32", "float64", "uint16", "int16", "uint8") and kind is None:
+    if dtype not in ("float32", "float64", "uint16", "int16", "int8", "uint8") and kind is None:
         raise TypeError(
             f"{name} has dtype {dtype}; fastrms updates float32 and float64 on CUDA: pass {name}.float(), a copy"
         )
@@ -272,7 +277,11 @@ def place_beside(param, others, size=None, dtype=None):
 
 def again(buffer, name):
     """The Buffer of a torch tensor that may have been given other memory since."""
-    return buffer if buffer.owner.data_ptr() == buffer.address else acquire(buffer.owner, name, writable=True, halves=True)
+    if buffer.owner.data_ptr() == buffer.address:
+        return buffer
+    if buffer.dtype.kind in "iu" and not buffer.owner.is_floating_point():
+        return acquire_integers(buffer.owner, name)
+    return acquire(buffer.owner, name, writable=True, halves=True)
 
 
 class Memory:

@@ -8,7 +8,9 @@ from operator import index
 
 import numpy as np
 
-from . import host, placement
+from . import device, flat_device, host, placement
+
+COPY_ONTO_ITSELF = "{} and {} overlap in memory; FlatBuffer(shapes, data=...) lies over what is there without copying"
 
 
 class ReadOnly:
@@ -85,6 +87,14 @@ class Joined:
         self._buffers = buffers
 
 
+def joined(buffers):
+    """Buffers that lie one after the other in memory, as one 1-D array."""
+    if not isinstance(buffers[0], device.DeviceBuffer):
+        return Joined(buffers)
+    first, size = next((buffer for buffer in buffers if buffer.size), buffers[0]), sum(buffer.size for buffer in buffers)
+    return device.DeviceArray(buffers, first.address, (size,), (int(size > 1),), first.dtype, first.device)
+
+
 def _shape_of(x):
     return getattr(x, "shape", x)
 
@@ -127,23 +137,26 @@ class FlatBuffer:
         name -> shape, or shapes, whose names are then 0, 1, ...
     dtype : dtype, default float32
         float32, float64, or bfloat16 of ml_dtypes, which an optimizer takes where master or rounding is given.
-    data, grad : buffer, optional
+    data, grad : buffer or device array, optional
         Memory of the caller for the two arrays, such as the buf of a multiprocessing.shared_memory.SharedMemory, an mmap, a
         RawArray, a torch tensor after share_memory_(), or an ndarray: writable bytes, at least as many as are needed, of
         which the first are used; or exactly as many numbers of this dtype, in one dimension.  They begin at a multiple of
         the size of a number.  What stands in it stays.  An array without memory of the caller starts at 0.
+        A CUDA array of CuPy or torch, of exactly as many float32 or float64 numbers in one dimension, makes a FlatBuffer
+        in device memory; its library allocates the other one of the two.
 
     Attributes
     ----------
-    data, grad : ndarray
-        The two flat arrays, 1-D; where they start is chosen so that they do not evict each other from cache.
+    data, grad : ndarray, or CuPy array or torch tensor in device memory
+        The two flat arrays, 1-D; on the host they start where they do not evict each other from cache.
     params, grads : mapping
         name -> view of data and of grad, in the shape of that name.  The mappings cannot be changed.
 
     Raises
     ------
     TypeError
-        For another dtype, something that is not a shape, or memory that is not on the host.
+        For another dtype, something that is not a shape, memory of which one part is on the host and one on a GPU, or a
+        device array of another library.
     ValueError
         For a negative length, where there are no names, or for memory that is too short, misaligned or read-only.
     """
@@ -152,15 +165,10 @@ class FlatBuffer:
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
         size, dtype = sum(map(math.prod, shapes.values())), _held_dtype(dtype)
         given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
-        flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
-        if len(flats) > 1:
-            host.refuse_overlap((name, host.ours(flat)) for name, flat in flats.items())
-        for name in ("data", "grad"):
-            if name not in flats:
-                flats[name] = placement.place(size, dtype, [host.address(flat) for flat in flats.values()])
-                flats[name].fill(0)
+        on_device = any(map(device.is_device_array, given.values()))
+        flats = (_on_device if on_device else _on_host)(given, size, dtype)
         views = {"params": Views(flats["data"], shapes), "grads": Views(flats["grad"], shapes)}
-        vars(self).update(**flats, **views, _given=given)
+        vars(self).update(**flats, **views, _given=given, _size=size, _dtype=dtype, _on_device=on_device)
 
     @classmethod
     def like(cls, params, *, data=None, grad=None):
@@ -169,8 +177,9 @@ class FlatBuffer:
         Parameters
         ----------
         params : mapping or sequence
-            name -> array, or arrays: NumPy arrays, torch CPU tensors and whatever else an optimizer takes, all of one dtype;
-            bf16 needs ml_dtypes, whose bfloat16 the FlatBuffer has then.
+            name -> array, or arrays: NumPy arrays, torch tensors and whatever else an optimizer takes, all of one dtype;
+            bf16 needs ml_dtypes, whose bfloat16 the FlatBuffer has then.  Arrays of CuPy or torch on a GPU, float32 or
+            float64, make a FlatBuffer there, which their library allocates.
         data, grad : buffer, optional
             Memory of the caller for the two arrays, as FlatBuffer takes it: the copies are written into data, and grad stays
             as it is.
@@ -186,6 +195,8 @@ class FlatBuffer:
         """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}
+        if any(map(device.is_device_array, params.values())):
+            return cls._like_on_device(params, text, data, grad)
         given = {name: _array(x, text[name]) for name, x in params.items()}
         first, dtype = next((name, x.dtype) for name, x in given.items())
         for name, x in given.items():
@@ -198,6 +209,27 @@ class FlatBuffer:
         _refuse_copy_onto_itself(made, given, text)
         for name, x in given.items():
             made.params[name][...] = x
+        return made
+
+    @classmethod
+    def _like_on_device(cls, params, text, data, grad):
+        """like() of device arrays."""
+        buffers = [device.acquire(x, text[name], writable=False) for name, x in params.items()]
+        names = [*text.values()]
+        device.same_device(buffers, names)
+        for x, name, buffer in zip(params.values(), names, buffers, strict=True):
+            flat_device.refuse_others(x, name)
+            if buffer.dtype != buffers[0].dtype:
+                raise TypeError(f"{name} has dtype {buffer.dtype}, {names[0]} has {buffers[0].dtype}; a FlatBuffer has one")
+        if data is None:
+            data = flat_device.zeros(next(iter(params.values())), sum(buffer.size for buffer in buffers))
+        made = cls(dict(zip(params, (b.shape for b in buffers), strict=True)), buffers[0].dtype, data=data, grad=grad)
+        for x, label in zip(params.values(), names, strict=True):
+            for what in ("data", "grad"):
+                if flat_device.overlap(x, getattr(made, what)):
+                    raise ValueError(COPY_ONTO_ITSELF.format(label, what))
+        for name, x in params.items():
+            made.params[name][...] = flat_device.detached(x)
         return made
 
     def __setattr__(self, name, value):
@@ -216,15 +248,23 @@ class FlatBuffer:
         data = self._given.get("data")
         return data.detach() if host.is_torch(data) else self.data
 
+    @property
+    def _memory(self):
+        """The module for its arrays: memory.host or memory.device."""
+        return device if self._on_device else host
+
     def refuse_moved(self):
         """ValueError where torch has given a tensor that this FlatBuffer lies over other memory."""
         for name, x in self._given.items():
             flat = getattr(self, name)
-            if host.is_torch(x) and flat.size and x.data_ptr() != host.address(flat):
+            if host.is_torch(x) and self._size and x.data_ptr() != flat_device.address(flat):
                 raise ValueError(f"the torch tensor under {name} of the FlatBuffer was given other memory (tensor.data = "
                                  f"...) after the FlatBuffer had been made; make a new FlatBuffer over it")  # fmt: skip
 
     def __reduce__(self):
+        if self._on_device:
+            raise TypeError("a FlatBuffer in device memory cannot be copied or pickled: a copy is "
+                            "FlatBuffer.like(flat.params), NumPy arrays of its params can be pickled")  # fmt: skip
         if self._given:
             raise TypeError("a FlatBuffer over your own memory cannot be copied or pickled, as the copy would not share it: "
                             "send what names the memory, and make a FlatBuffer(shapes, data=...) over it there; a copy with "
@@ -233,7 +273,29 @@ class FlatBuffer:
         return _rebuilt, (shapes, self.data, self.grad)
 
     def __repr__(self):
-        return f"<FlatBuffer of {len(self.params)} array(s), {self.data.size} {self.data.dtype}>"
+        return f"<FlatBuffer of {len(self.params)} array(s), {self._size} {self._dtype}>"
+
+
+def _on_host(given, size, dtype):
+    """Name -> 1-D array in host memory, over what the caller has given, and new ones of zeros."""
+    flats = {name: _over(x, name, size, dtype) for name, x in given.items()}
+    if len(flats) > 1:
+        host.refuse_overlap((name, host.ours(flat)) for name, flat in flats.items())
+    for name in ("data", "grad"):
+        if name not in flats:
+            flats[name] = placement.place(size, dtype, [host.address(flat) for flat in flats.values()])
+            flats[name].fill(0)
+    return flats
+
+
+def _on_device(given, size, dtype):
+    """The same in device memory, where the library of the array that is given makes the other one."""
+    flats = {name: flat_device.over(x, name, size, dtype) for name, x in given.items()}
+    buffers = {name: device.acquire(flat, name, writable=True) for name, flat in flats.items()}
+    device.same_device([*buffers.values()], [*buffers])
+    host.refuse_overlap(buffers.items())
+    (some, *_) = flats.values()
+    return {name: flats[name] if name in flats else flat_device.zeros(some, size) for name in ("data", "grad")}
 
 
 def _is_held(dtype):
@@ -313,8 +375,7 @@ def _refuse_copy_onto_itself(flat, arrays, text):
     for name, x in arrays.items():
         for what in ("data", "grad"):
             if np.may_share_memory(x, getattr(flat, what)):
-                raise ValueError(f"{text[name]} and {what} overlap in memory; FlatBuffer(shapes, data=...) lies over what "
-                                 f"is there without copying")  # fmt: skip
+                raise ValueError(COPY_ONTO_ITSELF.format(text[name], what))
 
 
 def _named(values, what):

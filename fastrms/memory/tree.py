@@ -1,5 +1,6 @@
 """The shapes that params and grads may have: an array, a sequence, a mapping, a FlatBuffer, or a list of groups of these."""
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -7,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import host, remedies
-from .flat import FlatBuffer, Joined, ReadOnlyDict, ReadOnlyList, Views, key_text, one_after_another
+from . import device, host, remedies
+from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, joined, key_text, one_after_another
 
 STEADY = (np.ndarray, Views)  # types of gradients that always hold the same arrays: none can be exchanged
 
@@ -240,15 +241,16 @@ class FlatOf(Structure):
         self.runs = [self._run(list(names)) for _, names in groupby(owner, owner.get)]
         self.keys = [next(iter(run)) for run in self.runs]
         self.count = len(self.runs)
-        self.spans = one_after_another(sum(flat.params[name].size for name in run) for run in self.runs)
+        self.spans = one_after_another(sum(math.prod(part.shape) for part in run.values()) for run in self.runs)
+        self.size, self.memory = flat._size, flat._memory
 
     def refuse_moved(self):
         self.flat.refuse_moved()
 
     def _run(self, names):
-        views = [self.flat.params[name] for name in names]
-        spans = one_after_another(view.size for view in views)
-        return {name: Part(span, view.shape) for name, span, view in zip(names, spans, views, strict=True)}
+        shapes = [tuple(self.flat.params[name].shape) for name in names]
+        spans = one_after_another(map(math.prod, shapes))
+        return {name: Part(span, shape) for name, span, shape in zip(names, spans, shapes, strict=True)}
 
     def labels(self):
         raise TypeError("a FlatBuffer is updated as one, not name by name: a streamed step needs the mapping flat.params")
@@ -260,17 +262,21 @@ class FlatOf(Structure):
         return [f"{what}[{first}]" if first == last else f"{what}[{first}:{last}]" for first, last in ends]
 
     def leaves(self, value, what):
-        size = self.flat.grad.size
         if value is None:
             return [None] * self.count
         if value is self.flat.grads:
             value = self.flat.grad
-        if not isinstance(value, (np.ndarray, host.Stored)):
+        if not isinstance(value, (np.ndarray, host.Stored)) and not self._is_on_device(value):
             raise TypeError(f"{what} is a {type(value).__name__}; it must be the grads or grad of the FlatBuffer, or a 1-D "
-                            f"array of {size}: copy other gradients into flat.grads[name][...]")  # fmt: skip
-        if value.shape != (size,):
-            raise ValueError(f"{what} has shape {value.shape}, the FlatBuffer has {size} elements in one dimension")
+                            f"array of {self.size}: copy other gradients into flat.grads[name][...]")  # fmt: skip
+        if tuple(value.shape) != (self.size,):
+            raise ValueError(f"{what} has shape {tuple(value.shape)}, the FlatBuffer has {self.size} elements in one "
+                             f"dimension")  # fmt: skip
         return self.cut(value)
+
+    def _is_on_device(self, value):
+        """Whether a value is an array in device memory, as this FlatBuffer is."""
+        return self.memory is device and device.is_device_array(value)
 
     def state_leaves(self, value, what):
         if value is None:
@@ -278,21 +284,21 @@ class FlatOf(Structure):
         if isinstance(value, Mapping):
             arrays = dict(zip(self.flat.params, MappingOf(list(self.flat.params)).leaves(value, what), strict=True))
             return [self._joined({name: arrays[name] for name in run}, what) for run in self.runs]
-        array, size = value if host.is_torch(value) else host.as_array(value, what), self.flat.data.size
-        if tuple(array.shape) != (size,):
-            raise ValueError(f"{what} has shape {tuple(array.shape)}, the FlatBuffer has {size} elements in one dimension")
+        array = value if host.is_torch(value) or self._is_on_device(value) else host.as_array(value, what)
+        if tuple(array.shape) != (self.size,):
+            raise ValueError(f"{what} has shape {tuple(array.shape)}, the FlatBuffer has {self.size} elements in one "
+                             f"dimension")  # fmt: skip
         return (
             [array] if self.count == 1 else self.cut(array)
         )  # torch may give this tensor other memory, but not a view of it
 
     def copy_leaves(self, value, what):
-        size = self.flat.data.size
         if value is None:
             return [None] * self.count
         if isinstance(value, FlatBuffer):
             value = value.data
-        if isinstance(value, Mapping) or tuple(getattr(value, "shape", ())) != (size,):
-            raise ValueError(f"{what} of a FlatBuffer must be one array of its {size} elements in one dimension, or a "
+        if isinstance(value, Mapping) or tuple(getattr(value, "shape", ())) != (self.size,):
+            raise ValueError(f"{what} of a FlatBuffer must be one array of its {self.size} elements in one dimension, or a "
                              f"FlatBuffer of as many")  # fmt: skip
         return [value] if self.count == 1 else self.cut(value)
 
@@ -303,14 +309,14 @@ class FlatOf(Structure):
         buffers, end = {}, None
         for name, array in arrays.items():
             label, like = f"{what}[{key_text(name)}]", f"params[{key_text(name)}]"
-            buffer = buffers[name] = host.acquire(array, label, writable=True)
-            host.same_layout(buffer, label, host.ours(self.flat.params[name]), like)
+            buffer = buffers[name] = self.memory.acquire(array, label, writable=True)
+            self.memory.same_layout(buffer, label, self.memory.acquire(self.flat.params[name], like, writable=True), like)
             if host.is_torch(array) or (buffer.size and buffer.address != (end or buffer.address)):
                 raise ValueError(f"{label} does not follow in memory on the array before it; the state of a FlatBuffer is "
-                                 f"one array: pass one of {self.flat.data.size} elements in one dimension, or the params "
+                                 f"one array: pass one of {self.size} elements in one dimension, or the params "
                                  f"of another FlatBuffer")  # fmt: skip
             end = buffer.end if buffer.size else end
-        return Joined(list(buffers.values()))
+        return joined(list(buffers.values()))
 
     def cut(self, whole):
         """The parts of a 1-D array that belong to the runs of names."""
@@ -322,7 +328,7 @@ class FlatOf(Structure):
         return [[(f"{what}[{key_text(name)}]", part) for name, part in run.items()] for run in self.runs]
 
     def twins(self):
-        return self.cut(self.flat.grad)
+        return super().twins() if self.memory is device else self.cut(self.flat.grad)  # a GPU asks for no placement
 
     def build(self, leaves):
         runs = zip(self.runs, leaves, strict=True)

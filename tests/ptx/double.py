@@ -71,6 +71,13 @@ class Double:
         self.compiled[made.name] = made.ptx
         return made
 
+    def learn_from(self, compiler):
+        """Note the PTX of whatever the module `compiler` of the backend compiles from now on."""
+        compiled, compiled_norm, link = compiler.compiled, compiler.compiled_norm, compiler.link
+        compiler.compiled_norm = lambda *arguments: self.learn(compiled_norm(*arguments))
+        compiler.compiled = lambda *arguments: self.learn(compiled(*arguments))
+        compiler.link = lambda ptx, cc: self.learn(compiler.Compiled(execute.Kernel(ptx).name, ptx, link(ptx, cc))).cubin
+
     def counts(self):
         text = ctypes.create_string_buffer(1 << 14)
         self.library.double_counts(text, len(text))

@@ -87,6 +87,7 @@ CALL(cuMemFree_v2, uint64_t p) free((void *)p); OK
 CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) memmove((void *)to, (void *)from, n); OK
 CALL(cuMemGetInfo_v2, size_t *available, size_t *all) *available = *all = 1ull << 30; OK
 CALL(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t n, void *s) memmove((void *)to, (void *)from, n); OK
+CALL(cuMemcpyDtoHAsync_v2, void *to, uint64_t from, size_t n, void *s) memcpy(to, (void *)from, n); OK
 CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
 CALL(cuMemsetD32_v2, uint64_t to, unsigned value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned *)to)[k] = value; OK
 CALL(cuMemsetD16_v2, uint64_t to, unsigned short value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned short *)to)[k] = value; OK

@@ -108,6 +108,8 @@ static inline u64 mad_wide_s32(s32 a, s32 b, u64 c) { return (u64)((s64)a * b) +
 static inline pred and_pred(pred a, pred b) { return a & b; }
 static inline pred or_pred(pred a, pred b) { return a | b; }
 static inline pred not_pred(pred a) { return !a; }
+static inline pred xor_pred(pred a, pred b) { return a ^ b; }
+static inline pred mov_pred(s64 a) { return a != 0; }
 
 #define CONVERT(to, from) static inline u64 cvt_##to##_##from(from a) { return (u64)(to)a; }
 #define CONVERT_FROM(from) CONVERT(u64, from) CONVERT(s64, from) CONVERT(u32, from) CONVERT(s32, from) CONVERT(u16, from) CONVERT(s16, from)
@@ -120,6 +122,8 @@ static inline u32 cvt_rn_f32_u16(u16 a) { return bits_of_f32((float)a); }
 static inline u32 cvt_rzi_u32_f32(u32 a) { /* towards 0, between 0 and the largest */
     float x = f32_of(a); return isnan(x) || x <= 0 ? 0 : x >= 0x1p32f ? ~0u : (u32)x; }
 static inline u32 cvt_rn_f32_s32(s32 a) { return bits_of_f32((float)a); }
+static inline u64 cvt_rn_f64_s64(s64 a) { return bits_of_f64((double)a); }
+static inline s64 cvt_rzi_s64_f64(u64 a) { return (s64)f64_of(a); } /* of what fits */
 
 /* Memory: each access lies inside one region, aligned; each store is counted per byte. */
 typedef struct { u64 start, end; uint8_t *stores; } region;

@@ -9,7 +9,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 os.environ["FASTRMS_DRIVER_DOUBLE"] = "1"
 
 import double  # noqa: E402
-import execute  # noqa: E402
 
 DRIVER = double.start()  # before anything asks for a driver
 
@@ -17,11 +16,7 @@ from fastrms.backends.cuda import toolchain  # noqa: E402
 
 
 def main():
-    compiler = toolchain.compiler()
-    compiled, compiled_norm, link = compiler.compiled, compiler.compiled_norm, compiler.link
-    compiler.compiled_norm = lambda *arguments: DRIVER.learn(compiled_norm(*arguments))
-    compiler.compiled = lambda *arguments: DRIVER.learn(compiled(*arguments))
-    compiler.link = lambda ptx, cc: DRIVER.learn(compiler.Compiled(execute.Kernel(ptx).name, ptx, link(ptx, cc))).cubin
+    DRIVER.learn_from(toolchain.compiler())
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

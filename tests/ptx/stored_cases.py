@@ -45,6 +45,11 @@ def of_rule(rule, number):
 ALL = [(rule, made) for number, rule in enumerate(rules.RULES) for made in of_rule(rule, number)]
 
 
+def dtypes_of(name):
+    """The dtypes of the arrays of elements of a format."""
+    return [dtype for dtype in (FORMATS[name].dtype, FORMATS[name].low) if dtype]
+
+
 def named(value):
     return value.name if isinstance(value, Formats) else None
 

@@ -26,20 +26,37 @@ def test_every_operation_of_a_rule_is_known_to_cuda():
     assert lower.EMIT.keys() == trace.EXPRESSIONS.keys()
 
 
-@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile"])
+def cache_paths():
+    """Those of a kernel of a rule, of one for formats, and of one that sums gradients in bf16."""
+    kinds = Kind(), Kind(formats=table.Formats(("float32", "bf16", "q8u"), "bf16", (), True))
+    found = [cases.compiler.cache_path("adam", False, DTYPES[0], kind, (9, 0)) for kind in kinds]
+    return [*found, cases.compiler.norm_path("lane_sums_bf16", (9, 0))]
+
+
+@pytest.mark.parametrize("name", ["lower", "intrinsics", "compile", "codecs", "stored_kernel", "fastrms.formats"])
 def test_what_compiles_a_kernel_is_in_its_key(name, monkeypatch):
     """With another text of any of these files, no kept kernel is found."""
-    which = "adam", False, DTYPES[0], Kind(), (9, 0)
-    before, source = cases.compiler.cache_path(*which), inspect.getsource
-    assert before == cases.compiler.cache_path(*which)
+    before, source = cache_paths(), inspect.getsource
+    assert before == cache_paths()
 
     def edited(module):
         return source(module) + " " * module.__name__.endswith(name)
 
     monkeypatch.setattr(cases.compiler, "versions", cases.compiler.versions.__wrapped__)
-    assert cases.compiler.cache_path(*which) == before
+    assert cache_paths() == before
     monkeypatch.setattr(cases.compiler.inspect, "getsource", edited)
-    assert cases.compiler.cache_path(*which) != before
+    assert not {*cache_paths()} & {*before}
+
+
+@pytest.mark.parametrize("of_formats", [False, True])
+def test_a_kernel_calls_nothing_that_is_not_in_its_key(of_formats):
+    """Whatever its text calls is numba, or stands in a file of the key."""
+    kind = Kind(formats=table.Formats(("split16", "bf16", "q8u"), "fp16", ("bf16",), True)) if of_formats else Kind()
+    found = cases.compiler.names_of("adam", False, DTYPES[0], kind)
+    files = {inspect.getfile(module) for module in cases.compiler.sources()}
+    for name, made in found.items():
+        code = getattr(getattr(made, "defn", getattr(made, "py_func", made)), "__code__", None)
+        assert code is None or code.co_filename in {*files, "<string>"}, name
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
@@ -154,6 +171,27 @@ def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc)
     kernels["segment_sums"].launch(1, 256, [sums, first_of, total, 2])
     assert np.array_equal(cases.bits(total.array), cases.bits(np.array(wanted))) and (total.stores == 1).all()
     assert not re.search(r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums"].opcodes + kernels["segment_sums"].opcodes))
+
+
+@pytest.mark.parametrize("cc", cases.ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 7, 4095, 4097, 8200])
+def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
+    """Each block has an exponent of its own; only that of the sum is not the one of the host."""
+    grad, blocks, parts = cases.buffers_of("rmsprop", DTYPES[1], size, True)[1], -(-size // norm.BLOCK), 2
+    grad = np.ldexp(grad, np.resize([0, 900, -900], size))
+    grad[norm.BLOCK :] *= 2.0**-1000
+    there, sums = execute.Buffer(grad), execute.Buffer(np.full(blocks * (norm.LANES + 1), np.nan))
+    rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
+    tensor_of, first_of = (execute.Buffer(np.array(x, np.uint32)) for x in ([1] * blocks, [0, 1, blocks]))
+    total = execute.Buffer(np.full(2 * parts, np.nan))
+    kernels = [execute.Kernel(cases.compiler.norm_ptx(f"{name}_sums_double", cc)) for name in ("lane", "segment")]
+    kernels[0].launch(-(-blocks * norm.LANES // 256), 256, [rows, tensor_of, sums, blocks], [there])
+    kernels[1].launch(1, 256, [sums, first_of, total, parts])
+    for (found, exponent), part in zip(total.array.reshape(-1, 2), (grad[: norm.BLOCK], grad[norm.BLOCK :]), strict=True):
+        wanted = norm.segment_scan(part)
+        assert found == np.ldexp(wanted.sum, 2 * (wanted.exponent - int(exponent)))
+    assert (sums.stores == 1).all() and (total.stores == 1).all()
+    assert not re.search(r"\bfma|approx|full|ftz|f32", " ".join(kernels[0].opcodes + kernels[1].opcodes))
 
 
 @pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)

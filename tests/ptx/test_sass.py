@@ -12,11 +12,13 @@ pytest.importorskip("numba_cuda", reason="needs the extra cuda-test")
 pytest.importorskip("nvidia.cu13", reason="needs the extra cuda-test")
 
 import cases
+import stored_cases
 from conftest import DTYPES
 
 from fastrms.backends.cuda import __main__ as shown
 from fastrms.backends.cuda.kernel import Kind
 
+REGISTERS = {False: 48, True: 128}  # at most, of a kernel for formats, without and with q8, of which a thread has 8 elements
 FUSED = {4: {"FFMA": 50}, 8: {"FFMA": 3, "DFMA": 53}}  # in the expansions of the root and the division of every lane
 
 
@@ -35,6 +37,30 @@ def test_machine_code(rule, general, dtype, cc):
     assert fused == {"FFMA": 0, "DFMA": 0, **(FUSED[dtype.itemsize] if rule != "rprop" else {})}
     if dtype.itemsize == 4:
         assert count(made.operations, ("DADD", "DMUL", "DFMA", "DSETP", "F2F", "MUFU.RSQ64", "MUFU.RCP64")) == 0
+
+
+@pytest.mark.parametrize("rule, made", stored_cases.ALL, ids=stored_cases.named)
+def test_machine_code_of_formats(rule, made):
+    """Of each array a vector of four elements in one access, and single elements; with q8 eight single ones, and the base of
+    the block.  No call but of division and root, and no double precision."""
+    number = stored_cases.ALL.index((rule, made))
+    cc, kind = cases.ARCHITECTURES[number % 4], stored_cases.kind_of(made)
+    found = shown.assemble(cases.text(rule, bool(number % 2), stored_cases.F32, kind, cc), cc)
+    assert found.spills == 0 and found.registers <= REGISTERS[made.in_blocks]
+    assert count(found.operations, ("LDL", "STL", "LDS", "STS")) == 0
+    assert count(found.operations, ("DADD", "DMUL", "DFMA", "DSETP", "F2F", "MUFU.RSQ64", "MUFU.RCP64")) == 0
+    for what, names in (("LDG", [*made.written, made.grad]), ("STG", [*made.written, *made.copies])):
+        wide = [dtype.itemsize for name in names for dtype in stored_cases.dtypes_of(name)]
+        bases = [4 for name in names if stored_cases.FORMATS[name].in_blocks]
+        wanted = 8 * wide + bases if made.in_blocks else wide + [4 * size for size in wide]
+        assert accesses(found.operations, what) == sorted(wanted)
+
+
+def accesses(operations, what):
+    """The bytes of each access of global memory, sorted."""
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return sorted(sizes.get(name.split(".")[-1], 4) for name, number in operations.items() if name.startswith(what)
+                  for _ in range(number))  # fmt: skip
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")

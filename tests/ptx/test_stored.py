@@ -108,7 +108,7 @@ def moved(operations, what):
 
 def once_and_four(names):
     """The bytes of an element, and of a vector of four, of each array of these formats, sorted."""
-    found = [dtype.itemsize for name in names for dtype in (FORMATS[name].dtype, FORMATS[name].low) if dtype]
+    found = [dtype.itemsize for name in names for dtype in stored_cases.dtypes_of(name)]
     return sorted([*found, *(4 * size for size in found)])
 
 

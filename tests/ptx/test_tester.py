@@ -1,11 +1,13 @@
 """The tester tested: it notices every single-instruction change of the PTX, refuses what it cannot execute exactly, and
 agrees with gcc on programs that nvcc compiled."""
 
+import contextlib
 import ctypes
 import random
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -61,12 +63,21 @@ def right(text, rule, dtype):
     return True
 
 
+def compiles(text):
+    """Whether a mutant can be executed."""
+    with contextlib.suppress(execute.Refused):
+        return execute.Kernel(text).library is not None
+    return False
+
+
 @pytest.mark.parametrize("rule, dtype, cc", [("rmsprop", DTYPES[0], (9, 0)), ("adam", DTYPES[1], (12, 0))])
 def test_every_mutant_is_noticed(rule, dtype, cc, monkeypatch):
     monkeypatch.setattr(execute, "FLAGS", ["-O0", *execute.FLAGS[1:]])
     text = cases.text(rule, False, dtype, Kind(), cc)
     assert right(text, rule, dtype)
     tried = list(mutants(text))
+    with ThreadPoolExecutor() as pool:  # gcc runs on all processors
+        list(pool.map(compiles, (changed for _, changed in tried)))
     unnoticed = [what for what, changed in tried if right(changed, rule, dtype)]
     print(f"{len(tried)} mutants of {rule} {dtype}")
     assert len(tried) > 60 and not unnoticed, unnoticed

@@ -104,14 +104,20 @@ def norm_path(name, cc):
 
 def compile_ptx(rule, general, dtype, kind, cc):
     """The PTX of a kernel, always compiled anew."""
+    names = names_of(rule, general, dtype, kind)
+    exec(text_of(kind).kernel_text(rules.find(rule), dtype, kind), names)
+    name = kernel_name(rule, general, dtype, kind)
+    return named_ptx(names["kernel"], signature(rule, dtype, kind), name, cc, launch_bounds=THREADS)
+
+
+def names_of(rule, general, dtype, kind):
+    """What the text of a kernel calls: name -> device function, type or module."""
     names = {"address": intrinsics.address, "uint64": types.uint64, "real": REALS[dtype], "cuda": cuda}
     names["load"], names["store"] = intrinsics.vectors(width(dtype))
     names["rule"], names["pointer"] = lower(operations_of(rule, general)), intrinsics.pointer_to(REALS[dtype])
     if kind.formats:
         names |= stored_kernel.functions(rules.find(rule), kind.formats)
-    exec(text_of(kind).kernel_text(rules.find(rule), dtype, kind), names)
-    name = kernel_name(rule, general, dtype, kind)
-    return named_ptx(names["kernel"], signature(rule, dtype, kind), name, cc, launch_bounds=THREADS)
+    return names
 
 
 def text_of(kind):
@@ -161,5 +167,10 @@ def cache_path(rule, general, dtype, kind, cc):
 def versions():
     """The versions of everything between the text of a kernel and its machine code, and the files that compile it."""
     packages = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba", "llvmlite", "cuda-core")]
-    ours = [inspect.getsource(module) for module in (sys.modules[__name__], lowering, intrinsics, codecs, formats)]
+    ours = map(inspect.getsource, sources())
     return [sys.version, *packages, f"nvvm {nvvm.version()}", f"nvjitlink {nvjitlink.version()}", *ours]
+
+
+def sources():
+    """The modules that compile what the text of a kernel calls."""
+    return sys.modules[__name__], lowering, intrinsics, codecs, stored_kernel, formats

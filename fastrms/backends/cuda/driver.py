@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+import numpy as np
+
 from ...memory.device import LEGACY_STREAM, call_driver
 
 
@@ -37,6 +39,14 @@ def write(address, array, handle):
     stream comes to it."""
     where = address, array.ctypes.data, array.nbytes, handle
     call_driver("writing tables or coefficients", "cuMemcpyHtoDAsync", *where)
+
+
+def read(array, handle):
+    """A NumPy array of what stands in a flat array on the device; the host waits for this stream and for no other."""
+    made = np.empty(array.size, array.dtype)
+    call_driver("reading counts", "cuMemcpyDtoHAsync", made.ctypes.data, array.address, array.nbytes, handle)
+    call_driver("work done before", "cuStreamSynchronize", handle)
+    return made
 
 
 def capturing(handle):

@@ -2,8 +2,8 @@
 
 No step waits for the norm of all gradients: the factor stays in device memory, in the rows of coefficients that the kernels
 of the rules read, and the norm is read when somebody asks for it.  A sum of squares of float32 numbers cannot overflow a
-double, so no block needs a scale of its own; float64 gradients would need one, and are refused.  Whether all gradients are
-finite decides what the host does next, so a step waits for that.
+double, so only blocks of float64 have a scale of their own.  Whether all gradients are finite decides what the host does
+next, so a step waits for that.
 """
 
 import math
@@ -16,11 +16,12 @@ from ...memory import device
 from ...storage import BF16, FLOAT, FP16, OF_DTYPE, of_buffer
 from .. import norm as host_norm
 from . import toolchain
+from .driver import read
 from .launch import Arguments, Table, kernel_of
 
 THREADS, LANES, SLOTS = 256, host_norm.LANES, 1024
 PER_SEGMENT = host_norm.SEGMENT // host_norm.BLOCK  # blocks
-KERNELS = ("segment_sums", "clip")  # after those that sum the lanes, in this order
+KERNELS = ("segment_sums", "clip")  # after those that sum the lanes, in this order; of float64 their names end in _double
 LANE_SUMS = {FLOAT: "lane_sums", BF16: "lane_sums_bf16", FP16: "lane_sums_fp16"}
 LANE_COUNTS = {BF16: "bf16", FP16: "fp16"}
 REAL = np.dtype(np.float32), np.dtype(np.float64)
@@ -41,7 +42,6 @@ class Norm:
 
     def __init__(self, index):
         self.index = index
-        self.kernels = [loaded(name, index) for name in KERNELS]
         self.table, self.scratch, self.slots = Table(), None, None
         self.number = 0  # of steps
 
@@ -55,25 +55,26 @@ class Norm:
         there = self.table.set(parts, allocate, self.index)
         count = len(runs)
         rows = zip(runs, there[1 : 1 + count], there[3 + count :], strict=True)
-        lanes = [(LANE_SUMS[format], rows, tensor_of, blocks.size) for (format, _, blocks), rows, tensor_of in rows]
+        self.of = "_double" if grads[0].dtype == np.float64 else ""  # all are, or none
+        lanes = [(LANE_SUMS[run[0]] + self.of, table, tensor_of, run[2].size) for run, table, tensor_of in rows]
         fixed = there[0], there[1 + count], there[2 + count]
         self._make_arguments(lanes, fixed, blocks_of_all.size, first_of.size - 1, len(launches), allocate)
 
     def _make_arguments(self, runs, there, blocks, segments, targets, allocate):
         """runs: of each run of gradients in one format the kernel, its table and the number of its blocks."""
         rows_of_targets, first_of, kinds = there
-        numbers = blocks * LANES + segments
+        per_block, per_segment = (LANES + 1, 2) if self.of else (LANES, 1)  # with an exponent each
+        numbers = blocks * per_block + segments * per_segment
         if self.scratch is None or self.scratch.size != numbers:
             self.scratch = allocate(numbers, np.dtype(np.float64), self.index)
         self.slots = self.slots or allocate(SLOTS, np.dtype(np.float64), self.index)
-        lanes, sums = self.scratch.address, self.scratch.address + 8 * blocks * LANES
+        lanes, sums = self.scratch.address, self.scratch.address + 8 * blocks * per_block
         heads, at = [], lanes
         for _, rows, tensor_of, count in runs:
             heads.append(([rows, tensor_of, at, count], np.empty(0), count * LANES))
-            at += 8 * count * LANES
-        self.names = [*(name for name, *_ in runs), *KERNELS]
-        kernels = [*(loaded(name, self.index) for name, *_ in runs), *self.kernels]
-        self.arguments = launches_of(kernels, [
+            at += 8 * count * per_block
+        self.names = [*(name for name, *_ in runs), *(name + self.of for name in KERNELS)]
+        self.arguments = launches_of([loaded(name, self.index) for name in self.names], [
             *heads,
             ([lanes, first_of, sums, segments], np.empty(0), segments),
             ([sums, segments, rows_of_targets, kinds, targets], np.empty(5), 1),
@@ -146,7 +147,7 @@ class Nonfinite:
         self.arguments[0].tail[:] = self.dtype.type(grad_scale).tobytes()
         if any(arguments.launch(handle) for arguments in self.arguments):
             raise RuntimeError("launching the count of nonfinite gradients failed on the GPU")
-        counts = self.found.to_host()
+        counts = read(self.found, handle)
         return int(counts.sum()), int(self.tensor_of_segment[counts > 0][0]) if counts.any() else -1
 
 
@@ -163,6 +164,12 @@ class Later:
         """The norm; the host waits for the device."""
         if self._of.number - self._number >= SLOTS:
             raise RuntimeError(f"this norm was not asked for within {SLOTS} steps, and is no longer there")
+        return float(self._there().to_host()[0])
+
+    def read(self, handle):
+        """The norm of the last step; the host waits for this stream alone."""
+        return float(read(self._there(), handle)[0])
+
+    def _there(self):
         slots = self._of.slots
-        there = device.DeviceArray(slots.owner, slots.address + 8 * self._slot, (1,), (0,), slots.dtype, slots.device)
-        return float(there.to_host()[0])
+        return device.DeviceArray(slots.owner, slots.address + 8 * self._slot, (1,), (0,), slots.dtype, slots.device)

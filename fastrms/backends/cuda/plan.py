@@ -18,7 +18,8 @@ from .launch import Launch
 from .norm import Nonfinite, Norm
 from .table import EXACT, Formats
 
-DOUBLES = "clip_norm on backend='cuda' is for float32, not for float64: use grad_scale or clip_value"
+TWO_DTYPES = ("clip_norm on backend='cuda' is for tensors of one dtype, these are float32 and float64: use grad_scale or "
+              "clip_value")  # fmt: skip
 CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
 UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
@@ -106,8 +107,8 @@ class Plan(plan.Plan):
             device.copy(to, source)
 
     def change(self, params=None, grads=None, recipes=None, hold=0, run=True, grad_scale=1.0, clip_norm=None):
-        if clip_norm is not None and any(recipe.dtype.itemsize == 8 for recipe in self.recipes):
-            raise ValueError(DOUBLES)
+        if clip_norm is not None and len({recipe.dtype for recipe in self.recipes}) > 1:
+            raise ValueError(TWO_DTYPES)
         for index, recipe in (recipes or {}).items():
             if self.capturable and recipe.general != self.recipes[index].general:
                 raise ValueError(OTHER_KERNEL)
@@ -224,7 +225,7 @@ class Plan(plan.Plan):
         return status, found
 
     def _look(self, handle, grad_scale, later):
-        """Found of the gradients, for which the host waits.  later: what the norm found, or None."""
+        """Found of the gradients, for which the host waits.  later: where the norm will be, or None."""
         if self._looked is not self._updates:
             self._aim_nonfinites()
             self._looked = self._updates
@@ -233,7 +234,7 @@ class Plan(plan.Plan):
             count, first = self._nonfinites[dtype].count(handle, grad_scale)
             total += count
             tensors += [which[first]] if count else []
-        return Found(later and later.grad_norm, total, min(tensors, default=-1))
+        return Found(later and later.read(handle), total, min(tensors, default=-1))
 
     def _aim_nonfinites(self):
         self._which = {}
