@@ -116,15 +116,23 @@ def flags():
     return [word for line in (ROOT / "csrc" / "flags").read_text().splitlines() for word in line.partition("#")[0].split()]
 
 
-def compiled(tmp_path, options):
-    """kernels.c compiled with options, disassembled; None where the compiler refused."""
+def compiled(tmp_path, options, compiler=COMPILER):
+    """kernels.c compiled with options, disassembled; what the compiler says where it refuses."""
     target = tmp_path / "kernels.o"
     run = subprocess.run(
-        [COMPILER, *options, "-fPIC", "-c", str(ROOT / "csrc" / "kernels.c"), "-o", str(target)],
+        [compiler, *options, "-fPIC", "-c", str(ROOT / "csrc" / "kernels.c"), "-o", str(target)],
         capture_output=True,
         text=True,
     )
     return instructions(target) if run.returncode == 0 else run.stderr
+
+
+VERSIONED = [f"{name}-{version}" for name in ("gcc", "clang") for version in range(11, 30)]
+
+
+@pytest.mark.parametrize("compiler", [name for name in VERSIONED if shutil.which(name)])
+def test_every_compiler_here_vectorises_the_kernels(tmp_path, compiler):
+    check_kernels(compiled(tmp_path, flags(), compiler))
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
