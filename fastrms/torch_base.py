@@ -12,7 +12,7 @@ from torch.optim import optimizer as of_torch
 from . import hyper, saved_formats
 from .dialects import meaning_of_true, preset
 from .memory import device, host
-from .optimizer import APPLIED, StepInfo
+from .optimizer import APPLIED, OneThread, StepInfo
 from .storage import FLOAT, low, takes_halves
 from .torch_core import (
     KINDS,
@@ -90,6 +90,7 @@ class Optimizer(torch.optim.Optimizer):
         options = {name: given.pop(name, defaults.get(name)) for name in OURS}
         self.dialect = options["dialect"]
         self.step_info, self._cores, self._note = StepInfo(False, None, None), None, Note()
+        self._one_thread = OneThread(type(self).__name__)
         self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
@@ -301,6 +302,11 @@ class Optimizer(torch.optim.Optimizer):
         -------
         loss : tensor or None
             What closure returned.
+
+        Raises
+        ------
+        RuntimeError
+            When another thread uses this optimizer; this step is not made and not counted.
         """
         if BEFORE_ALL or AFTER_ALL or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or profiling():
             return self._hooked_step() if closure is None else self._hooked_step(closure)
@@ -322,20 +328,21 @@ class Optimizer(torch.optim.Optimizer):
         return WITH_HOOKS(self, *closure)
 
     def _update(self):
-        """Make a step from the gradients that the parameters have."""
+        """Make a step from the gradients that the parameters have; RuntimeError where another thread is in one."""
         grad_scale = 1.0
-        if "found_inf" in self.__dict__:  # a GradScaler calls
-            self._refuse_scaler()
-            if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
-                self.step_info = StepInfo(False, None, None)
-                return
-            if self.grad_scale is not None:
-                grad_scale = 1.0 / self.grad_scale.item()
-        if self.in_backward is not nothing and self.in_backward():
-            self.in_backward().finish()
-        if not self._is_known():
-            self._renew()
-        self.step_info = self._step_cores(grad_scale)
+        with self._one_thread:
+            if "found_inf" in self.__dict__:  # a GradScaler calls
+                self._refuse_scaler()
+                if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
+                    self.step_info = StepInfo(False, None, None)
+                    return
+                if self.grad_scale is not None:
+                    grad_scale = 1.0 / self.grad_scale.item()
+            if self.in_backward is not nothing and self.in_backward():
+                self.in_backward().finish()
+            if not self._is_known():
+                self._renew()
+            self.step_info = self._step_cores(grad_scale)
 
     def _refuse_scaler(self):
         """ValueError where steps are made in the backward pass: they have used the gradients with their scale."""
@@ -363,18 +370,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def make_state(self):
         """Make the states of all parameters that require a gradient now, and not at their first step with one."""
-        self._renew(lambda param: param.requires_grad)
+        with self._one_thread:
+            self._renew(lambda param: param.requires_grad)
 
     def share_memory(self):
         """Move all states, the numbers of steps included, into memory that processes share; torch's Adagrad has this."""
-        self.make_state()
-        for state in self.state.values():
-            for name, value in state.items():
-                if name != "step" and torch.is_tensor(value):
-                    part_of(value).share_memory_()
-        for core in self._cores:
-            core.share_counts()
-        self._note.changed = True  # the states have moved
+        with self._one_thread:
+            self.make_state()
+            for state in self.state.values():
+                for name, value in state.items():
+                    if name != "step" and torch.is_tensor(value):
+                        part_of(value).share_memory_()
+            for core in self._cores:
+                core.share_counts()
+            self._note.changed = True  # the states have moved
 
     def load_state_dict(self, state_dict, convert=None):
         """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
@@ -396,6 +405,10 @@ class Optimizer(torch.optim.Optimizer):
             With nothing changed, where it does not fit this optimizer, or is of another class.
         """
         saved_formats.check("convert", convert)
+        with self._one_thread:
+            self._load(state_dict, convert)
+
+    def _load(self, state_dict, convert):
         before, hook = dict(vars(self)), self.register_load_state_dict_pre_hook(held({*STATES, SHAPE}))
         try:
             super().load_state_dict(state_dict)
@@ -424,6 +437,7 @@ class Optimizer(torch.optim.Optimizer):
         states = {key: shown(x) if isinstance(x, dict) else x for key, x in state["state"].items()}
         super().__setstate__({**state, "state": defaultdict(dict, states)})
         self._cores, self._note = None, Note()
+        self._one_thread = vars(self).get("_one_thread") or OneThread(type(self).__name__)  # load_state_dict() is in it
         for number, group in enumerate(self.param_groups):
             self._refuse_foreign(group, f"param_groups[{number}]")
             for name, value in self.defaults.items():  # what older versions, and torch, do not have
