@@ -41,7 +41,7 @@ from .torch_formats import (
 )
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
-from .torch_state import FLAGS, NAMES, YOUNG
+from .torch_state import FILLED, FLAGS, NAMES, refuse_foreign
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
@@ -49,7 +49,6 @@ REASONS = {
     "differentiable": ": updates are made in place and cannot be differentiated; use torch.optim",
 }
 OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad", "seed")  # arguments of an optimizer that belong to no group
-FILLED = (*YOUNG, "amsgrad", "momentum", "centered")  # torch adds these to groups of older versions, which lack them
 GRAD = attrgetter("grad")
 BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
 profiling = torch.autograd._profiler_enabled
@@ -68,6 +67,9 @@ def arguments(init):
         if "param_copy" in named:
             raise TypeError("param_copy is an option of fastrms.Adam and its kin; here the bf16 or fp16 tensors are the "
                             "parameters, and master='float32' keeps a float32 of each")  # fmt: skip
+        unknown = next((name for name in named if name not in signature.parameters), None)
+        if unknown is not None:
+            raise no_argument(type(self).__name__, self._names, unknown, [*signature.parameters][1:])
         given = signature.bind(self, *args, **named).arguments
         del given["self"]
         defaults = {name: p.default for name, p in signature.parameters.items() if name not in ("self", "params")}
@@ -290,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # a step
 
-    def step(self, closure=None):
+    def step(self, closure=None, **options):
         """Make a step from the gradients that the parameters have.
 
         Parameters
@@ -308,12 +310,15 @@ class Optimizer(torch.optim.Optimizer):
         RuntimeError
             When another thread uses this optimizer; this step is not made and not counted.
         """
+        if options or not (closure is None or callable(closure)):
+            raise misplaced(type(self).__name__, closure, options)
         if BEFORE_ALL or AFTER_ALL or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or profiling():
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         if closure is not None:
             return self._plain_step(closure)
         self._update()
 
+    step.__signature__ = inspect.signature(lambda self, closure=None: None)
     step.hooked = True  # torch shall not add its hooks and the entry of its profiler, 5 us, to every step
 
     def _plain_step(self, closure=None):
@@ -402,7 +407,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            With nothing changed, where it does not fit this optimizer, or is of another class.
+            With nothing changed, where it does not fit this optimizer, or is of another class, or none of torch.
         """
         saved_formats.check("convert", convert)
         with self._one_thread:
@@ -465,6 +470,28 @@ class Optimizer(torch.optim.Optimizer):
 WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(Optimizer._plain_step)
 
 
+def no_argument(kind, names, unknown, known):
+    """The TypeError for an argument that a class with these NAMES lacks, and which may be a name of ours, or of another
+    framework's."""
+    ours = hyper.OUR_WORD.get(unknown, unknown)
+    instead = next((theirs for theirs, mine in names.items() if ours == mine or ours in (*mine, " and ".join(mine))), None)
+    said = f"; for {unknown} write {instead}" if instead in known else ""
+    return TypeError(f"{kind} has no argument {unknown!r}{said}; it has {', '.join(known)}")
+
+
+def misplaced(kind, closure, options):
+    """The TypeError for what step() was given beside a closure, or as one."""
+    for name, value in options.items():
+        remedy = "it reads the gradients in param.grad of each parameter"
+        if name in OURS:
+            remedy = f"pass it to the constructor, {kind}(params, {name}={value!r})"
+        elif name == "grad_scale":
+            remedy = "a torch.amp.GradScaler gives it, by scaler.step(optimizer)"
+        return TypeError(f"step() has no argument {name!r}: {remedy}")
+    return TypeError(f"closure is a {type(closure).__name__}; it must be callable or left out: step() reads the gradients "
+                     f"in param.grad of each parameter, where loss.backward() writes them")  # fmt: skip
+
+
 def refuse(given):
     """ValueError for an argument of torch's optimizers that fastrms lacks; foreach and fused say how torch loops, and do not
     matter here."""
@@ -502,14 +529,6 @@ def labelled(group):
     if not len(params) == len(names) == len({*names}):
         names = range(len(params))
     return zip(names, params, strict=True)
-
-
-def refuse_foreign(kind, values, always, known, name):
-    """ValueError where values, which error sentences call `name`, lack what is always there and have what is not known."""
-    lacking, foreign = [x for x in always if x not in values], [str(x) for x in values if x not in known]
-    if lacking and foreign:
-        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; "
-                         f"load it into an optimizer of the class that it came from")  # fmt: skip
 
 
 def copied(kind, param, state, name, formats, convert):

@@ -225,6 +225,23 @@ def test_an_exception_in_a_closure_changes_nothing():
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("given, options, words", [
+    ((), {"clip_norm": 1.0}, r"no argument 'clip_norm': pass it to the constructor, Adam\(params, clip_norm=1.0\)"),
+    ((), {"grad_scale": 2.0}, "no argument 'grad_scale': .*scaler.step"),
+    ((), {"grads": []}, "no argument 'grads': .*param.grad"),
+    (([torch.ones(3)],), {}, "closure is a list; .*param.grad"), ((torch.ones(3),), {}, "closure is a Tensor; .*param.grad"),
+])  # fmt: skip
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_step_does_not_take_is_refused_with_the_remedy(given, options, words, hooked):
+    param, calls = parameter(3), []
+    optimizer = ft.Adam([param])
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *arguments: calls.append(arguments))
+    with pytest.raises(TypeError, match=words):
+        optimizer.step(*given, **options)
+    assert not calls and not optimizer.state[param] and (param == 1).all()
+
+
 def test_step_hooks():
     model, seen = net(), []
     optimizer = ft.Adam(model.parameters())
@@ -365,6 +382,27 @@ def state_dict_of(kind, steps, **options):
     for _ in range(steps):
         optimizer.step()
     return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("d, words", [
+    (fastrms.RMSProp([torch.ones(3)]).state_dict(), "of fastrms.RMSProp, .*: RMSprop takes .*to_torch_state_dict"),
+    ({"model": 1}, "has the keys .'model'., not those of a state_dict of torch"), ([], "a list, not a state_dict of torch"),
+], ids=["fastrms", "checkpoint", "list"])  # fmt: skip
+def test_what_is_no_state_dict_of_torch_is_refused(d, words):
+    with pytest.raises(ValueError, match=words):
+        ft.RMSprop([parameter(3)]).load_state_dict(d)
+
+
+def test_adamw_takes_the_state_of_adam_as_in_torch():
+    made = []
+    for library in (torch.optim, ft):
+        param = parameter(3)
+        adam, adamw = torch.optim.Adam([param], weight_decay=0.5), library.AdamW([param])
+        adam.step()
+        adamw.load_state_dict(adam.state_dict())
+        adamw.step()
+        made.append((param, adamw.param_groups[0]["decoupled_weight_decay"], adamw.param_groups[0]["weight_decay"]))
+    assert made[0][1:] == made[1][1:] == (True, 0.5) and torch.allclose(made[0][0], made[1][0])
 
 
 @pytest.mark.parametrize("steps", [0, 1])
