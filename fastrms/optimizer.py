@@ -813,8 +813,8 @@ class Optimizer(Names, Family):
     def load_torch_state_dict(self, d, convert=None):
         """Take over what ``state_dict()`` of torch's optimizer of this name gave, hyper-parameters included.
 
-        What torch does not have gets its default; a callable lr of this optimizer stays.  Parameters are matched by their
-        order.  steps becomes the largest step of a parameter.
+        What torch does not have (clip_value, nesterov, eps_root, ...) keeps its value, and so does a callable lr of this
+        optimizer.  Parameters are matched by their order.  steps becomes the largest step of a parameter.
 
         Parameters
         ----------
@@ -826,7 +826,8 @@ class Optimizer(Names, Family):
         Raises
         ------
         ValueError
-            With nothing changed, where d does not fit this optimizer.
+            With nothing changed, where d does not fit this optimizer, or is of another one of torch: AdamW takes that of
+            Adam only without weight_decay.
         TypeError
             Where torch has no such rule.
         """

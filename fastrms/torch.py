@@ -200,6 +200,11 @@ nonfinite, zero_grad, dialect, state_format, master, rounding, seed : see Adam
                  master=None, rounding=None, seed=0):  # fmt: skip
         pass
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # as in torch's AdamW, of what Adam has saved, too
+
 
 class Rprop(Optimizer):
     """torch.optim.Rprop with a fused step; the formula is that of fastrms.RProp.

@@ -67,10 +67,11 @@ class InBackward:
 
     def finish(self):
         """End the step of a backward pass."""
-        self._pass, cores, self._cores = None, self._cores, []
-        for core in cores:
-            core.stream_close()
-            self._optimizer.step_info = APPLIED
+        with self._optimizer._one_thread:
+            self._pass, cores, self._cores = None, self._cores, []
+            for core in cores:
+                core.stream_close()
+                self._optimizer.step_info = APPLIED
 
     def _begin(self, number):
         self.finish()  # of a pass that failed
@@ -88,9 +89,10 @@ class InBackward:
     def _take(self, param):
         """Update a parameter whose gradient is complete, and free the gradient, if it is still in a group."""
         number = torch._C._current_graph_task_id()
-        if self._pass != number:
-            self._begin(number)
-        if id(param) in self._where:
-            core, k = self._where[id(param)]
-            core.stream_step(k, param.grad)
-            param.grad = None
+        with self._optimizer._one_thread:
+            if self._pass != number:
+                self._begin(number)
+            if id(param) in self._where:
+                core, k = self._where[id(param)]
+                core.stream_step(k, param.grad)
+                param.grad = None

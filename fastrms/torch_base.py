@@ -12,7 +12,7 @@ from torch.optim import optimizer as of_torch
 from . import hyper, saved_formats
 from .dialects import meaning_of_true, preset
 from .memory import device, host
-from .optimizer import APPLIED, StepInfo
+from .optimizer import APPLIED, OneThread, StepInfo
 from .storage import FLOAT, low, refuse_undecided, takes_halves
 from .torch_core import (
     KINDS,
@@ -40,7 +40,7 @@ from .torch_formats import (
 )
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
-from .torch_state import FLAGS, NAMES, YOUNG
+from .torch_state import FILLED, FLAGS, NAMES, refuse_foreign
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
@@ -48,7 +48,6 @@ REASONS = {
     "differentiable": ": updates are made in place and cannot be differentiated; use torch.optim",
 }
 OURS = ("dialect", "clip_norm", "nonfinite", "zero_grad", "seed")  # arguments of an optimizer that belong to no group
-FILLED = (*YOUNG, "amsgrad", "momentum", "centered")  # torch adds these to groups of older versions, which lack them
 GRAD = attrgetter("grad")
 BEFORE_ALL, AFTER_ALL = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
 profiling = torch.autograd._profiler_enabled
@@ -67,6 +66,9 @@ def arguments(init):
         if "param_copy" in named:
             raise TypeError("param_copy is an option of fastrms.Adam and its kin; here the bf16 or fp16 tensors are the "
                             "parameters, and master='float32' keeps a float32 of each")  # fmt: skip
+        unknown = next((name for name in named if name not in signature.parameters), None)
+        if unknown is not None:
+            raise no_argument(type(self).__name__, self._names, unknown, [*signature.parameters][1:])
         given = signature.bind(self, *args, **named).arguments
         del given["self"]
         defaults = {name: p.default for name, p in signature.parameters.items() if name not in ("self", "params")}
@@ -89,6 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         options = {name: given.pop(name, defaults.get(name)) for name in OURS}
         self.dialect = options["dialect"]
         self.step_info, self._cores, self._note = StepInfo(False, None, None), None, Note()
+        self._one_thread = OneThread(type(self).__name__)
         self.clip_norm, self.nonfinite = options["clip_norm"], options["nonfinite"]
         if self.clip_norm is not None or self.nonfinite != "propagate":
             refuse_zero(sys._getframe(2))
@@ -288,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # a step
 
-    def step(self, closure=None):
+    def step(self, closure=None, **options):
         """Make a step from the gradients that the parameters have.
 
         Parameters
@@ -300,13 +303,21 @@ class Optimizer(torch.optim.Optimizer):
         -------
         loss : tensor or None
             What closure returned.
+
+        Raises
+        ------
+        RuntimeError
+            When another thread uses this optimizer; this step is not made and not counted.
         """
+        if options or not (closure is None or callable(closure)):
+            raise misplaced(type(self).__name__, closure, options)
         if BEFORE_ALL or AFTER_ALL or self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or profiling():
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         if closure is not None:
             return self._plain_step(closure)
         self._update()
 
+    step.__signature__ = inspect.signature(lambda self, closure=None: None)
     step.hooked = True  # torch shall not add its hooks and the entry of its profiler, 5 us, to every step
 
     def _plain_step(self, closure=None):
@@ -321,20 +332,21 @@ class Optimizer(torch.optim.Optimizer):
         return WITH_HOOKS(self, *closure)
 
     def _update(self):
-        """Make a step from the gradients that the parameters have."""
+        """Make a step from the gradients that the parameters have; RuntimeError where another thread is in one."""
         grad_scale = 1.0
-        if "found_inf" in self.__dict__:  # a GradScaler calls
-            self._refuse_scaler()
-            if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
-                self.step_info = StepInfo(False, None, None)
-                return
-            if self.grad_scale is not None:
-                grad_scale = 1.0 / self.grad_scale.item()
-        if self.in_backward is not nothing and self.in_backward():
-            self.in_backward().finish()
-        if not self._is_known():
-            self._renew()
-        self.step_info = self._step_cores(grad_scale)
+        with self._one_thread:
+            if "found_inf" in self.__dict__:  # a GradScaler calls
+                self._refuse_scaler()
+                if self.found_inf is not None and float(self.found_inf):  # the int 0 without a gradient
+                    self.step_info = StepInfo(False, None, None)
+                    return
+                if self.grad_scale is not None:
+                    grad_scale = 1.0 / self.grad_scale.item()
+            if self.in_backward is not nothing and self.in_backward():
+                self.in_backward().finish()
+            if not self._is_known():
+                self._renew()
+            self.step_info = self._step_cores(grad_scale)
 
     def _refuse_scaler(self):
         """ValueError where steps are made in the backward pass: they have used the gradients with their scale."""
@@ -362,18 +374,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def make_state(self):
         """Make the states of all parameters that require a gradient now, and not at their first step with one."""
-        self._renew(lambda param: param.requires_grad)
+        with self._one_thread:
+            self._renew(lambda param: param.requires_grad)
 
     def share_memory(self):
         """Move all states, the numbers of steps included, into memory that processes share; torch's Adagrad has this."""
-        self.make_state()
-        for state in self.state.values():
-            for name, value in state.items():
-                if name != "step" and torch.is_tensor(value):
-                    part_of(value).share_memory_()
-        for core in self._cores:
-            core.share_counts()
-        self._note.changed = True  # the states have moved
+        with self._one_thread:
+            self.make_state()
+            for state in self.state.values():
+                for name, value in state.items():
+                    if name != "step" and torch.is_tensor(value):
+                        part_of(value).share_memory_()
+            for core in self._cores:
+                core.share_counts()
+            self._note.changed = True  # the states have moved
 
     def load_state_dict(self, state_dict, convert=None):
         """Take over what state_dict() of this class, or of the class of torch.optim with this name, gave.
@@ -392,9 +406,13 @@ class Optimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            With nothing changed, where it does not fit this optimizer, or is of another class.
+            With nothing changed, where it does not fit this optimizer, or is of another class, or none of torch.
         """
         saved_formats.check("convert", convert)
+        with self._one_thread:
+            self._load(state_dict, convert)
+
+    def _load(self, state_dict, convert):
         before, hook = dict(vars(self)), self.register_load_state_dict_pre_hook(held({*STATES, SHAPE}))
         try:
             super().load_state_dict(state_dict)
@@ -423,6 +441,7 @@ class Optimizer(torch.optim.Optimizer):
         states = {key: shown(x) if isinstance(x, dict) else x for key, x in state["state"].items()}
         super().__setstate__({**state, "state": defaultdict(dict, states)})
         self._cores, self._note = None, Note()
+        self._one_thread = vars(self).get("_one_thread") or OneThread(type(self).__name__)  # load_state_dict() is in it
         for number, group in enumerate(self.param_groups):
             self._refuse_foreign(group, f"param_groups[{number}]")
             for name, value in self.defaults.items():  # what older versions, and torch, do not have
@@ -448,6 +467,28 @@ class Optimizer(torch.optim.Optimizer):
 
 # not in the class: torch's function, whose code all optimizers share, must stay one that torch.compile looks into
 WITH_HOOKS = torch.optim.Optimizer.profile_hook_step(Optimizer._plain_step)
+
+
+def no_argument(kind, names, unknown, known):
+    """The TypeError for an argument that a class with these NAMES lacks, and which may be a name of ours, or of another
+    framework's."""
+    ours = hyper.OUR_WORD.get(unknown, unknown)
+    instead = next((theirs for theirs, mine in names.items() if ours == mine or ours in (*mine, " and ".join(mine))), None)
+    said = f"; for {unknown} write {instead}" if instead in known else ""
+    return TypeError(f"{kind} has no argument {unknown!r}{said}; it has {', '.join(known)}")
+
+
+def misplaced(kind, closure, options):
+    """The TypeError for what step() was given beside a closure, or as one."""
+    for name, value in options.items():
+        remedy = "it reads the gradients in param.grad of each parameter"
+        if name in OURS:
+            remedy = f"pass it to the constructor, {kind}(params, {name}={value!r})"
+        elif name == "grad_scale":
+            remedy = "a torch.amp.GradScaler gives it, by scaler.step(optimizer)"
+        return TypeError(f"step() has no argument {name!r}: {remedy}")
+    return TypeError(f"closure is a {type(closure).__name__}; it must be callable or left out: step() reads the gradients "
+                     f"in param.grad of each parameter, where loss.backward() writes them")  # fmt: skip
 
 
 def refuse(given):
@@ -487,14 +528,6 @@ def labelled(group):
     if not len(params) == len(names) == len({*names}):
         names = range(len(params))
     return zip(names, params, strict=True)
-
-
-def refuse_foreign(kind, values, always, known, name):
-    """ValueError where values, which error sentences call `name`, lack what is always there and have what is not known."""
-    lacking, foreign = [x for x in always if x not in values], [str(x) for x in values if x not in known]
-    if lacking and foreign:
-        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; "
-                         f"load it into an optimizer of the class that it came from")  # fmt: skip
 
 
 def copied(kind, param, state, name, formats, convert):

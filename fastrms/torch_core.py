@@ -151,7 +151,8 @@ class Core:
     """The parameters of one device and the optimizer of fastrms that updates them.
 
     kind: the name of its class; members: a list of Member in the order of their groups; values: the hyper-parameters of each
-    group, in our names; stored: the options of each group in storage.OPTIONS; options: nonfinite, zero_grad and seed.
+    group, in our names; stored: the options of each group in storage.OPTIONS; options: nonfinite, zero_grad and seed.  The
+    torch optimizer lets one thread at a time use it.
     """
 
     def __init__(self, kind, members, values, stored, options):
@@ -245,9 +246,8 @@ class Core:
             self._tell_plan()
         optimizer = self.optimizer
         try:
-            with optimizer._one_thread:
-                reader = optimizer._tensors.reader(optimizer._plan)
-                info = reader and optimizer._read_step(reader, grads, grad_scale, clip_norm)
+            reader = optimizer._tensors.reader(optimizer._plan)
+            info = reader and optimizer._read_step(reader, grads, grad_scale, clip_norm)
             if info and info.applied:
                 self._count([grad is not None for grad in grads] if reader.absent else self._all)
         except BaseException:  # Ctrl-C may come after the step and before it is counted

@@ -16,6 +16,7 @@ from .given_state import DTYPES
 from .memory import host, placement
 from .storage import FLOAT
 from .torch_shards import is_spread, part_of
+from .torch_state import refuse_no_state_dict
 
 HALVES = {torch.bfloat16: host.BF16, torch.float16: host.FP16}
 SHAPE = "q8_shape"  # what a state calls the shape of the parameter whose elements are in blocks
@@ -128,6 +129,7 @@ def held(names):
     """A hook for load_state_dict(): states of these names are Held, and the options of each group stay what they are."""
 
     def hook(optimizer, d):
+        refuse_no_state_dict(d, type(optimizer).__name__)
         state = {key: hidden(value, names) if isinstance(value, dict) else value for key, value in d["state"].items()}
         groups = [dict(group) for group in d["param_groups"]]
         for saved, mine in zip(groups, optimizer.param_groups, strict=False):

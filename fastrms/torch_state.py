@@ -28,8 +28,28 @@ NAMES = {  # torch's name: ours
     "RProp": {"lr": "lr", "etas": ("eta_minus", "eta_plus"), "step_sizes": ("step_min", "step_max"), "maximize": "maximize"},
 }  # fmt: skip
 YOUNG = ("maximize", "decoupled_weight_decay")  # older versions of torch do not write these
+FILLED = (*YOUNG, "amsgrad", "momentum", "centered")  # torch adds these to groups of older versions, which lack them
 FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}  # how torch computes, not what
 MOST_STEPS = 2**24  # torch counts in float32
+
+
+def refuse_foreign(kind, values, always, known, name):
+    """ValueError where values, which error sentences call `name`, lack what is always there and have what is not known."""
+    lacking, foreign = [x for x in always if x not in values], [str(x) for x in values if x not in known]
+    if lacking and foreign:
+        raise ValueError(f"{name} has {', '.join(foreign)} and no {', '.join(lacking)}: it is no state of {kind.__name__}; "
+                         f"load it into an optimizer of the class that it came from")  # fmt: skip
+
+
+def refuse_no_state_dict(d, kind):
+    """ValueError for what is no state_dict of torch, where an optimizer of torch of this class is to take one."""
+    if not isinstance(d, Mapping):
+        raise ValueError(f"this is a {type(d).__name__}, not a state_dict of torch.optim: pass what state_dict() gave")
+    if "tensors" in d and "optimizer" in d:
+        raise ValueError(f"this is a state_dict of fastrms.{d['optimizer']}, not of torch.optim: {kind} takes what "
+                         f"to_torch_state_dict() of that optimizer gives")  # fmt: skip
+    if not {"state", "param_groups"} <= d.keys():
+        raise ValueError(f"this has the keys {[*d]}, not those of a state_dict of torch.optim: pass what state_dict() gave")
 
 
 def _names(optimizer):
@@ -111,6 +131,8 @@ def imported(optimizer, d, convert=None):
     """See Optimizer.load_torch_state_dict."""
     _refuse_low(optimizer)
     names = _names(optimizer)
+    if isinstance(d, Mapping) and "tensors" in d and "optimizer" in d:
+        raise ValueError("this is a state_dict of fastrms: pass it to load_state_dict()")
     try:
         plain = _plain(optimizer, names, d)
     except MALFORMED as error:
@@ -140,7 +162,7 @@ def _plain(optimizer, names, d):
     if not known.issuperset(d["state"]) or len(known) < len(numbers):
         raise ValueError(f"the state_dict has state for {list(d['state'])}, its groups list the parameters {numbers}; "
                          f"each must be listed once")  # fmt: skip
-    values = [_our_group(optimizer, names, group) for group in groups]
+    values = [_our_group(optimizer, names, k, group) for k, group in enumerate(groups)]
     tensors = saved_formats.decoded(optimizer)
     for group, mine, h in zip(groups, members, values, strict=True):
         for number, k in zip(group["params"], mine, strict=True):
@@ -151,9 +173,15 @@ def _plain(optimizer, names, d):
     }  # fmt: skip
 
 
-def _our_group(optimizer, names, group):
-    """Our hyper-parameters: those that torch does not have are at their defaults, which are torch's."""
-    values = dict(optimizer.defaults)
+def _our_group(optimizer, names, k, group):
+    """Our hyper-parameters of group k: those that torch does not have keep their values."""
+    known = {*names, *FLAGS, *optimizer.defaults, "params", "param_names"}
+    refuse_foreign(type(optimizer), group, [x for x in names if x not in FILLED], known, f"param_groups[{k}]")
+    values = {**optimizer.groups[k], **{names[young]: optimizer.defaults[names[young]] for young in YOUNG if young in names}}
+    becomes_l2 = not group.get("decoupled_weight_decay", True) and optimizer.groups[k].get("decoupled")
+    if becomes_l2 and group["weight_decay"] and optimizer.family == "AdamW":
+        raise ValueError(f"param_groups[{k}] is of torch's Adam, not AdamW: its weight_decay={group['weight_decay']!r} goes "
+                         f"through the gradient; load it into fastrms.Adam")  # fmt: skip
     for theirs, ours in names.items():
         if theirs in YOUNG and theirs not in group:
             continue

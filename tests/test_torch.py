@@ -254,6 +254,25 @@ def test_what_is_refused_is_named(name, argument, value):
         getattr(ft, name)([torch.nn.Parameter(torch.ones(3))], **{argument: value})
 
 
+@pytest.mark.parametrize("name, argument, words", [
+    ("RMSprop", "rho", "RMSprop has no argument 'rho'; for rho write alpha; it has params, lr"),
+    ("Adam", "beta1", "for beta1 write betas"), ("Adam", "beta_2", "for beta_2 write betas"),
+    ("Adam", "learning_rate", "for learning_rate write lr"), ("Adam", "decoupled", "write decoupled_weight_decay"),
+    ("AdamW", "decoupled", "AdamW has no argument 'decoupled'; it has"), ("Rprop", "step_min", "write step_sizes"),
+    ("Adagrad", "initial_value", "write initial_accumulator_value"), ("Adam", "epochs", "no argument 'epochs'; it has"),
+])  # fmt: skip
+def test_an_argument_of_another_name_is_refused_with_its_name_here(name, argument, words):
+    with pytest.raises(TypeError, match=words):
+        getattr(ft, name)([torch.nn.Parameter(torch.ones(3))], **{argument: 0.5})
+
+
+def test_the_remedy_for_parameters_of_integers_works():
+    with pytest.raises(TypeError, match=r"pass what is trained, list\(model.parameters\(\)\)$"):
+        ft.RMSprop([torch.ones(3, dtype=torch.int)])
+    model = torch.nn.Linear(3, 2)
+    ft.RMSprop(list(model.parameters()))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_foreach_and_fused_change_nothing(name):
     for argument in {"foreach", "fused"} & inspect.signature(getattr(ft, name)).parameters.keys():

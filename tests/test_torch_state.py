@@ -16,7 +16,7 @@ import pytest
 
 import fastrms
 from fastrms.schedules import Plateau
-from fastrms.torch_state import torch_form
+from fastrms.torch_state import YOUNG, torch_form
 
 RECORDED = json.loads((Path(__file__).parent / "torch_states.json").read_text())
 NAMES = ["RMSProp", "AdaGrad", "Adam", "AdamW", "RProp"]
@@ -66,7 +66,33 @@ def test_hyper_parameters_have_our_names():
         optimizer = made(name, arrays(RECORDED[name]["before"]), clip_value=1.0)
         optimizer.load_torch_state_dict(recorded(name))
         assert group.items() <= dict(optimizer.groups[0]).items()
-        assert optimizer.groups[0]["clip_value"] is None and optimizer.lr[1] == 0.125
+        assert optimizer.groups[0]["clip_value"] == 1.0 and optimizer.lr[1] == 0.125
+
+
+def test_what_torch_does_not_have_keeps_its_value_and_what_it_has_does_not():
+    """A name that older versions of torch do not write is at its default there."""
+    kept = {"clip_value": 2.0, "nesterov": "dozat", "eps_root": 1e-3, "bias_correction": "folded"}
+    optimizer, d = fastrms.Adam(np.ones(3), maximize=True, decoupled=True, **kept), torch_form(fastrms.Adam(np.ones(3)))
+    optimizer.load_torch_state_dict(d)
+    assert dict(optimizer.groups[0]) == {**fastrms.Adam.defaults, **kept}
+    optimizer = fastrms.Adam(np.ones(3), maximize=True, decoupled=True, **kept)
+    for name in YOUNG:
+        del d["param_groups"][0][name]
+    optimizer.load_torch_state_dict(d)
+    assert dict(optimizer.groups[0]) == {**fastrms.Adam.defaults, **kept}
+
+
+def test_adamw_does_not_take_the_weight_decay_of_adam():
+    l2 = torch_form(fastrms.Adam(np.ones(3), weight_decay=0.1))
+    optimizer = fastrms.AdamW(np.ones(3))
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is of torch's Adam.*weight_decay=0.1.*fastrms.Adam"):
+        optimizer.load_torch_state_dict(l2)
+    assert optimizer.groups[0]["weight_decay"] == 0.01 and optimizer.groups[0]["decoupled"]
+    optimizer.load_torch_state_dict(torch_form(fastrms.Adam(np.ones(3))))
+    assert optimizer.groups[0]["weight_decay"] == 0.0
+    optimizer = fastrms.AdamW(np.ones(3), decoupled=False)
+    optimizer.load_torch_state_dict(l2)
+    assert optimizer.groups[0]["weight_decay"] == 0.1 and not optimizer.groups[0]["decoupled"]
 
 
 def test_older_versions_and_schedulers():
@@ -121,9 +147,11 @@ def test_another_optimizers_dict():
     for name in NAMES:
         for other in NAMES:
             if {name, other} != {"Adam", "AdamW"} and name != other:
-                with pytest.raises(ValueError, match="not a state_dict"):
+                with pytest.raises(ValueError, match=rf"param_groups\[0\] has .* and no .*: it is no state of {name}"):
                     made(name, arrays(RECORDED[name]["before"])).load_torch_state_dict(recorded(other))
-    with pytest.raises(ValueError, match="has state"):
+    with pytest.raises(ValueError, match="this is a state_dict of fastrms: pass it to load_state_dict"):
+        fastrms.Adam(np.ones(3)).load_torch_state_dict(fastrms.Adam(np.ones(3)).state_dict())
+    with pytest.raises(ValueError, match="of torch's Adam, not AdamW"):
         made("AdamW", arrays(RECORDED["Adam"]["before"])).load_torch_state_dict(recorded("Adam"))
 
 

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 
 import fastrms
 from fastrms import torch_reader
+from fastrms.optimizer import Optimizer
 
 torch = pytest.importorskip("torch", reason="not installed: torch")
 ft = pytest.importorskip("fastrms.torch")
+torch_base, torch_core = (importlib.import_module(f"fastrms.{name}") for name in ("torch_base", "torch_core"))
 pytestmark = pytest.mark.peers
 
 register_optimizer_step_pre_hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_pre_hook
@@ -222,6 +225,23 @@ def test_an_exception_in_a_closure_changes_nothing():
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("given, options, words", [
+    ((), {"clip_norm": 1.0}, r"no argument 'clip_norm': pass it to the constructor, Adam\(params, clip_norm=1.0\)"),
+    ((), {"grad_scale": 2.0}, "no argument 'grad_scale': .*scaler.step"),
+    ((), {"grads": []}, "no argument 'grads': .*param.grad"),
+    (([torch.ones(3)],), {}, "closure is a list; .*param.grad"), ((torch.ones(3),), {}, "closure is a Tensor; .*param.grad"),
+])  # fmt: skip
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_step_does_not_take_is_refused_with_the_remedy(given, options, words, hooked):
+    param, calls = parameter(3), []
+    optimizer = ft.Adam([param])
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *arguments: calls.append(arguments))
+    with pytest.raises(TypeError, match=words):
+        optimizer.step(*given, **options)
+    assert not calls and not optimizer.state[param] and (param == 1).all()
+
+
 def test_step_hooks():
     model, seen = net(), []
     optimizer = ft.Adam(model.parameters())
@@ -362,6 +382,27 @@ def state_dict_of(kind, steps, **options):
     for _ in range(steps):
         optimizer.step()
     return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("d, words", [
+    (fastrms.RMSProp([torch.ones(3)]).state_dict(), "of fastrms.RMSProp, .*: RMSprop takes .*to_torch_state_dict"),
+    ({"model": 1}, "has the keys .'model'., not those of a state_dict of torch"), ([], "a list, not a state_dict of torch"),
+], ids=["fastrms", "checkpoint", "list"])  # fmt: skip
+def test_what_is_no_state_dict_of_torch_is_refused(d, words):
+    with pytest.raises(ValueError, match=words):
+        ft.RMSprop([parameter(3)]).load_state_dict(d)
+
+
+def test_adamw_takes_the_state_of_adam_as_in_torch():
+    made = []
+    for library in (torch.optim, ft):
+        param = parameter(3)
+        adam, adamw = torch.optim.Adam([param], weight_decay=0.5), library.AdamW([param])
+        adam.step()
+        adamw.load_state_dict(adam.state_dict())
+        adamw.step()
+        made.append((param, adamw.param_groups[0]["decoupled_weight_decay"], adamw.param_groups[0]["weight_decay"]))
+    assert made[0][1:] == made[1][1:] == (True, 0.5) and torch.allclose(made[0][0], made[1][0])
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -593,6 +634,103 @@ def test_a_step_before_an_interrupt_is_counted(lacking, monkeypatch):
     assert [optimizer.state[param]["step"].item() for param in params] == [2, 1, 2] == inner.tensor_steps
     optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [3, 1, 3] == inner.tensor_steps
+
+
+PLACES = [  # in a step; where a runner stops: before or after a call of these
+    ("complete", torch_base, "complete", "before"),  # makes the state
+    ("made", torch_base.Optimizer, "_know", "before"),  # the core has just been made
+    ("updated", Optimizer, "_change_plan", "after"),  # and not yet counted
+    ("counted", torch_core.Core, "_count", "after"),
+]
+
+
+@pytest.mark.parametrize("owner, name, when", [row[1:] for row in PLACES], ids=[row[0] for row in PLACES])
+@pytest.mark.parametrize("way", ["step", "load_state_dict", "make_state", "share_memory"])
+def test_a_second_thread_is_refused_in_the_whole_of_a_step_and_changes_nothing(owner, name, when, way, monkeypatch):
+    param, entered, go = parameter(3), threading.Event(), threading.Event()
+    optimizer = ft.RMSprop([param])
+    saved, call = ft.RMSprop([param]).state_dict(), getattr(owner, name)
+
+    def stopping(*arguments, **named):
+        answer = call(*arguments, **named) if when == "after" else None
+        if threading.current_thread() is runner:
+            entered.set()
+            go.wait(60)
+        return answer if when == "after" else call(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, stopping)
+    runner = threading.Thread(target=optimizer.step, daemon=True)
+    runner.start()
+    assert entered.wait(60)
+    try:
+        with pytest.raises(RuntimeError, match="this RMSprop is in use by another thread"):
+            getattr(optimizer, way)(*([saved] if way == "load_state_dict" else []))
+    finally:
+        go.set()
+        runner.join()
+    assert optimizer.state[param]["step"] == 1
+    twin = parameter(3)
+    ft.RMSprop([twin]).step()
+    assert torch.equal(param, twin)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+
+@pytest.mark.parametrize("interval", [1e-6, 5e-3] * 3)
+def test_of_steps_from_two_threads_each_is_made_or_refused(interval):
+    """Both would make the state.  The bits are those of as many steps of one thread."""
+    param, twin = parameter(1 << 16), parameter(1 << 16)
+    optimizer, alone = ft.RMSprop([param]), ft.RMSprop([twin])
+    barrier, made, refused = threading.Barrier(2), [], []
+
+    def run():
+        barrier.wait(60)
+        for _ in range(50):
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                refused.append(str(error))
+            else:
+                made.append(alone.step)
+
+    runners = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(interval)
+    try:
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join()
+    finally:
+        sys.setswitchinterval(before)
+    for step in made:
+        step()
+    assert len(made) + len(refused) == 100 and all("in use by another thread" in words for words in refused)
+    assert optimizer.state[param]["step"] == len(made) and torch.equal(param, twin)
+
+
+def test_a_step_is_refused_while_another_thread_is_in_a_step_of_the_backward_pass(monkeypatch):
+    param, entered, go = parameter(3), threading.Event(), threading.Event()
+    optimizer, call = ft.RMSprop([param]), torch_core.Core.stream_step
+    handle = ft.step_in_backward(optimizer)
+
+    def stopping(*arguments):
+        entered.set()
+        go.wait(60)
+        call(*arguments)
+
+    monkeypatch.setattr(torch_core.Core, "stream_step", stopping)
+    runner = threading.Thread(target=param.sum().backward, daemon=True)
+    runner.start()
+    assert entered.wait(60)
+    try:
+        with pytest.raises(RuntimeError, match="in use by another thread"):
+            optimizer.step()
+    finally:
+        go.set()
+        runner.join()
+    assert optimizer.state[param]["step"] == 1 and optimizer.step_info.applied
+    handle.remove()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the threads of autograd for a GPU do not survive a fork")

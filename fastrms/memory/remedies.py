@@ -102,7 +102,7 @@ def of_torch_dtype(dtype, name):
     if dtype.startswith("complex"):
         return f"pass torch.view_as_real({name})"
     if not dtype.startswith(("float", "bfloat")):
-        return f"{name}.float() is a copy, for gradients; as parameters pass what is trained, dict(model.named_parameters())"
+        return f"{name}.float() is a copy, for gradients; as parameters pass what is trained, list(model.parameters())"
     return f"a module is converted in place by model.float(); {name}.float() is a copy, which is right for gradients only"
 
 
