@@ -781,7 +781,7 @@ class Optimizer(Names, Family):
         Raises
         ------
         ValueError
-            Naming path, where the file is truncated, foreign, or does not fit this optimizer; nothing has changed then.
+            Naming path, where the file is damaged, foreign, or does not fit this optimizer; nothing has changed then.
         OSError
             As the filesystem has it; nothing has changed then.
         """
