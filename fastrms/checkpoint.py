@@ -2,9 +2,11 @@
 
 The tensors are the state arrays, named "<tensor>/<state>".  The metadata has one entry, "fastrms": the rest of
 state_dict() as JSON, whose numbers are those of repr() and so exact.  A state that is stored in a format is there as in
-state_dict(): U16 or U8, and the JSON says in which format.
+state_dict(): U16 or U8, and the JSON says in which format.  Its "sha256" is that of the tensors and of the JSON itself with
+"" in place of it; files of version 1 have none.
 """
 
+import hashlib
 import json
 import os
 
@@ -12,7 +14,8 @@ import numpy as np
 
 from . import files, saved_formats
 
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # those that can be read
 
 
 def _library():
@@ -33,7 +36,9 @@ def write(d, path):
     """Write a state_dict to a file."""
     library = _library()
     tensors, header = _packed(d)
-    files.save(os.fsdecode(path), library.numpy.save(tensors, {"fastrms": json.dumps(header)}))
+    text = json.dumps(header)
+    text = text.replace('"sha256": ""', f'"sha256": "{_sha256(text, tensors)}"', 1)
+    files.save(os.fsdecode(path), library.numpy.save(tensors, {"fastrms": text}))
 
 
 def _packed(d):
@@ -44,7 +49,16 @@ def _packed(d):
         for name, array in tensor["state"].items()
     }
     listed = [{**tensor, "state": list(tensor["state"])} for tensor in d["tensors"]]
-    return tensors, {"version": VERSION, **d, "tensors": listed}
+    return tensors, {"version": VERSION, "sha256": "", **d, "tensors": listed}
+
+
+def _sha256(text, tensors):
+    """The checksum of a file: of its JSON without the checksum, and of the bytes of its tensors in the order of the JSON."""
+    found = hashlib.sha256(text.encode())
+    for name, array in tensors.items():
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def load(optimizer, path, convert=None):
@@ -77,21 +91,26 @@ def _dtypes(format):
 def _unpacked(file, path):
     """The state_dict out of an open file."""
     try:
-        header = json.loads((file.metadata() or {})["fastrms"])
+        text = (file.metadata() or {})["fastrms"]
+        header = json.loads(text)
         version, listed = header.pop("version"), header["tensors"]
-        entries = [(tensor, name) for tensor in listed for name in tensor["state"]] if version == VERSION else []
+        entries = [(tensor, name) for tensor in listed for name in tensor["state"]] if version in VERSIONS else []
+        checksum = header.pop("sha256") if version == VERSION else ""
+        unchecked = text.replace(checksum, "", 1)
         dtypes = {f"{tensor['name']}/{name}": _dtypes(tensor.get("formats", {}).get(name)) for tensor, name in entries}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise ValueError(f"{path} was not written by fastrms: it lacks its metadata") from None
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this fastrms reads version {VERSION}")
+    if version not in VERSIONS:
+        raise ValueError(f"{path} has format version {version!r}; this fastrms reads versions 1 and {VERSION}")
     if len(dtypes) < len(entries) or sorted(dtypes) != sorted(file.keys()):
         raise ValueError(f"{path} does not hold the tensors that its metadata lists")
     for name, allowed in dtypes.items():
         if (dtype := file.get_slice(name).get_dtype()) not in allowed:
             raise ValueError(f"{path}: {name} has dtype {dtype}; this state is {' or '.join(allowed)}")
+    arrays = {name: file.get_tensor(name) for name in dtypes}
+    if version == VERSION and _sha256(unchecked, arrays) != checksum:
+        raise ValueError(f"{path} is damaged: its content has not the checksum that was saved with it; load another copy")
     tensors = [
-        {**tensor, "state": {name: file.get_tensor(f"{tensor['name']}/{name}") for name in tensor["state"]}}
-        for tensor in listed
+        {**tensor, "state": {name: arrays[f"{tensor['name']}/{name}"] for name in tensor["state"]}} for tensor in listed
     ]
     return {**header, "tensors": tensors}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import backends, hyper, rules, storage, stored_call
+from .family import OPTIONS
 from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
@@ -145,11 +146,23 @@ class Call:
             return self.optimizer.checked_recipe(SimpleNamespace(**{**prepared.values, "lr": rate}), prepared.recipe.dtype)
         return prepared.recipe.at_rate(rate)
 
+    def refuse_unknown(self, options):
+        """TypeError for an argument that neither the function nor its class has."""
+        known = self.optimizer.defaults
+        unknown = next((name for name in options if name not in known and name not in OPTIONS), None)
+        if unknown is not None:
+            name = self.rule.partition("_")[0]
+            has = [p.name for p in inspect.signature(globals()[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            raise TypeError(
+                f"{name} has no argument {unknown!r}{hyper.said_instead(unknown, known)}; it has {', '.join(has)}"
+            )
+
     def prepare(self, dtype, *, backend="auto", dialect=None, **options):
         """Check the hyper-parameters that the caller gave, and make their Prepared."""
         useless = next((name for name in options if name in self.optimizer.fixed), None)
         if useless is not None:
             raise TypeError(f"{useless} is used once, when the state is made: pass it to init_state")
+        self.refuse_unknown(options)
         values = self.optimizer.resolve(dialect, {**self.given, **options})
         h = SimpleNamespace(**values)
         recipe = self.optimizer.checked_recipe(h, dtype)
@@ -388,6 +401,10 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     TypeError, ValueError
         With a sentence that names the argument.
     """
+    if isinstance(param, str):
+        names = ", ".join(map(repr, OPTIMIZERS))
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be one of {names}, and comes before param: "
+                        f"write init_state({param!r}, param)")  # fmt: skip
     if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
     maker = OPTIMIZERS[optimizer]

@@ -163,18 +163,23 @@ class Groups:
                                  f"{tensor.name} holds a 0: 0/0; set initial_value or an eps")  # fmt: skip
 
 
-def resolved(family, dialect, given):
-    """The hyper-parameters of all groups, checked.  given: for each group the options that it was given, by name."""
-    return [checked_in(index, given, family.resolve, dialect, options) for index, options in enumerate(given)]
+def resolved(family, dialect, given, patterns):
+    """The hyper-parameters of all groups, checked.  given: for each group the options that it was given, by name; patterns:
+    those of the groups from 1, if they go by pattern."""
+    labels = [None, *(f"groups[{pattern!r}]" for pattern in patterns)] if patterns else [None] * len(given)
+    return [
+        checked_in(index, given, family.resolve, dialect, options, label=label)
+        for index, (options, label) in enumerate(zip(given, labels, strict=True))
+    ]
 
 
-def checked_in(index, groups, check, *arguments, at=""):
+def checked_in(index, groups, check, *arguments, at="", label=None):
     """check(*arguments) for the group with this index.  In front of its errors stand `at` and, where there are several
-    groups, the index."""
+    groups, the label or the index."""
     try:
         return check(*arguments)
     except (TypeError, ValueError) as error:
-        where = " of ".join(filter(None, (at, f"group {index}" if len(groups) > 1 else "")))
+        where = " of ".join(filter(None, (at, (label or f"group {index}") if len(groups) > 1 else "")))
         if where:
             error.args = (f"{where}: {error}",)
         raise

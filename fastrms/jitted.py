@@ -202,12 +202,29 @@ def refuse_zeros(state):
 # the way to the kernels
 
 
+def _refuse_others(array):
+    """Raise an error at compilation for a type that is no array of numbers of ours."""
+    if not isinstance(array, types.Array) or array.dtype not in REAL or array.layout == "A":
+        raise _refused(f"updates contiguous arrays of float32 or float64, not {array}")
+
+
+def itemsize(*buffers):
+    """The bytes of a number of the first buffer; all that are there must be arrays."""
+
+
+@overload(itemsize, **DEFAULT)
+def _itemsize_by_type(*buffers):
+    for buffer in buffers:
+        if buffer != types.none:
+            _refuse_others(buffer)
+    return lambda *buffers: buffers[0].itemsize
+
+
 def _refuse_types(arrays):
     """Raise an error at compilation for types of arrays that a kernel cannot take."""
     param = arrays[0]
     for array in arrays:
-        if not isinstance(array, types.Array) or array.dtype not in REAL or array.layout == "A":
-            raise _refused(f"updates contiguous arrays of float32 or float64, not {array}")
+        _refuse_others(array)
         if (array.dtype, array.ndim, array.layout) != (param.dtype, param.ndim, param.layout):
             raise _refused(f"needs arrays of one dtype and memory order, not {param} and {array}")
     if not all(array.mutable for array in (param, *arrays[2:])):
@@ -298,8 +315,9 @@ def _implementation(neutral, full, threads, real, place, fixed, addresses_of):
 #         h = Hyper(lr=0.0, eta_minus=number_of_eta_minus(eta_minus), eta_plus=number_of_eta_plus(eta_plus), ...)
 UPDATE = """\
 def {name}({arguments}):
+    size = itemsize({buffers})
     h = Hyper({numbers})
-    general, values = coefficients(h, count({step}), factor(grad_scale), param.itemsize)
+    general, values = coefficients(h, count({step}), factor(grad_scale), size)
 {checks}    run(general, values, {buffers})
 """
 OPTIONAL = """\
@@ -307,7 +325,7 @@ OPTIONAL = """\
         raise ValueError("fastrms: {name} and {state} go together")
 """
 POSITIVE = """\
-    if needs_positive_state(h, param.itemsize):
+    if needs_positive_state(h, size):
         refuse_zeros({state})
 """
 
@@ -318,7 +336,8 @@ def updates(name):
     kind, coefficients = coefficients_of(optimizer)
     names = {f"number_of_{hyper}": conversion(optimizer, hyper) for hyper in optimizer.defaults}
     names |= {"Hyper": kind, "coefficients": coefficients, "count": count, "factor": factor, "refuse_zeros": refuse_zeros}
-    names |= {"needs_positive_state": compiler(optimizer.needs_positive_state), "__name__": "fastrms.numba"}
+    names |= {"itemsize": itemsize, "needs_positive_state": compiler(optimizer.needs_positive_state)}
+    names |= {"__name__": "fastrms.numba"}
     text, made = text_of(function, optimizer), []
     for parallel in (False, True):
         update = function_of(name, text, run=runner(optimizer, parallel), **names)

@@ -162,7 +162,7 @@ class Optimizer(Names, Family):
         if state is not None and not self.trusts_state:
             storage.refuse_with_state(stored)
         self._tensors = Tensors(structure, leaves, group_of, backends.memory(module), stored)
-        values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides])
+        values = resolved(type(self), dialect, [{**options, **extra} for extra in overrides], self._patterns)
         self._groups = Groups(type(self), self._tensors, values)
         self._tensors.make_storage(stored, self._groups.rules, self.not_negative, param_copy, hyper.seed("seed", seed))
         if state is None:
@@ -780,7 +780,7 @@ class Optimizer(Names, Family):
         Raises
         ------
         ValueError
-            Naming path, where the file is truncated, foreign, or does not fit this optimizer; nothing has changed then.
+            Naming path, where the file is damaged, foreign, or does not fit this optimizer; nothing has changed then.
         OSError
             As the filesystem has it; nothing has changed then.
         """

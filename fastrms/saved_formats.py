@@ -176,9 +176,10 @@ def _refuse_conversion(tensor, key, format, entries, convert):
                              f"which decodes it and rounds it to nearest")  # fmt: skip
         if theirs not in (mine, convert):
             instead = "no state_format" if theirs == "float32" else f"state_format={theirs!r}"
-            raise ValueError(f"{label} is stored in {theirs} in the state_dict, and in {mine} in this optimizer: make the "
-                             f"optimizer with {instead}, or pass convert={theirs!r} beside the state_dict, which decodes it "
-                             f"and rounds it to the nearest {mine}")  # fmt: skip
+            other = "" if convert is None else f", which is not convert={convert!r}"
+            raise ValueError(f"{label} is stored in {theirs} in the state_dict{other}, and in {mine} in this optimizer: "
+                             f"make the optimizer with {instead}, or pass convert={theirs!r}, which decodes it and rounds "
+                             f"it to the nearest {mine}")  # fmt: skip
 
 
 def _array(key, entry, format, shape, dtype):
@@ -211,13 +212,21 @@ def _decoded(key, entry, name, shape, signed):
     return numbers.reshape([shape[axis] for axis in slowest_first]).transpose([slowest_first.index(axis) for axis in axes])
 
 
-def of_whole(names, missing):
-    """What a sentence on a missing name adds where a FlatBuffer, which had it in it, was saved whole."""
-    whole = next((name for name in names if missing.startswith(f"{name}[")), None)
+def of_structure(entries, missing):
+    """What a sentence on a missing name adds where the saved structure was another: one array, a FlatBuffer that was saved
+    whole, or several arrays.  entries: name -> saved tensor."""
+    inside = [name for name in entries if name.startswith(f"{missing}[")]
+    if inside:
+        return (f", it has {', '.join(inside)}: make this optimizer over the same names or places of arrays, as the saved "
+                f"one was")  # fmt: skip
+    whole = next((name for name in entries if missing.startswith(f"{name}[")), None)
     if whole is None:
         return ""
-    return (f": {whole} is a FlatBuffer whose q8 states are saved whole; load it into an optimizer of such a FlatBuffer "
-            f"without state_format, with convert='q8', and take the state_dict() of that one")  # fmt: skip
+    if len(entries[whole].get("shape", ())) != 1:  # without blocks there is no shape, and a FlatBuffer has one dimension
+        return f": its {whole} is one array; make this optimizer over one array, as the saved one was"
+    return (f": {whole} was saved whole, as q8 states of a FlatBuffer are; load it into an optimizer of such a FlatBuffer "
+            f"without state_format, with convert='q8', and load the state_dict() of that one here with "
+            f"convert='float32'")  # fmt: skip
 
 
 def of_master(saved, kept):
@@ -225,4 +234,4 @@ def of_master(saved, kept):
     low = set(storage.LOW.values())
     if set(saved) - low != set(kept) - low:
         return ""
-    return ": give this optimizer the parameters and the master= that the saved one had"
+    return "give this optimizer the parameters and the master= that the saved one had"

@@ -205,6 +205,8 @@ class Cosine:
 
     def __call__(self, step):
         if step < self.warmup:
+            if step < 0:
+                raise ValueError(f"step={step!r} must be at least 0")
             return self.start + (self.lr - self.start) * (step / self.warmup)
         if step >= self.steps:
             return self.end
@@ -435,6 +437,9 @@ class EarlyStopping:
         structure, leaves, _, _ = tree.arrange(params, None)
         if not leaves:
             raise ValueError("params is empty: there is nothing to keep")
+        if isinstance(optimizer, type):
+            raise TypeError(f"optimizer={optimizer.__name__} is a class; pass the optimizer that is in use, an object of "
+                            f"it: {optimizer.__name__}(params)")  # fmt: skip
         if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
             raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
         vars(self).update(best=None, bad=0, _names=structure.names("params"), _leaves=leaves, _optimizer=optimizer)

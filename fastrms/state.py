@@ -9,6 +9,8 @@ from .memory.flat import ReadOnlyDict
 from .memory.tree import Part
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
+_KEYS = ("dialect", "steps", "groups", "patterns", "tensors")  # of a state_dict, beside "optimizer"
+_AGAIN = "make this optimizer with the class, the parameters and the options of the saved one"
 
 
 def mapping(tensors):
@@ -67,19 +69,23 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     if "optimizer" not in d:
         raise ValueError(f"this has the keys {[*d]}, not those of a state_dict of fastrms: pass what state_dict() gave")
     if d["optimizer"] != kind.__name__:
-        raise ValueError(f"the state_dict is of {d['optimizer']}, this is {kind.__name__}")
+        raise ValueError(f"the state_dict is of {d['optimizer']}, this is {kind.__name__}: {_AGAIN}")
+    if lacking := [key for key in _KEYS if key not in d]:
+        raise ValueError(f"this is not a state_dict of fastrms: it lacks the key {lacking[0]!r}")
     dialects.preset(d["dialect"], kind.family)
     by_name = {tensor["name"]: tensor for tensor in d["tensors"]}
     parts = [_parts(tensor, by_name) for tensor in tensors]
     named = sum(map(len, parts))
     missing = next((name for some in parts for name, _ in some if name not in by_name), None)
-    if missing is not None and (whole := saved_formats.of_whole(by_name, missing)):
-        raise ValueError(f"the state_dict has no {missing}{whole}")
+    if missing is not None and (structure := saved_formats.of_structure(by_name, missing)):
+        raise ValueError(f"the state_dict has no {missing}{structure}")
     for what, count in (("groups", len(values)), ("tensors", named)):
         if len(d[what]) != count:
-            raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}")
+            raise ValueError(f"the state_dict has {len(d[what])} {what}, this optimizer has {count}: {_AGAIN}")
     if d["patterns"] != patterns:
-        raise ValueError(f"the state_dict has groups by the patterns {d['patterns']}, this optimizer by {patterns}")
+        raise ValueError(
+            f"the state_dict has groups by the patterns {d['patterns']}, this optimizer by {patterns}: {_AGAIN}"
+        )
     groups, plateaus = revived(d["groups"], [group["lr"] for group in values])
     new_values = [
         _group(kind, k, mine, group, d["dialect"]) for k, (mine, group) in enumerate(zip(values, groups, strict=True))
@@ -125,8 +131,8 @@ def _state(tensor, entries, kind, trusted, convert):
     for _, entry in entries:
         state, name = entry["state"], entry["name"]
         if state.keys() != kept.keys():
-            raise ValueError(f"the state_dict has state {sorted(state)} for {name}, this optimizer has {sorted(kept)}"
-                             f"{saved_formats.of_master(state, kept)}")  # fmt: skip
+            raise ValueError(f"the state_dict has state {sorted(state)} for {name}, this optimizer has {sorted(kept)}: "
+                             f"{saved_formats.of_master(state, kept) or _AGAIN}")  # fmt: skip
     flats = {}
     for key in kept:
         signed = key not in kind.not_negative

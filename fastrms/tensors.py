@@ -211,6 +211,8 @@ class Tensors(list):
 
 def acquired_param(memory, x, name, options):
     """The Buffer of a parameter, which may be bf16 or fp16 where the options of its group say how it is updated."""
+    if options is None or not storage.takes_halves(options):
+        host.refuse_unsaid_param(x, name)
     if options is None:
         return memory.acquire(x, name, writable=True)
     storage.refuse_undecided(x, name, options)

@@ -140,12 +140,50 @@ def test_truncated_at_every_length(saved):
     refused(optimizer, path, "not a whole safetensors file")
 
 
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}])
+def test_one_flipped_bit_anywhere_is_found(tmp_path, options):
+    path = tmp_path / "o"
+    optimizer = fastrms.RMSProp({"é": np.ones((4, 3), np.float32)}, **options)
+    optimizer.step({"é": np.ones((4, 3), np.float32)})
+    optimizer.save(path)
+    whole = path.read_bytes()
+    before = frozen(optimizer)
+    for bit in np.random.default_rng(0).permutation(8 * len(whole))[:600]:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            optimizer.load(path)
+    assert frozen(optimizer) == before
+    path.write_bytes(whole)
+    optimizer.load(path)
+
+
+def test_damage_is_said_and_files_without_a_checksum_load(saved):
+    optimizer, path = saved
+    whole = path.read_bytes()
+    with safetensors.safe_open(path, "np") as file:
+        text = file.metadata()["fastrms"]
+    rewritten(path, metadata={"fastrms": text.replace("0.999", "0.998")})
+    refused(optimizer, path, "is damaged: its content has not the checksum that was saved with it; load another copy")
+    rewritten(path, metadata={"fastrms": text.replace("sha256", "sha257")})
+    refused(optimizer, path, "lacks its metadata")
+    path.write_bytes(whole)
+    rewritten(path, lambda header, tensors: None)
+    before = frozen(optimizer)
+    optimizer.load(path)
+    assert frozen(optimizer) == before
+
+
 def rewritten(path, change=None, metadata=None):
-    """The file with its header and tensors, or its whole metadata, changed."""
+    """The file with its header and tensors, or its whole metadata, changed.  With a changed header it is of version 1,
+    without a checksum."""
     with safetensors.safe_open(path, "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()["fastrms"]) if change else None
     if change:
+        header.update(version=1)
+        del header["sha256"]
         change(header, tensors)
     safetensors.numpy.save_file(tensors, path, metadata or {"fastrms": json.dumps(header)})
 
@@ -156,7 +194,7 @@ FIRST = "params['w']/exp_avg"
 @pytest.mark.parametrize(
     "words, change",
     [
-        ("version 2; this fastrms reads version 1", lambda h, t: h.update(version=2)),
+        ("version 3; this fastrms reads versions 1 and 2", lambda h, t: h.update(version=3)),
         ("version None", lambda h, t: h.update(version=None)),
         ("lacks its metadata", lambda h, t: h.pop("version")),
         ("lacks its metadata", lambda h, t: h.update(tensors=3)),

@@ -708,6 +708,16 @@ def test_arguments_of_another_kind_are_refused_when_the_function_is_compiled(opt
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], 1.0])
+def test_what_is_no_array_is_refused_when_the_function_is_compiled(name, wrong):
+    for k in range(ARGUMENTS[name]):
+        buffers = [np.ones(2) for _ in range(ARGUMENTS[name])]
+        buffers[k] = wrong
+        with pytest.raises(numba.errors.TypingError, match="fastrms updates contiguous arrays of float32 or float64, not"):
+            called(name, buffers)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_buffers_that_overlap_are_refused(name):
     """By one element, in any order; neighbours are fine."""
     count = ARGUMENTS[name]

@@ -192,6 +192,14 @@ def refuse_unsaid(dtype, name):
                         f"fastrms.Stored({name}, 'fp16')")  # fmt: skip
 
 
+def refuse_unsaid_param(x, name):
+    """TypeError for a parameter of 16 bits of which nobody says what numbers they are, nor how it is updated."""
+    if isinstance(x, np.ndarray) and x.dtype in (np.uint16, np.int16):
+        raise TypeError(f"{name} has dtype {x.dtype}: where these are the bits of bf16 or fp16 numbers, pass "
+                        f"fastrms.Stored({name}, 'bf16') or fastrms.Stored({name}, 'fp16') with master='float32'; where "
+                        f"they are integers, {name}.astype(np.float32), a copy, and keep that array")  # fmt: skip
+
+
 def address(array):
     """Where an ndarray begins."""
     return array.__array_interface__["data"][0]

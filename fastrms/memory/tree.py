@@ -20,6 +20,8 @@ def arrange(params, groups):
     if groups is not None:
         return _by_pattern(params, groups)
     listed = _is_group_list(params)
+    if not listed:
+        _refuse_half_groups(params)
     members = params if listed else [{"params": params}]
     parts = [of(member["params"]) for member in members]
     overrides = [{name: value for name, value in member.items() if name != "params"} for member in members]
@@ -65,6 +67,21 @@ def _is_group_list(params):
     )
 
 
+def _refuse_half_groups(params):
+    """TypeError for a sequence with mappings in it that is no list of groups."""
+    if not isinstance(params, (list, tuple)) or not any(isinstance(entry, Mapping) for entry in params):
+        return
+    k = next(k for k, entry in enumerate(params) if not (isinstance(entry, Mapping) and "params" in entry))
+    entry, kind = params[k], type(params[k]).__name__
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"params[{k}] is a {kind} among groups: in a list of groups each is a mapping with its arrays under "
+                        f"the key 'params'")  # fmt: skip
+    keys = ", ".join(map(repr, entry)) or "no keys"
+    raise TypeError(f"params[{k}] is a {kind} without the key 'params' (it has {keys}): in a list of groups each has its "
+                    f"arrays under this key, and nested mappings are not flattened; without groups pass one mapping with a "
+                    f"key for each array, such as 'layer.weight'")  # fmt: skip
+
+
 def of(params, owner=None):
     """(structure, leaves) of one array, a sequence, a mapping or a FlatBuffer; owner: the group of each of its names."""
     if isinstance(params, FlatBuffer):
@@ -77,6 +94,8 @@ def of(params, owner=None):
         return MappingOf(keys), _refuse_flat(leaves)
     if isinstance(params, (list, tuple)) or _is_plain_iterable(params):
         leaves = list(params)
+        if isinstance(params, (list, tuple)) and any(isinstance(leaf, remedies.NUMBERS) for leaf in leaves):
+            raise TypeError(f"params is a {type(params).__name__} of numbers{remedies.of_non_array(1.0, 'params')}")
         if iter(params) is not params:
             _refuse_made_anew(leaves, params, params)
         return SequenceOf(list(range(len(leaves)))), _refuse_flat(_refuse_modules(leaves, params))
