@@ -227,7 +227,7 @@ class Plan(plan.Plan):
         return status, found
 
     def _look(self, handle, grad_scale, later):
-        """Found of the gradients, for which the host waits.  later: where the norm will be, what is known of no gradients, or None."""
+        """Found of the gradients, for which the host waits.  later: where the norm will be, Found of none, or None."""
         if self._looked is not self._updates:
             self._aim_nonfinites()
             self._looked = self._updates
