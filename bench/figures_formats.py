@@ -2,10 +2,7 @@
 prime-rl's kernel.
 
 All are bound steps of fastrms in rounds with each other.  A ratio of bytes is that of the bytes which an update has to move:
-from .contenders import OPTIMIZERS, STREAMS, streams, streams_ways
-from .figures import Figure, at_least, at_most, times_as_fast
-from .machine import in_words
-from .problem import IN_WORDS, WELL_PLACED, CannotDo, Problem, allocate, bytes_moved
+the gradient is read, everything else is read and written.
 """
 
 from functools import partial

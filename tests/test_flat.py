@@ -89,6 +89,42 @@ def test_like_copies_values_in_any_layout():
     assert [view.shape for view in fastrms.FlatBuffer([3, (2, 2), [1, 2], ()]).params.values()] == [(3,), (2, 2), (1, 2), ()]
 
 
+class OfJax:
+    """As an array of JAX, whose type has the interface of device arrays wherever its numbers are."""
+
+    def __init__(self, array):
+        self.__array_interface__, self.array = array.__array_interface__, array
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError
+
+
+OfJax.__module__ = "jaxlib._jax"
+
+
+def test_like_takes_arrays_of_jax_in_host_memory():
+    given = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
+    flat = fastrms.FlatBuffer.like({name: OfJax(x) for name, x in given.items()})
+    assert all(np.array_equal(flat.params[name], x) for name, x in given.items())
+    jax = pytest.importorskip("jax")
+    assert np.array_equal(fastrms.FlatBuffer.like([jax.numpy.ones(3)]).data, np.ones(3))
+
+
+class Broken:
+    def __dlpack_device__(self):
+        raise RuntimeError("x")
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda x: fastrms.FlatBuffer.like({"w": x}), r"params\['w'\]"),
+    (lambda x: fastrms.FlatBuffer([3], grad=x), "grad"),
+])  # fmt: skip
+def test_an_array_that_cannot_say_where_it_lies_is_named(make, name):
+    with pytest.raises(TypeError, match=rf"^{name} is a Broken whose __dlpack_device__ fails"):
+        make(Broken())
+
+
 def test_like_takes_torch_tensors():
     torch = pytest.importorskip("torch")
     layer = torch.nn.Linear(3, 2)

@@ -84,8 +84,8 @@ class DeviceArray(DeviceBuffer):
         return {"shape": self.shape, "typestr": self.dtype.str, "data": data, "version": 3, "strides": strides}
 
 
-def is_device_array(x):
-    """Whether x lies in device memory, without importing anything."""
+def is_device_array(x, name="this"):
+    """Whether x lies in device memory, without importing anything; TypeError that calls it `name` where it cannot say so."""
     x = x.array if isinstance(x, host.Stored) else x
     if isinstance(x, (np.ndarray, *host._NOT_ARRAYS)):
         return False
@@ -93,7 +93,7 @@ def is_device_array(x):
         return x.is_cuda
     if hasattr(type(x), INTERFACE) or hasattr(x, INTERFACE):  # the first does not make the interface
         return True
-    return host._dlpack_device(x, "this") in _ON_DEVICE
+    return host._dlpack_device(x, name) in _ON_DEVICE
 
 
 def acquire(x, name, *, writable, halves=False):

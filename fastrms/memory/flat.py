@@ -165,7 +165,7 @@ class FlatBuffer:
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}
         size, dtype = sum(map(math.prod, shapes.values())), _held_dtype(dtype)
         given = {name: x for name, x in (("data", data), ("grad", grad)) if x is not None}
-        on_device = any(map(device.is_device_array, given.values()))
+        on_device = flat_device.are_there(given)
         flats = (_on_device if on_device else _on_host)(given, size, dtype)
         views = {"params": Views(flats["data"], shapes), "grads": Views(flats["grad"], shapes)}
         vars(self).update(**flats, **views, _given=given, _size=size, _dtype=dtype, _on_device=on_device)
@@ -195,7 +195,7 @@ class FlatBuffer:
         """
         params = _named(params, "params")
         text = {name: f"params[{key_text(name)}]" for name in params}
-        if any(map(device.is_device_array, params.values())):
+        if flat_device.are_there({**{text[name]: x for name, x in params.items()}, "data": data, "grad": grad}):
             return cls._like_on_device(params, text, data, grad)
         given = {name: _array(x, text[name]) for name, x in params.items()}
         first, dtype = next((name, x.dtype) for name, x in given.items())
@@ -226,7 +226,7 @@ class FlatBuffer:
         made = cls(dict(zip(params, (b.shape for b in buffers), strict=True)), buffers[0].dtype, data=data, grad=grad)
         for x, label in zip(params.values(), names, strict=True):
             for what in ("data", "grad"):
-                if flat_device.overlap(x, getattr(made, what)):
+                if flat_device.overlap(x, getattr(made, what), what):
                     raise ValueError(COPY_ONTO_ITSELF.format(label, what))
         for name, x in params.items():
             made.params[name][...] = flat_device.detached(x)

@@ -7,6 +7,12 @@ from . import device, host, remedies
 LIBRARIES = ("cupy", "torch")
 
 
+def are_there(arrays):
+    """Whether one of these arrays, by their names, lies in device memory.  Those of JAX seem to, wherever they lie, and are
+    left to the host, which takes them or says why not."""
+    return any(device.is_device_array(x, name) for name, x in arrays.items() if not remedies.is_jax(x))
+
+
 def refuse_others(x, name):
     """TypeError for a device array whose parts are no views that can be written into."""
     if device.is_device_array(x) and not host.is_torch(x) and remedies.library(x) not in LIBRARIES:
@@ -46,7 +52,7 @@ def address(flat):
     return device.acquire(flat, "it", writable=False).address if device.is_device_array(flat) else host.address(flat)
 
 
-def overlap(x, flat):
-    """Whether an array shares a byte with a flat one."""
-    mine, other = (device.acquire(array, "it", writable=False) for array in (x, flat))
+def overlap(x, flat, what):
+    """Whether an array shares a byte with a flat one, which error sentences call `what`."""
+    mine, other = (device.acquire(array, what, writable=False) for array in (x, flat))
     return bool(mine.size and other.size) and mine.address < other.end and other.address < mine.end

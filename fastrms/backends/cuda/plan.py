@@ -210,7 +210,9 @@ class Plan(plan.Plan):
             self._wait(handle, {*self._waits, library})
         if not self._recorded:
             self._send(handle, number)
-        found = self._norm.run(handle, grad_scale, clip_norm) if self._clips and self._updates else None
+        found = Found(0.0, None, -1) if self._clips else None  # of no gradients
+        if self._clips and self._updates:
+            found = self._norm.run(handle, grad_scale, clip_norm)
         if self.nonfinite != "propagate":
             found = self._look(handle, grad_scale, found)
         status = NONFINITE if found and found.nonfinite else OK
@@ -225,7 +227,7 @@ class Plan(plan.Plan):
         return status, found
 
     def _look(self, handle, grad_scale, later):
-        """Found of the gradients, for which the host waits.  later: where the norm will be, or None."""
+        """Found of the gradients, for which the host waits.  later: where the norm will be, Found of none, or None."""
         if self._looked is not self._updates:
             self._aim_nonfinites()
             self._looked = self._updates
@@ -234,7 +236,8 @@ class Plan(plan.Plan):
             count, first = self._nonfinites[dtype].count(handle, grad_scale)
             total += count
             tensors += [which[first]] if count else []
-        return Found(later and later.read(handle), total, min(tensors, default=-1))
+        norm = later.read(handle) if later and self._updates else later and later.grad_norm
+        return Found(norm, total, min(tensors, default=-1))
 
     def _aim_nonfinites(self):
         self._which = {}
@@ -316,7 +319,7 @@ class Plan(plan.Plan):
         if self._unsent:
             for launch in self._updates:
                 launch.send(handle, number)
-            if self._clips:
+            if self._clips and self._updates:
                 self._norm.table.send(handle)
             self._unsent = self.capturable or self._clips  # the coefficients on the device may change at each step
 
