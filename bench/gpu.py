@@ -137,7 +137,7 @@ def measure(run, gpu):
     run.part("many tensors", lambda: [gpu_kernels.many(gpu, counts, 1 << exponent) for exponent in small])
     run.part("views", lambda: gpu_kernels.offsets(gpu, large))
     run.part("rules", lambda: rules(gpu, sizes))
-    formats = [(rule, 1 << exponent) for rule in ("rmsprop", "adam") for exponent in sizes]
+    formats = [(rule, 1 << exponent) for rule in ("rmsprop", "adam") for exponent in sizes if exponent <= 26]
     run.part("formats", lambda: [row for which in formats for row in gpu_formats.formats(gpu, *which)])
     if gpu_peers.has("torch"):
         sets = [(1 << exponent, 1) for exponent in sizes if 20 <= exponent <= 26] + [

@@ -289,7 +289,8 @@ def test_the_example_of_zero_gradients_leaves_zero(capsys):
 def test_the_example_of_a_fork_runs():
     """In a process of its own, whose child would hang with OpenMP."""
     given = "import os, numpy as np, fastrms; fastrms.set_num_threads(2); gw = np.ones(1 << 20); opt = fastrms.Adam(gw + 1)"
-    code = "\n".join([given, example("os.fork() == 0"), "print(os.waitpid(-1, 0)[1], opt.steps)"])
+    printed = example("os.fork()").replace("os.waitpid(pid, 0)", "print(os.waitpid(pid, 0)[1], opt.steps)")
+    code = f"{given}\n{printed}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout == "0 1\n", run.stderr
 
