@@ -51,6 +51,7 @@ def test_what_was_found_is_of_these_checks(found):
     for row in found["checks"]:
         assert tuple(row) == soak.Outcome._fields and row["outcome"] in ("passed", "not run"), row
         assert row["promise"] == soak.promise(row["name"]), row["name"]
+    assert sum(row["seconds"] for row in found["checks"]) < 1800  # as the command says
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]) and "cores" in found["machine"] and found["command"]
 
 
