@@ -195,7 +195,7 @@ def read_checkpoint(folder):
     assert "none" in said
     broken = {**fastrms.RMSProp(arrays(5)).state_dict()}
     assert "of RMSProp, this is Adam" in raised(ValueError, sharded.load_state_dict, broken)
-    assert "not a state_dict" in raised(ValueError, sharded.load_state_dict, {})
+    assert "not those of a state_dict" in raised(ValueError, sharded.load_state_dict, {})
 
 
 def errors(folder):
