@@ -67,9 +67,9 @@ def fewer_bytes(rule, name):
     return moved(rule, FLOAT32) / moved(rule, name)
 
 
-def nanoseconds(rule, size, names):
-    """name -> nanoseconds per element of its shortest step."""
-    timings = interleaved({name: bound(rule, size, name).step for name in names}, SECONDS)
+def nanoseconds(rule, size, names, others=()):
+    """name -> nanoseconds per element of its shortest step.  others: name -> function, in rounds with them."""
+    timings = interleaved({name: bound(rule, size, name).step for name in names} | dict(others), SECONDS)
     return {name: timing.minimum / size for name, timing in timings.items()}
 
 
@@ -78,9 +78,8 @@ def beside_streams(rule, size):
     problem, threads = Problem(rule, size, "float32"), fastrms.get_num_threads()
     buffers = problem.new_buffers()
     ways = {way: streams(problem, way, settings, buffers).step for way, settings in streams_ways(size, threads)}
-    timings = interleaved({**{name: bound(rule, size, name).step for name in SETTINGS}, **ways}, SECONDS)
-    times = {name: timing.minimum / size for name, timing in timings.items()}
-    return {**{name: times[name] for name in SETTINGS}, STREAMS: min(times[way] for way in ways)}
+    times = nanoseconds(rule, size, SETTINGS, ways)
+    return times | {STREAMS: min(times[way] for way in ways)}
 
 
 def ceiling(rule, name, times):
@@ -128,7 +127,7 @@ def draw(path, facts):
                 [most, most], [place - 0.45, place + 0.45], color="#000000", label="" if place else "ceiling of the bytes"
             )
         panel.set_title(f"{rule}, {size_name(size)} elements", fontsize=9)
-        panel.set_xlim(0, 1.15 * max(*times.values(), *ceilings))
+        panel.set_xlim(0, 1.15 * max(*(times[name] for name in SETTINGS), *ceilings))
         panel.invert_yaxis()
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
