@@ -47,7 +47,7 @@ APPLIED = StepInfo(True, None, None)
 
 
 class LaterInfo(StepInfo):
-    """The StepInfo of a step that is not waited for: its grad_norm is read from the device when it is asked for."""
+    """The StepInfo of a step that is not waited for: what is asked for is read from the device then."""
 
     def __new__(cls, found):
         made = super().__new__(cls, True, None, None)
@@ -55,14 +55,31 @@ class LaterInfo(StepInfo):
         return made
 
     @property
+    def applied(self):
+        return not self._found.nonfinite
+
+    @property
     def grad_norm(self):
         return self._found.grad_norm
+
+    @property
+    def nonfinite(self):
+        return self._found.nonfinite
 
     def __iter__(self):
         return iter((self.applied, self.grad_norm, self.nonfinite))
 
     def __getitem__(self, index):
         return tuple(self)[index]
+
+    def __eq__(self, other):
+        return tuple(self) == other
+
+    def __hash__(self):
+        return hash(tuple(self))
+
+    def __repr__(self):
+        return repr(StepInfo(*self))
 
 
 class OneThread:
@@ -453,17 +470,15 @@ class Optimizer(Names, Family):
 
     def _info(self, found):
         """StepInfo, or FloatingPointError: the plan has left the step out where gradients are not finite."""
+        if type(found) is not backends.Found:
+            return LaterInfo(found)
         if found.nonfinite and self._nonfinite == "raise":
             where = "a tensor of another rank" if found.tensor < 0 else self._tensors[found.tensor].grad_name
             raise FloatingPointError(
                 f"{found.nonfinite} element(s) of the gradients are NaN or infinite or have a square that overflows, the "
                 f"first of them in {where}; nothing was updated"
             )
-        return (
-            StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
-            if type(found) is backends.Found
-            else LaterInfo(found)
-        )
+        return StepInfo(not found.nonfinite, found.grad_norm, found.nonfinite)
 
     def _renew_rates(self):
         """Give the plan the learning rates of the next step, and of many where the schedules are foreseen; it may have those

@@ -5,6 +5,7 @@ synchronises.  CUDA is imported at the first array.
 """
 
 import contextlib
+import ctypes
 import math
 import sys
 from types import SimpleNamespace
@@ -302,6 +303,24 @@ def allocate(size, dtype, index, offset=0):
     """A new uninitialised DeviceArray on a device, whose address has this offset to a multiple of 256."""
     memory = Memory(offset + size * dtype.itemsize, index)
     return DeviceArray(memory, memory.address + offset, (size,), (1 if size > 1 else 0,), dtype, index)
+
+
+class HostMemory:
+    """An array of uint64 in memory of the host that kernels write, at the same address; it is zero at first."""
+
+    def __init__(self, size, index):
+        from cuda.core import LegacyPinnedMemoryResource
+
+        self._device = index
+        with entered(index):
+            self._held = LegacyPinnedMemoryResource().allocate(8 * size)
+        self.address = int(self._held.handle)
+        self.array = np.frombuffer((ctypes.c_uint64 * size).from_address(self.address), np.uint64)
+        self.array[:] = 0
+
+    def __del__(self):
+        with contextlib.suppress(Exception):  # at the end of the process there may be no driver left
+            wait(self._device)
 
 
 def count():

@@ -13,17 +13,24 @@ from fastrms.backends.cuda.kernel import Kind
 
 compiler = toolchain.compiler()
 
-ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+DIALECTS = [((8, 0), (9, 0)), ((10, 0), (12, 0))]  # of PTX: the texts for two architectures are often the same
+ARCHITECTURES = [cc for dialect in DIALECTS for cc in dialect]
 KINDS = [Kind(), Kind(capturable=True), Kind(many=True), Kind(True, True), Kind(zero_grad=True), Kind(True, True, True)]
 LENGTHS = [*range(41), 255, 256, 257, 1023, 1024, 1025, 1026, 1027, 4099]
-ALL = [
-    pytest.param(rule, general, dtype, cc, id=f"{rule}-{'general' if general else 'neutral'}-{dtype}-{cc[0]}.{cc[1]}")
-    for rule in rules.RULES
-    for general in (False, True)
-    for dtype in DTYPES
-    for cc in ARCHITECTURES
-]
-OTHER_KINDS = [  # PTX has two dialects, before and from compute capability 10
+
+
+def every(*last):
+    """Parameters of a test: every rule, form and dtype for each of these architectures, or dialects."""
+    return [
+        pytest.param(rule, general, dtype, each, id=f"{rule}-{'general' if general else 'neutral'}-{dtype}-{k}")
+        for rule in rules.RULES
+        for general in (False, True)
+        for dtype in DTYPES
+        for k, each in enumerate(last)
+    ]
+
+
+OTHER_KINDS = [
     pytest.param(rule, dtype, kind, cc, id=f"{rule}-{dtype}-{''.join(name for name, on in kind._asdict().items() if on)}")
     for rule in rules.RULES
     for dtype, cc in zip(DTYPES, [(9, 0), (12, 0)], strict=True)
@@ -39,6 +46,20 @@ def text(rule, general, dtype, kind, cc):
 @cache
 def kernel(*which):
     return execute.Kernel(text(*which))
+
+
+@cache
+def norm_kernel(name, cc):
+    return execute.Kernel(compiler.norm_ptx(name, cc))
+
+
+def kernels(rule, general, dtype, kind, dialect):
+    """The kernels for the architectures of a dialect, without those of the same instructions."""
+    found = {}
+    for cc in dialect:
+        lines = text(rule, general, dtype, kind, cc).splitlines()
+        found.setdefault("\n".join(line for line in lines if not line.startswith((".target", ".common"))), cc)
+    return [kernel(rule, general, dtype, kind, cc) for cc in found.values()]
 
 
 def recipe_of(rule, general, dtype, visible):
@@ -107,8 +128,8 @@ class Tensor:
         assert all(guarded.intact() for guarded in self.guarded)
 
 
-def launch(kernel, kind, recipe, tensors, backwards=False):
-    """As the backend launches it: the same table, the same vectors, blocks and coefficients."""
+def launch(kernel, kind, recipe, tensors, backwards=False, made=1):
+    """As the backend launches it: the same table, the same vectors, blocks and coefficients.  made: 0 leaves it out."""
     itemsize, coefficients = recipe.dtype.itemsize, coefficients_of(recipe)
     if kind.many:
         rows, tensor_of = table.table([(tensor.addresses, tensor.size) for tensor in tensors], itemsize)
@@ -117,6 +138,6 @@ def launch(kernel, kind, recipe, tensors, backwards=False):
         (tensor,) = tensors
         vectors = table.vectors(tensor.addresses, tensor.size, itemsize)
         head, grid = [*tensor.buffers, tensor.size, vectors], table.blocks(tensor.size, vectors, itemsize)
-    tail = [execute.Buffer(coefficients.copy())] if kind.capturable else coefficients
+    tail = [execute.Buffer(np.append(coefficients, coefficients.dtype.type(made)))] if kind.capturable else coefficients
     regions = [buffer for tensor in tensors for buffer in tensor.buffers] if kind.many else []
     kernel.launch(grid, table.THREADS, [*head, *tail], regions, backwards=backwards)

@@ -1,9 +1,11 @@
 """The driver double at work: builds driver.c, stands it in for libcuda.so.1 in this process, runs each launch's PTX."""
 
+import contextlib
 import ctypes
 import gc
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import execute
@@ -12,6 +14,8 @@ HERE = Path(__file__).parent
 HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 )
+WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+FINISH = ctypes.CFUNCTYPE(None)
 
 
 def start():
@@ -31,10 +35,12 @@ class Compiled(dict):
 
 
 class Double:
-    """launches: (name, grid, block, stream) each.  regions: arrays that stand for device memory; None allows all."""
+    """launches: (name, grid, block, stream) each.  regions: arrays that stand for device memory; None allows all.  queue:
+    what is to run when the host waits, None where it runs at once; graph: what is captured, None where nothing is."""
 
     def __init__(self, library):
         self.library, self.launches, self.errors, self.kernels = library, [], [], {}
+        self.queue = self.graph = None
         self.regions, self.run, self.fail, self.compiled = [], True, 0, Compiled()
         self.hook = HOOK(self.on_launch)
         library.double_hook(self.hook)
@@ -57,8 +63,57 @@ class Double:
         table = (execute.Region * max(1, len(buffers)))(*[buffer.region() for buffer in buffers])
         if not buffers:
             table[0].end = 2**64 - 1
-        kernel.launch_words(grid, block, words, table, max(1, len(buffers)))
+        self.do(partial(kernel.launch_words, grid, block, words, table, max(1, len(buffers))))
         return 0
+
+    def do(self, job):
+        """Run a job, or note it for later."""
+        for jobs in (self.graph, self.queue):
+            if jobs is not None:
+                return jobs.append(job)
+        job()
+
+    @contextlib.contextmanager
+    def later(self):
+        """A `with` block in which a launch and a write to the device run when the host waits, as on a GPU that is behind;
+        the memory that is written from is read then, too."""
+        callbacks = WRITE(lambda *where: self.do(partial(ctypes.memmove, *where))), FINISH(self.finish)
+        self.queue = []
+        self.library.double_busy(1)  # no event has come
+        self.library.double_later(*callbacks)
+        try:
+            yield self
+            self.finish()
+        finally:
+            self.library.double_later(None, None)
+            self.library.double_busy(0)
+            self.queue = None
+
+    def finish(self):
+        """Run what is in the queue."""
+        jobs, self.queue = self.queue, None
+        try:
+            for job in jobs or ():
+                job()
+        except Exception as error:  # must not cross into C
+            self.errors.append(repr(error))
+        self.queue = None if jobs is None else []
+
+    def capture(self, step):
+        """The graph of a step: the jobs that replay() does."""
+        self.library.double_capturing(1)
+        self.graph = []
+        try:
+            step()
+            return self.graph
+        finally:
+            self.graph = None
+            self.library.double_capturing(0)
+
+    def replay(self, graph):
+        """Launch a graph."""
+        for job in graph:
+            self.do(job)
 
     def ptx(self, name):
         """Of the kernel of that name that was compiled last."""

@@ -15,6 +15,7 @@ static void *context = NULL;
 static uint64_t next_handle = 0x5000;
 
 static int busy, in_use, freed_in_use;
+static void (*write_later)(void *to, const void *from, size_t n), (*finish)(void);
 static struct { void *waits, *record; } wait[64], recorded[64];
 static int waits, records;
 
@@ -26,6 +27,8 @@ static void count(const char *name)
     counter[k].calls++;
 }
 void double_hook(hook h) { run = h; }
+void double_later(void *w, void *f) { write_later = w; finish = f; } /* who queues writes, and runs all before a wait is over */
+static int waited(void) { if (finish) finish(); return in_use = 0; }
 void double_capability(int major, int minor) { capability[0] = major; capability[1] = minor; }
 void double_capturing(int yes) { capturing = yes; }
 void double_devices(int many) { devices = many; }
@@ -77,18 +80,21 @@ CALL(cuCtxPushCurrent_v2, void *c) context = c; OK
 CALL(cuCtxPopCurrent_v2, void **c) *c = context; context = NULL; OK
 CALL(cuCtxGetDevice, int *d) *d = context ? (int)(uintptr_t)context - 0x100 : 0; OK
 CALL(cuCtxGetDevice_v2, int *d, void *c) *d = (int)(uintptr_t)c - 0x100; OK
-CALL(cuCtxSynchronize, void) in_use = 0; OK
+CALL(cuCtxSynchronize, void) return waited(); }
 CALL(cuCtxGetStreamPriorityRange, int *least, int *greatest) *least = *greatest = 0; OK
 CALL(cuMemAllocFromPoolAsync, uint64_t *p, size_t n, void *pool, void *s) return posix_memalign((void **)p, 512, n ? n : 1); }
 CALL(cuMemAllocAsync, uint64_t *p, size_t n, void *s) return posix_memalign((void **)p, 512, n ? n : 1); }
 CALL(cuMemAlloc_v2, uint64_t *p, size_t n) return posix_memalign((void **)p, 512, n ? n : 1); }
 CALL(cuMemFreeAsync, uint64_t p, void *s) freed_in_use += in_use; free((void *)p); OK
 CALL(cuMemFree_v2, uint64_t p) free((void *)p); OK
-CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) memmove((void *)to, (void *)from, n); OK
+CALL(cuMemAllocHost_v2, void **p, size_t n) return posix_memalign(p, 512, n ? n : 1); }
+CALL(cuMemFreeHost, void *p) freed_in_use += in_use; free(p); OK
+CALL(cuMemcpy, uint64_t to, uint64_t from, size_t n) if (finish) finish(); memmove((void *)to, (void *)from, n); OK
 CALL(cuMemGetInfo_v2, size_t *available, size_t *all) *available = *all = 1ull << 30; OK
 CALL(cuMemcpyDtoDAsync_v2, uint64_t to, uint64_t from, size_t n, void *s) memmove((void *)to, (void *)from, n); OK
-CALL(cuMemcpyDtoHAsync_v2, void *to, uint64_t from, size_t n, void *s) memcpy(to, (void *)from, n); OK
-CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s) memcpy((void *)to, from, n); OK
+CALL(cuMemcpyDtoHAsync_v2, void *to, uint64_t from, size_t n, void *s) if (finish) finish(); memcpy(to, (void *)from, n); OK
+CALL(cuMemcpyHtoDAsync_v2, uint64_t to, const void *from, size_t n, void *s)
+    if (write_later) write_later((void *)to, from, n); else memcpy((void *)to, from, n); OK
 CALL(cuMemsetD32_v2, uint64_t to, unsigned value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned *)to)[k] = value; OK
 CALL(cuMemsetD16_v2, uint64_t to, unsigned short value, size_t n) for (size_t k = 0; k < n; k++) ((unsigned short *)to)[k] = value; OK
 CALL(cuMemsetD8_v2, uint64_t to, unsigned char value, size_t n) memset((void *)to, value, n); OK
@@ -109,7 +115,7 @@ CALL(cuPointerGetAttributes, unsigned n, int *what, void **out, uint64_t p)
 CALL(cuPointerGetAttribute, void *out, int what, uint64_t p) void *to[] = {out}; return cuPointerGetAttributes(1, &what, to, p); }
 CALL(cuStreamCreateWithPriority, void **s, unsigned flags, int priority) *s = (void *)(next_handle += 16); OK
 CALL(cuStreamDestroy_v2, void *s) OK
-CALL(cuStreamSynchronize, void *s) OK
+CALL(cuStreamSynchronize, void *s) if (finish) finish(); OK
 CALL(cuStreamWaitEvent, void *s, void *e, unsigned flags)
     for (int k = 0; k < 64; k++)
         if (recorded[k].waits == e && waits < 64) { wait[waits].waits = s; wait[waits++].record = recorded[k].record; break; } OK

@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 import weakref
+from functools import partial
 
 import double
 
@@ -781,25 +782,153 @@ def test_gradients_that_are_not_finite(driver, nonfinite, kinds, clip_norm):
     assert optimizer.tensor_steps == reference.tensor_steps and optimizer.steps < 5
 
 
-def test_counting_what_is_not_finite_waits_for_its_stream_alone(driver):
-    """Two launches for the count, one for the update; nothing but the stream of the step is waited for."""
+def test_skipping_waits_for_nothing(driver):
+    """Two launches for the count, one that decides, one for the update; the coefficients of later steps are there."""
     optimizer = fastrms.Adam([OnDevice(numbers(5000)), OnDevice(numbers(3))], nonfinite="skip")
+    grads = numbers(5000), numbers(3)
+    optimizer.bind([OnDevice(grad) for grad in grads])
+    for _ in range(2):
+        optimizer.step()
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 4}
+    grads[1][2] = np.inf
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 4} and optimizer.steps == 3
+    grads[1][2] = 1
+    optimizer.step(clip_norm=1.0)
+    assert driver.census(lambda: optimizer.step(clip_norm=1.0)) == {"cuLaunchKernelEx": 7}
+    optimizer.lr = 0.5
+    assert driver.census(optimizer.step) == {"cuLaunchKernelEx": 4, "cuMemcpyHtoDAsync_v2": 1} and optimizer.steps == 6
+    writes = sum(driver.census(optimizer.step).get("cuMemcpyHtoDAsync_v2", 0) for _ in range(1100))
+    assert writes <= 8 and optimizer.steps == 1106
+
+
+def test_raising_waits_for_its_stream_alone(driver):
+    optimizer = fastrms.Adam([OnDevice(numbers(5000)), OnDevice(numbers(3))], nonfinite="raise")
     grads = numbers(5000), numbers(3)
     optimizer.bind([OnDevice(grad) for grad in grads])
     optimizer.step()
     looking = {"cuLaunchKernelEx": 3, "cuMemcpyDtoHAsync_v2": 1, "cuStreamSynchronize": 1}
-    assert driver.census(optimizer.step) == looking and optimizer.steps == 2
-    grads[1][2] = np.inf
-    assert driver.census(optimizer.step) == {**looking, "cuLaunchKernelEx": 2} and optimizer.steps == 2
-    grads[1][2] = 1
+    assert driver.census(optimizer.step) == looking
     optimizer.step(clip_norm=1.0)
-    calls = driver.census(lambda: optimizer.step(clip_norm=1.0))
     twice = {"cuMemcpyDtoHAsync_v2": 2, "cuStreamSynchronize": 2}
-    assert calls == {
-        "cuLaunchKernelEx": 6,
-        "cuMemcpyHtoDAsync_v2": 1,
-        **twice,
-    }  # the norm, and the coefficients of this step
+    calls = driver.census(lambda: optimizer.step(clip_norm=1.0))
+    assert calls == {"cuLaunchKernelEx": 6, "cuMemcpyHtoDAsync_v2": 1, **twice}  # the coefficients of this step
+
+
+class Behind:
+    """Steps on a device that is behind, and the same on the host: gradients that are finite or not, of arrays that change or
+    stay, and all that may be changed between two steps."""
+
+    def __init__(self, driver, seed, family=fastrms.Adam, dtypes="ff", **options):
+        self.driver, self.random = driver, np.random.default_rng(seed)
+        sizes = (1003, 5000) if "d" not in dtypes else (7, 4100)
+        self.params, self.theirs = (
+            [numbers(n, dtype=t, seed=n) for n, t in zip(sizes, dtypes, strict=True)] for _ in range(2)
+        )
+        self.options = {"nonfinite": "skip", **options}
+        with np.errstate(all="ignore"):
+            self.optimizer = family([OnDevice(p) for p in self.params], **self.options)
+            self.reference = family(self.theirs, backend="numpy", **self.options)
+        self.infos, self.kept = [], []
+
+    def grads(self, absent=0.0, bad=0.4):
+        made = [numbers(p.size, dtype=p.dtype, seed=self.random.integers(1 << 30)) for p in self.params]
+        if self.random.random() < bad:
+            made[self.random.integers(2)][self.random.integers(5)] = [np.nan, np.inf, -np.inf][self.random.integers(3)]
+        if self.random.random() < absent:
+            made[self.random.integers(2)] = None
+        return made
+
+    def step(self, grads, **said):
+        ours = [None if g is None else g.copy() for g in grads]
+        self.kept.append((ours, grads))
+        info = self.optimizer.step([None if g is None else OnDevice(g) for g in ours], **said)
+        with np.errstate(all="ignore"):
+            self.infos.append((info, self.reference.step(grads, **said)))
+
+    def check(self):
+        for info, wanted in self.infos:
+            assert repr(info) == repr(wanted) and info.applied == wanted.applied
+        assert self.optimizer.steps == self.reference.steps
+        assert self.optimizer.tensor_steps == self.reference.tensor_steps
+        assert all(same(a, b) for a, b in zip(self.params, self.theirs, strict=True))
+        for mine, yours in zip(*(made.state_dict()["tensors"] for made in (self.optimizer, self.reference)), strict=True):
+            assert all(same(mine["state"][name], there) for name, there in yours["state"].items())
+        for ours, theirs in self.kept:
+            assert all(a is b is None or same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("family, dtypes, options", [
+    (fastrms.Adam, "ff", {}), (fastrms.AdamW, "dd", {"weight_decay": 0.1}), (fastrms.RMSProp, "ff", {}),
+    (fastrms.Adam, "fd", {}), (fastrms.RMSProp, "ff", {"bias_correction": "corrected", "momentum": 0.9}),
+    (fastrms.RMSProp, "ff", {"state_format": "bf16"}), (fastrms.Adam, "ff", {"state_format": "q8"}),
+])  # fmt: skip
+def test_skipped_steps_of_a_device_that_is_behind(driver, family, dtypes, options, zero_grad):
+    """Nothing is decided when the next steps are launched, whose numbers and coefficients the host cannot know; a step that
+    no other knows of may ask for any of them."""
+    clips = "d" not in dtypes or "f" not in dtypes
+    both = Behind(driver, 5, family, dtypes, zero_grad=zero_grad, **options)
+    with driver.later():
+        for k in range(60):
+            if k % 7 == 3:
+                both.optimizer.lr = both.reference.lr = float(both.random.random())
+            scale = 1.0 if k < 40 else 0.5 ** (k % 3)
+            both.step(both.grads(), grad_scale=scale, clip_norm=1.0 if clips and k % 5 == 4 else None)
+            if k == 30:
+                driver.finish()
+            if k in (20, 45):
+                assert both.optimizer.steps == both.reference.steps
+        assert len(driver.queue) > 40
+    both.check()
+    assert 20 < both.optimizer.steps < 50
+
+
+def test_a_tensor_without_a_gradient_in_a_skipped_step(driver):
+    both = Behind(driver, 6)
+    with driver.later():
+        for _ in range(40):
+            both.step(both.grads(absent=0.3))
+    both.check()
+    assert len(set(both.optimizer.tensor_steps)) == 2 and both.optimizer.steps < 40
+
+
+def test_skipped_steps_of_a_schedule_and_of_loaded_states(driver):
+    both = Behind(driver, 7, lr=lambda step: 1.0 / (1 + step))
+    with driver.later():
+        for _ in range(9):
+            both.step(both.grads())
+        saved, there = both.optimizer.state_dict(), both.reference.state_dict()
+        assert saved["steps"] == there["steps"] == both.reference.steps < 9
+        for _ in range(9):
+            both.step(both.grads())
+        both.optimizer.load_state_dict(saved)
+        both.reference.load_state_dict(there)
+        both.step([np.full_like(p, np.nan) for p in both.params])
+        for _ in range(9):
+            both.step(both.grads())
+    both.check()
+
+
+def test_more_skipped_steps_than_coefficients_ahead(driver):
+    """The host waits where more steps are undecided than it can write coefficients for; rows beyond the last one begin again
+    at the first."""
+    param, theirs = numbers(3), numbers(3)
+    optimizer, reference = (
+        fastrms.Adam(OnDevice(param), nonfinite="skip"),
+        fastrms.Adam(theirs, nonfinite="skip", backend="numpy"),
+    )
+    grads = [numbers(3, seed=1), np.array([1, np.nan, 0], np.float32)]
+    there, infos = [OnDevice(g) for g in grads], []
+    with driver.later():
+        for k in range(2300):
+            infos.append(optimizer.step(there[k % 11 == 5]))
+            reference.step(grads[k % 11 == 5])
+            assert len(driver.queue) < 6 * launching.AHEAD
+        assert len(driver.queue) > 500
+    assert same(param, theirs) and optimizer.steps == reference.steps
+    assert infos[-1].applied and not infos[2293].applied
+    with pytest.raises(RuntimeError, match="not asked for within 1024 steps"):
+        infos[100].applied  # noqa: B018
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
@@ -817,10 +946,45 @@ def test_a_first_step_that_clips_no_gradients(driver, grad, nonfinite):
 
 
 def test_a_capture_cannot_wait_for_what_is_not_finite(driver):
-    optimizer = fastrms.RMSProp(OnDevice(numbers(9)), nonfinite="skip", capturable=True, stream=0x7770)
+    optimizer = fastrms.RMSProp(OnDevice(numbers(9)), nonfinite="raise", capturable=True, stream=0x7770)
     optimizer.bind(OnDevice(numbers(9)))
     optimizer.step()
-    assert "nonfinite cannot wait" in captured(driver, optimizer.step)
+    assert "nonfinite='raise' cannot wait" in captured(driver, optimizer.step)
+    optimizer = fastrms.Adam(
+        [OnDevice(numbers(9))] * 1 + [OnDevice(numbers(3))], nonfinite="skip", capturable=True, stream=0x7770
+    )
+    optimizer.bind([OnDevice(numbers(9)), None])
+    optimizer.step()
+    assert "bind one for each tensor" in captured(driver, optimizer.step)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_captured_graph_that_skips(driver, clip_norm):
+    """Each launch of it decides anew, with the coefficients that its step has then, also before the last one is decided."""
+    params, theirs = ([numbers(9), numbers(1003, seed=1)] for _ in range(2))
+    grads = numbers(9, seed=2), numbers(1003, seed=3)
+    options = {"nonfinite": "skip", "zero_grad": True, "weight_decay": 0.1}
+    optimizer = fastrms.AdamW([OnDevice(p) for p in params], capturable=True, stream=0x7770, **options)
+    reference = fastrms.AdamW(theirs, backend="numpy", **options)
+    optimizer.bind([OnDevice(g) for g in grads])
+    for made, there in ((optimizer, None), (reference, [g.copy() for g in grads])):
+        made.step(there, clip_norm=clip_norm)
+    with driver.later():
+        graph = driver.capture(lambda: optimizer.step(clip_norm=clip_norm))
+        for k in range(30):
+            if k % 4 == 1:
+                optimizer.lr = reference.lr = 0.1 / (1 + k)
+            new = spoiled([numbers(g.size, seed=10 + k) for g in grads], [(1, 700, np.nan)] * (k % 3 == 2))
+            optimizer.advance()
+            for grad, values in zip(grads, new, strict=True):  # as the backward pass in the graph
+                driver.do(partial(np.copyto, grad, values.copy()))
+            driver.replay(graph)
+            with np.errstate(all="ignore"):
+                reference.step(new, clip_norm=clip_norm)
+        assert len(driver.queue) > 150
+    assert optimizer.steps == reference.steps == 21
+    assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
+    assert all((g == 0).all() for g in grads)
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

@@ -141,21 +141,21 @@ def kind_of(made, **more):
     return Kind(formats=made, **more)
 
 
-def run(kernel, kind, recipe, tensors, backwards=False):
-    """As the backend launches it."""
-    made, coefficients = kind.formats, np.array(recipe.at(STEP, 1.0)).astype(F32)
-    keys = np.array([formats.key(SEED, STEP, stream) for stream in made.streams], np.uint32)
+def run(kernel, kind, recipe, tensors, backwards=False, made=1):
+    """As the backend launches it.  made: 0 leaves the step out, where the kernel is capturable."""
+    which, coefficients = kind.formats, np.array(recipe.at(STEP, 1.0)).astype(F32)
+    keys = np.array([formats.key(SEED, STEP, stream) for stream in which.streams], np.uint32)
     tail = np.concatenate([coefficients, keys.view(F32)])
-    others = [ORIGIN % 2**32] * bool(made.streams)
+    others = [ORIGIN % 2**32] * bool(which.streams)
     found = [(launch.addresses_of(tensor.tensor()), tensor.size, *others) for tensor in tensors]
     if kind.many:
-        rows, tensor_of = table.table(found, 4, made)
+        rows, tensor_of = table.table(found, 4, which)
         head, blocks = [execute.Buffer(rows), execute.Buffer(tensor_of)], tensor_of.size
     else:
         ((addresses, size, *_),) = found
-        count, blocks = table.grid(addresses, size, 4, made)
+        count, blocks = table.grid(addresses, size, 4, which)
         head = [*addresses, size, count, *others]
-    tail = [execute.Buffer(tail)] if kind.capturable else list(tail.view(np.uint32))
+    tail = [execute.Buffer(np.append(tail, F32.type(made)))] if kind.capturable else list(tail.view(np.uint32))
     kernel.launch(
         blocks, table.THREADS, [*head, *tail], [b for tensor in tensors for b in tensor.buffers], backwards=backwards
     )

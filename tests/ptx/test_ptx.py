@@ -15,7 +15,7 @@ import execute
 from conftest import DTYPES
 
 from fastrms.backends import norm, trace
-from fastrms.backends.cuda import lower, table
+from fastrms.backends.cuda import launch, lower, table
 from fastrms.backends.cuda.kernel import Kind
 
 LONGEST = max(cases.LENGTHS)
@@ -59,17 +59,18 @@ def test_a_kernel_calls_nothing_that_is_not_in_its_key(of_formats):
         assert code is None or code.co_filename in {*files, "<string>"}, name
 
 
-@pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
-def test_every_kernel_has_the_bits_of_numpy_and_c(rule, general, dtype, cc):
-    kernel = cases.kernel(rule, general, dtype, Kind(), cc)
+@pytest.mark.parametrize("rule, general, dtype, dialect", cases.every(*cases.DIALECTS))
+def test_every_kernel_has_the_bits_of_numpy_and_c(rule, general, dtype, dialect):
+    kernels = cases.kernels(rule, general, dtype, Kind(), dialect)
     for ordinary in (False, True):
         recipe = cases.recipe_of(rule, general, dtype, visible=ordinary)
         buffers = cases.buffers_of(rule, dtype, LONGEST, ordinary)
         want = cases.expected(recipe, buffers)
         for count, size in enumerate(cases.LENGTHS):
-            tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4, apart=count % 7 == 3)
-            cases.launch(kernel, Kind(), recipe, [tensor], backwards=count % 2)
-            tensor.check(want, buffers[1])
+            for kernel in kernels:
+                tensor = cases.Tensor([b[:size] for b in buffers], offset=count % 5 % 4, apart=count % 7 == 3)
+                cases.launch(kernel, Kind(), recipe, [tensor], backwards=count % 2)
+                tensor.check(want, buffers[1])
 
 
 @pytest.mark.parametrize("rule, dtype, kind, cc", cases.OTHER_KINDS)
@@ -83,6 +84,10 @@ def test_many_tensors_and_capturable_kernels(rule, dtype, kind, cc):
     cases.launch(kernel, kind, recipe, tensors)
     for tensor in tensors:
         tensor.check(want, buffers[1], kind.zero_grad)
+    if kind.capturable:
+        tensors = [cases.Tensor([b[:size] for b in buffers], k % 3, apart=k == 5) for k, size in enumerate(sizes)]
+        cases.launch(kernel, kind, recipe, tensors, made=0)
+        assert not any(buffer.stores.any() for tensor in tensors for buffer in tensor.buffers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,8 +164,8 @@ def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc)
     there, sums, total = execute.Buffer(grad), execute.Buffer(np.full(blocks * lanes, np.nan)), execute.Buffer(np.zeros(2))
     rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
     tensor_of = execute.Buffer(np.ones(blocks, np.uint32))
-    kernels = {name: execute.Kernel(cases.compiler.norm_ptx(name, cc)) for name in ("lane_sums", "segment_sums")}
-    kernels["lane_sums"].launch(-(-blocks * lanes // 256), 256, [rows, tensor_of, sums, blocks], [there])
+    kernels = {name: cases.norm_kernel(name, cc) for name in ("lane_sums_float", "segment_sums")}
+    kernels["lane_sums_float"].launch(-(-blocks * lanes // 256), 256, [rows, tensor_of, sums, blocks], [there])
     with np.errstate(all="ignore"):
         padded = np.zeros(blocks * norm.BLOCK)
         padded[:size] = grad.astype(np.float64) ** 2
@@ -170,7 +175,9 @@ def test_the_squares_of_a_gradient_are_summed_in_the_order_of_the_host(size, cc)
     first_of = execute.Buffer(np.array([0, 1, blocks], np.uint32))
     kernels["segment_sums"].launch(1, 256, [sums, first_of, total, 2])
     assert np.array_equal(cases.bits(total.array), cases.bits(np.array(wanted))) and (total.stores == 1).all()
-    assert not re.search(r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums"].opcodes + kernels["segment_sums"].opcodes))
+    assert not re.search(
+        r"\bfma|approx|full|ftz", " ".join(kernels["lane_sums_float"].opcodes + kernels["segment_sums"].opcodes)
+    )
 
 
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
@@ -184,7 +191,7 @@ def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
     rows = execute.Buffer(np.array([0, 0, 0, there.address, size, 0], np.uint64))
     tensor_of, first_of = (execute.Buffer(np.array(x, np.uint32)) for x in ([1] * blocks, [0, 1, blocks]))
     total = execute.Buffer(np.full(2 * parts, np.nan))
-    kernels = [execute.Kernel(cases.compiler.norm_ptx(f"{name}_sums_double", cc)) for name in ("lane", "segment")]
+    kernels = [cases.norm_kernel(f"{name}_sums_double", cc) for name in ("lane", "segment")]
     kernels[0].launch(-(-blocks * norm.LANES // 256), 256, [rows, tensor_of, sums, blocks], [there])
     kernels[1].launch(1, 256, [sums, first_of, total, parts])
     for (found, exponent), part in zip(total.array.reshape(-1, 2), (grad[: norm.BLOCK], grad[norm.BLOCK :]), strict=True):
@@ -194,9 +201,61 @@ def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
     assert not re.search(r"\bfma|approx|full|ftz|f32", " ".join(kernels[0].opcodes + kernels[1].opcodes))
 
 
-@pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
-def test_what_the_text_of_a_kernel_holds(rule, general, dtype, cc):
-    kernel = cases.kernel(rule, general, dtype, Kind(), cc)
+@pytest.mark.parametrize("found", [0, 3])
+@pytest.mark.parametrize("cc", cases.ARCHITECTURES)
+def test_what_is_decided_about_a_step(cc, found):
+    """The step counts, and its row is copied from those ahead, where the counts are 0; else the row says that it is left
+    out.  What the host sees is one word of two halves, and the count of each step."""
+    counts, most = np.array([0, 0, found, 0], np.uint64), launch.AHEAD
+    state, seen = execute.Buffer(np.array([2**32 + 4, 1029, 9], np.uint64)), execute.Buffer(np.full(1 + most, 77, np.uint64))
+    ahead = [execute.Buffer(np.arange(most * 3, dtype=np.float32)), execute.Buffer(np.array([0.5, 1.5]))]
+    rows = [execute.Buffer(np.array([5, 6, 1], np.float32)), execute.Buffer(np.array([7.0, 1.0]))]
+    targets = [[rows[0].address, ahead[0].address, 3, most - 1], [rows[1].address, ahead[1].address, 4, 0]]
+    kernel = cases.norm_kernel("decide", cc)
+    arguments = [
+        execute.Buffer(counts),
+        counts.size,
+        state,
+        seen,
+        execute.Buffer(np.array(targets, np.uint64).reshape(-1)),
+        2,
+    ]
+    kernel.launch(1, 256, arguments, [*ahead, *rows])
+    made = 1029 + (found == 0)
+    assert state.array.tolist() == [2**32 + 5, made, found]
+    assert seen.array[0] == (5 << 32) + made and seen.array[1 + 5] == found and (seen.array == 77).sum() == most - 1
+    first = 3 * (1030 - most)
+    assert [row.array.tolist() for row in rows] == (
+        [[5, 6, 0], [7, 0]] if found else [[first, first + 1, first + 2], [0.5, 1.5]]
+    )
+    kernel.launch(1, 256, arguments, [*ahead, *rows])
+    assert state.array.tolist() == [2**32 + 6, 1029 + 2 * (found == 0), found]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(
+    "of, dtype", [("float", np.float32), ("double", np.float64), ("bf16", np.uint16), ("fp16", np.float16)]
+)
+def test_gradients_of_a_skipped_step_are_zeroed(of, dtype, skips):
+    """Every element once, or none."""
+    size, cc = 2 * norm.BLOCK + 1003, cases.ARCHITECTURES[len(of) % 4]
+    grad = execute.Buffer(np.arange(size).astype(dtype))
+    rows = execute.Buffer(np.array([grad.address, size, 0], np.uint64))
+    state, kernel = (
+        execute.Buffer(np.array([1, 1, 5 * skips], np.uint64)),
+        cases.norm_kernel(f"lane_zeros_{of}", cc),
+    )
+    kernel.launch(1, 256, [rows, execute.Buffer(np.zeros(3, np.uint32)), state, 3], [grad])
+    assert (grad.stores == skips).all() and grad.array.any() == (not skips)
+
+
+@pytest.mark.parametrize("rule, general, dtype, dialect", cases.every(*cases.DIALECTS))
+def test_what_the_text_of_a_kernel_holds(rule, general, dtype, dialect):
+    for kernel in cases.kernels(rule, general, dtype, Kind(), dialect):
+        check_text(kernel, rule, dtype)
+
+
+def check_text(kernel, rule, dtype):
     operations = " ".join(kernel.opcodes)
     assert not re.search(r"\bfma|approx|full|ftz|\bcall|\.local|cvt\.\w*\.?f|\bdiv\.[su]|\brem", operations)
     assert ("f64" in operations) == (dtype.itemsize == 8)

@@ -26,7 +26,7 @@ def count(operations, prefix):
     return sum(number for name, number in operations.items() if name.startswith(prefix))
 
 
-@pytest.mark.parametrize("rule, general, dtype, cc", cases.ALL)
+@pytest.mark.parametrize("rule, general, dtype, cc", cases.every(*cases.ARCHITECTURES))
 def test_machine_code(rule, general, dtype, cc):
     made = shown.assemble(cases.text(rule, general, dtype, Kind(), cc), cc)
     updated = len(cases.buffers_of(rule, dtype, 1, True)) - 1

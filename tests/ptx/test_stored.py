@@ -63,6 +63,10 @@ def test_many_tensors_capturable_and_zeroed_gradients(k, cc):
     stored_cases.run(kernel, kind, recipe, tensors)
     for tensor, want in zip(tensors, wanted, strict=True):
         tensor.check(want, zero_grad=True)
+    stores = [buffer.stores.copy() for tensor in tensors for buffer in tensor.buffers]
+    stored_cases.run(kernel, kind, recipe, tensors, made=0)
+    after = [buffer.stores for tensor in tensors for buffer in tensor.buffers]
+    assert all(np.array_equal(a, b) for a, b in zip(stores, after, strict=True))
 
 
 @pytest.mark.parametrize("name", FORMATS)

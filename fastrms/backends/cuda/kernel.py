@@ -21,7 +21,8 @@ class Kind(NamedTuple):
         The kernel finds any number of tensors through a table of pointers; else one tensor is among its arguments.
     capturable : bool
         The kernel reads the coefficients from device memory, where they may change between two launches of a captured
-        CUDA graph; else they are arguments.
+        CUDA graph; else they are arguments.  Behind them, and behind the keys of random numbers, is a number that is 0
+        where the step is left out: the kernel does nothing then.
     zero_grad : bool
         The kernel writes zeros over the gradient.
     formats : table.Formats, optional
@@ -112,5 +113,10 @@ def _tensor(buffers, behind, kind):
 def head(buffers, behind, names, kind):
     """The lines before a thread knows what it updates.  buffers: their names, and what makes pointers to each; behind: what
     follows on them in a row of the table; names: of the coefficients."""
-    coefficients = [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)] if kind.capturable else []
-    return [*_tensor(buffers, behind, kind), *coefficients, *["nothing = real(0)"] * (kind.zero_grad and not kind.formats)]
+    lines = _tensor(buffers, behind, kind)
+    if kind.capturable:
+        lines += [f"{name} = coefficients[uint64({k})]" for k, name in enumerate(names)]
+        last = len(names) + (len(kind.formats.streams) if kind.formats else 0)
+        lines.append(f"made = coefficients[uint64({last})] != real(0)")
+        lines += [f"{count} = {count} if made else uint64(0)" for count in ("size", "vectors")]
+    return [*lines, *["nothing = real(0)"] * (kind.zero_grad and not kind.formats)]

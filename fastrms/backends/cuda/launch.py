@@ -1,5 +1,6 @@
 """One kernel, its tensors and its coefficients: all that a launch hands to the driver."""
 
+import math
 from collections import deque
 
 import numpy as np
@@ -13,6 +14,7 @@ from .kernel import kernel_name
 from .table import THREADS, grid, table
 
 PENDING = 4096  # rows of coefficients that are kept unchanged for the driver; it lets no stream be as many launches behind
+AHEAD = 1024  # rows of coefficients on the device, from which it chooses where it decides whether a step is made
 
 
 @own_rules.remembered
@@ -34,14 +36,18 @@ class Launch(plan.Update):
     from step to step, so aim() gives it its tensors; and run() takes the handle of a stream, too.
 
     allocate(size, dtype, index) gives device memory, for the coefficients of a capturable kernel and for the table.
+    decided: whether the device decides which number a step has, and so with which coefficients a capturable kernel runs.
     """
 
-    def __init__(self, recipe, kind, index, allocate):
+    def __init__(self, recipe, kind, index, allocate, decided=False):
         self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.streams = kind.formats.streams if kind.formats else []
-        self.numbers = self.count + len(self.streams)  # keys of random numbers have the size of the coefficients
+        self.numbers = self.count + len(self.streams) + kind.capturable  # all of one size; see kernel.Kind
         self.device_row = allocate(self.numbers, recipe.dtype, index) if kind.capturable else None
+        self.rows = 1 if recipe.fixed and not self.streams else AHEAD
+        self.ahead = allocate(self.rows * self.numbers, recipe.dtype, index) if decided else None
+        self._ahead_of, self._begin, self._end = None, 0, 0  # what the rows there were made from, for which steps
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.arguments = None
@@ -81,21 +87,58 @@ class Launch(plan.Update):
         """The keys of the random numbers of step `number` of the plan."""
         return [formats.key(self.seed, number - self.missed, stream) for stream in self.streams]
 
+    def make_coefficients(self, number, grad_scale, most_rows=1):
+        """As an Update does; where the device decides, send() makes them."""
+        if self.ahead is None:
+            return super().make_coefficients(number, grad_scale, most_rows)
+        self._scale, self._most_rows = grad_scale, most_rows
+        return math.inf
+
     def take(self):
         """Note the new coefficients as bytes."""
         self.bytes = memoryview(self.coefficients.rows).cast("B")
 
-    def send(self, handle, number):
-        """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel."""
+    def send(self, handle, number, last):
+        """Write to the device what has changed: parts of the table, and the coefficients of a capturable kernel for step
+        `number` of the plan, or where the device decides, for those up to `last`."""
         self.table.send(handle)
-        if self.device_row is not None:
-            row = np.empty(self.numbers, self.taken.dtype)
-            row[: self.count] = self.taken[(number - self.first) * self.stride]
-            if self.streams:
-                row[self.count :].view(np.uint32)[:] = self.keys(number)
+        if self.ahead is not None:
+            self._send_ahead(handle, number, last)
+        elif self.device_row is not None:
+            row = self._rows(number, 1)
             if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
                 self.rows_sent.append(row)
                 write(self.device_row.address, row, handle)
+
+    def _send_ahead(self, handle, number, last):
+        made_of = self.coefficients, self.missed, self._scale, self.seed
+        one_serves_all = self.rows == 1
+        if made_of != self._ahead_of or not (one_serves_all or max(self._begin, self._end - self.rows) <= number):
+            self._ahead_of, self._begin, self._end = made_of, number, number
+        if one_serves_all:
+            last = self._begin
+        while self._end <= last:
+            until = super().make_coefficients(self._end, self._scale, self._most_rows)
+            rows = self._rows(self._end, min(until, number + self.rows) - self._end)
+            self._write_ahead(rows, self._end % self.rows, handle)
+            self._end += len(rows)
+
+    def _write_ahead(self, rows, at, handle):
+        """Write rows of coefficients behind the first `at` of them, from the start on where they come to the end."""
+        fit = self.rows - at
+        for part, start in ((rows[:fit], at), (rows[fit:], 0)):
+            if part.size:
+                self.rows_sent.append(part)
+                write(self.ahead.address + start * self.numbers * self.itemsize, part, handle)
+
+    def _rows(self, number, count):
+        """What a capturable kernel reads, for `count` steps from step `number` of the plan on."""
+        rows = np.ones((count, self.numbers), self.taken.dtype)
+        start = (number - self.first) * self.stride
+        rows[:, : self.count] = self.taken[start : start + count] if self.stride else self.taken
+        for row, step in zip(rows, range(number, number + count) if self.streams else (), strict=False):
+            row[self.count : -1].view(np.uint32)[:] = self.keys(step)
+        return rows
 
     def run(self, number, handle):
         """Launch step `number` of the plan on the stream of this handle."""

@@ -2,18 +2,19 @@
 
 No step waits for the norm of all gradients: the factor stays in device memory, in the rows of coefficients that the kernels
 of the rules read, and the norm is read when somebody asks for it.  A sum of squares of float32 numbers cannot overflow a
-double, so only blocks of float64 have a scale of their own.  Whether all gradients are finite decides what the host does
-next, so a step waits for that.
+double, so only blocks of float64 have a scale of their own.  What is not finite is counted in the same segments; decide.py
+says what becomes of these counts.
 """
 
 import math
 from functools import cache
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from ...memory import device
-from ...storage import BF16, FLOAT, FP16, OF_DTYPE, of_buffer
+from ...storage import BF16, FP16, of_buffer
 from .. import norm as host_norm
 from . import toolchain
 from .driver import read
@@ -22,9 +23,7 @@ from .launch import Arguments, Table, kernel_of
 THREADS, LANES, SLOTS = 256, host_norm.LANES, 1024
 PER_SEGMENT = host_norm.SEGMENT // host_norm.BLOCK  # blocks
 KERNELS = ("segment_sums", "clip")  # after those that sum the lanes, in this order; of float64 their names end in _double
-LANE_SUMS = {FLOAT: "lane_sums", BF16: "lane_sums_bf16", FP16: "lane_sums_fp16"}
-LANE_COUNTS = {BF16: "bf16", FP16: "fp16"}
-REAL = np.dtype(np.float32), np.dtype(np.float64)
+HALVES = {BF16: "bf16", FP16: "fp16"}
 MAXIMIZES, SPLITS = 1, 2  # of a target: its gradient is negated; its kernel takes a second factor
 
 
@@ -34,50 +33,90 @@ def loaded(name, index):
     return kernel_of(toolchain.compiler().compiled_norm, name, index=index)
 
 
-class Norm:
+class Run(NamedTuple):
+    """Gradients of one dtype that follow on each other: the name of this dtype, the addresses of their rows and of the
+    gradient of each block, the address of what the kernel leaves, and the number of blocks."""
+
+    of: str
+    rows: int
+    tensor_of: int
+    lanes: int
+    blocks: int
+
+
+class Scan:
+    """Kernels that look at all gradients of a plan: a launch for each Run, whose threads leave a number for each lane, and
+    one whose threads add these up in segments."""
+
+    def __init__(self, index):
+        self.index, self.table, self.scratch = index, Table(), None
+
+    def _set(self, grads, numbers, allocate, wide=(), narrow=()):
+        """Set the gradients.  numbers: how many the kernels leave for a block, and for a segment; wide, narrow: arrays of
+        uint64 and of uint32 that kernels read.  Returns the addresses of wide, then of first_of and of narrow."""
+        _, tensor_of, first_of = blocked(grads)
+        runs = [(of, *blocked([*run])[:2]) for of, run in groupby(grads, dtype_name)]
+        parts = [*wide, *(rows for _, rows, _ in runs), first_of, *narrow, *(blocks for *_, blocks in runs)]
+        there = self.table.set(parts, allocate, self.index)
+        self.segments = first_of.size - 1
+        count = numbers[0] * tensor_of.size + numbers[1] * self.segments
+        if self.scratch is None or self.scratch.size != count:
+            self.scratch = allocate(count, np.dtype(np.uint64), self.index)
+        rows, others = there[len(wide) : len(wide) + len(runs)], there[len(wide) + len(runs) : len(there) - len(runs)]
+        self.runs, self.lanes = [], self.scratch.address
+        self.sums = self.lanes
+        for (of, _, blocks), *where in zip(runs, rows, there[len(there) - len(runs) :], strict=True):
+            self.runs.append(Run(of, *where, self.sums, blocks.size))
+            self.sums += 8 * numbers[0] * blocks.size
+        return there[: len(wide)], others
+
+    def send(self, handle):
+        """Write to the device where the gradients are."""
+        self.table.send(handle)
+
+    def _launches(self, kernel, tail, others):
+        """Launches of a kernel for each Run, named after its dtype, and of others, as the rows of Launches.  tail(of): the
+        memory of the other arguments of a Run."""
+        made = [(f"{kernel}_{run.of}", run[1:], tail(run.of), run.blocks * LANES) for run in self.runs]
+        return Launches([*made, *others], self.index)
+
+
+class Launches:
+    """Kernels that are launched one after the other.  rows: (name, first arguments, memory of the other ones, threads)."""
+
+    def __init__(self, rows, index):
+        self.names = [name for name, *_ in rows]
+        self.arguments = [Arguments(loaded(name, index), head, tail, -(-threads // THREADS), THREADS)
+                          for name, head, tail, threads in rows]  # fmt: skip
+
+    def launch(self, handle):
+        for name, arguments in zip(self.names, self.arguments, strict=True):
+            if arguments.launch(handle):
+                raise RuntimeError(f"launching fastrms_{name} failed on the GPU")
+
+
+class Norm(Scan):
     """The norm of the gradients of one plan, and the clipping by it.
 
     aim() gives it the gradients, and the launches whose coefficients it changes.
     """
 
     def __init__(self, index):
-        self.index = index
-        self.table, self.scratch, self.slots = Table(), None, None
+        super().__init__(index)
+        self.slots = None
         self.number = 0  # of steps
 
     def aim(self, grads, launches, allocate):
         """Set the gradients, and the launches whose coefficients lie on the device."""
-        _, blocks_of_all, first_of = blocked(grads)
+        of = "_double" if grads[0].dtype == np.float64 else ""  # all are, or none
         rows_of_targets = np.array([launch.device_row.address for launch in launches], np.uint64)
         kinds = np.array([kind_of(launch.coefficients.recipe) for launch in launches], np.uint32)
-        runs = [(format, *blocked([*run])[:2]) for format, run in groupby(grads, of_buffer)]
-        parts = [rows_of_targets, *(rows for _, rows, _ in runs), first_of, kinds, *(blocks for *_, blocks in runs)]
-        there = self.table.set(parts, allocate, self.index)
-        count = len(runs)
-        rows = zip(runs, there[1 : 1 + count], there[3 + count :], strict=True)
-        self.of = "_double" if grads[0].dtype == np.float64 else ""  # all are, or none
-        lanes = [(LANE_SUMS[run[0]] + self.of, table, tensor_of, run[2].size) for run, table, tensor_of in rows]
-        fixed = there[0], there[1 + count], there[2 + count]
-        self._make_arguments(lanes, fixed, blocks_of_all.size, first_of.size - 1, len(launches), allocate)
-
-    def _make_arguments(self, runs, there, blocks, segments, targets, allocate):
-        """runs: of each run of gradients in one format the kernel, its table and the number of its blocks."""
-        rows_of_targets, first_of, kinds = there
-        per_block, per_segment = (LANES + 1, 2) if self.of else (LANES, 1)  # with an exponent each
-        numbers = blocks * per_block + segments * per_segment
-        if self.scratch is None or self.scratch.size != numbers:
-            self.scratch = allocate(numbers, np.dtype(np.float64), self.index)
+        numbers = (LANES + 1, 2) if of else (LANES, 1)  # with an exponent each
+        (targets,), (first_of, kinds) = self._set(grads, numbers, allocate, [rows_of_targets], [kinds])
         self.slots = self.slots or allocate(SLOTS, np.dtype(np.float64), self.index)
-        lanes, sums = self.scratch.address, self.scratch.address + 8 * blocks * per_block
-        heads, at = [], lanes
-        for _, rows, tensor_of, count in runs:
-            heads.append(([rows, tensor_of, at, count], np.empty(0), count * LANES))
-            at += 8 * count * per_block
-        self.names = [*(name for name, *_ in runs), *(name + self.of for name in KERNELS)]
-        self.arguments = launches_of([loaded(name, self.index) for name in self.names], [
-            *heads,
-            ([lanes, first_of, sums, segments], np.empty(0), segments),
-            ([sums, segments, rows_of_targets, kinds, targets], np.empty(5), 1),
+        self.launches = self._launches("lane_sums", lambda of: np.empty(0), [
+            (KERNELS[0] + of, [self.lanes, first_of, self.sums, self.segments], np.empty(0), self.segments),
+            (KERNELS[1] + of, [self.sums, self.segments, targets, kinds, len(launches)], np.empty(5), 1),
         ])  # fmt: skip
 
     def run(self, handle, grad_scale, clip_norm):
@@ -85,13 +124,11 @@ class Norm:
         slot = self.number % SLOTS
         self.number += 1
         mantissa, exponent = math.frexp(clip_norm) if clip_norm < math.inf else (0.0, 0)
-        tail = self.arguments[-1].tail
+        tail = self.launches.arguments[-1].tail
         tail[:8] = np.uint64(self.slots.address + 8 * slot).tobytes()
         tail[8:32] = np.array([grad_scale, clip_norm, mantissa]).tobytes()
         tail[32:] = np.int64(exponent).tobytes()
-        for name, arguments in zip(self.names, self.arguments, strict=True):
-            if arguments.launch(handle):
-                raise RuntimeError(f"launching fastrms_{name} failed on the GPU")
+        self.launches.launch(handle)
         return Later(self, slot, self.number)
 
 
@@ -101,10 +138,9 @@ def kind_of(recipe):
     return MAXIMIZES * (ours and recipe.values["grad_scale"] < 0) + SPLITS * (not ours or recipe.general)
 
 
-def launches_of(kernels, rows):
-    """The Arguments of each kernel.  rows: (first arguments, memory of the other ones, threads)."""
-    rows = zip(kernels, rows, strict=True)
-    return [Arguments(kernel, head, tail, -(-threads // THREADS), THREADS) for kernel, (head, tail, threads) in rows]
+def dtype_name(grad):
+    """What the kernels for a gradient of this dtype are named after."""
+    return HALVES.get(of_buffer(grad)) or ("double" if grad.dtype.itemsize == 8 else "float")
 
 
 def blocked(grads):
@@ -119,36 +155,37 @@ def blocked(grads):
     return rows, tensor_of, np.concatenate([*starts, [blocks.sum()]]).astype(np.uint32)
 
 
-class Nonfinite:
-    """Counts the elements of gradients of one dtype that are not finite, or whose square overflows; the host waits."""
-
-    def __init__(self, dtype, index):
-        of = LANE_COUNTS.get(OF_DTYPE.get(dtype), "double" if dtype.itemsize == 8 else "float")
-        self.dtype, self.index, self.table, self.memory = REAL[of == "double"], index, Table(), None
-        self.kernels = [loaded(name, index) for name in (f"lane_counts_{of}", "segment_counts")]
+class Nonfinite(Scan):
+    """Counts the elements of gradients that are not finite, or whose square overflows, in segments of each gradient."""
 
     def aim(self, grads, allocate):
-        rows, tensor_of, first_of = blocked(grads)
-        rows, there_of, there_first = self.table.set([rows, tensor_of, first_of], allocate, self.index)
-        lanes, segments = tensor_of.size * LANES, first_of.size - 1
-        if self.memory is None or self.memory.size != lanes + segments:
-            self.memory = allocate(lanes + segments, np.dtype(np.uint64), self.index)
-        sums = self.memory.address + 8 * lanes
-        self.found = device.DeviceArray(self.memory.owner, sums, (segments,), (1,), self.memory.dtype, self.index)
-        self.tensor_of_segment = tensor_of[first_of[:-1]]
-        self.arguments = launches_of(self.kernels, [
-            ([rows, there_of, self.memory.address, tensor_of.size], np.zeros(1, self.dtype), lanes),
-            ([self.memory.address, there_first, sums, segments], np.empty(0), segments),
+        """Set the gradients: index of a tensor -> gradient."""
+        which = sorted(grads, key=lambda k: dtype_name(grads[k]))  # a Run for each dtype: the order of counts is free
+        _, (first_of,) = self._set([grads[k] for k in which], (LANES, 1), allocate)
+        segments_of = [-(-grads[k].size // host_norm.SEGMENT) for k in which]
+        self.tensor_of_segment = np.repeat(which, segments_of)
+        shape = (self.segments,), (1,)
+        self.counts = device.DeviceArray(self.scratch.owner, self.sums, *shape, np.dtype(np.uint64), self.index)
+        self.launches = self._launches("lane_counts", lambda of: np.zeros(1, f"f{8 if of == 'double' else 4}"), [
+            ("segment_counts", [self.lanes, first_of, self.sums, self.segments], np.empty(0), self.segments),
         ])  # fmt: skip
 
+    def zeros(self, state):
+        """Launches that write zeros over the gradients where the third number of state is not 0."""
+        made = [(f"lane_zeros_{run.of}", run._replace(lanes=state.address)[1:], np.empty(0), run.blocks * LANES)
+                for run in self.runs]  # fmt: skip
+        return Launches(made, self.index)
+
     def count(self, handle, grad_scale):
-        """(how many, the index of the first gradient that has one, -1 for none)."""
-        self.table.send(handle)
-        self.arguments[0].tail[:] = self.dtype.type(grad_scale).tobytes()
-        if any(arguments.launch(handle) for arguments in self.arguments):
-            raise RuntimeError("launching the count of nonfinite gradients failed on the GPU")
-        counts = read(self.found, handle)
-        return int(counts.sum()), int(self.tensor_of_segment[counts > 0][0]) if counts.any() else -1
+        """Launch the kernels, which leave their counts in self.counts."""
+        for arguments in self.launches.arguments[:-1]:
+            arguments.tail[:] = np.array([grad_scale], f"f{len(arguments.tail)}").tobytes()
+        self.launches.launch(handle)
+
+    def read(self, handle):
+        """(how many, the index of the first tensor that has one, -1 for none); the host waits for this stream."""
+        counts = read(self.counts, handle)
+        return int(counts.sum()), int(self.tensor_of_segment[counts > 0].min()) if counts.any() else -1
 
 
 class Later:

@@ -5,6 +5,8 @@
     lane_sums        a thread for each of the eight lanes of a block of 4096 elements
     segment_sums     a thread for each segment: its blocks in sequence
     clip             one thread: the segments in sequence, the norm, the factor
+    decide           one thread: all counts, the number of the step, its coefficients
+    lane_zeros       as lane_counts: zeros over the gradients of a step that is left out
 
 Those of float64 scale each block by a power of two of its own, which stands as an exponent behind the sums of its lanes, and
 behind the sum of each segment.  Additions and products are calls of libdevice, which the compiler cannot contract.
@@ -22,8 +24,9 @@ from ..norm import FLT_MIN
 from .codecs import decoder
 from .intrinsics import pointer_to
 
-pointer, pointer_to_doubles, number = pointer_to(float32), pointer_to(float64), float32
-real = float32  # of the coefficients of a rule
+pointer, pointer_to_doubles, pointer_to_words = pointer_to(float32), pointer_to(float64), pointer_to(uint32)
+number = real = float32  # real: of the coefficients of a rule
+zero = float32(0)
 HALVES = ("bf16", "fp16")
 ARGUMENTS = {  # of each kernel, with their types as in C
     "lane_counts_float": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
@@ -31,7 +34,10 @@ ARGUMENTS = {  # of each kernel, with their types as in C
     "lane_counts_double": {"tensors": "uint64*", "tensor_of": "uint32*", "counts": "uint64*", "blocks": "uint64",
                            "grad_scale": "double"},
     "segment_counts": {"lanes": "uint64*", "first_of": "uint32*", "counts": "uint64*", "segments": "uint64"},
-    "lane_sums": {"tensors": "uint64*", "tensor_of": "uint32*", "sums": "double*", "blocks": "uint64"},
+    "decide": {"counts": "uint64*", "segments": "uint64", "state": "uint64*", "seen": "uint64*", "targets": "uint64*",
+               "count": "uint64"},
+    "lane_zeros_float": {"tensors": "uint64*", "tensor_of": "uint32*", "state": "uint64*", "blocks": "uint64"},
+    "lane_sums_float": {"tensors": "uint64*", "tensor_of": "uint32*", "sums": "double*", "blocks": "uint64"},
     "lane_sums_double": {"tensors": "uint64*", "tensor_of": "uint32*", "sums": "double*", "blocks": "uint64"},
     "segment_sums": {"lanes": "double*", "first_of": "uint32*", "sums": "double*", "segments": "uint64"},
     "segment_sums_double": {"lanes": "double*", "first_of": "uint32*", "sums": "double*", "segments": "uint64"},
@@ -81,7 +87,45 @@ def segment_counts(lanes, first_of, counts, segments):
         counts[segment] = count
 
 
-def lane_sums(tensors, tensor_of, sums, blocks):
+def decide(counts, segments, state, seen, targets, count):
+    if uint64(cuda.blockIdx.x) + uint64(cuda.threadIdx.x) == uint64(0):
+        nonfinite, segment = uint64(0), uint64(0)
+        while segment < segments:
+            nonfinite += counts[segment]
+            segment += uint64(1)
+        looked, made = state[uint64(0)] + uint64(1), state[uint64(1)]
+        made += uint64(1) if nonfinite == uint64(0) else uint64(0)
+        state[uint64(0)], state[uint64(1)], state[uint64(2)] = looked, made, nonfinite
+        target = uint64(0)
+        while target < count:
+            at = target * uint64(4)
+            row, words = pointer_to_words(targets[at]), targets[at + uint64(2)]
+            ahead = pointer_to_words(targets[at + uint64(1)] + (made & targets[at + uint64(3)]) * words * uint64(4))
+            word = uint64(0) if nonfinite == uint64(0) else words
+            while word < words:
+                row[word] = ahead[word]
+                word += uint64(1)
+            if nonfinite != uint64(0):
+                row[words - uint64(1)] = uint32(0)
+            target += uint64(1)
+        seen[uint64(1) + (looked & uint64(1023))] = nonfinite
+        seen[uint64(0)] = (looked << uint64(32)) + (made & uint64(0xFFFFFFFF))
+
+
+def lane_zeros_float(tensors, tensor_of, state, blocks):
+    thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
+    block, lane = thread // uint64(8), thread % uint64(8)
+    if block < blocks and state[uint64(2)] != uint64(0):
+        row = uint64(tensor_of[block]) * uint64(3)
+        grad, first = pointer(tensors[row]), (block - tensors[row + uint64(2)]) * uint64(4096)
+        end = min(tensors[row + uint64(1)], first + uint64(4096))
+        at = first + lane
+        while at < end:
+            grad[at] = zero
+            at += uint64(8)
+
+
+def lane_sums_float(tensors, tensor_of, sums, blocks):
     thread = uint64(cuda.blockIdx.x) * uint64(256) + uint64(cuda.threadIdx.x)
     block, lane = thread // uint64(8), thread % uint64(8)
     if block < blocks:
@@ -250,7 +294,10 @@ def of_halves(function, format):
 
 clip_double = with_names(clip, pointer=pointer_to_doubles, real=float64, total_of=total_of_doubles)
 ARGUMENTS["clip_double"] = ARGUMENTS["clip"]
+lane_zeros_double = with_names(lane_zeros_float, pointer=pointer_to_doubles, zero=float64(0))
+lane_zeros_bf16 = lane_zeros_fp16 = with_names(lane_zeros_float, pointer=pointer_to(uint16), zero=uint16(0))
+ARGUMENTS |= dict.fromkeys(("lane_zeros_double", "lane_zeros_bf16", "lane_zeros_fp16"), ARGUMENTS["lane_zeros_float"])
 
 for _format in HALVES:
-    for _name, _of in ((f"lane_counts_{_format}", "lane_counts_float"), (f"lane_sums_{_format}", "lane_sums")):
+    for _name, _of in ((f"lane_counts_{_format}", "lane_counts_float"), (f"lane_sums_{_format}", "lane_sums_float")):
         ARGUMENTS[_name], globals()[_name] = ARGUMENTS[_of], of_halves(globals()[_of], _format)

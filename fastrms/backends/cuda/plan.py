@@ -12,9 +12,10 @@ from ...storage import FLOAT, of_buffer
 from .. import NONFINITE, OK, Found, plan
 from ..c import DTYPE_OF, ffi
 from ..coefficients import Coefficients
+from .decide import Decision
 from .driver import capturing, stream_handle, wait
 from .kernel import Kind
-from .launch import Launch
+from .launch import AHEAD, Launch
 from .norm import Nonfinite, Norm
 from .table import EXACT, Formats
 
@@ -23,7 +24,11 @@ TWO_DTYPES = ("clip_norm on backend='cuda' is for tensors of one dtype, these ar
 CAPTURING = "a CUDA graph is being captured, "
 NOT_CAPTURABLE = f"{CAPTURING}which would always have the coefficients of now: make the optimizer with capturable=True"
 UNBOUND = f"{CAPTURING}which always reads the same gradients: bind(grads) them in the capture, and call step() without grads"
-WAITS = f"{CAPTURING}in which check=True and nonfinite cannot wait for a step: make the optimizer without them"
+WAITS = f"{CAPTURING}in which check=True and nonfinite='raise' cannot wait for a step: make the optimizer without them"
+ABSENT = (
+    f"{CAPTURING}in which nonfinite='skip' cannot count the steps of tensors without a gradient: bind one for each tensor"
+)
+COUNTS = f"{CAPTURING}in which the host cannot wait to learn how many steps were made: ask before or after it"
 STREAMED = f"{CAPTURING}in which a step cannot be made tensor by tensor: bind() all gradients and call step()"
 STEP_FIRST = f"{CAPTURING}in which no memory can be allocated: make one step of as many gradients before the capture"
 OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not launch: give the hyper-parameter a value "
@@ -70,11 +75,31 @@ def formats_of(tensor):
     return Formats(written, tensor.read[1].format.name, copies, stochastic)
 
 
+class Decided:
+    """What a step has found about which the device decides; the host waits for what it is asked for.  later: a norm.Later
+    where the step clips."""
+
+    tensor = -1
+
+    def __init__(self, plan, number, later):
+        self._plan, self._number, self._later = plan, number, later
+
+    @property
+    def nonfinite(self):
+        return self._plan.nonfinite_of(self._number)
+
+    @property
+    def grad_norm(self):
+        return self._later and self._later.grad_norm
+
+
 class Plan(plan.Plan):
     """A plan in device memory.  Tensors that share hyper-parameters and step count share a launch.
 
     It overrides plan.Plan where that uses NumPy arrays, makes an update, or runs a step.
     """
+
+    _decision = None  # a Decision, where the device decides whether a step is made
 
     def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options, storages=None):
         super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad, storages)
@@ -82,19 +107,17 @@ class Plan(plan.Plan):
         self._source = device.stream_source(params[0])
         self._explicit = None if options.stream is None else stream_handle(options.stream)
         self._joins = self._explicit is not None and device.library_stream(params[0]) is not None
-        self._clips, self._norm, self._normed = False, None, None  # _clips: updates take clip_norm's factor from the device
-        self._scale = 1.0
-        self._nonfinites, self._which, self._looked = (
-            {},
-            {},
-            None,
-        )  # dtype -> Nonfinite and indices; the updates at that time
+        self._clips, self._norm, self._scale = False, None, 1.0  # _clips: updates take clip_norm's factor from the device
+        self._nonfinite = None if nonfinite == "propagate" else Nonfinite(self._device)
+        self._aimed = None  # the updates for which what looks at the gradients was aimed
         self._launches = {}  # (recipe, form, kind, tensors) -> Launch; kept, as a captured graph may need them
         self._read_last = None, None  # (addresses, gradients) of _read()
         self.capturable = options.capturable
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
         self._entered, self._several = threading.local(), device.count() > 1
         self._on_device(device.wait, self._device)  # what filled the arrays of a caller's state is finished then
+        if nonfinite == "skip":
+            self._decision = Decision(self._device, device.allocate)
 
     takes_pointers = True
     flat_grad = ours = staticmethod(device.ours)
@@ -152,10 +175,11 @@ class Plan(plan.Plan):
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
         formats, *_ = self._stored_as(first, grads[first]) or [None]
-        kind = Kind(len(members) > 1, self.capturable or self._clips, self.zero_grad, formats)
+        decided = self._decision is not None
+        kind = Kind(len(members) > 1, self.capturable or self._clips or decided, self.zero_grad, formats)
         key = self.recipe_of[first], recipe.general, kind, *members
         if key not in self._launches:
-            self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
+            self._launches[key] = Launch(recipe, kind, self._device, self._allocate, decided)
         launch = self._launches[key]
         tensors = [self._stored(k, grads[k]) if formats else (self.params[k], grads[k], self.states[k]) for k in members]
         launch.aim(coefficients, self.missed[first], tensors, self._allocate)
@@ -199,62 +223,111 @@ class Plan(plan.Plan):
 
     def _launch_step(self, grad_scale, clip_norm):
         """Make a step; returns (status, what it found out about the gradients or None)."""
-        number, (handle, library) = self.steps + 1, self._streams()
+        handle, library = self._streams()
         apart = library != handle
         self._recorded = (handle != LEGACY_STREAM or apart) and self._is_recorded({handle, library})
+        numbers = self._numbers(handle)
         if (clip_norm is not None) != self._clips:
             self._stale()
             self._clips = clip_norm is not None
-        self._prepare(number, grad_scale)
+        self._prepare(numbers[0], grad_scale)
         if self._waits or apart:
             self._wait(handle, {*self._waits, library})
         if not self._recorded:
-            self._send(handle, number)
-        found = Found(0.0, None, -1) if self._clips else None  # of no gradients
-        if self._clips and self._updates:
-            found = self._norm.run(handle, grad_scale, clip_norm)
-        if self.nonfinite != "propagate":
-            found = self._look(handle, grad_scale, found)
-        status = NONFINITE if found and found.nonfinite else OK
+            self._send(handle, *numbers)
+            self._expect()
+        elif self._decision and self._absent:
+            raise RuntimeError(ABSENT)
+        found = self._look(handle, grad_scale, clip_norm)
+        status = NONFINITE if type(found) is Found and found.nonfinite else OK
         if status == OK:
             for launch in self._updates:
-                launch.run(number, handle)
+                launch.run(numbers[0], handle)
+            if self._decision and self._updates:
+                self._decision.zero(handle)
             if not self._recorded:
-                self._count(number)
-        elif self.zero_grad and self.nonfinite == "skip":
-            self._zero_gradients()
+                self._count(numbers[0])
         self._finish(handle, library)
         return status, found
 
-    def _look(self, handle, grad_scale, later):
-        """Found of the gradients, for which the host waits.  later: where the norm will be, Found of none, or None."""
-        if self._looked is not self._updates:
-            self._aim_nonfinites()
-            self._looked = self._updates
-        total, tensors = 0, []
-        for dtype, which in self._which.items():
-            count, first = self._nonfinites[dtype].count(handle, grad_scale)
-            total += count
-            tensors += [which[first]] if count else []
-        norm = later.read(handle) if later and self._updates else later and later.grad_norm
-        return Found(norm, total, min(tensors, default=-1))
+    def _numbers(self, handle):
+        """The least and the largest number that this step may have: the same, unless the device decides."""
+        if self._decision is None:
+            return self._steps + 1, self._steps + 1
+        if not self._recorded and self._decision.see() >= AHEAD - 1:
+            self._decision.settle(handle)
+        return self._decision.numbers()
 
-    def _aim_nonfinites(self):
-        self._which = {}
-        for k, grad in enumerate(self.grads):
-            if grad is not None and grad.size:
-                self._which.setdefault(grad.dtype, []).append(k)
-        for dtype, which in self._which.items():
-            if dtype not in self._nonfinites:
-                self._nonfinites[dtype] = Nonfinite(dtype, self._device)
-            self._nonfinites[dtype].aim([self.grads[k] for k in which], self._allocate)
+    def _expect(self):
+        """Note that the device will decide about one more step.  This comes before the launch: after an interrupt between
+        the two, a coefficient too many is written ahead, and not one too few."""
+        if self._decision and self._updates:
+            self._decision.looked += 1
+
+    def _look(self, handle, grad_scale, clip_norm):
+        """What the gradients are found to be, or None: a Found, for which the host waits, or what is read when asked for."""
+        looks = self._nonfinite is not None
+        if not self._updates:  # there are no gradients
+            return Found(0.0 if self._clips else None, 0 if looks else None, -1) if self._clips or looks else None
+        if looks:
+            self._nonfinite.count(handle, grad_scale)
+        if self._decision:
+            self._decision.launch(handle)
+        later = self._norm.run(handle, grad_scale, clip_norm) if self._clips else None
+        if self._decision:
+            return Decided(self, self._decision.looked, later)
+        return Found(later and later.read(handle), *self._nonfinite.read(handle)) if looks else later
+
+    def _count(self, number):
+        decision = self._decision
+        if decision is None:
+            super()._count(number)
+        elif not self._updates:
+            self.steps += 1
+            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+        elif self._absent and not self.nonfinite_of(decision.looked):
+            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+
+    @property
+    def steps(self):
+        """The number of steps made, for which the host waits where the device decides."""
+        if self._decision is None:
+            return self._steps
+        self._settle()
+        return self._decision.made
+
+    @steps.setter
+    def steps(self, number):
+        if self._decision is None:
+            self._steps = number
+        else:
+            self._settle()
+            self._decision.set(number)
+
+    def _settle(self):
+        """Wait until the device has decided about all steps that were launched."""
+        return self._on_device(self._settle_on, self._streams()[0])
+
+    def _settle_on(self, handle):
+        if self._decision.see():
+            if handle != LEGACY_STREAM and capturing(handle):
+                raise RuntimeError(COUNTS)
+            if self._decision.settle(handle) and not self.capturable:
+                self._decision.looked -= self._decision.see()  # an interrupt came before what was expected
+
+    def nonfinite_of(self, number):
+        """How many elements that are not finite step `number` of all that were launched has found; the host waits."""
+        self._settle()
+        return self._decision.found(number)
 
     def _advance(self):
-        number, (handle, _) = self.steps + 1, self._streams()
+        handle, _ = self._streams()
         self._recorded = False
-        self._prepare(number, self._scale)
-        self._send(handle, number)
-        self._count(number)
+        numbers = self._numbers(handle)
+        self._prepare(numbers[0], self._scale)
+        self._send(handle, *numbers)
+        self._expect()
+        self._count(numbers[0])
 
     def stream_step(self, k, param, grad, rates, grad_scale):
         return self._on_device(self._stream_step, k, param, grad, rates, grad_scale)
@@ -268,7 +341,7 @@ class Plan(plan.Plan):
         handle, library = self._streams()
         self._wait(handle, {library, *map(device.named_stream, (self.params[k], grad))} - {None})
         if grad.size:
-            update.send(handle, number)
+            update.send(handle, number, number)
             update.run(number, handle)
         self._finish(handle, library)
 
@@ -294,7 +367,7 @@ class Plan(plan.Plan):
         """Whether a CUDA graph is being captured, which can only follow later steps where all it needs was given."""
         if not any(handle != LEGACY_STREAM and capturing(handle) for handle in handles):
             return False
-        capturable, check = self.capturable, self._options.check or self.nonfinite != "propagate"
+        capturable, check = self.capturable, self._options.check or self.nonfinite == "raise"
         refusal = NOT_CAPTURABLE if not capturable else UNBOUND if not self.held else WAITS if check else None
         if refusal:
             raise RuntimeError(refusal)
@@ -306,22 +379,32 @@ class Plan(plan.Plan):
             if self._updates is None:
                 self._waits, self._unsent = self._foreign_streams(), True
             self._make_updates(number, grad_scale)
-            if self._clips and self._updates and self._normed is not self._updates:
-                self._aim_norm()
+            if self._updates and self._aimed is not self._updates:
+                self._aim_looks()
             self._plain_until = 0  # a launch needs its stream
 
-    def _aim_norm(self):
-        self._norm = self._norm or Norm(self._device)
-        self._norm.aim([g for g in self.grads if g is not None and g.size], self._updates, self._allocate)
-        self._normed = self._updates  # last: there may be no memory
+    def _aim_looks(self):
+        """Tell what looks at the gradients where they are."""
+        grads = {k: grad for k, grad in enumerate(self.grads) if grad is not None and grad.size}
+        if self._clips:
+            self._norm = self._norm or Norm(self._device)
+            self._norm.aim([*grads.values()], self._updates, self._allocate)
+        if self._nonfinite:
+            self._nonfinite.aim(grads, self._allocate)
+        if self._decision:
+            self._decision.aim(self._nonfinite, self._updates, self.zero_grad, self._allocate)
+        self._aimed = self._updates  # last: there may be no memory
 
-    def _send(self, handle, number):
+    def _send(self, handle, number, last):
         if self._unsent:
             for launch in self._updates:
-                launch.send(handle, number)
-            if self._clips and self._updates:
-                self._norm.table.send(handle)
-            self._unsent = self.capturable or self._clips  # the coefficients on the device may change at each step
+                launch.send(handle, number, last)
+            if self._updates:
+                for looks in (self._norm if self._clips else None, self._nonfinite, self._decision):
+                    if looks:
+                        looks.send(handle)
+            # the coefficients on the device may change at each step
+            self._unsent = self.capturable or self._clips or self._decision is not None
 
     def _foreign_streams(self):
         """The streams that arrays name; the stream of a launch waits for them, the host does not."""
