@@ -108,7 +108,7 @@ def launch(recipe, kind, tensors):
     launch, handle = Launch(recipe, kind, 0, device.allocate), device.LEGACY_STREAM
     launch.aim(Coefficients(recipe), 0, tensors, device.allocate)
     launch.make_coefficients(1, 1.0)
-    launch.send(handle, 1)
+    launch.send(handle, 1, 1)
     launch.run(1, handle)
 
 
@@ -216,6 +216,31 @@ def test_gradients_that_are_not_finite(library):
             assert optimizer.step(there_grads) == reference.step(given)
         assert all(same(library.to_host(a), b) for a, b in zip(there_grads, given, strict=True))
     assert optimizer.steps == 2 and all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "zero_grad": True}, {"state_format": "q8"}], ids=str)
+def test_skipped_steps_that_nobody_waits_for(library, options):
+    """The host knows neither which steps were made nor the number of the next one, and the rate changes between them."""
+    sizes, random = (1 << 18, 3, 1003), np.random.default_rng(8)
+    params, theirs = ([numbers(size, k) for k, size in enumerate(sizes)] for _ in range(2))
+    there, infos, kept = list(map(library.to_device, params)), [], []
+    optimizer = fastrms.AdamW(there, nonfinite="skip", **options)
+    reference = fastrms.AdamW(theirs, nonfinite="skip", backend="numpy", **options)
+    for k in range(60):
+        grads = [numbers(size, 100 + k) for size in sizes]
+        if k % 7 in (2, 3, 5):
+            grads[random.integers(3)][random.integers(3)] = np.nan
+        if k % 5 == 4:
+            optimizer.lr = reference.lr = 0.1 / (1 + k)
+        kept.append((list(map(library.to_device, grads)), grads))
+        said = {"clip_norm": 1.0 if k % 11 == 3 else None, "grad_scale": 0.5 if k > 40 else 1.0}
+        mine = optimizer.step(kept[-1][0], **said)
+        with np.errstate(all="ignore"):
+            infos.append((mine, reference.step(grads, **said)))
+    assert optimizer.steps == reference.steps < 40
+    assert all(repr(a) == repr(b) for a, b in infos)
+    assert all(same(library.to_host(a), b) for a, b in zip(there, theirs, strict=True))
+    assert all(same(library.to_host(a), b) for mine, yours in kept for a, b in zip(mine, yours, strict=True))
 
 
 def test_state_goes_to_the_host_and_back(library):
@@ -519,7 +544,8 @@ def test_a_stream_of_yours_is_ordered_with_that_of_cupy():
 
 
 @cupy_only
-@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"state_format": "q8"}, {"nonfinite": "skip"},
+                                     {"nonfinite": "skip", "state_format": "bf16"}], ids=str)  # fmt: skip
 def test_a_graph_captured_by_cupy(options):
     """States in formats are rounded at random: each launch of the graph has the keys of its step."""
     import cupy
@@ -536,14 +562,18 @@ def test_a_graph_captured_by_cupy(options):
         graph = stream.end_capture()
         for step in range(5):
             optimizer.lr = 0.1 / (step + 1)
+            there_grads[1][2] = np.nan if options.get("nonfinite") and step % 2 else grad[1][2]
             optimizer.advance()
             graph.launch(stream)
         stream.synchronize()
     reference.step(grad)
     for step in range(5):
         reference.lr = 0.1 / (step + 1)
-        reference.step(grad)
-    assert all(same(a.get(), b) for a, b in zip(there, theirs, strict=True)) and optimizer.steps == 6
+        given = [grad[0], grad[1].copy()]
+        given[1][2] = np.nan if options.get("nonfinite") and step % 2 else grad[1][2]
+        reference.step(given)
+    assert all(same(a.get(), b) for a, b in zip(there, theirs, strict=True))
+    assert optimizer.steps == (4 if options.get("nonfinite") else 6)
 
 
 # torch
@@ -706,6 +736,39 @@ def test_a_graph_captured_by_torch(many):
         reference.step([t.copy() for t in theirs])
     assert "bind(grads) them in the capture" in refused[0]
     assert all(same(OfTorch.to_host(p), t) for p, t in zip(params, theirs, strict=True)) and optimizer.steps == 6
+
+
+@torch_only
+def test_a_graph_captured_by_torch_that_skips():
+    """Gradients of which some launches of the graph make infinite ones."""
+    import torch
+
+    params, factor = torch_parameters([(1003,), (5,)]), torch.ones((), device="cuda")
+    theirs = [OfTorch.to_host(p).copy() for p in params]
+    options = {"nonfinite": "skip", "zero_grad": True}
+    optimizer = fastrms.Adam(params, capturable=True, **options)
+    reference = fastrms.Adam(theirs, backend="numpy", **options)
+    grads, side = [torch.zeros_like(p) for p in params], torch.cuda.Stream()
+    optimizer.bind(grads)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    reference.step([np.zeros_like(t) for t in theirs])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for grad, param in zip(grads, params, strict=True):
+            grad.copy_(param.detach() * factor)
+        optimizer.step()
+    for step in range(12):
+        optimizer.lr = reference.lr = 0.1 / (step + 1)
+        factor.fill_(float("inf") if step % 3 == 1 else 1.0)
+        optimizer.advance()
+        graph.replay()
+        with np.errstate(all="ignore"):
+            reference.step([t * np.float32(np.inf if step % 3 == 1 else 1.0) for t in theirs])
+    assert optimizer.steps == reference.steps == 9 and not any(grad.any() for grad in grads)
+    assert all(same(OfTorch.to_host(p), t) for p, t in zip(params, theirs, strict=True))
 
 
 @torch_only

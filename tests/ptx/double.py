@@ -78,6 +78,8 @@ class Double:
         """A `with` block in which a launch and a write to the device run when the host waits, as on a GPU that is behind;
         the memory that is written from is read then, too."""
         callbacks = WRITE(lambda *where: self.do(partial(ctypes.memmove, *where))), FINISH(self.finish)
+        gc.collect()
+        gc.disable()  # what other tests have left waits for the device when it is freed
         self.queue = []
         self.library.double_busy(1)  # no event has come
         self.library.double_later(*callbacks)
@@ -88,6 +90,7 @@ class Double:
             self.library.double_later(None, None)
             self.library.double_busy(0)
             self.queue = None
+            gc.enable()
 
     def finish(self):
         """Run what is in the queue."""

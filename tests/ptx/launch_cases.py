@@ -178,21 +178,17 @@ def test_another_stream_is_waited_for_on_the_device(driver):
 
 
 def test_capturable_reads_a_changed_lr_from_the_device(driver):
-    ours, theirs, grad = numbers(99), numbers(99), numbers(99, seed=1)
+    ours, theirs, grad, calls = numbers(99), numbers(99), numbers(99, seed=1), {}
     optimizer = fastrms.Adam(OnDevice(ours), capturable=True, stream=0x7770)
     reference = fastrms.Adam(theirs, backend="numpy")
     optimizer.bind(OnDevice(grad))
     optimizer.step()
     reference.step(grad)
-    driver.run = False  # what is captured is recorded, not run
-    driver.library.double_capturing(1)
-    assert driver.census(optimizer.step) == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1} and optimizer.steps == 1
-    driver.library.double_capturing(0)
-    driver.run = True
+    graph = driver.capture(lambda: calls.update(driver.census(optimizer.step)))
+    assert calls == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1} and optimizer.steps == 1
     optimizer.lr = reference.lr = 0.25
     assert driver.census(optimizer.advance) == {"cuMemcpyHtoDAsync_v2": 1}
-    (launch,) = optimizer._plan._updates
-    launch.run(optimizer._plan.steps, optimizer._plan._explicit)  # the graph, launched again
+    driver.replay(graph)
     reference.step(grad)
     assert same(ours, theirs) and optimizer.steps == 2
     with pytest.raises(ValueError, match="a captured CUDA graph does not launch"):
@@ -223,14 +219,16 @@ def test_a_capture_of_gradients_that_are_not_bound_is_refused(driver):
     assert optimizer.steps == 2
     optimizer.step([OnDevice(g) for g in grads])
     reference.step(grads)
-    driver.library.double_capturing(1)
-    driver.run = False
-    optimizer.bind(there)
-    assert driver.census(optimizer.step) == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1}
-    driver.library.double_capturing(0)
-    driver.run = True
+    calls = {}
+
+    def bound():
+        optimizer.bind(there)
+        calls.update(driver.census(optimizer.step))
+
+    graph = driver.capture(bound)
+    assert calls == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 1}
     optimizer.advance()
-    optimizer._plan._updates[0].run(optimizer.steps, 0x7770)  # the graph, launched again
+    driver.replay(graph)
     reference.step(new)
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=True)) and optimizer.steps == reference.steps == 4
 
@@ -1114,11 +1112,13 @@ def test_a_factor_that_float32_holds_badly(driver):
 
 def test_a_graph_keeps_its_grad_scale(driver):
     ours, theirs, grad = numbers(99), numbers(99), numbers(99, seed=1)
-    optimizer, reference = fastrms.Adam(OnDevice(ours), capturable=True), fastrms.Adam(theirs, backend="numpy")
+    optimizer = fastrms.Adam(OnDevice(ours), capturable=True, stream=0x7770)
+    reference = fastrms.Adam(theirs, backend="numpy")
     optimizer.bind(OnDevice(grad))
     optimizer.step(grad_scale=0.25)
-    optimizer.advance()  # as of a graph in which that step was captured
-    optimizer._plan._updates[0].run(optimizer.steps, LEGACY)
+    graph = driver.capture(lambda: optimizer.step(grad_scale=0.25))
+    optimizer.advance()
+    driver.replay(graph)
     for _ in range(2):
         reference.step(grad, grad_scale=0.25)
     assert same(ours, theirs)
@@ -1139,25 +1139,19 @@ def test_a_norm_is_there_for_a_while(driver):
 
 
 def test_clip_norm_in_a_graph(driver):
-    ours, theirs, grad = numbers(999), numbers(999), numbers(999, seed=1)
+    ours, theirs, grad, calls = numbers(999), numbers(999), numbers(999, seed=1), {}
     optimizer = fastrms.Adam(OnDevice(ours), capturable=True, stream=0x7770)
     reference = fastrms.Adam(theirs, backend="numpy")
     optimizer.bind(OnDevice(grad))
     optimizer.step()
     assert "make one step" in captured(driver, lambda: optimizer.step(clip_norm=0.5))
     optimizer.step(grad_scale=0.75, clip_norm=0.5)
-    driver.library.double_capturing(1)
-    driver.run = False
-    calls = driver.census(lambda: optimizer.step(grad_scale=0.75, clip_norm=0.5))
+    step = partial(optimizer.step, grad_scale=0.75, clip_norm=0.5)
+    graph = driver.capture(lambda: calls.update(driver.census(step)))
     assert calls == {"cuStreamIsCapturing": 1, "cuLaunchKernelEx": 4} and optimizer.steps == 2
-    driver.library.double_capturing(0)
-    driver.run = True
-    plan = optimizer._plan
     for _ in range(3):
         optimizer.advance()
-        for arguments in plan._norm.arguments:  # the graph, launched again
-            arguments.launch(0x7770)
-        plan._updates[0].run(plan.steps, 0x7770)
+        driver.replay(graph)
     reference.step(grad)
     for _ in range(4):
         reference.step(grad, grad_scale=0.75, clip_norm=0.5)
@@ -1277,9 +1271,10 @@ def test_formats_in_a_graph(driver, state_format):
     pair.optimizer.bind([on_device(g) for g in mine])
     pair.reference.bind(theirs)
     pair.optimizer.step()
+    graph = driver.capture(pair.optimizer.step)
     for _ in range(2):
         pair.optimizer.advance()
-        pair.optimizer._plan._updates[0].run(pair.optimizer.steps, 0x7770)  # the graph, launched again
+        driver.replay(graph)
     for _ in range(3):
         pair.reference.step()
     pair.same()
