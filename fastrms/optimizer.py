@@ -483,7 +483,10 @@ class Optimizer(Names, Family):
     def _renew_rates(self):
         """Give the plan the learning rates of the next step, and of many where the schedules are foreseen; it may have those
         already.  Returns whether it has them for later steps from now on."""
-        steps, groups = self._plan.steps, self._groups
+        groups = self._groups
+        if groups.foreseen and self._plan.follow(groups):
+            return False
+        steps = self._plan.steps
         if self._rates_from <= steps < self._rates_until:
             return False
         if self._rates_until:

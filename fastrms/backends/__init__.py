@@ -134,6 +134,11 @@ class Plan:
         """
         raise NotImplementedError
 
+    def follow(self, groups):
+        """Ask these Groups for the learning rates of all steps until other rates or recipes are given; returns whether the
+        plan does that.  Their schedules depend on the step alone."""
+        return False
+
     def stream_open(self):
         """Begin a step that is made tensor by tensor; returns a status."""
         raise NotImplementedError

@@ -890,6 +890,23 @@ def test_a_tensor_without_a_gradient_in_a_skipped_step(driver):
     assert len(set(both.optimizer.tensor_steps)) == 2 and both.optimizer.steps < 40
 
 
+@pytest.mark.parametrize("family", [fastrms.Adam, fastrms.RMSProp])
+def test_the_rates_of_skipped_steps_by_a_schedule(driver, family):
+    """A schedule of the step alone is asked for all steps that may come; another one, or a number, takes its place."""
+    both, schedules = Behind(driver, 8, family, lr=fastrms.schedules.Cosine(0.5, 40, warmup=5)), fastrms.schedules
+    rates = {15: schedules.Exponential(0.1, 0.5, 3), 25: 0.125, 30: schedules.Cosine(0.3, 50, warmup=3)}
+    with driver.later():
+        for k in range(40):
+            if k in rates:
+                both.optimizer.lr = both.reference.lr = rates[k]
+            if k == 20:
+                both.optimizer.groups[0]["eps"] = both.reference.groups[0]["eps"] = 1e-3
+            both.step(both.grads(), clip_norm=1.0 if k % 9 == 4 else None)
+        assert len(driver.queue) > 60  # memory for more rows is allocated once, which waits
+    both.check()
+    assert both.optimizer.steps < 40
+
+
 def test_skipped_steps_of_a_schedule_and_of_loaded_states(driver):
     both = Behind(driver, 7, lr=lambda step: 1.0 / (1 + step))
     with driver.later():

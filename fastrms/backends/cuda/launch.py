@@ -36,17 +36,18 @@ class Launch(plan.Update):
     from step to step, so aim() gives it its tensors; and run() takes the handle of a stream, too.
 
     allocate(size, dtype, index) gives device memory, for the coefficients of a capturable kernel and for the table.
-    decided: whether the device decides which number a step has, and so with which coefficients a capturable kernel runs.
+    rows: where the device decides which number a step has, the number of rows of coefficients that lie ahead of it, for as
+    many steps; 1 where one row serves all steps.
     """
 
-    def __init__(self, recipe, kind, index, allocate, decided=False):
+    def __init__(self, recipe, kind, index, allocate, rows=0):
         self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.streams = kind.formats.streams if kind.formats else []
         self.numbers = self.count + len(self.streams) + kind.capturable  # all of one size; see kernel.Kind
         self.device_row = allocate(self.numbers, recipe.dtype, index) if kind.capturable else None
-        self.rows = 1 if recipe.fixed and not self.streams else AHEAD
-        self.ahead = allocate(self.rows * self.numbers, recipe.dtype, index) if decided else None
+        self.rows = rows
+        self.ahead = allocate(rows * self.numbers, recipe.dtype, index) if rows else None
         self._ahead_of, self._begin, self._end = None, 0, 0  # what the rows there were made from, for which steps
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
@@ -54,10 +55,12 @@ class Launch(plan.Update):
         self.table = Table()
         self.rows_sent = deque([None], PENDING)
 
-    def aim(self, coefficients, missed, tensors, allocate):
+    def aim(self, coefficients, missed, tensors, allocate, rates=None):
         """Set the tensors of the next launches, a list of (param, grad, states) or of StoredTensor, of which only the
-        addresses are kept."""
+        addresses are kept.  rates: where the recipe has no learning rate, a function that gives a list of them for the
+        number of a step of the plan, and the place of that of the recipe."""
         self.use(coefficients, missed)
+        self.rates = rates
         self.rows_sent.append(None)  # whoever aims may have changed what is on the device
         self.seed = tensors[0].storage.seed if self.streams else None
         found = [self._numbers(tensor) for tensor in tensors]
@@ -111,15 +114,18 @@ class Launch(plan.Update):
                 write(self.device_row.address, row, handle)
 
     def _send_ahead(self, handle, number, last):
-        made_of = self.coefficients, self.missed, self._scale, self.seed
+        made_of = self.coefficients, self.missed, self._scale, self.seed, self.rates
         one_serves_all = self.rows == 1
         if made_of != self._ahead_of or not (one_serves_all or max(self._begin, self._end - self.rows) <= number):
             self._ahead_of, self._begin, self._end = made_of, number, number
         if one_serves_all:
             last = self._begin
         while self._end <= last:
-            until = super().make_coefficients(self._end, self._scale, self._most_rows)
-            rows = self._rows(self._end, min(until, number + self.rows) - self._end)
+            if self.rates:
+                rows = self._rows(self._end, last + 1 - self._end)
+            else:
+                until = super().make_coefficients(self._end, self._scale, self._most_rows)
+                rows = self._rows(self._end, min(until, number + self.rows) - self._end)
             self._write_ahead(rows, self._end % self.rows, handle)
             self._end += len(rows)
 
@@ -133,9 +139,16 @@ class Launch(plan.Update):
 
     def _rows(self, number, count):
         """What a capturable kernel reads, for `count` steps from step `number` of the plan on."""
-        rows = np.ones((count, self.numbers), self.taken.dtype)
-        start = (number - self.first) * self.stride
-        rows[:, : self.count] = self.taken[start : start + count] if self.stride else self.taken
+        recipe = self.coefficients.recipe
+        rows = np.ones((count, self.numbers), recipe.dtype)
+        if self.rates:
+            rates_of, place = self.rates
+            with np.errstate(over="ignore", under="ignore"):
+                for row, step in zip(rows, range(number, number + count), strict=True):
+                    row[: self.count] = recipe.at_rate(rates_of(step)[place]).at(step - self.missed, self._scale)
+        else:
+            start = (number - self.first) * self.stride
+            rows[:, : self.count] = self.taken[start : start + count] if self.stride else self.taken
         for row, step in zip(rows, range(number, number + count) if self.streams else (), strict=False):
             row[self.count : -1].view(np.uint32)[:] = self.keys(step)
         return rows

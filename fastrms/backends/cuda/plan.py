@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,7 @@ class Plan(plan.Plan):
     """
 
     _decision = None  # a Decision, where the device decides whether a step is made
+    _rates_of = None  # number of a step -> the learning rate of each recipe, where the plan follows schedules
 
     def __init__(self, params, states, recipe_of, recipes, nonfinite, zero_grad, options, storages=None):
         super().__init__(params, states, recipe_of, recipes, nonfinite, zero_grad, storages)
@@ -175,15 +177,34 @@ class Plan(plan.Plan):
     def _update(self, coefficients, members, grads):
         recipe, first = coefficients.recipe, members[0]
         formats, *_ = self._stored_as(first, grads[first]) or [None]
-        decided = self._decision is not None
-        kind = Kind(len(members) > 1, self.capturable or self._clips or decided, self.zero_grad, formats)
-        key = self.recipe_of[first], recipe.general, kind, *members
+        index = self.recipe_of[first]
+        rates = self._rates_of and (self._rates_of, index)
+        one_serves_all = recipe.fixed and not (rates or (formats and formats.streams))
+        rows = 0 if self._decision is None else 1 if one_serves_all else AHEAD
+        kind = Kind(len(members) > 1, self.capturable or self._clips or rows > 0, self.zero_grad, formats)
+        key = index, recipe.general, kind, rows, *members
         if key not in self._launches:
-            self._launches[key] = Launch(recipe, kind, self._device, self._allocate, decided)
+            self._launches[key] = Launch(recipe, kind, self._device, self._allocate, rows)
         launch = self._launches[key]
         tensors = [self._stored(k, grads[k]) if formats else (self.params[k], grads[k], self.states[k]) for k in members]
-        launch.aim(coefficients, self.missed[first], tensors, self._allocate)
+        launch.aim(coefficients, self.missed[first], tensors, self._allocate, rates)
         return launch
+
+    def follow(self, groups):
+        if self._decision is None:
+            return False
+        if self._rates_of is None:
+            self._rates_of = lru_cache(AHEAD)(lambda number: groups.rates(number - 1, 1))
+            self._stale()
+        return True
+
+    def _set_recipes(self, recipes):
+        self._rates_of = None if recipes else self._rates_of
+        super()._set_recipes(recipes)
+
+    def set_rates(self, rates, first=0, rows=0):
+        self._rates_of = None
+        return super().set_rates(rates, first, rows)
 
     def _stored(self, k, grad):
         return plan.StoredTensor(self.storages[k], self.missed[k], self.params[k], grad, self.states[k])
