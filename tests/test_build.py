@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import types
 import venv
 import zipfile
 from modulefinder import ModuleFinder
@@ -229,6 +230,22 @@ def test_sdist_to_wheel_to_tests(sources, tmp_path):
     assert re.search(r"\d+ passed", out)
     check_header(python, tmp_path)
     check_sdist(tmp_path / "dist")
+
+
+ABIS = [(0, (3, 10), "cp310"), (0, (3, 15), "cp310"), (1, (3, 14), None), (1, (3, 15), "cp315")]
+
+
+@pytest.mark.parametrize(("free_threaded", "version", "tag"), ABIS)
+def test_the_stable_abi_of_a_wheel(monkeypatch, sources, free_threaded, version, tag):
+    """abi3 from 3.10 on; free-threaded CPython 3.14 has none, and 3.15 has abi3t, which setuptools adds to the name."""
+    asked = {}
+    monkeypatch.chdir(sources)
+    monkeypatch.delenv("FASTRMS_NO_EXT", raising=False)
+    monkeypatch.setattr(sys, "version_info", version)
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": free_threaded}.get)
+    monkeypatch.setitem(sys.modules, "setuptools", types.SimpleNamespace(setup=asked.update))
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
+    assert asked["options"] == ({"bdist_wheel": {"py_limited_api": tag}} if tag else {})
 
 
 def test_the_headers_of_the_package_are_those_of_the_sources():
