@@ -100,12 +100,13 @@ def many(gpu, count, size):
     params, grads = ([gpu.random(size, seed=k) for k in range(seed, seed + count)] for seed in (0, 1000))
     optimizer = bound(fastrms.Adam, params, grads, lr=LR)
     one = bound(fastrms.Adam, gpu.random(count * size), gpu.random(count * size, seed=1), lr=LR)
-    clipped = bound(fastrms.Adam, params, grads, lr=LR)
-    clipped.step(clip_norm=1.0)
-    steps = {"many": optimizer.step, "one": one.step, "clipped": lambda: clipped.step(clip_norm=1.0)}
+    clipped, skipping = (bound(fastrms.Adam, params, grads, lr=LR, nonfinite=what) for what in ("propagate", "skip"))
+    steps = {"": optimizer.step, " of one tensor": one.step, " with clip_norm": lambda: clipped.step(clip_norm=1.0),
+             " with nonfinite=\"skip\"": skipping.step}  # fmt: skip
+    for step in steps.values():
+        step()
     found = gpu.milliseconds(steps)
-    return {"tensors": count, "elements": size, "us": 1e3 * found["many"], "us of one tensor": 1e3 * found["one"],
-            "us with clip_norm": 1e3 * found["clipped"]}  # fmt: skip
+    return {"tensors": count, "elements": size, **{f"us{name}": 1e3 * taken for name, taken in found.items()}}
 
 
 def offsets(gpu, size):

@@ -82,8 +82,10 @@ def of_rates(rows):
 
 def of_many(rows):
     body = [[f"{row['tensors']} x {size_name(row['elements'])}", number(row["us"]), number(row["us of one tensor"]),
-             f"{row['us'] / row['us of one tensor']:.2f}", number(row["us with clip_norm"])] for row in rows]  # fmt: skip
-    return table(["tensors", "us", "us of one tensor of that size", "ratio", "us with clip_norm"], body)
+             f"{row['us'] / row['us of one tensor']:.2f}", number(row["us with clip_norm"]),
+             number(row["us with nonfinite=\"skip\""])] for row in rows]  # fmt: skip
+    return table(["tensors", "us", "us of one tensor of that size", "ratio", "us with clip_norm",
+                  "us with nonfinite=\"skip\""], body)  # fmt: skip
 
 
 def of_costs(found):

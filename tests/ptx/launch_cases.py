@@ -881,6 +881,37 @@ def test_skipped_steps_of_a_device_that_is_behind(driver, family, dtypes, option
     assert 20 < both.optimizer.steps < 50
 
 
+def test_step_counts_that_are_set_back(driver):
+    """As fastrms.torch does for state["step"]; the hyper-parameters stay the same."""
+    both = Behind(driver, 9)
+    with driver.later():
+        for k in range(30):
+            if k in (10, 20):
+                both.optimizer._copy([], [], steps=[30 - k] * 3)
+                both.reference._copy([], [], steps=[30 - k] * 3)
+            both.step(both.grads())
+    both.check()
+
+
+def test_an_interrupt_before_a_decision(driver, monkeypatch):
+    """Nothing was launched, and what was expected is forgotten when the host has waited."""
+    both = Behind(driver, 10)
+    both.step(both.grads(bad=0))
+
+    def interrupted(handle):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(both.optimizer._plan._decision, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            both.optimizer.step([OnDevice(g) for g in both.grads()])
+    assert both.optimizer.steps == 1
+    with driver.later():
+        for _ in range(9):
+            both.step(both.grads())
+    both.check()
+
+
 def test_a_tensor_without_a_gradient_in_a_skipped_step(driver):
     both = Behind(driver, 6)
     with driver.later():
@@ -901,6 +932,9 @@ def test_the_rates_of_skipped_steps_by_a_schedule(driver, family):
                 both.optimizer.lr = both.reference.lr = rates[k]
             if k == 20:
                 both.optimizer.groups[0]["eps"] = both.reference.groups[0]["eps"] = 1e-3
+            if k == 35:  # a number, and what makes other recipes
+                for made in (both.optimizer, both.reference):
+                    made.groups[0].update(lr=0.25, eps=1e-2)
             both.step(both.grads(), clip_norm=1.0 if k % 9 == 4 else None)
         assert len(driver.queue) > 60  # memory for more rows is allocated once, which waits
     both.check()
