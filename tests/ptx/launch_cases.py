@@ -887,8 +887,10 @@ def test_step_counts_that_are_set_back(driver):
     with driver.later():
         for k in range(30):
             if k in (10, 20):
-                both.optimizer._copy([], [], steps=[30 - k] * 3)
-                both.reference._copy([], [], steps=[30 - k] * 3)
+                both.optimizer._copy([], [], steps=[40 - 2 * k] * 3)
+                both.reference._copy([], [], steps=[40 - 2 * k] * 3)
+            if k == 15:
+                both.optimizer.lr = both.reference.lr = 0.5
             both.step(both.grads())
     both.check()
 
