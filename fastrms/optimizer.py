@@ -25,7 +25,8 @@ _new = tuple.__new__  # makes a StepInfo in half the time of StepInfo()
 
 
 class StepInfo(NamedTuple):
-    """What a step did.
+    """What a step did.  On a GPU the host waits for what it is asked for, which is there until 1024 steps later; after
+    that it is a RuntimeError.
 
     Attributes
     ----------
@@ -666,7 +667,8 @@ class Optimizer(Names, Family):
 
     def advance(self):
         """With backend="cuda" and capturable=True, before a captured CUDA graph with step() in it is launched again: count
-        the step and write its coefficients, an lr set since included, to the device."""
+        the step, unless ``nonfinite="skip"`` leaves that to the device, and write its coefficients there, an lr set since
+        included."""
         if self._backend != "cuda" or self._gradients.held is None:
             raise RuntimeError("advance() needs backend='cuda', capturable=True and bound gradients: see bind()")
         if self._groups.scheduled:
