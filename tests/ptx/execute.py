@@ -134,6 +134,8 @@ class Kernel:
         operands = [x.strip() for x in re.split(r",(?![^{]*\})", rest)] if rest.strip() else []
         if opcode in ("ret", "exit"):
             return "goto end;"
+        if opcode == "membar.sys":  # the threads run one after another
+            return ";"
         if opcode in ("bra", "bra.uni"):
             return f"goto {operands[0].replace('$', '')};"
         if opcode.startswith(("ld.param.", "ld.global.", "st.global.")):

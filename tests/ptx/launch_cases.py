@@ -982,6 +982,67 @@ def test_more_skipped_steps_than_coefficients_ahead(driver):
         infos[100].applied  # noqa: B018
 
 
+def test_a_first_step_that_is_left_out(driver, monkeypatch):
+    """Nothing of what stood in the memory of the coefficients is taken for some."""
+    allocate = device.allocate
+
+    def used(*arguments):
+        made = allocate(*arguments)
+        ctypes.memset(made.address, 0x3F, made.nbytes)
+        return made
+
+    monkeypatch.setattr(device, "allocate", used)
+    both = Behind(driver, 11, fastrms.AdamW, "dd")
+    for bad in (1, 0):
+        both.step(both.grads(bad=bad))
+    both.check()
+
+
+@pytest.mark.parametrize("jump", [False, True])
+def test_coefficients_after_many_steps_without_them(driver, monkeypatch, jump):
+    """Of a launch for gradients in another format, or after step counts that were set: nothing is written beyond their memory."""
+    param, theirs, write = numbers(3), numbers(3), launching.write
+    optimizer, reference = (
+        fastrms.Adam([x], nonfinite="skip", state_format="bf16", **more)
+        for x, more in ((OnDevice(param), {}), (theirs, {"backend": "numpy"}))
+    )
+
+    def checked(address, array, handle):
+        for made in optimizer._plan._launches.values():
+            start, end = made.ahead.address, made.ahead.end
+            assert not start <= address < end or address + array.nbytes <= end
+        write(address, array, handle)
+
+    monkeypatch.setattr(launching, "write", checked)
+    grad, half = numbers(3, seed=1), np.zeros(3, np.uint16)
+    for k in range(100):
+        if jump and k == 80:
+            for made in (optimizer, reference):
+                made._copy([], [], steps=[5000, 5000])
+        optimizer.step([OnDevice(grad)])
+        reference.step([grad])
+        for _ in range(1200 * (not jump and k == 90)):
+            optimizer.step([fastrms.Stored(OnDevice(half), "bf16")])
+            reference.step([fastrms.Stored(half, "bf16")])
+    assert same(param, theirs) and optimizer.steps == reference.steps
+
+
+@pytest.mark.parametrize("rate", [0.0, lambda step: 0.0], ids=["number", "callable"])
+def test_a_rate_of_0_after_a_schedule(driver, rate):
+    """It is the rate of the recipes of a plan that follows a schedule, whose coefficients are on the device already."""
+    params, grad, schedule = [numbers(9), numbers(9)], numbers(9, seed=3), fastrms.schedules.Cosine(0.5, 40, warmup=5)
+    there, bad = OnDevice(grad), np.full(9, np.nan, np.float32)
+    optimizer = fastrms.Adam([OnDevice(params[0])], nonfinite="skip", lr=schedule)
+    reference = fastrms.Adam([params[1]], nonfinite="skip", lr=schedule, backend="numpy")
+    with driver.later(), np.errstate(all="ignore"):
+        for k in range(8):
+            if k == 7:
+                optimizer.lr = reference.lr = rate
+            optimizer.step([OnDevice(bad) if k == 1 else there])
+            reference.step([bad if k == 1 else grad])
+    assert same(*params)
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("grad", [None, numbers(0)], ids=["none", "empty"])
 def test_a_first_step_that_clips_no_gradients(driver, grad, nonfinite):

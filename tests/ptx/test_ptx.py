@@ -204,12 +204,12 @@ def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
 @pytest.mark.parametrize("found", [0, 3])
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
 def test_what_is_decided_about_a_step(cc, found):
-    """The step counts, and its row is copied from those ahead, where the counts are 0; else the row says that it is left
-    out.  What the host sees is one word of two halves, and the count of each step."""
+    """The step counts, and its row is copied from those ahead, where the counts are 0; else the row is 0, whatever was there.
+    What the host sees is one word of two halves, and before it the count of each step."""
     counts, most = np.array([0, 0, found, 0], np.uint64), launch.AHEAD
     state, seen = execute.Buffer(np.array([2**32 + 4, 1029, 9], np.uint64)), execute.Buffer(np.full(1 + most, 77, np.uint64))
     ahead = [execute.Buffer(np.arange(most * 3, dtype=np.float32)), execute.Buffer(np.array([0.5, 1.5]))]
-    rows = [execute.Buffer(np.array([5, 6, 1], np.float32)), execute.Buffer(np.array([7.0, 1.0]))]
+    rows = [execute.Buffer(np.array([5, 6, 1], np.float32)), execute.Buffer(np.full(2, np.nan))]
     targets = [[rows[0].address, ahead[0].address, 3, most - 1], [rows[1].address, ahead[1].address, 4, 0]]
     kernel = cases.norm_kernel("decide", cc)
     arguments = [
@@ -226,8 +226,10 @@ def test_what_is_decided_about_a_step(cc, found):
     assert seen.array[0] == (5 << 32) + made and seen.array[1 + 5] == found and (seen.array == 77).sum() == most - 1
     first = 3 * (1030 - most)
     assert [row.array.tolist() for row in rows] == (
-        [[5, 6, 0], [7, 0]] if found else [[first, first + 1, first + 2], [0.5, 1.5]]
+        [[0, 0, 0], [0, 0]] if found else [[first, first + 1, first + 2], [0.5, 1.5]]
     )
+    *_, fence, word = [opcode for opcode in kernel.opcodes if re.match("membar|fence|st.global", opcode)]
+    assert fence == "membar.sys" and word in ("st.global.u64", "st.global.b64")
     kernel.launch(1, 256, arguments, [*ahead, *rows])
     assert state.array.tolist() == [2**32 + 6, 1029 + 2 * (found == 0), found]
 

@@ -101,14 +101,13 @@ def decide(counts, segments, state, seen, targets, count):
             at = target * uint64(4)
             row, words = pointer_to_words(targets[at]), targets[at + uint64(2)]
             ahead = pointer_to_words(targets[at + uint64(1)] + (made & targets[at + uint64(3)]) * words * uint64(4))
-            word = uint64(0) if nonfinite == uint64(0) else words
+            word = uint64(0)
             while word < words:
-                row[word] = ahead[word]
+                row[word] = ahead[word] if nonfinite == uint64(0) else uint32(0)
                 word += uint64(1)
-            if nonfinite != uint64(0):
-                row[words - uint64(1)] = uint32(0)
             target += uint64(1)
         seen[uint64(1) + (looked & uint64(1023))] = nonfinite
+        cuda.threadfence_system()  # the host finds the count where it finds the word
         seen[uint64(0)] = (looked << uint64(32)) + (made & uint64(0xFFFFFFFF))
 
 

@@ -202,9 +202,11 @@ class Plan(plan.Plan):
         self._rates_of = None if recipes else self._rates_of
         super()._set_recipes(recipes)
 
-    def set_rates(self, rates, first=0, rows=0):
-        self._rates_of = None
-        return super().set_rates(rates, first, rows)
+    def _take_rates(self, rates):
+        if self._rates_of:  # the recipes have a rate of 0, which may be what is given
+            self._rates_of = None
+            self._stale()
+        super()._take_rates(rates)
 
     def _stored(self, k, grad):
         return plan.StoredTensor(self.storages[k], self.missed[k], self.params[k], grad, self.states[k])
