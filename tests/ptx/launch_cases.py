@@ -1099,6 +1099,28 @@ def test_a_captured_graph_that_skips(driver, clip_norm):
     assert all((g == 0).all() for g in grads)
 
 
+def test_a_graph_that_skips_follows_a_schedule(driver):
+    """RMSProp has one row of coefficients for all steps, and with a schedule one for each: its kernels read the same place."""
+    params, grad = [numbers(9), numbers(9)], numbers(9, seed=2)
+    optimizer = fastrms.RMSProp(OnDevice(params[0]), nonfinite="skip", capturable=True, stream=0x7770)
+    reference = fastrms.RMSProp(params[1], nonfinite="skip", backend="numpy")
+    optimizer.bind(OnDevice(grad))
+    optimizer.step()
+    reference.step(grad)
+    graph = driver.capture(optimizer.step)
+    rates = {1: fastrms.schedules.Cosine(0.5, 40, warmup=5), 3: 0.25, 4: fastrms.schedules.Cosine(0.3, 40, warmup=5)}
+    for k in range(7):
+        if k in rates:
+            optimizer.lr = reference.lr = rates[k]
+        grad[0] = np.nan if k in (2, 5) else k
+        optimizer.advance()
+        driver.replay(graph)
+        with np.errstate(all="ignore"):
+            reference.step(grad)
+        assert same(*params)
+    assert optimizer.steps == reference.steps == 6
+
+
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_a_streamed_step_is_a_launch_per_tensor(driver, cupy, zero_grad):
     """In any order; the scratch gradient is the same for all; a step of all tensors follows."""

@@ -36,18 +36,15 @@ class Launch(plan.Update):
     from step to step, so aim() gives it its tensors; and run() takes the handle of a stream, too.
 
     allocate(size, dtype, index) gives device memory, for the coefficients of a capturable kernel and for the table.
-    rows: where the device decides which number a step has, the number of rows of coefficients that lie ahead of it, for as
-    many steps; 1 where one row serves all steps.
     """
 
-    def __init__(self, recipe, kind, index, allocate, rows=0):
+    def __init__(self, recipe, kind, index, allocate):
         self.itemsize, self.kind, self.index = recipe.dtype.itemsize, kind, index
         self.count = len(rules.coefficient_names(rules.find(recipe.rule)))
         self.streams = kind.formats.streams if kind.formats else []
         self.numbers = self.count + len(self.streams) + kind.capturable  # all of one size; see kernel.Kind
         self.device_row = allocate(self.numbers, recipe.dtype, index) if kind.capturable else None
-        self.rows = rows
-        self.ahead = allocate(rows * self.numbers, recipe.dtype, index) if rows else None
+        self._aheads = {}  # rows -> device memory
         self._ahead_of, self._begin, self._end = None, 0, 0  # what the rows there were made from, for which steps
         self.name = kernel_name(recipe.rule, recipe.general, recipe.dtype, kind)
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
@@ -55,11 +52,16 @@ class Launch(plan.Update):
         self.table = Table()
         self.rows_sent = deque([None], PENDING)
 
-    def aim(self, coefficients, missed, tensors, allocate, rates=None):
+    def aim(self, coefficients, missed, tensors, allocate, rates=None, rows=0):
         """Set the tensors of the next launches, a list of (param, grad, states) or of StoredTensor, of which only the
         addresses are kept.  rates: where the recipe has no learning rate, a function that gives a list of them for the
-        number of a step of the plan, and the place of that of the recipe."""
+        number of a step of the plan, and the place of that of the recipe.  rows: where the device decides which number a
+        step has, the number of rows of coefficients that lie ahead of it, for as many steps; 1 where one row serves all
+        steps."""
         self.use(coefficients, missed)
+        if rows and rows not in self._aheads:
+            self._aheads[rows] = allocate(rows * self.numbers, coefficients.recipe.dtype, self.index)
+        self.rows, self.ahead = rows, self._aheads.get(rows)
         self.rates = rates
         self.rows_sent.append(None)  # whoever aims may have changed what is on the device
         self.seed = tensors[0].storage.seed if self.streams else None
@@ -114,7 +116,7 @@ class Launch(plan.Update):
                 write(self.device_row.address, row, handle)
 
     def _send_ahead(self, handle, number, last):
-        made_of = self.coefficients, self.missed, self._scale, self.seed, self.rates
+        made_of = self.rows, self.coefficients, self.missed, self._scale, self.seed, self.rates
         one_serves_all = self.rows == 1
         if made_of != self._ahead_of or not (one_serves_all or max(self._begin, self._end - self.rows) <= number <= self._end):
             self._ahead_of, self._begin, self._end = made_of, number, number

@@ -182,12 +182,12 @@ class Plan(plan.Plan):
         one_serves_all = recipe.fixed and not (rates or (formats and formats.streams))
         rows = 0 if self._decision is None else 1 if one_serves_all else AHEAD
         kind = Kind(len(members) > 1, self.capturable or self._clips or rows > 0, self.zero_grad, formats)
-        key = index, recipe.general, kind, rows, *members
+        key = index, recipe.general, kind, *members
         if key not in self._launches:
-            self._launches[key] = Launch(recipe, kind, self._device, self._allocate, rows)
+            self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
         tensors = [self._stored(k, grads[k]) if formats else (self.params[k], grads[k], self.states[k]) for k in members]
-        launch.aim(coefficients, self.missed[first], tensors, self._allocate, rates)
+        launch.aim(coefficients, self.missed[first], tensors, self._allocate, rates, rows)
         return launch
 
     def follow(self, groups):
