@@ -464,7 +464,8 @@ class Plan(backends.Plan):
 
     @property
     def tensor_steps(self):
-        return [self.steps - missed for missed in self.missed]
+        steps = self.steps  # for which a subclass may wait
+        return [steps - missed for missed in self.missed]
 
     def steps_of(self, k):
         return self.steps - self.missed[k]

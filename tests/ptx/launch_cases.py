@@ -895,9 +895,13 @@ def test_step_counts_that_are_set_back(driver):
     both.check()
 
 
-def test_an_interrupt_before_a_decision(driver, monkeypatch):
-    """Nothing was launched, and what was expected is forgotten when the host has waited."""
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_an_interrupt_before_a_decision(driver, monkeypatch, capturable, asked):
+    """Nothing was launched, and later steps find what they have found themselves, whether or not the host has waited."""
     both = Behind(driver, 10)
+    if capturable:
+        both.optimizer = fastrms.Adam([OnDevice(p) for p in both.params], nonfinite="skip", capturable=True)
     both.step(both.grads(bad=0))
 
     def interrupted(handle):
@@ -907,11 +911,90 @@ def test_an_interrupt_before_a_decision(driver, monkeypatch):
         context.setattr(both.optimizer._plan._decision, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             both.optimizer.step([OnDevice(g) for g in both.grads()])
-    assert both.optimizer.steps == 1
+    assert not asked or both.optimizer.steps == 1
     with driver.later():
         for _ in range(9):
             both.step(both.grads())
     both.check()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_interrupt_while_the_host_waits_for_a_count(driver, monkeypatch, bad):
+    both, call_driver = Behind(driver, 10), device.call_driver
+    both.step(both.grads(bad=0))
+    grads = [spoiled(both.grads(bad=0), [(0, 3, np.nan)] * bad)[0], None]
+
+    def interrupted(what, function, *arguments):
+        if function == "cuStreamSynchronize":
+            monkeypatch.setattr(device, "call_driver", call_driver)
+            call_driver(what, function, *arguments)
+            raise KeyboardInterrupt
+        return call_driver(what, function, *arguments)
+
+    with driver.later():
+        monkeypatch.setattr(device, "call_driver", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            both.optimizer.step([g if g is None else OnDevice(g) for g in grads])
+    with np.errstate(all="ignore"):
+        both.reference.step(grads)
+    both.check()
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_looks_at_gradients_looks_at_them_the_second_time(driver, monkeypatch, error):
+    """Where there was no memory for it, or an interrupt: not at those of before."""
+    both = Behind(driver, 3, fastrms.RMSProp)
+
+    def fails(*arguments):
+        raise error
+
+    for bad in (0, 1):
+        grads = both.grads(bad=bad)
+        there = [OnDevice(grad.copy()) for grad in grads]
+        with monkeypatch.context() as context:
+            context.setattr(norm.Nonfinite, "aim", fails)
+            with pytest.raises(error):
+                both.optimizer.step(there)
+        with np.errstate(all="ignore"):
+            both.infos.append((both.optimizer.step(there), both.reference.step(grads)))
+    both.check()
+
+
+def test_a_thread_that_asks_for_counts_while_another_steps(driver, monkeypatch):
+    """One that has read the counts before two steps, and one that asks when a step is expected and not yet launched."""
+    optimizer, grads = fastrms.Adam(OnDevice(numbers(9)), nonfinite="skip"), (numbers(9), np.full(9, np.inf, np.float32))
+    first, decision = optimizer.step(OnDevice(grads[0])), optimizer._plan._decision
+    seen, launch, read, go = decision.seen.array, decision.launch, threading.Event(), threading.Event()
+
+    class Slow:
+        def __getitem__(self, at):
+            found = seen[at]
+            if threading.current_thread() is slow and not read.is_set():
+                read.set()
+                go.wait()
+            return found
+
+    def asked(handle):
+        other = threading.Thread(target=lambda: first.applied)
+        other.start()
+        other.join()
+        launch(handle)
+
+    slow = threading.Thread(target=lambda: optimizer.steps)
+    with monkeypatch.context() as context:
+        context.setattr(decision.seen, "array", Slow())
+        slow.start()
+        read.wait()
+        for _ in range(2):
+            optimizer.step(OnDevice(grads[0]))
+        assert optimizer.steps == 3
+        go.set()
+        slow.join()
+        assert optimizer.steps == 3
+        context.setattr(decision, "launch", asked)
+        optimizer.step(OnDevice(grads[0]))
+    infos = [optimizer.step(OnDevice(grad)) for grad in reversed(grads)]
+    assert [info.applied for info in infos] == [False, True] and optimizer.steps == 5
 
 
 def test_a_tensor_without_a_gradient_in_a_skipped_step(driver):
@@ -1119,6 +1202,28 @@ def test_a_graph_that_skips_follows_a_schedule(driver):
             reference.step(grad)
         assert same(*params)
     assert optimizer.steps == reference.steps == 6
+
+
+def test_a_graph_that_skips_and_advance_out_of_step(driver):
+    """A forgotten advance() lets a step have coefficients of before; the counts are right, and the host does not wait for ever."""
+    param, grad, infos = numbers(9), numbers(9, seed=2), []
+    optimizer = fastrms.RMSProp(OnDevice(param), nonfinite="skip", capturable=True, stream=0x7770)
+    optimizer.bind(OnDevice(grad))
+    optimizer.step()
+    graph = driver.capture(lambda: infos.append(optimizer.step()))
+    for _ in range(3):
+        driver.replay(graph)
+    optimizer.advance()
+    driver.replay(graph)
+    grad[0] = np.nan
+    assert optimizer.steps == 5 and optimizer.step().nonfinite == 1
+    with pytest.raises(RuntimeError, match="advance.. was called 1023 times more often than a graph was launched"):
+        for _ in range(1100):
+            optimizer.advance()
+    driver.replay(graph)
+    assert not infos[0].applied  # what the last launch has found
+    grad[0] = 0
+    assert optimizer.step().applied and infos[0].applied and optimizer.steps == 6
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

@@ -14,6 +14,7 @@ from .launch import AHEAD, Table
 from .norm import SLOTS, Launches
 
 WORD = 1 << 32
+TOO_OFTEN = f"advance() was called {AHEAD - 1} times more often than a graph was launched: call it once before each launch"
 TOO_LATE = f"what this step found was not asked for within {SLOTS} steps, and is no longer there"
 
 
@@ -22,13 +23,14 @@ class Decision:
 
     looked : how many steps were launched, left out or not
     made : how many steps were made, as far as the host has seen
+    sure : whether `looked` is known, which it is not after a step that was cut off before or after its launch
     """
 
     def __init__(self, index, allocate):
         self.index, self.table = index, Table()
         self.state = allocate(3, np.dtype(np.uint64), index)  # steps looked at, steps made, what the last one found
         self.seen = device.HostMemory(1 + SLOTS, index)  # the first two as halves of one word; what each step found
-        self.looked = self.made = 0
+        self.looked, self.made, self.sure = 0, 0, True
         self._unsent = np.zeros(3, np.uint64)
 
     def aim(self, nonfinite, launches, zero_grad, allocate):
@@ -58,20 +60,30 @@ class Decision:
             self._zeros.launch(handle)
 
     def see(self):
-        """How many of the steps that were launched are not decided yet."""
+        """(steps made, how many of those that were launched are not decided yet); less than none are where a graph was
+        launched more often than advance() was called.  Any thread may ask, so nothing here builds on what it has read before."""
         word = int(self.seen.array[0])
-        self.made += (word - self.made) % WORD  # word % WORD steps were made
-        return (self.looked - word // WORD) % WORD
+        self.made = made = nearest(self.made, word % WORD)
+        return made, self.looked - nearest(self.looked, word // WORD)
 
-    def numbers(self):
-        """The least and the largest number that the next step may have."""
-        undecided = self.see()
-        return self.made + 1, self.made + 1 + undecided
+    def numbers(self, handle, waits):
+        """The least and the largest number that the next step may have.  waits: whether the host may wait where too many
+        steps are undecided."""
+        made, undecided = self.see()
+        if waits and (undecided >= AHEAD - 1 or not self.sure):
+            made, undecided = self.settle(handle)
+            if undecided >= AHEAD - 1:  # of which nothing was launched
+                self.looked -= undecided
+                raise RuntimeError(TOO_OFTEN)
+        if undecided < 0 or (waits and not self.sure):
+            self.looked, self.sure, undecided = self.looked - undecided, True, 0
+        return made + 1, made + 1 + undecided
 
     def settle(self, handle):
-        """Wait until all steps are decided that were launched, first for this stream, then for the device."""
+        """Wait until all steps are decided that were launched, first for this stream, then for the device; returns what
+        see() does."""
         for function, *stream in (("cuStreamSynchronize", handle), ("cuCtxSynchronize",)):
-            if self.see():
+            if self.see()[1]:
                 device.call_driver("this step or work before it", function, *stream)
         return self.see()
 
@@ -82,10 +94,17 @@ class Decision:
         self._unsent = np.array([self.looked, steps, 0], np.uint64)
 
     def found(self, number):
-        """How many elements step `number` of all that were launched found, which is decided."""
+        """How many elements step `number` of all that were launched found, which is decided; None: the last one."""
+        if number is None:
+            number = nearest(self.looked, int(self.seen.array[0]) // WORD)
         if self.looked - number >= SLOTS:
             raise RuntimeError(TOO_LATE)
         return int(self.seen.array[1 + number % SLOTS])
+
+
+def nearest(number, low):
+    """The number nearest to `number` that has these last 32 bits."""
+    return number + (low - number + WORD // 2) % WORD - WORD // 2
 
 
 assert AHEAD == SLOTS  # the kernel has the number of both

@@ -77,8 +77,8 @@ def formats_of(tensor):
 
 
 class Decided:
-    """What a step has found about which the device decides; the host waits for what it is asked for.  later: a norm.Later
-    where the step clips."""
+    """What a step has found about which the device decides; the host waits for what it is asked for.  number: of the step,
+    None where it is recorded in a CUDA graph, for what the last step has found; later: a norm.Later where the step clips."""
 
     tensor = -1
 
@@ -258,10 +258,14 @@ class Plan(plan.Plan):
             self._wait(handle, {*self._waits, library})
         if not self._recorded:
             self._send(handle, *numbers)
-            self._expect()
         elif self._decision and self._absent:
             raise RuntimeError(ABSENT)
+        if self._decision and not self._recorded:
+            self._decision.sure = False  # until the launch is done
+            self._expect()
         found = self._look(handle, grad_scale, clip_norm)
+        if self._decision and not self._recorded:
+            self._decision.sure = True
         status = NONFINITE if type(found) is Found and found.nonfinite else OK
         if status == OK:
             for launch in self._updates:
@@ -277,13 +281,10 @@ class Plan(plan.Plan):
         """The least and the largest number that this step may have: the same, unless the device decides."""
         if self._decision is None:
             return self._steps + 1, self._steps + 1
-        if not self._recorded and self._decision.see() >= AHEAD - 1:
-            self._decision.settle(handle)
-        return self._decision.numbers()
+        return self._decision.numbers(handle, not self._recorded)
 
     def _expect(self):
-        """Note that the device will decide about one more step.  This comes before the launch: after an interrupt between
-        the two, a coefficient too many is written ahead, and not one too few."""
+        """Note that the device will decide about one more step."""
         if self._decision and self._updates:
             self._decision.looked += 1
 
@@ -298,7 +299,7 @@ class Plan(plan.Plan):
             self._decision.launch(handle)
         later = self._norm.run(handle, grad_scale, clip_norm) if self._clips else None
         if self._decision:
-            return Decided(self, self._decision.looked, later)
+            return Decided(self, None if self._recorded else self._decision.looked, later)
         return Found(later and later.read(handle), *self._nonfinite.read(handle)) if looks else later
 
     def _count(self, number):
@@ -308,16 +309,23 @@ class Plan(plan.Plan):
         elif not self._updates:
             self.steps += 1
             self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
-        elif self._absent and not self.nonfinite_of(decision.looked):
-            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+        elif self._absent:
+            interrupt = None
+            try:
+                left_out = self.nonfinite_of(decision.looked)
+            except KeyboardInterrupt as error:  # it comes when the wait is over
+                left_out, interrupt = self.nonfinite_of(decision.looked), error
+            if not left_out:
+                self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+            if interrupt:
+                raise interrupt
 
     @property
     def steps(self):
         """The number of steps made, for which the host waits where the device decides."""
         if self._decision is None:
             return self._steps
-        self._settle()
-        return self._decision.made
+        return self._settle()[0]
 
     @steps.setter
     def steps(self, number):
@@ -328,18 +336,20 @@ class Plan(plan.Plan):
             self._decision.set(number)
 
     def _settle(self):
-        """Wait until the device has decided about all steps that were launched."""
+        """Wait until the device has decided about all steps that were launched; returns what Decision.see() does."""
         return self._on_device(self._settle_on, self._streams()[0])
 
     def _settle_on(self, handle):
-        if self._decision.see():
-            if handle != LEGACY_STREAM and capturing(handle):
-                raise RuntimeError(COUNTS)
-            if self._decision.settle(handle) and not self.capturable:
-                self._decision.looked -= self._decision.see()  # an interrupt came before what was expected
+        seen = self._decision.see()
+        if not seen[1]:
+            return seen
+        if handle != LEGACY_STREAM and capturing(handle):
+            raise RuntimeError(COUNTS)
+        return self._decision.settle(handle)
 
     def nonfinite_of(self, number):
-        """How many elements that are not finite step `number` of all that were launched has found; the host waits."""
+        """How many elements that are not finite step `number` of all that were launched has found, None: the last of them;
+        the host waits."""
         self._settle()
         return self._decision.found(number)
 
@@ -398,7 +408,8 @@ class Plan(plan.Plan):
 
     def _prepare(self, number, grad_scale):
         """Make the launches and the coefficients of this step, where there are none."""
-        if number >= self._until or grad_scale != self._scale:
+        aimed = self._updates is not None and (self._aimed is self._updates or not self._updates)
+        if number >= self._until or grad_scale != self._scale or not aimed:
             if self._updates is None:
                 self._waits, self._unsent = self._foreign_streams(), True
             self._make_updates(number, grad_scale)
@@ -416,7 +427,7 @@ class Plan(plan.Plan):
             self._nonfinite.aim(grads, self._allocate)
         if self._decision:
             self._decision.aim(self._nonfinite, self._updates, self.zero_grad, self._allocate)
-        self._aimed = self._updates  # last: there may be no memory
+        self._aimed = self._updates  # last: there may be no memory, or an interrupt
 
     def _send(self, handle, number, last):
         if self._unsent:
