@@ -1,6 +1,7 @@
 """Optimizer, the base of them all: parameters in groups, their hyper-parameters, and steps over all of them in one call."""
 
 import numbers
+import operator
 import os
 import threading
 from inspect import signature
@@ -70,17 +71,38 @@ class LaterInfo(StepInfo):
     def __iter__(self):
         return iter((self.applied, self.grad_norm, self.nonfinite))
 
-    def __getitem__(self, index):
-        return tuple(self)[index]
-
-    def __eq__(self, other):
-        return tuple(self) == other
-
     def __hash__(self):
         return hash(tuple(self))
 
     def __repr__(self):
-        return repr(StepInfo(*self))
+        try:
+            return repr(StepInfo(*self))
+        except RuntimeError as error:
+            return f"StepInfo({error})"
+
+    def __reduce__(self):
+        return StepInfo, tuple(self)
+
+    _make = StepInfo._make  # for _replace(), too
+
+    def __radd__(self, other):
+        return other + tuple(self)
+
+    def count(self, value):
+        return tuple(self).count(value)
+
+    def index(self, *arguments):
+        return tuple(self).index(*arguments)
+
+
+def of_tuple(function):
+    """A method that calls a function of the module operator on what stands in a LaterInfo: a tuple reads its own memory."""
+    return lambda self, *arguments: function(tuple(self), *arguments)
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "getitem", "contains", "add", "mul"):
+    setattr(LaterInfo, f"__{_name}__", of_tuple(getattr(operator, _name)))
+LaterInfo.__rmul__ = LaterInfo.__mul__
 
 
 class OneThread:
@@ -287,7 +309,11 @@ class Optimizer(Names, Family):
 
     def __repr__(self):
         name, count = type(self).__name__, len(self._tensors)
-        return f"<{name} of {count} tensor(s) on backend {self._backend!r}, {self.steps} steps made>"
+        try:
+            made = f"{self.steps} steps made"
+        except RuntimeError as error:  # in a capture, or on a device that has failed
+            made = str(error)
+        return f"<{name} of {count} tensor(s) on backend {self._backend!r}, {made}>"
 
     @property
     def backend(self):

@@ -3,8 +3,10 @@
 cuda.core and fastrms run as they are; only libcuda.so.1 is a double, whose launches execute the PTX on the CPU."""
 
 import contextlib
+import copy
 import ctypes
 import gc
+import pickle
 import sys
 import threading
 import types
@@ -1063,6 +1065,7 @@ def test_more_skipped_steps_than_coefficients_ahead(driver):
     assert infos[-1].applied and not infos[2293].applied
     with pytest.raises(RuntimeError, match="not asked for within 1024 steps"):
         infos[100].applied  # noqa: B018
+    assert repr(infos[100]).startswith("StepInfo(what this step found was not asked for")
 
 
 def test_a_first_step_that_is_left_out(driver, monkeypatch):
@@ -1124,6 +1127,35 @@ def test_a_rate_of_0_after_a_schedule(driver, rate):
             optimizer.step([OnDevice(bad) if k == 1 else there])
             reference.step([bad if k == 1 else grad])
     assert same(*params)
+
+
+TUPLE = False, None, 9
+
+
+@pytest.mark.parametrize("use", [
+    lambda info: info != TUPLE, lambda info: info == TUPLE, lambda info: TUPLE == info, lambda info: False in info,
+    lambda info: info + (1,), lambda info: (1,) + info, lambda info: info + info, lambda info: info * 2, lambda info: 2 * info,
+    lambda info: info.count(False), lambda info: info.index(9), lambda info: info < (True,), lambda info: info >= (True,),
+    lambda info: max(info, (False,)), lambda info: info == info, lambda info: {info: 1}[TUPLE], lambda info: [*reversed(info)],
+    lambda info: info[1:], lambda info: info._replace(nonfinite=3), lambda info: repr(info._replace(nonfinite=3)),
+    lambda info: info._asdict(), lambda info: info._make([1, 2, 3]), lambda info: pickle.loads(pickle.dumps(info)),
+    copy.copy, copy.deepcopy, str, list, lambda info: len(info),
+])  # fmt: skip
+def test_a_step_info_is_a_tuple(driver, use):
+    """Of what the device has found, whatever is done with it."""
+    info = fastrms.Adam(OnDevice(numbers(9)), nonfinite="skip").step(OnDevice(np.full(9, np.nan, np.float32)))
+    assert isinstance(info, fastrms.StepInfo) and use(info) == use(fastrms.StepInfo(*TUPLE))
+
+
+def test_a_step_info_keeps_no_parameters(driver):
+    arrays = [OnDevice(numbers(9)), OnDevice(numbers(9))]
+    optimizer, seen = fastrms.Adam(arrays[0], nonfinite="skip"), [*map(weakref.ref, arrays)]
+    with driver.later():
+        info = optimizer.step(arrays.pop(), clip_norm=1.0)
+    assert info.applied
+    del optimizer, arrays
+    gc.collect()
+    assert [there() for there in seen] == [None, None] and info.nonfinite == 0 and info.grad_norm > 0
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])

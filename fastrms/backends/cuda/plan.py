@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -83,11 +84,16 @@ class Decided:
     tensor = -1
 
     def __init__(self, plan, number, later):
-        self._plan, self._number, self._later = plan, number, later
+        self._plan, self._decision = weakref.ref(plan), plan._decision  # somebody may keep it, and not the parameters
+        self._number, self._later = number, later
 
     @property
     def nonfinite(self):
-        return self._plan.nonfinite_of(self._number)
+        plan = self._plan()
+        if plan:
+            return plan.nonfinite_of(self._number)
+        device.wait(self._decision.index)
+        return self._decision.found(self._number)
 
     @property
     def grad_norm(self):
