@@ -89,9 +89,8 @@ class Decision:
 
     def set(self, steps):
         """Let `steps` be the number of steps made; none is undecided."""
-        self.made = steps
-        self.seen.array[0] = self.looked % WORD * WORD + steps % WORD
-        self._unsent = np.array([self.looked, steps, 0], np.uint64)
+        unsent, word = np.array([self.looked, steps, 0], np.uint64), self.looked % WORD * WORD + steps % WORD
+        self.made, self._unsent, self.seen.array[0] = steps, unsent, word  # in one statement: Ctrl-C comes in calls
 
     def found(self, number):
         """How many elements step `number` of all that were launched found, which is decided; None: the last one."""

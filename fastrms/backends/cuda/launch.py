@@ -14,6 +14,7 @@ from .kernel import kernel_name
 from .table import THREADS, grid, table
 
 PENDING = 4096  # rows of coefficients that are kept unchanged for the driver; it lets no stream be as many launches behind
+STAGED = 1 << 16  # bytes that the driver copies at once from any memory of the host; for more it may wait for the stream
 AHEAD = 1024  # rows of coefficients on the device, from which it chooses where it decides whether a step is made
 
 
@@ -123,11 +124,12 @@ class Launch(plan.Update):
         if one_serves_all:
             last = self._begin
         while self._end <= last:
+            until = self._end + STAGED // (self.numbers * self.itemsize)
             if self.rates:
-                rows = self._rows(self._end, last + 1 - self._end)
+                until = min(until, last + 1)
             else:
-                until = super().make_coefficients(self._end, self._scale, self._most_rows)
-                rows = self._rows(self._end, min(until, number + self.rows) - self._end)
+                until = min(until, number + self.rows, super().make_coefficients(self._end, self._scale, self._most_rows))
+            rows = self._rows(self._end, until - self._end)
             self._write_ahead(rows, self._end % self.rows, handle)
             self._end += len(rows)
 

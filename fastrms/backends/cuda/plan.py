@@ -37,6 +37,7 @@ OTHER_KERNEL = ("this needs another kernel, which a captured CUDA graph does not
                 "other than its neutral one from the start")  # fmt: skip
 
 
+KEPT = 256  # launches that a plan keeps for another step, unless a graph may need them: each has up to 96 KB on the device
 LIES = ("address", "stream", "dtype")  # of a gradient, what a launch depends on
 
 
@@ -118,7 +119,7 @@ class Plan(plan.Plan):
         self._clips, self._norm, self._scale = False, None, 1.0  # _clips: updates take clip_norm's factor from the device
         self._nonfinite = None if nonfinite == "propagate" else Nonfinite(self._device)
         self._aimed = None  # the updates for which what looks at the gradients was aimed
-        self._launches = {}  # (recipe, form, kind, tensors) -> Launch; kept, as a captured graph may need them
+        self._launches = {}  # (recipe, form, kind, tensors) -> Launch; kept, all where a captured graph may need them
         self._read_last = None, None  # (addresses, gradients) of _read()
         self.capturable = options.capturable
         self._recorded = False  # whether the step that is being made is recorded in a CUDA graph and not run
@@ -190,6 +191,8 @@ class Plan(plan.Plan):
         kind = Kind(len(members) > 1, self.capturable or self._clips or rows > 0, self.zero_grad, formats)
         key = index, recipe.general, kind, *members
         if key not in self._launches:
+            if not self.capturable and len(self._launches) >= KEPT:
+                self._launches = {}  # where other tensors have no gradient at each step, others share a launch
             self._launches[key] = Launch(recipe, kind, self._device, self._allocate)
         launch = self._launches[key]
         tensors = [self._stored(k, grads[k]) if formats else (self.params[k], grads[k], self.states[k]) for k in members]
