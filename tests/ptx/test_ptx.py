@@ -204,8 +204,8 @@ def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
 @pytest.mark.parametrize("found", [0, 3])
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
 def test_what_is_decided_about_a_step(cc, found):
-    """The step counts, and its row is copied from those ahead, where the counts are 0; else the row is 0, whatever was there.
-    What the host sees is one word of two halves, and before it the count of each step."""
+    """The step counts, and its row is copied from those ahead, where the counts are 0; else the row is 0, whatever stood
+    there.  What the host sees is one word of two halves, and before it the count of each step."""
     counts, most = np.array([0, 0, found, 0], np.uint64), launch.AHEAD
     state, seen = execute.Buffer(np.array([2**32 + 4, 1029, 9], np.uint64)), execute.Buffer(np.full(1 + most, 77, np.uint64))
     ahead = [execute.Buffer(np.arange(most * 3, dtype=np.float32)), execute.Buffer(np.array([0.5, 1.5]))]

@@ -61,7 +61,7 @@ class Decision:
 
     def see(self):
         """(steps made, how many of those that were launched are not decided yet); less than none are where a graph was
-        launched more often than advance() was called.  Any thread may ask, so nothing here builds on what it has read before."""
+        launched more often than advance() was called.  Any thread may ask, so this builds on nothing it has read before."""
         word = int(self.seen.array[0])
         self.made = made = nearest(self.made, word % WORD)
         return made, self.looked - nearest(self.looked, word // WORD)

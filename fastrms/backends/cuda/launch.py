@@ -119,7 +119,9 @@ class Launch(plan.Update):
     def _send_ahead(self, handle, number, last):
         made_of = self.rows, self.coefficients, self.missed, self._scale, self.seed, self.rates
         one_serves_all = self.rows == 1
-        if made_of != self._ahead_of or not (one_serves_all or max(self._begin, self._end - self.rows) <= number <= self._end):
+        if made_of != self._ahead_of or not (
+            one_serves_all or max(self._begin, self._end - self.rows) <= number <= self._end
+        ):
             self._ahead_of, self._begin, self._end = made_of, number, number
         if one_serves_all:
             last = self._begin
