@@ -28,6 +28,7 @@ import fastrms  # noqa: E402
 from fastrms import saved_formats  # noqa: E402
 from fastrms.backends import OK, OVERLAP  # noqa: E402
 from fastrms.backends.c import ffi  # noqa: E402
+from fastrms.backends.cuda import decide as deciding  # noqa: E402
 from fastrms.backends.cuda import kernel, norm, table, toolchain  # noqa: E402
 from fastrms.backends.cuda import launch as launching  # noqa: E402
 from fastrms.backends.cuda import plan as planning  # noqa: E402
@@ -941,6 +942,46 @@ def test_an_interrupt_while_the_host_waits_for_a_count(driver, monkeypatch, bad)
     with np.errstate(all="ignore"):
         both.reference.step(grads)
     both.check()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_an_interrupt_at_any_write_to_the_device(driver, monkeypatch, nonfinite, before):
+    """Before it or after it: what the next step needs is written again, although the step before it had the same there."""
+    write, at, cut = launching.write, 0, True
+    options = {"nonfinite": nonfinite, "capturable": True}
+    while cut:
+        params, cut = [[numbers(n, seed=n) for n in (9, 300)] for _ in range(2)], False
+        optimizer, reference = (
+            fastrms.Adam(list(map(OnDevice, params[0])), **options),
+            fastrms.Adam(params[1], nonfinite=nonfinite, backend="numpy"),
+        )
+        grads = [numbers(n, seed=n + 1) for n in (9, 300)]
+        there, left = [OnDevice(grad) for grad in grads], at
+
+        def interrupted(*arguments):
+            nonlocal left, cut
+            left, cut = left - 1, cut or left == 0
+            if left != -1 or not before:
+                write(*arguments)
+            if left == -1:
+                raise KeyboardInterrupt
+
+        optimizer.step(there)
+        with monkeypatch.context() as context:
+            context.setattr(launching, "write", interrupted)
+            context.setattr(deciding, "write", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                optimizer.step([there[0], None])
+        reference.step(grads)
+        if not cut:
+            reference.step([grads[0], None])
+        for _ in range(2):
+            optimizer.step(there)
+            reference.step(grads)
+        assert all(same(a, b) for a, b in zip(*params, strict=True)), at
+        at += 1
+    assert at > 1
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

@@ -51,7 +51,7 @@ class Launch(plan.Update):
         self.kernel = loaded(recipe.rule, recipe.general, recipe.dtype, kind, index)
         self.arguments = None
         self.table = Table()
-        self.rows_sent = deque([None], PENDING)
+        self.rows_sent, self._row_there = deque(maxlen=PENDING), None
 
     def aim(self, coefficients, missed, tensors, allocate, rates=None, rows=0):
         """Set the tensors of the next launches, a list of (param, grad, states) or of StoredTensor, of which only the
@@ -64,7 +64,7 @@ class Launch(plan.Update):
             self._aheads[rows] = allocate(rows * self.numbers, coefficients.recipe.dtype, self.index)
         self.rows, self.ahead = rows, self._aheads.get(rows)
         self.rates = rates
-        self.rows_sent.append(None)  # whoever aims may have changed what is on the device
+        self._row_there = None  # whoever aims may have changed what is on the device
         self.seed = tensors[0].storage.seed if self.streams else None
         found = [self._numbers(tensor) for tensor in tensors]
         if self.kind.many:
@@ -112,9 +112,11 @@ class Launch(plan.Update):
             self._send_ahead(handle, number, last)
         elif self.device_row is not None:
             row = self._rows(number, 1)
-            if row.tobytes() != getattr(self.rows_sent[-1], "tobytes", bytes)():
+            if row.tobytes() != self._row_there:
+                self._row_there = None  # Ctrl-C may come before the write, and after it
                 self.rows_sent.append(row)
                 write(self.device_row.address, row, handle)
+                self._row_there = row.tobytes()
 
     def _send_ahead(self, handle, number, last):
         made_of = self.rows, self.coefficients, self.missed, self._scale, self.seed, self.rates
@@ -206,6 +208,7 @@ class Table:
         for address, part in self._parts.items():
             if not np.array_equal(self._there.get(address), part):
                 self.reading = [pair for pair in self.reading if not pair[0].is_done]
+                self._there.pop(address, None)  # Ctrl-C may come after the write
                 write(address, part, handle)
                 self._there[address] = part
                 self.reading.append((stream_of(handle).record(), part))
