@@ -300,14 +300,13 @@ class Plan(plan.Plan):
         return Found(later and later.read(handle), *self._nonfinite.read(handle)) if looks else later
 
     def _count(self, number):
-        decision = self._decision
-        if decision is None:
-            super()._count(number)
-        elif not self._updates:
+        if self._decision is None:
+            return super()._count(number)
+        if not self._updates:
             self.steps += 1
-            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
-        elif self._absent and not self.nonfinite_of(decision.looked):
-            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+        elif not self._absent or self.nonfinite_of(self._decision.looked):
+            return
+        self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
 
     @property
     def steps(self):
