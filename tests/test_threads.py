@@ -238,6 +238,41 @@ def test_the_first_step_imports_nothing(backend):
     """) == "fine"  # fmt: skip
 
 
+def test_fork_while_a_step_waits_for_the_lock_of_logging():
+    """A fork takes this lock, too, after it has waited for the step."""
+    assert in_process(COMMON + """
+    import logging, time
+    from fastrms.backends.forks import forks
+    entered = threading.Event()
+
+    class Logs(fastrms.Optimizer):
+        defaults = {"lr": 0.1}
+        state_names = ()
+
+        def coefficients(step, **hyper):
+            return hyper
+
+        def rule(param, grad, lr):
+            if threading.current_thread() is runner:
+                entered.set()
+                while forks.number % 2 == 0:       # the fork has not come to the locks of steps
+                    time.sleep(1e-3)
+                logging.getLogger("of a step")
+            return (param - lr * grad,)
+
+    runner = None
+    opt, g = Logs(np.ones(5, np.float32), backend="numpy"), np.ones(5, np.float32)
+    runner = threading.Thread(target=opt.step, args=(g,))
+    runner.start()
+    entered.wait()
+    import warnings
+    warnings.simplefilter("ignore")      # Python's own: there is a thread, the runner
+    child(lambda: opt.step(g))
+    runner.join()
+    print("fine")
+    """) == "fine"  # fmt: skip
+
+
 def test_fork_while_another_thread_is_in_the_python_of_a_step():
     """The child has not that thread, and does not wait for it."""
     assert in_process(COMMON + """
