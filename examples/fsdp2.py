@@ -68,6 +68,7 @@ def main():
     if dist.get_rank() == 0:
         print("norms", *norms, *unbroken)
         print("threads of each process:", fastrms.get_num_threads())
+    dist.barrier()  # until gloo's threads have let go of their tensors: one that does so when Python ends aborts the process
     dist.destroy_process_group()
 
 
