@@ -12,7 +12,7 @@ import pytest
 
 from tests import soak
 from tests.soak import __main__ as command
-from tests.soak import page, peers
+from tests.soak import page, peers, programs
 
 CHECKS = soak.find()
 SHORT = [name for name, function in CHECKS.items() if function.short is not None]
@@ -111,6 +111,12 @@ def test_outcomes():
     assert soak.outcome_of(missing, {}) == ("not run", "no compiler")
     assert soak.outcome_of(lambda: 1 / 0, {}) == ("failed", "ZeroDivisionError: division by zero")
     assert soak.outcome_of(lambda: sys.exit(5), {}) == ("failed", "SystemExit: 5")
+
+
+def test_what_a_fuzzer_found_is_said_whatever_it_says_afterwards():
+    code = "import sys; sys.exit(\"KeyError: 'lr'\\n\" + 1000 * '.')"
+    with pytest.raises(AssertionError, match="ended with 1: KeyError: 'lr'"):
+        programs.said(sys.executable, "-c", code)
 
 
 @pytest.mark.parametrize(("code", "said"), [
