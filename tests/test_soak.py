@@ -12,7 +12,7 @@ import pytest
 
 from tests import soak
 from tests.soak import __main__ as command
-from tests.soak import page, peers, programs
+from tests.soak import page, peers
 
 CHECKS = soak.find()
 SHORT = [name for name, function in CHECKS.items() if function.short is not None]
@@ -116,7 +116,7 @@ def test_outcomes():
 def test_what_a_fuzzer_found_is_said_whatever_it_says_afterwards():
     code = "import sys; sys.exit(\"KeyError: 'lr'\\n\" + 1000 * '.')"
     with pytest.raises(AssertionError, match="ended with 1: KeyError: 'lr'"):
-        programs.said(sys.executable, "-c", code)
+        soak.programs.said(sys.executable, "-c", code)
 
 
 @pytest.mark.parametrize(("code", "said"), [
