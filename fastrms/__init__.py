@@ -1,6 +1,6 @@
 """fastrms: fused in-place RMSProp, AdaGrad, Adam and RProp updates on flat parameter buffers."""
 
-from . import functional, graph_breaks, optimizers, rules
+from . import backends, functional, graph_breaks, optimizers, rules
 from .backends import available_backends
 from .config import get_include, isa, show_config
 from .family import Family
@@ -33,6 +33,8 @@ __all__ = [
     "show_config",
 ]
 
+# now, and not in the first step: a child that is forked while another thread imports one of them would wait for ever
+_HOST = [*map(backends.load, backends.HOST)]
 
 _INSTEAD = {  # what other frameworks have: what to write here
     "RMSprop": "fastrms.RMSProp",

@@ -6,10 +6,10 @@ There a preset of `dialect` must know which arguments were given.  tests/test_ty
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, overload
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, overload
 
 from numpy.typing import DTypeLike, NDArray
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer, Self, TypeVar
 
 from . import cuda as cuda
 from . import mpi as mpi
@@ -43,6 +43,8 @@ __all__ = [
     "show_config",
 ]
 
+_Flat = TypeVar("_Flat", default=NDArray[Any])  # no argument says it: a torch.Tensor may be on the host
+
 class _ArrayInterface(Protocol):
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
@@ -55,7 +57,7 @@ class _DLPack(Protocol):
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 
 _Array: TypeAlias = _ArrayInterface | _CudaArrayInterface | _DLPack | Buffer | Stored
-_Params: TypeAlias = _Array | FlatBuffer | Mapping[Any, _Array] | Iterable[_Array] | Iterable[Mapping[str, Any]]
+_Params: TypeAlias = _Array | FlatBuffer[Any] | Mapping[Any, _Array] | Iterable[_Array] | Iterable[Mapping[str, Any]]
 _Grads: TypeAlias = _Array | Mapping[Any, _Array | None] | Iterable[Any]
 _Rate: TypeAlias = float | Callable[[int], float]
 _Shape: TypeAlias = int | Sequence[int]
@@ -95,17 +97,17 @@ class _Streaming:
     ) -> None: ...
     def step(self, name: Any, grad: _Array) -> None: ...
 
-class _Views(Mapping[Any, NDArray[Any]]):
-    def __getitem__(self, name: Any) -> NDArray[Any]: ...
+class _Views(Mapping[Any, _Flat]):
+    def __getitem__(self, name: Any) -> _Flat: ...
     def __iter__(self) -> Iterator[Any]: ...
     def __len__(self) -> int: ...
-    def __setitem__(self, name: Any, value: NDArray[Any]) -> None: ...
+    def __setitem__(self, name: Any, value: _Flat) -> None: ...
 
-class FlatBuffer:
-    data: NDArray[Any]
-    grad: NDArray[Any]
-    params: _Views
-    grads: _Views
+class FlatBuffer(Generic[_Flat]):
+    data: _Flat
+    grad: _Flat
+    params: _Views[_Flat]
+    grads: _Views[_Flat]
     def __init__(
         self,
         shapes: Mapping[Any, _Shape] | Sequence[_Shape],

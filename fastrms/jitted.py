@@ -383,22 +383,22 @@ def numbers_of(optimizer, given):
 
 
 DOCUMENTED = """\
-    {first}, {second}, ... : optional
-        The hyper-parameters of fastrms.{name}, with its defaults: numbers, True, False or words.
+{first}, {second}, ... : optional
+    The hyper-parameters of fastrms.{name}, with its defaults: numbers, True, False or words.
 
-    Raises
-    ------
-    numba.errors.TypingError
-        Where an argument is of another kind; when the calling function is compiled.
-    ValueError
-        Where an argument has a value that it must not have; nothing has been written then.
+Raises
+------
+numba.errors.TypingError
+    Where an argument is of another kind; when the calling function is compiled.
+ValueError
+    Where an argument has a value that it must not have; nothing has been written then.
 """
 
 
 def document(function, optimizer):
     """The docstring of an update: that of `function` as far as its hyper-parameters, then what is said in jitted code."""
-    common = (function.__doc__ or "").partition("    **options")[0]
+    common = inspect.cleandoc(function.__doc__ or "").partition("\n**options")[0] + "\n"
     apart = "share no byte; they are contiguous, and only grad may be read-only."
     first, second, *_ = (name for name in optimizer.defaults if name not in optimizer.fixed)
     special = DOCUMENTED.format(first=first, second=second, name=optimizer.__name__)
-    return common.replace("share no byte.", apart) + special + "    "
+    return common.replace("share no byte.", apart) + special

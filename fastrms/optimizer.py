@@ -782,7 +782,7 @@ class Optimizer(Names, Family):
             self._copy([*map(saved_formats.kept, tensors)], loaded.flats, recipes, loaded.steps, also)
             for tensor, storage_of in zip(tensors, made, strict=True):
                 tensor.storage = storage_of
-            self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.lent.values()])
+            self._memory.wrote([buffer for tensor in self._tensors for buffer in tensor.given.values()])  # no param_copy
             self._dialect = loaded.dialect
             for plateau, saved in loaded.plateaus:
                 vars(plateau).update(vars(saved))

@@ -9,6 +9,7 @@ A rule takes param, grad, its states and its coefficients, all of one floating-p
 states.  What its arguments mean stands in MEANINGS; what the coefficients are made of, in recipes.py.
 """
 
+from inspect import cleandoc
 from types import FunctionType
 
 from numpy import sqrt, where
@@ -278,10 +279,10 @@ def meaning(name, rule):
 def document(rule):
     """Parameters and Returns of a rule for its docstring, in numpydoc's form."""
     names, states = arguments(rule), state_names(rule)
-    parameters = "".join(f"    {name} : float\n        {meaning(name, rule)}\n" for name in names)
-    returned = "".join(f"    {name} : float\n" for name in ("param", *states))
-    underlined = "Parameters\n    ----------\n" + parameters, "Returns\n    -------\n" + returned
-    rule.__doc__ = (rule.__doc__ or "").rstrip() + "".join(f"\n\n    {section}" for section in underlined)
+    parameters = "".join(f"{name} : float\n    {meaning(name, rule)}\n" for name in names)
+    returned = "".join(f"{name} : float\n" for name in ("param", *states))
+    underlined = "Parameters\n----------\n" + parameters, "Returns\n-------\n" + returned
+    rule.__doc__ = "\n\n".join((cleandoc(rule.__doc__ or ""), *underlined))
 
 
 def find(rule):

@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -518,6 +519,7 @@ class EarlyStopping:
         ValueError
             With nothing changed, where d does not fit these parameters.
         """
+        self._refuse_without_keys(d)
         try:
             best = None if d["best"] is None else hyper.number("best", d["best"])
             bad, params, state = _count("bad", d["bad"]), d["params"], copy.deepcopy(d["optimizer"])
@@ -530,6 +532,19 @@ class EarlyStopping:
         if not all(fits) or (state is None) != (self._optimizer is None):
             raise ValueError("the state_dict is of an EarlyStopping with other parameters or without its optimizer")
         vars(self).update(_kept=[np.array(x) for x in arrays_of], _kept_state=state, best=best, bad=bad)
+
+    def _refuse_without_keys(self, d):
+        """ValueError unless d has what state_dict() writes, each of these parameters included."""
+        if not isinstance(d, Mapping):
+            raise ValueError(f"this is a {type(d).__name__}, not a state_dict of an EarlyStopping: pass what its "
+                             f"state_dict() gave")  # fmt: skip
+        if missing := [key for key in ("best", "bad", "params", "optimizer") if key not in d]:
+            raise ValueError(f"this has the keys {[*d]}; a state_dict of an EarlyStopping has {missing[0]!r}, too: pass "
+                             f"what its state_dict() gave")  # fmt: skip
+        params = d["params"] if isinstance(d["params"], Mapping) else {}
+        if missing := [name for name in self._names if name not in params]:
+            raise ValueError(f"the state_dict has no {missing[0]} (it has {', '.join(map(str, params)) or 'no parameters'})"
+                             f": load it into an EarlyStopping of the parameters that it was saved with")  # fmt: skip
 
 
 KINDS = {kind.__name__: kind for kind in (Step, Exponential, Cosine, Plateau)}  # those that a state_dict can hold

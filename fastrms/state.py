@@ -1,5 +1,6 @@
 """The state of an optimizer as people see it, and as state_dict() and load_state_dict() write and read it."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import NamedTuple
@@ -168,11 +169,17 @@ def described(groups):
 
 
 def _is_ours(rate):
-    if not callable(rate):
-        return False
-    from .schedules import KINDS
+    return callable(rate) and _kinds().get(type(rate).__name__) is type(rate)
 
-    return KINDS.get(type(rate).__name__) is type(rate)
+
+def _is_plateau(rate):
+    return type(rate) is _kinds().get("Plateau")
+
+
+def _kinds():
+    """KINDS of fastrms.schedules, which is imported where there is an object of its classes.  To import it here would let a
+    child that is forked meanwhile wait for ever."""
+    return getattr(sys.modules.get(f"{__package__}.schedules"), "KINDS", {})
 
 
 def revived(plain, rates):
@@ -182,13 +189,11 @@ def revived(plain, rates):
     plateaus: (present, saved) pairs of Plateaus; the present one is to take over the fields of the saved one.
     ValueError, TypeError or KeyError where the plain values are damaged or do not fit.
     """
-    from .schedules import Plateau
-
     groups, pairs = _with_schedules(plain), {}
     for values, rate in zip(groups, rates, strict=True):
         if callable(rate) and not (_is_ours(rate) and _is_ours(values.get("lr"))):
             values.pop("lr", None)
-        elif type(rate) is Plateau:
+        elif _is_plateau(rate):
             pairs[id(rate), id(values["lr"])] = rate, values["lr"]
     _refuse_lost(pairs)
     stays = {id(saved): rate for rate, saved in pairs.values()}
@@ -228,10 +233,8 @@ def _revive(told):
 
 def _refuse_lost(pairs):
     """ValueError where loading would replace a Plateau that the caller feeds, or give it to other groups than it had."""
-    from .schedules import Plateau
-
     for _, saved in pairs.values():
-        if type(saved) is not Plateau:
+        if not _is_plateau(saved):
             raise ValueError(f"lr is a Plateau here, the saved one is a {type(saved).__name__}; set lr to a number first")
     if any(len({key[k] for key in pairs}) < len(pairs) for k in (0, 1)):
         raise ValueError("the groups that share a Plateau here are not those that shared one when it was saved")

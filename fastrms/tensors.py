@@ -148,8 +148,10 @@ class Tensors(list):
                 found = self.memory.again(buffer, label)
                 self.memory.same_layout(found, label, buffer, f"{label} when it was bound")
                 if found.address != buffer.address and buffer.size:
-                    raise ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this "
-                                     f"optimizer had been made; make a new one")  # fmt: skip
+                    raise moved_after(label)
+        for label, tensor, address in self.structure.cut_tensors:
+            if tensor.data_ptr() != address:
+                raise moved_after(label)
 
     def of_the_caller(self, grads):
         """For each tensor (name, Buffer) pairs of the arrays of the caller that a step reads; grads: Buffers or None."""
@@ -226,6 +228,12 @@ def refuse_other_dtype(param, tensor):
         now, before = map(host.dtype_of, (param.dtype, tensor.param.dtype))
         raise TypeError(f"{tensor.name} has dtype {now}, and had {before} when it was bound: turn the model back, by "
                         f"model.to(torch.{before}), or make a new optimizer of its parameters as they are now")  # fmt: skip
+
+
+def moved_after(label):
+    """The error for a torch tensor that has other memory than when it was bound."""
+    return ValueError(f"{label} was given other memory (tensor.data = ..., share_memory_()) after this optimizer had been "
+                      f"made; make a new one")  # fmt: skip
 
 
 def new_state(rule, initial, param, memory, twin=None, formats=None):

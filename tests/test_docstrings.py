@@ -78,7 +78,9 @@ def test_every_hyper_parameter_is_described(make):
 
 @pytest.mark.parametrize("rule", rules.RULES)
 def test_every_rule_and_helper_says_what_it_is(rule):
+    found = sections(rules.RULES[rule].__doc__)
     assert "Source:" in inspect.getdoc(rules.RULES[rule])
+    assert described(found["Parameters"]) == {*rules.arguments(rules.RULES[rule])} and "Returns" in found
     assert all(inspect.getdoc(helper) for helper in rules.HELPERS)
 
 

@@ -745,3 +745,10 @@ def test_patterns_need_names(backend):
     for params in (w, [w], iter([w]), [{"params": {"w": w}}]):
         with pytest.raises(TypeError, match=r"goes by name, and params is a \w+ without names"):
             fastrms.RMSProp(params, groups={"w": {"lr": 0.1}}, backend=backend)
+
+
+def test_the_type_of_the_arrays_may_be_named():
+    """FlatBuffer[torch.Tensor], for type checkers."""
+    named = fastrms.FlatBuffer[int]
+    for made in (named({"w": 3}), named.like({"w": np.zeros(3, np.float32)})):
+        assert type(made) is fastrms.FlatBuffer and not made.data.any() and made.data.size == 3

@@ -1,6 +1,7 @@
 """Arrays of other libraries.  torch CPU tensors and Parameters: the same memory, read anew at every step, refused where
 it is not what it was.  JAX arrays: read-only."""
 
+import re
 import sys
 
 import numpy as np
@@ -303,3 +304,34 @@ def test_a_copy_in_a_torch_tensor_learns_of_writes_and_stays_where_it_is(torch, 
         with pytest.raises(ValueError, match=r"^param_copy was given other memory .* make a new one$"):
             optimizer.step(grad)
         assert np.array_equal(old, was) and np.array_equal(kept, w) and not copy.any() and optimizer.steps == 4
+
+
+def test_loading_does_not_write_a_copy(torch, backend):
+    """Nor does it tell the tensor so: a backward pass may need it."""
+    copy, state = torch.zeros(33, dtype=torch.bfloat16), {name: torch.zeros(33) for name in ("exp_avg", "exp_avg_sq")}
+    for given in (None, state):
+        optimizer = fastrms.Adam(torch.ones(33), param_copy=copy, state=given, backend=backend)
+        optimizer.step(torch.ones(33))
+        saved, before, numbers = optimizer.state_dict(), copy._version, copy.clone()
+        counts = [x._version for x in state.values()]
+        optimizer.load_state_dict(saved)
+        assert copy._version == before and torch.equal(copy, numbers)
+        assert all((x._version > count) == (given is not None) for x, count in zip(state.values(), counts, strict=True))
+
+
+@pytest.mark.parametrize("what", ["param_copy", "state['square_avg']"])
+def test_a_tensor_that_is_cut_into_groups_must_keep_its_memory(torch, backend, what):
+    """The optimizer has views of it, which do not learn that it was given other memory."""
+    flat = fastrms.FlatBuffer({"w": (4,), "b": (3,)})
+    tensor = torch.zeros(7, dtype=torch.bfloat16 if what == "param_copy" else torch.float32)
+    given = {"param_copy": tensor} if what == "param_copy" else {"state": {"square_avg": tensor}}
+    optimizer = fastrms.RMSProp(flat, groups={"b": {"lr": 0.5}}, backend=backend, **given)
+    flat.grad[:] = 1
+    optimizer.step(flat.grads)
+    old, before = tensor.view(torch.uint8), tensor.clone()
+    tensor.data = torch.zeros_like(tensor)
+    saved, kept = fastrms.RMSProp(flat, groups={"b": {"lr": 0.5}}).state_dict(), flat.data.copy()
+    for call in (lambda: optimizer.step(flat.grads), lambda: optimizer.load_state_dict(saved), optimizer.state_dict):
+        with pytest.raises(ValueError, match=rf"^{re.escape(what)} was given other memory .*; make a new one$"):
+            call()
+        assert np.array_equal(kept, flat.data) and torch.equal(old, before.view(torch.uint8)) and optimizer.steps == 1

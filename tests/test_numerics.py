@@ -434,7 +434,7 @@ def test_the_docstring_of_a_rule_says_what_each_argument_means(rule):
     function = rules.RULES[rule]
     for name in rules.arguments(function):
         meaning = rules.meaning(name, function)
-        assert meaning and f"    {name} : float\n        {meaning}\n" in function.__doc__
+        assert meaning and f"{name} : float\n    {meaning}\n" in function.__doc__
     used = {name for other in rules.RULES.values() for name in rules.arguments(other)}
     assert {name.partition(" of ")[0] for key in rules.MEANINGS for name in key.split(", ")} == used
     assert all(helper.__doc__ for helper in (rules.select, *rules.HELPERS))

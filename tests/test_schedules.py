@@ -237,6 +237,24 @@ def test_the_state_dict_of_early_stopping_is_its_own():
         stopping.load_state_dict({**saved, "bad": "garbage"})
 
 
+@pytest.mark.parametrize("wrong, words", [
+    (lambda saved: saved["optimizer"], r"keys \['optimizer', .*\]; a state_dict of an EarlyStopping has 'best', too: pass "),
+    (lambda saved: {"best": 1.0, "bad": 0, "params": {}}, "has 'optimizer', too: pass what its state_dict"),
+    (lambda saved: None, "this is a NoneType, not a state_dict of an EarlyStopping: pass what its state_dict"),
+    (lambda saved: {**saved, "params": {"params['v']": 1}}, r"has no params\['w'\] \(it has params\['v'\]\): load it"),
+    (lambda saved: {**saved, "params": None}, r"has no params\['w'\] \(it has no parameters\): load it"),
+])  # fmt: skip
+def test_a_dict_that_is_no_state_dict_of_early_stopping(wrong, words):
+    """The sentence names what is missing, and nothing has changed."""
+    w = np.ones(4, np.float32)
+    stopping = EarlyStopping({"w": w}, optimizer=fastrms.Adam({"w": w}))
+    stopping.update(5.0)
+    before = dict(vars(stopping))
+    with pytest.raises(ValueError, match=words):
+        stopping.load_state_dict(wrong(stopping.state_dict()))
+    assert all(vars(stopping)[name] is value for name, value in before.items())
+
+
 def test_early_stopping_is_resumed():
     """By pickle; in another memory order; a dict that does not fit changes nothing."""
     w, b = np.arange(6.0).reshape(2, 3), np.ones(3, np.float32)

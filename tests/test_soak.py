@@ -113,6 +113,12 @@ def test_outcomes():
     assert soak.outcome_of(lambda: sys.exit(5), {}) == ("failed", "SystemExit: 5")
 
 
+def test_what_a_fuzzer_found_is_said_whatever_it_says_afterwards():
+    code = "import sys; sys.exit(\"KeyError: 'lr'\\n\" + 1000 * '.')"
+    with pytest.raises(AssertionError, match="ended with 1: KeyError: 'lr'"):
+        soak.programs.said(sys.executable, "-c", code)
+
+
 @pytest.mark.parametrize(("code", "said"), [
     ("import time; time.sleep(1000)", "did not end within 0.5 s"),
     ("import os; os.fork() or os.execvp('sleep', ['sleep', '1000']); os.wait()", "did not end within 0.5 s"),

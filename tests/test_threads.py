@@ -216,20 +216,60 @@ def test_fork_while_other_threads_step():
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 def test_the_first_step_imports_nothing(backend):
     """A child that is forked while another thread imports a module waits for ever where it needs this module: numpy.ma was
-    imported by the first optimizer."""
+    imported by the first optimizer, fastrms.schedules by the first load_state_dict()."""
     assert in_process("""
     import sys
     import numpy as np, fastrms
     from fastrms import backends
     w = np.ones(300_007, np.float32)
-    """ + f"backend = {backend!r}\n    backends.load(backend)" + """
+    """ + f"backend = {backend!r}" + """
     before = {*sys.modules}
+    for name in backends.HOST:
+        backends.load(name)
     optimizer = fastrms.Adam({"w": w}, backend=backend)
     optimizer.step({"w": w.copy()}, clip_norm=1.0)
     optimizer.bind({"w": w.copy()})
     optimizer.step()
     fastrms.rmsprop(w, w.copy(), w.copy(), lr=0.1, backend=backend)
+    optimizer.lr = lambda step: 0.1
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
     print({*sys.modules} - before or "fine")
+    """) == "fine"  # fmt: skip
+
+
+def test_fork_while_a_step_waits_for_the_lock_of_logging():
+    """A fork takes this lock, too, after it has waited for the step."""
+    assert in_process(COMMON + """
+    import logging, time
+    from fastrms.backends.forks import forks
+    entered = threading.Event()
+
+    class Logs(fastrms.Optimizer):
+        defaults = {"lr": 0.1}
+        state_names = ()
+
+        def coefficients(step, **hyper):
+            return hyper
+
+        def rule(param, grad, lr):
+            if threading.current_thread() is runner:
+                entered.set()
+                while forks.number % 2 == 0:       # the fork has not come to the locks of steps
+                    time.sleep(1e-3)
+                logging.getLogger("of a step")
+            return (param - lr * grad,)
+
+    runner = None
+    opt, g = Logs(np.ones(5, np.float32), backend="numpy"), np.ones(5, np.float32)
+    runner = threading.Thread(target=opt.step, args=(g,))
+    runner.start()
+    entered.wait()
+    import warnings
+    warnings.simplefilter("ignore")      # Python's own: there is a thread, the runner
+    child(lambda: opt.step(g))
+    runner.join()
+    print("fine")
     """) == "fine"  # fmt: skip
 
 

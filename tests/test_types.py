@@ -168,6 +168,10 @@ opt.zero_grad()
 stopping = EarlyStopping(w, optimizer=opt)
 flat = fastrms.FlatBuffer.like({"w": w})
 flat.params["w"] += 1
+flat.data.sort()
+there = fastrms.FlatBuffer[fastrms.Stored].like({"w": w})
+word: str = there.data.format + there.grads["w"].format
+fastrms.RMSProp(there).step(flat.grad)
 groups = fastrms.Adam([{"params": [w], "lr": 0.1}], nesterov="dozat")
 with groups.streaming() as s:
     s.step((0, 0), g)
@@ -183,6 +187,7 @@ Cosine(0.1, step=5)  # call-arg
 opt.step(g, clip_nrm=1.0)  # call-arg
 opt.learning_rate = 0.5  # attr-defined
 opt.backend = "c"  # misc
+flat.data.format  # attr-defined
 """
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from numbers import Number
 from operator import index
+from types import GenericAlias
 
 import numpy as np
 
@@ -148,7 +149,8 @@ class FlatBuffer:
     Attributes
     ----------
     data, grad : ndarray, or CuPy array or torch tensor in device memory
-        The two flat arrays, 1-D; on the host they start where they do not evict each other from cache.
+        The two flat arrays, 1-D; on the host they start where they do not evict each other from cache.  Type checkers take
+        them for ndarrays; where they are others, write FlatBuffer[torch.Tensor](...) or FlatBuffer[torch.Tensor].like(...).
     params, grads : mapping
         name -> view of data and of grad, in the shape of that name.  The mappings cannot be changed.
 
@@ -160,6 +162,8 @@ class FlatBuffer:
     ValueError
         For a negative length, where there are no names, or for memory that is too short, misaligned or read-only.
     """
+
+    __class_getitem__ = classmethod(GenericAlias)
 
     def __init__(self, shapes, dtype=np.float32, *, data=None, grad=None):
         shapes = {name: _shape(f"shapes[{key_text(name)}]", shape) for name, shape in _named(shapes, "shapes").items()}

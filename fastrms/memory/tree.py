@@ -160,6 +160,7 @@ class Structure:
     """
 
     count: int
+    cut_tensors = ()  #: (what sentences call it, torch tensor, its address), for each of which the leaves are views
 
     def refuse_moved(self):
         """ValueError where torch has given a tensor under a FlatBuffer other memory."""
@@ -261,7 +262,7 @@ class FlatOf(Structure):
         self.keys = [next(iter(run)) for run in self.runs]
         self.count = len(self.runs)
         self.spans = one_after_another(sum(math.prod(part.shape) for part in run.values()) for run in self.runs)
-        self.size, self.memory = flat._size, flat._memory
+        self.size, self.memory, self.cut_tensors = flat._size, flat._memory, []
 
     def refuse_moved(self):
         self.flat.refuse_moved()
@@ -307,9 +308,7 @@ class FlatOf(Structure):
         if tuple(array.shape) != (self.size,):
             raise ValueError(f"{what} has shape {tuple(array.shape)}, the FlatBuffer has {self.size} elements in one "
                              f"dimension")  # fmt: skip
-        return (
-            [array] if self.count == 1 else self.cut(array)
-        )  # torch may give this tensor other memory, but not a view of it
+        return self._cut_named(array, what)
 
     def copy_leaves(self, value, what):
         if value is None:
@@ -319,7 +318,15 @@ class FlatOf(Structure):
         if isinstance(value, Mapping) or tuple(getattr(value, "shape", ())) != (self.size,):
             raise ValueError(f"{what} of a FlatBuffer must be one array of its {self.size} elements in one dimension, or a "
                              f"FlatBuffer of as many")  # fmt: skip
-        return [value] if self.count == 1 else self.cut(value)
+        return self._cut_named(value, what)
+
+    def _cut_named(self, whole, what):
+        """The parts of an array that stays in use.  torch may give a tensor other memory; its views do not learn of that."""
+        if self.count == 1:
+            return [whole]
+        if host.is_torch(whole):
+            self.cut_tensors.append((what, whole, whole.data_ptr()))
+        return self.cut(whole)
 
     def _joined(self, arrays, what):
         """One array over the named arrays of a run, which lie one after the other in memory; None where there are none."""

@@ -134,12 +134,17 @@ class Kernel:
         operands = [x.strip() for x in re.split(r",(?![^{]*\})", rest)] if rest.strip() else []
         if opcode in ("ret", "exit"):
             return "goto end;"
-        if opcode == "membar.sys":  # the threads run one after another
+        if opcode in ("membar.sys", "bar.warp.sync"):  # the threads run one after another
             return ";"
         if opcode in ("bra", "bra.uni"):
             return f"goto {operands[0].replace('$', '')};"
         if opcode.startswith(("ld.param.", "ld.global.", "st.global.")):
             return self.access(opcode, operands)
+        if opcode == "mov.b64" and operands[0].startswith("{"):  # the halves of a register, of which "_" is not wanted
+            halves, source = operands[0].strip("{}").split(","), self.operand(operands[1])
+            wanted = [(half.strip(), shift) for half, shift in zip(halves, (0, 32), strict=True) if half.strip() != "_"]
+            moves = " ".join(f"{self.operand(half)} = (u32)({source} >> {shift});" for half, shift in wanted)
+            return f"{{ {moves} }}"
         target, *sources = map(self.operand, [operands[0].partition("|")[0], *operands[1:]])  # of a|p, p is not used
         return f"{target} = {opcode.replace('.', '_')}({', '.join(sources)});"
 

@@ -201,12 +201,13 @@ def test_the_squares_of_doubles_are_summed_in_the_order_of_the_host(size, cc):
     assert not re.search(r"\bfma|approx|full|ftz|f32", " ".join(kernels[0].opcodes + kernels[1].opcodes))
 
 
-@pytest.mark.parametrize("found", [0, 3])
+@pytest.mark.parametrize("found", [0, 3, 3 * 2**33])
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
 def test_what_is_decided_about_a_step(cc, found):
     """The step counts, and its row is copied from those ahead, where the counts are 0; else the row is 0, whatever stood
     there.  What the host sees is one word of two halves, and before it the count of each step."""
-    counts, most = np.array([0, 0, found, 0], np.uint64), launch.AHEAD
+    counts, most = np.zeros(70, np.uint64), launch.AHEAD
+    counts[[1, 40, 69]] = [found // 3, found // 3, found // 3]
     state, seen = execute.Buffer(np.array([2**32 + 4, 1029, 9], np.uint64)), execute.Buffer(np.full(1 + most, 77, np.uint64))
     ahead = [execute.Buffer(np.arange(most * 3, dtype=np.float32)), execute.Buffer(np.array([0.5, 1.5]))]
     rows = [execute.Buffer(np.array([5, 6, 1], np.float32)), execute.Buffer(np.full(2, np.nan))]

@@ -15,7 +15,9 @@ import cases
 import stored_cases
 from conftest import DTYPES
 
+from fastrms import rules
 from fastrms.backends.cuda import __main__ as shown
+from fastrms.backends.cuda import norm_kernels
 from fastrms.backends.cuda.kernel import Kind
 
 REGISTERS = {False: 48, True: 128}  # at most, of a kernel for formats, without and with q8, of which a thread has 8 elements
@@ -26,8 +28,10 @@ def count(operations, prefix):
     return sum(number for name, number in operations.items() if name.startswith(prefix))
 
 
-@pytest.mark.parametrize("rule, general, dtype, cc", cases.every(*cases.ARCHITECTURES))
-def test_machine_code(rule, general, dtype, cc):
+@pytest.mark.parametrize("rule, general, dtype, dialect", cases.every(*cases.DIALECTS))
+def test_machine_code(rule, general, dtype, dialect):
+    """For one architecture of each dialect; a rule's four kernels have all of them."""
+    cc = dialect[(list(rules.RULES).index(rule) + general + (dtype.itemsize == 8)) % 2]
     made = shown.assemble(cases.text(rule, general, dtype, Kind(), cc), cc)
     updated = len(cases.buffers_of(rule, dtype, 1, True)) - 1
     assert made.spills == 0 and made.registers <= 56
@@ -54,6 +58,14 @@ def test_machine_code_of_formats(rule, made):
         bases = [4 for name in names if stored_cases.FORMATS[name].in_blocks]
         wanted = 8 * wide + bases if made.in_blocks else wide + [4 * size for size in wide]
         assert accesses(found.operations, what) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", norm_kernels.ARGUMENTS)
+def test_machine_code_of_what_looks_at_gradients(name):
+    cc = cases.ARCHITECTURES[len(name) % 4]
+    made = shown.assemble(cases.compiler.norm_ptx(name, cc), cc)
+    assert made.spills == 0 and made.registers <= 64 and count(made.operations, ("LDL", "STL", "LDS", "STS")) == 0
+    assert count(made.operations, "LDG") and count(made.operations, "STG") and not count(made.operations, ("LD.", "ST."))
 
 
 def accesses(operations, what):

@@ -136,6 +136,26 @@ def test_torch_formats_are_saved_and_loaded(driver, param, grad, options):
         plain.same()
 
 
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"zero_grad": True}], ids=str)
+def test_torch_skips_what_the_host_skips(driver, options):
+    """state["step"] is on the host and tells of it at once."""
+    pair = Pair(ft.Adam, F32, nonfinite="skip", **options)
+    for seed, without in ((10, ()), (20, (3,)), (30, ()), (40, ())):
+        pair.step(F32, seed, without)
+        for k, bad in ((1, float("nan")), (4, float("inf"))):
+            for params, optimizer in pair.sides:
+                for param in params:
+                    param.grad = torch.zeros_like(param.detach())
+                if seed == 20:
+                    params[k].grad[3] = bad
+                optimizer.step()
+        said = [optimizer.step_info for _, optimizer in pair.sides]
+        assert [info.applied for info in said] == [seed != 20] * 2 and said[0].nonfinite == said[1].nonfinite
+        pair.same()
+    (param, *_), ours = pair.sides[0]
+    assert ours.state[param]["step"].item() == 4 + 6
+
+
 def test_a_parameter_on_a_gpu_of_which_nothing_is_said_is_refused(driver):
     (param, *_) = tensors(BF16, True)
     with pytest.raises(TypeError, match="has dtype bfloat16: say how it is updated, by master='float32'"):

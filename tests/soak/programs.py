@@ -31,7 +31,7 @@ def said(*command, **environment):
     environment = {**os.environ, **environment}
     run = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, env=environment)
     told = run.stdout + run.stderr
-    faults = "; ".join(re.findall(r".*(?:runtime error|ERROR:|WARNING: ThreadSanitizer).*", told))[:200]
+    faults = "; ".join(re.findall(r".*(?:runtime error|ERROR:|WARNING: ThreadSanitizer|\wError: ).*", told))[:200]
     assert run.returncode == 0, f"{command[0]} ended with {run.returncode}: {faults} ... {told[-300:]}"
     return run.stdout.strip(), run.stderr
 

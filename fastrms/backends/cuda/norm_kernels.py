@@ -5,7 +5,7 @@
     lane_sums        a thread for each of the eight lanes of a block of 4096 elements
     segment_sums     a thread for each segment: its blocks in sequence
     clip             one thread: the segments in sequence, the norm, the factor
-    decide           one thread: all counts, the number of the step, its coefficients
+    decide           one warp: all counts, the number of the step, its coefficients
     lane_zeros       as lane_counts: zeros over the gradients of a step that is left out
 
 Those of float64 scale each block by a power of two of its own, which stands as an exponent behind the sums of its lanes, and
@@ -88,27 +88,32 @@ def segment_counts(lanes, first_of, counts, segments):
 
 
 def decide(counts, segments, state, seen, targets, count):
-    if uint64(cuda.blockIdx.x) + uint64(cuda.threadIdx.x) == uint64(0):
-        nonfinite, segment = uint64(0), uint64(0)
+    lane = uint64(cuda.threadIdx.x)
+    if uint64(cuda.blockIdx.x) == uint64(0) and lane < uint64(32):
+        looked, made, found, segment = state[uint64(0)] + uint64(1), state[uint64(1)], int64(0), lane
         while segment < segments:
-            nonfinite += counts[segment]
-            segment += uint64(1)
-        looked, made = state[uint64(0)] + uint64(1), state[uint64(1)]
-        made += uint64(1) if nonfinite == uint64(0) else uint64(0)
-        state[uint64(0)], state[uint64(1)], state[uint64(2)] = looked, made, nonfinite
+            found += int64(counts[segment])
+            segment += uint64(32)
+        for k in range(5):
+            found += cuda.shfl_xor_sync(0xFFFFFFFF, found, 16 >> k)
+        skips = found != int64(0)
+        made += uint64(0) if skips else uint64(1)
         target = uint64(0)
         while target < count:
             at = target * uint64(4)
             row, words = pointer_to_words(targets[at]), targets[at + uint64(2)]
             ahead = pointer_to_words(targets[at + uint64(1)] + (made & targets[at + uint64(3)]) * words * uint64(4))
-            word = uint64(0)
+            word = lane
             while word < words:
-                row[word] = ahead[word] if nonfinite == uint64(0) else uint32(0)
-                word += uint64(1)
+                row[word] = uint32(0) if skips else ahead[word]
+                word += uint64(32)
             target += uint64(1)
-        seen[uint64(1) + (looked & uint64(1023))] = nonfinite
-        cuda.threadfence_system()  # the host finds the count where it finds the word
-        seen[uint64(0)] = (looked << uint64(32)) + (made & uint64(0xFFFFFFFF))
+        cuda.syncwarp()  # all have read the state
+        if lane == uint64(0):
+            state[uint64(0)], state[uint64(1)], state[uint64(2)] = looked, made, uint64(found)
+            seen[uint64(1) + (looked & uint64(1023))] = uint64(found)
+            cuda.threadfence_system()  # the host finds the count where it finds the word
+            seen[uint64(0)] = (looked << uint64(32)) + (made & uint64(0xFFFFFFFF))
 
 
 def lane_zeros_float(tensors, tensor_of, state, blocks):

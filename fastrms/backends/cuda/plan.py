@@ -312,22 +312,23 @@ class Plan(plan.Plan):
         return Found(later and later.read(handle), *self._nonfinite.read(handle)) if looks else later
 
     def _count(self, number):
-        decision = self._decision
-        if decision is None:
-            super()._count(number)
-        elif not self._updates:
+        if self._decision is None:
+            return super()._count(number)
+        if not self._updates:
             self.steps += 1
-            self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
-        elif self._absent:
-            interrupt = None
-            try:
-                left_out = self.nonfinite_of(decision.looked)
-            except KeyboardInterrupt as error:  # it comes when the wait is over
-                left_out, interrupt = self.nonfinite_of(decision.looked), error
-            if not left_out:
+        elif not self._absent or self._left_out():
+            return
+        self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+
+    def _left_out(self):
+        """Whether the last step was left out; an interrupt while the host waits does not keep it from being counted."""
+        number = self._decision.looked
+        try:
+            return self.nonfinite_of(number)
+        except KeyboardInterrupt:  # it comes when the wait is over
+            if not self.nonfinite_of(number):
                 self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
-            if interrupt:
-                raise interrupt
+            raise
 
     @property
     def steps(self):

@@ -130,3 +130,8 @@ class Plan(plan.Plan):
     """A plan whose updates are made by Numba."""
 
     kind = Update
+
+    def __init__(self, *arguments, **options):
+        import logging  # noqa: F401  Numba uses it in the first step: see backends.forks.Forks
+
+        super().__init__(*arguments, **options)
