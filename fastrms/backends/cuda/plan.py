@@ -77,8 +77,8 @@ def formats_of(tensor):
 
 
 class Decided:
-    """What a step has found about which the device decides; the host waits for what it is asked for.  later: a norm.Later
-    where the step clips."""
+    """What a step has found about which the device decides; the host waits for what it is asked for.  number: of all steps
+    that were launched, or None in a captured graph, for its last launch; later: a norm.Later where the step clips."""
 
     tensor = -1
 
@@ -296,7 +296,7 @@ class Plan(plan.Plan):
             self._decision.launch(handle)
         later = self._norm.run(handle, grad_scale, clip_norm) if self._clips else None
         if self._decision:
-            return Decided(self, self._decision.looked, later)
+            return Decided(self, None if self._recorded else self._decision.looked, later)
         return Found(later and later.read(handle), *self._nonfinite.read(handle)) if looks else later
 
     def _count(self, number):
@@ -336,9 +336,10 @@ class Plan(plan.Plan):
                 self._decision.looked -= self._decision.see()  # an interrupt came before what was expected
 
     def nonfinite_of(self, number):
-        """How many elements that are not finite step `number` of all that were launched has found; the host waits."""
+        """How many elements that are not finite step `number` of all that were launched has found, or the last one for None;
+        the host waits."""
         self._settle()
-        return self._decision.found(number)
+        return self._decision.found(self._decision.looked if number is None else number)
 
     def _advance(self):
         handle, _ = self._streams()
