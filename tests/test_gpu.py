@@ -3,9 +3,11 @@
 On the driver double of tests/ptx these tests run, too, as far as they need neither CuPy nor torch."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -769,6 +771,19 @@ def test_a_graph_captured_by_torch_that_skips():
             reference.step([t * np.float32(np.inf if step % 3 == 1 else 1.0) for t in theirs])
     assert optimizer.steps == reference.steps == 9 and not any(grad.any() for grad in grads)
     assert all(same(OfTorch.to_host(p), t) for p, t in zip(params, theirs, strict=True))
+
+
+@torch_only
+def test_the_example_of_a_graph_runs(capsys):
+    import torch
+
+    page = Path(__file__).parents[1] / "docs" / "cuda.md"
+    if not page.exists():
+        pytest.skip("docs are not here")
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "torch.cuda.CUDAGraph" in code)
+    model, x = torch.nn.Linear(5, 3, device="cuda"), torch.randn(64, 5, device="cuda")
+    exec(code, {"fastrms": fastrms, "torch": torch, "model": model, "x": x})
+    assert "103 steps; the last launch: StepInfo(applied=True, grad_norm=" in capsys.readouterr().out
 
 
 @torch_only

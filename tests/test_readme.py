@@ -20,7 +20,7 @@ from fastrms import dialects
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for folder in (ROOT, ROOT / "docs") for path in sorted(folder.glob("*.md"))}
-CUDA_EXAMPLE = "cupy.ones"  # the only one that needs a GPU
+CUDA_EXAMPLES = "cupy.ones", "torch.cuda.CUDAGraph"  # they need a GPU; tests/test_gpu.py runs the second
 
 
 def page(name):
@@ -55,7 +55,7 @@ def test_the_readme_is_short():
 def test_every_example_is_executed():
     """Each Python block of README and docs is the example of exactly one test."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
-    executed = {*re.findall(r"\bexample\(\"([^\"]+)\"\)", tests), CUDA_EXAMPLE}
+    executed = {*re.findall(r"\bexample\(\"([^\"]+)\"\)", tests), *CUDA_EXAMPLES}
     for code in code_blocks():
         assert sum(words in code for words in executed) == 1, f"no test, or several, for this example:\n{code}"
 

@@ -1256,7 +1256,8 @@ def test_a_captured_graph_that_skips(driver, clip_norm):
     for made, there in ((optimizer, None), (reference, [g.copy() for g in grads])):
         made.step(there, clip_norm=clip_norm)
     with driver.later():
-        graph = driver.capture(lambda: optimizer.step(clip_norm=clip_norm))
+        infos = []
+        graph = driver.capture(lambda: infos.append(optimizer.step(clip_norm=clip_norm)))
         for k in range(30):
             if k % 4 == 1:
                 optimizer.lr = reference.lr = 0.1 / (1 + k)
@@ -1266,8 +1267,10 @@ def test_a_captured_graph_that_skips(driver, clip_norm):
                 driver.do(partial(np.copyto, grad, values.copy()))
             driver.replay(graph)
             with np.errstate(all="ignore"):
-                reference.step(new, clip_norm=clip_norm)
+                wanted = reference.step(new, clip_norm=clip_norm)
         assert len(driver.queue) > 150
+        assert repr(infos[0]) == repr(wanted)  # of the last launch
+        assert not wanted.applied
     assert optimizer.steps == reference.steps == 21
     assert all(same(a, b) for a, b in zip(params, theirs, strict=True))
     assert all((g == 0).all() for g in grads)

@@ -79,8 +79,8 @@ def formats_of(tensor):
 
 
 class Decided:
-    """What a step has found about which the device decides; the host waits for what it is asked for.  number: of the step,
-    None where it is recorded in a CUDA graph, for what the last step has found; later: a norm.Later where the step clips."""
+    """What a step has found about which the device decides; the host waits for what it is asked for.  number: of all steps
+    that were launched, or None in a captured graph, for its last launch; later: a norm.Later where the step clips."""
 
     tensor = -1
 
@@ -358,7 +358,7 @@ class Plan(plan.Plan):
         return self._decision.settle(handle)
 
     def nonfinite_of(self, number):
-        """How many elements that are not finite step `number` of all that were launched has found, None: the last of them;
+        """How many elements that are not finite step `number` of all that were launched has found, or the last one for None;
         the host waits."""
         self._settle()
         return self._decision.found(number)
