@@ -3,7 +3,7 @@ multiply-adds only inside NVIDIA's division and root, and as few instructions as
 
 import re
 import shutil
-import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.cu13", reason="needs the extra cuda-test")
 
 import cases
 import stored_cases
-from conftest import DTYPES
+from conftest import DTYPES, in_background
 
 from fastrms import rules
 from fastrms.backends.cuda import __main__ as shown
@@ -75,16 +75,29 @@ def accesses(operations, what):
                   for _ in range(number))  # fmt: skip
 
 
+REALS = {"float": DTYPES[0], "double": DTYPES[1]}
+by_hand = {}  # the folder of what nvcc makes of handwritten.cu -> what conftest.in_background() gave
+
+
+def begin():
+    """Let nvcc compile beside the tests that come before; conftest.py calls this."""
+    if shutil.which("nvcc"):
+        folder, source = tempfile.TemporaryDirectory(prefix="fastrms-hand-"), Path(__file__).with_name("handwritten.cu")
+        lines = [f"nvcc -ptx -DREAL={real} -arch=sm_{a}{b} '{source}' -o {folder.name}/{real}{a}{b}.ptx"
+                 for real in REALS for a, b in cases.ARCHITECTURES]  # fmt: skip
+        by_hand[folder] = in_background(["sh", "-e", "-c", "\n".join(lines)], folder.name)
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 @pytest.mark.parametrize("cc", cases.ARCHITECTURES)
-@pytest.mark.parametrize("dtype, real", [(DTYPES[0], "float"), (DTYPES[1], "double")])
-def test_instructions_and_registers_as_by_hand(dtype, real, cc, tmp_path):
-    source = Path(__file__).with_name("handwritten.cu")
-    command = ["nvcc", "-ptx", f"-DREAL={real}", f"-arch=sm_{cc[0]}{cc[1]}", source, "-o", tmp_path / "hand.ptx"]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    head, *entries = re.split(r"(?=\.visible \.entry)", (tmp_path / "hand.ptx").read_text())
+@pytest.mark.parametrize("real", REALS)
+def test_instructions_and_registers_as_by_hand(real, cc):
+    ((folder, ended),), dtype = by_hand.items(), REALS[real]
+    assert ended()[0] == 0, ended()[2]
+    text = Path(folder.name, f"{real}{cc[0]}{cc[1]}.ptx").read_text()
+    head, *entries = re.split(r"(?=\.visible \.entry)", text)
     for rule in ("rmsprop", "adam"):
-        (entry,) = [text for text in entries if text.startswith(f".visible .entry {rule}_kernel")]
+        (entry,) = [entry for entry in entries if entry.startswith(f".visible .entry {rule}_kernel")]
         hand = shown.assemble(head + entry, cc)
         ours = shown.assemble(cases.text(rule, False, dtype, Kind(), cc), cc)
         figures = [(made.registers, sum(made.operations.values())) for made in (ours, hand)]
