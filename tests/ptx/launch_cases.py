@@ -885,6 +885,102 @@ def test_skipped_steps_of_a_device_that_is_behind(driver, family, dtypes, option
     assert 20 < both.optimizer.steps < 50
 
 
+def like_a_plateau(step):
+    """A rate that does not depend on the step alone, as far as fastrms knows."""
+    return 0.1 / (1 + step % 5)
+
+
+class Programs(Behind):
+    """Random programs: what may happen before a step, and how it is made, is drawn from `random`."""
+
+    RATES = (
+        0.0,
+        0.5,
+        like_a_plateau,
+        fastrms.schedules.Cosine(0.5, 40, warmup=5),
+        fastrms.schedules.Exponential(0.1, 0.5, 3),
+    )
+    KINDS = (
+        ("ff", {}), ("ff", {"zero_grad": True}), ("dd", {}), ("fd", {}),
+        ("ff", {"state_format": "bf16"}), ("ff", {"state_format": "q8", "zero_grad": True}),
+    )  # fmt: skip
+
+    def __init__(self, driver, seed):
+        draw = np.random.default_rng([seed, 1])
+        dtypes, options = self.KINDS[draw.integers(len(self.KINDS))]
+        family = (fastrms.Adam, fastrms.AdamW, fastrms.RMSProp, fastrms.AdaGrad)[draw.integers(4)]
+        super().__init__(driver, seed, family, dtypes, lr=self.RATES[draw.integers(len(self.RATES))], **options)
+        self.clips = [None, None, 1.0, np.inf] if len(set(dtypes)) == 1 else [None]
+        self.saved, self.both = None, (self.optimizer, self.reference)
+        self.events = [
+            self.set_rate,
+            self.set_eps,
+            self.ask_counts,
+            self.save,
+            self.load,
+            driver.finish,
+            self.ask,
+            self.set_counts,
+        ]
+
+    def set_rate(self):
+        self.optimizer.lr = self.reference.lr = self.RATES[self.random.integers(len(self.RATES))]
+
+    def set_eps(self):
+        for made in self.both:
+            made.groups[0]["eps"] = 1e-3 if made.steps % 2 else 1e-4
+
+    def ask_counts(self):
+        assert self.optimizer.tensor_steps == self.reference.tensor_steps and self.optimizer.steps == self.reference.steps
+
+    def save(self):
+        self.saved = [made.state_dict() for made in self.both]
+
+    def load(self):
+        for made, saved in zip(self.both, self.saved or (), strict=False):
+            made.load_state_dict(saved)
+
+    def ask(self):
+        if self.infos:
+            info, wanted = self.infos[self.random.integers(len(self.infos))]
+            assert repr(info) == repr(wanted)
+
+    def set_counts(self):
+        count = [0, 3, 2000][self.random.integers(3)]
+        for made in self.both:
+            made._copy([], [], steps=[count] * 3)
+
+    def interrupted(self):
+        """A step that an interrupt cuts off before the decision; nothing is made of it."""
+        target, name = [(norm.Nonfinite, "count"), (deciding.Decision, "launch"), (deciding.Decision, "aim")][
+            self.random.integers(3)
+        ]
+
+        def cut(*_):
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as context, contextlib.suppress(KeyboardInterrupt):
+            context.setattr(target, name, cut)
+            self.step(self.grads())
+
+    def step_anyhow(self):
+        clip = self.clips[self.random.integers(len(self.clips))]
+        self.step(self.grads(absent=0.2), grad_scale=[1.0, 1.0, 0.5][self.random.integers(3)], clip_norm=clip)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_programs_of_steps_that_may_be_skipped(driver, seed):
+    both = Programs(driver, seed)
+    with driver.later():
+        for _ in range(40):
+            if both.random.random() < 0.4:
+                both.events[both.random.integers(len(both.events))]()
+            if both.random.random() < 0.08:
+                both.interrupted()
+            both.step_anyhow()
+    both.check()
+
+
 def test_step_counts_that_are_set_back(driver):
     """As fastrms.torch does for state["step"]; the hyper-parameters stay the same."""
     both = Behind(driver, 9)
