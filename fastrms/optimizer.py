@@ -18,6 +18,7 @@ from .names import Names
 from .shards import join
 from .streaming import Streaming
 from .tensors import Tensors
+from .words import kind_of, shown
 
 ONE = 1.0
 _NEVER = object()  # is no gradient
@@ -111,7 +112,7 @@ def misplaced(value):
         return TypeError("step() calls no closure: compute the loss and the gradients first, then call opt.step(grads)")
     if isinstance(value, numbers.Real):
         return TypeError(f"grad_scale and clip_norm are given by name, {value!r} was not: write "
-                         f"opt.step(grads, grad_scale={value!r})")  # fmt: skip
+                         f"opt.step(grads, grad_scale={shown(value)})")  # fmt: skip
     return TypeError("step() takes the gradients in one argument, in the structure of params: opt.step([gw, gb])")
 
 
@@ -276,12 +277,12 @@ class Optimizer(Names, Family):
             return
         rates = value if isinstance(value, list) else [value] * len(self._groups.values)
         if len(rates) != len(self._groups.values):
-            raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._groups.values)} groups")
+            raise ValueError(f"lr={shown(value)} has {len(rates)} entries, there are {len(self._groups.values)} groups")
         self._change([(k, "lr", rate) for k, rate in enumerate(rates)])
 
     def __reduce__(self):
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled, as it updates your memory; make a new one and load its "
+            f"{kind_of(self)} cannot be copied or pickled, as it updates your memory; make a new one and load its "
             f"state_dict()"
         )
 

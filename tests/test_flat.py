@@ -140,7 +140,7 @@ def test_like_takes_torch_tensors():
     (lambda: fastrms.FlatBuffer.like({"w": np.ones(2, ">f4")}), TypeError, r"params\['w'\] .*float32 or float64"),
     (lambda: fastrms.FlatBuffer.like({"w": [1.0]}), TypeError, r"params\['w'\] is a list"),
     (lambda: fastrms.FlatBuffer.like({"w": np.ma.ones(2)}), TypeError, r"params\['w'\] is a masked"),
-    (lambda: fastrms.FlatBuffer.like(np.ones(2)), TypeError, "params is a ndarray"),
+    (lambda: fastrms.FlatBuffer.like(np.ones(2)), TypeError, "params is an ndarray"),
     (lambda: fastrms.FlatBuffer.like({}), ValueError, "params is empty"),
     (lambda: fastrms.FlatBuffer([]), ValueError, "shapes is empty"),
     (lambda: fastrms.FlatBuffer({"w": (3, -1)}), ValueError, r"shapes\['w'\]=\(3, -1\)"),

@@ -99,7 +99,7 @@ WRONG = [
     (
         lambda: fastrms.RMSProp([{"params": array()}, np.ones(2, np.float32)]),
         TypeError,
-        "params[1] is a ndarray among groups: in a list of groups each is a mapping with its arrays under the key 'params'",
+        "params[1] is an ndarray among groups: in a list of groups each is a mapping with its arrays under the key 'params'",
     ),
     # options
     (
@@ -117,7 +117,7 @@ WRONG = [
     (
         lambda: fastrms.init_state(array(), "adam"),
         TypeError,
-        "optimizer is a ndarray; it must be one of 'rmsprop', 'adagrad', 'adam', 'rprop', and comes before param: write "
+        "optimizer is an ndarray; it must be one of 'rmsprop', 'adagrad', 'adam', 'rprop', and comes before param: write "
         "init_state('adam', param)",
     ),
     (

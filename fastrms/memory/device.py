@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..words import kind_of
 from . import host, remedies
 
 LEGACY_STREAM = 1  # the handle of the default stream
@@ -173,7 +174,7 @@ def _seen_of_torch(x, name, halves):
         address, strides, storage = x.data_ptr(), x.stride(), x.untyped_storage()
         end = storage.data_ptr() + storage.nbytes()
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} without memory that fastrms can use ({error})") from None
     if negated:
         raise ValueError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
     if address + x.numel() * x.element_size() > end:
@@ -215,7 +216,7 @@ def _view(x, interface, name):
     try:
         return StridedMemoryView.from_any_interface(x, stream_ptr=-1)
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
-        raise TypeError(f"{name} is a {type(x).__name__}, which fastrms cannot use in place ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)}, which fastrms cannot use in place ({error})") from None
 
 
 def _dense_strides(shape, strides, name):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import formats
+from ..words import kind_of
 from . import placement, remedies
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
@@ -100,7 +101,7 @@ def decoded(numbers, format, dtype, copy):
 def _with_dtype(x):
     """The kind of an object in words, with its dtype where it has one."""
     dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
-    return f"a {type(x).__name__}{dtype and f' of {dtype}'}"
+    return f"{kind_of(x)}{dtype and f' of {dtype}'}"
 
 
 def acquire(x, name, *, writable, halves=False):
@@ -259,7 +260,7 @@ def _from_torch(x, name, kind=None):
         array, storage = bits.numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} without memory that fastrms can use ({error})") from None
     if array.size and (address(array) != start or start + _extent(array) > storage.data_ptr() + storage.nbytes()):
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return array if kind is None else array.view(kind)
@@ -269,7 +270,7 @@ def _refuse_tensor(x, name, torch, kind=None):
     """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16
     or fp16 may be."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
-        raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
+        raise TypeError(f"{name} is {kind_of(x)}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
     if (where := x.device.type) != "cpu":
         raise TypeError(f"{name} is on device {x.device}{remedies.of_torch_device(where, name)}")
@@ -310,7 +311,7 @@ def is_no_array(x):
 def refuse_non_array(x, name):
     """TypeError for what is_no_array()."""
     if is_no_array(x):
-        raise TypeError(f"{name} is a {type(x).__name__}{remedies.of_non_array(x, name)}")
+        raise TypeError(f"{name} is {kind_of(x)}{remedies.of_non_array(x, name)}")
 
 
 def _dlpack_device(x, name):
@@ -319,7 +320,7 @@ def _dlpack_device(x, name):
     except AttributeError:
         return None
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
-        raise TypeError(f"{name} is a {type(x).__name__} whose __dlpack_device__ fails ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} whose __dlpack_device__ fails ({error})") from None
 
 
 def _view(x, name):
@@ -335,7 +336,7 @@ def _view(x, name):
             raise
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
         dtype, reason = f" of dtype {x.dtype}" if hasattr(x, "dtype") else "", str(error).partition("\n")[0]
-        raise TypeError(f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({reason}): "
+        raise TypeError(f"{name} is {kind_of(x)}{dtype}, which fastrms cannot use in place ({reason}): "
                         f"{remedies.of_object(x, name)}") from None  # fmt: skip
 
 

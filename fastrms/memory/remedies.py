@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..words import kind_of
+
 NUMBERS = (int, float, complex, np.generic)
 _COPIES = {  # how an object of a library gives its numbers as a NumPy array
     "pandas": ".to_numpy(copy=True)",
@@ -44,7 +46,7 @@ def refuse_collection(grads, name):
     if isinstance(grads, dict) or holds_arrays(grads):
         first = next(iter(grads), None) if isinstance(grads, dict) else 0
         remedy = f": pass {name}[{first!r}]" if len(grads) == 1 else ""
-        raise TypeError(f"{name} is a {type(grads).__name__}; it must be one array, as params is{remedy}")
+        raise TypeError(f"{name} is {kind_of(grads)}; it must be one array, as params is{remedy}")
 
 
 def of_non_array(x, name):
