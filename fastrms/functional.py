@@ -407,7 +407,9 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
         raise TypeError(f"optimizer is {kind_of(optimizer)}; it must be one of {names}, and comes before param: "
                         f"write init_state({param!r}, param)")  # fmt: skip
     if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={shown(optimizer)} is not one of {', '.join(map(repr, OPTIMIZERS))}")
+        meant = str(getattr(optimizer, "__name__", optimizer)).lower().replace("_", "")
+        remedy = f": write {meant!r}" if meant in OPTIMIZERS else ""
+        raise ValueError(f"optimizer={shown(optimizer)} is not one of {', '.join(map(repr, OPTIMIZERS))}{remedy}")
     maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
     stored_call.refuse_in_init_state(options, optimizer)

@@ -77,7 +77,7 @@ def acquired_one(tensors, k, array, name, format):
     if dtype in DTYPES.values():
         raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
                         f"so that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
-    buffer = memory.acquire(array, name, writable=True)
+    buffer = memory.acquire(array, name, writable=True, wanted=like.dtype)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)
     return buffer

@@ -1,5 +1,6 @@
 """Hyper-parameters: what values each may have, and the sentence for a value that it may not have."""
 
+import inspect
 import math
 import numbers
 import re
@@ -87,7 +88,18 @@ def flag(name, value):
 def rate_or_schedule(name, value):
     if isinstance(value, type):
         raise TypeError(f"{name}={value.__name__} is a class; a schedule is an object of it: {name}={value.__name__}(...)")
-    return value if callable(value) else non_negative(name, value)
+    if not callable(value):
+        return non_negative(name, value)
+    try:
+        takes = inspect.signature(value)
+    except (TypeError, ValueError):  # a callable that cannot say what it takes
+        return value
+    try:
+        takes.bind(0)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} cannot be called with the number of steps made, as a schedule is ({error}): it "
+                        f"must take one argument, such as {name}=lambda step: 0.1 / (1 + step)") from None  # fmt: skip
+    return value
 
 
 def optional_positive(name, value):

@@ -165,7 +165,7 @@ class Optimizer(Names, Family):
                             f"{cls.__name__}(params, lr={positional[0]!r})")  # fmt: skip
         if positional:
             raise TypeError(f"{cls.__name__} takes its arrays in one argument, hyper-parameters by name: write "
-                            f"{cls.__name__}([w, b], lr=0.01)")  # fmt: skip
+                            f"{cls.__name__}([w, b], lr=0.01); gradients go to step() or bind()")  # fmt: skip
         return super().__new__(cls)
 
     def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
@@ -561,7 +561,7 @@ class Optimizer(Names, Family):
                 buffer.flat.fill(0)
             self._memory.wrote(buffers)
 
-    def streaming(self, grad_scale=1.0):
+    def streaming(self, grad_scale=1.0, **options):
         """A step that is made tensor by tensor, while each gradient is still in cache, as a `with` block::
 
             with opt.streaming() as s:
@@ -585,6 +585,9 @@ class Optimizer(Names, Family):
         TypeError
             For a FlatBuffer, which is updated as one: stream its mapping flat.params.
         """
+        if options:
+            raise TypeError(f"streaming() takes grad_scale alone, and no {next(iter(options))}: clip_norm and nonfinite need "
+                            f"all gradients at once, which step() gets")  # fmt: skip
         if self._nonfinite != "propagate":
             raise ValueError(
                 f"nonfinite={self._nonfinite!r} looks at all gradients before the first update, which a streamed step "
@@ -917,4 +920,5 @@ class Optimizer(Names, Family):
         )
 
 
+Optimizer.streaming.__signature__ = signature(lambda self, grad_scale=1.0: None)
 Optimizer.step.__signature__ = signature(lambda self, grads=None, *, grad_scale=ONE, clip_norm=None: None)

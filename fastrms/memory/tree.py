@@ -35,7 +35,8 @@ def arrange(params, groups):
 def _by_pattern(params, groups):
     """The same for named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
     if not isinstance(groups, Mapping) or not all(isinstance(p, str) and isinstance(o, Mapping) for p, o in groups.items()):
-        raise TypeError(f"groups={shown(groups)} must be a mapping name pattern -> mapping of hyper-parameters")
+        listed = "; a list of groups is itself params: [{'params': w, 'lr': 0.1}, ...]" if isinstance(groups, list) else ""
+        raise TypeError(f"groups={shown(groups)} must be a mapping name pattern -> mapping of hyper-parameters{listed}")
     if not isinstance(params, (Mapping, FlatBuffer)):
         raise TypeError(f"groups={shown(groups)} goes by name, and params is {kind_of(params)} without names; pass a "
                         f"mapping name -> array or a FlatBuffer")  # fmt: skip
