@@ -586,7 +586,7 @@ class Optimizer(Names, Family):
             For a FlatBuffer, which is updated as one: stream its mapping flat.params.
         """
         if options:
-            raise TypeError(f"streaming() takes grad_scale alone, and no {next(iter(options))}: clip_norm and nonfinite need "
+            raise TypeError(f"streaming() takes grad_scale alone, no {next(iter(options))}: clip_norm and nonfinite need "
                             f"all gradients at once, which step() gets")  # fmt: skip
         if self._nonfinite != "propagate":
             raise ValueError(

@@ -284,8 +284,8 @@ UNUSABLE = {
     "gaps": (lambda: np.zeros(2 * SIZE, FLOAT)[::2], ValueError, "it must be contiguous and have one dimension"),
     "a list": (lambda: [0.0] * SIZE, TypeError, "data is a list"),
     "masked": (lambda: np.ma.zeros(SIZE, FLOAT), TypeError, "data is a masked array"),
-    "on a device": (lambda: OnDevice(), TypeError, r"data is a OnDevice; a FlatBuffer in device memory has.* CuPy or torch: "
-                    r"pass cupy.asarray\(data\)"),
+    "on a device": (lambda: OnDevice(), TypeError, r"data is an OnDevice; a FlatBuffer in device memory has.* CuPy or "
+                    r"torch: pass cupy.asarray\(data\)"),
     "a locked Array": (lambda: multiprocessing.Array("f", SIZE), TypeError, r"pass data\.get_obj\(\)"),
     "a named block": (lambda: Block(), TypeError, r"pass np\.frombuffer\(data\.buf, np\.float32\)"),
     "a tensor of one process": (lambda: shared_tensor(FLOAT).clone(), ValueError, r"call data\.share_memory_\(\)"),
@@ -743,7 +743,7 @@ def test_groups_that_are_refused(backend, groups, error, words):
 def test_patterns_need_names(backend):
     w = np.ones(3, np.float32)
     for params in (w, [w], iter([w]), [{"params": {"w": w}}]):
-        with pytest.raises(TypeError, match=r"goes by name, and params is a \w+ without names"):
+        with pytest.raises(TypeError, match=r"goes by name, and params is an? \w+ without names"):
             fastrms.RMSProp(params, groups={"w": {"lr": 0.1}}, backend=backend)
 
 

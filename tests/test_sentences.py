@@ -210,7 +210,7 @@ WRONG = [
         (
             lambda name=name, value=value: fastrms.RMSProp(array()).streaming(**{name: value}),
             TypeError,
-            f"streaming() takes grad_scale alone, and no {name}: clip_norm and nonfinite need all gradients at once, which "
+            f"streaming() takes grad_scale alone, no {name}: clip_norm and nonfinite need all gradients at once, which "
             "step() gets",
         )
         for name, value in (("clip_norm", 1.0), ("nonfinite", "skip"))
