@@ -5,6 +5,7 @@ import pytest
 
 import fastrms
 from fastrms import words
+from fastrms.memory import host
 from fastrms.schedules import Cosine, EarlyStopping
 
 
@@ -329,3 +330,9 @@ def test_an_array_is_shown_by_its_shape():
     w = array()
     shown = words.shown([(w,), {"w": w, "n": (1, 2)}, np.float32(3), "x"])
     assert shown == f"[({SHOWN},), {{'w': {SHOWN}, 'n': (1, 2)}}, {np.float32(3)!r}, 'x']"
+
+
+def test_no_reshaping_is_advised_of_what_was_bound_in_another_shape():
+    now, before = (host.acquire(array(*shape), "params", writable=True) for shape in ((1, 5), (5,)))
+    with pytest.raises(ValueError, match=r"^params has shape \(1, 5\), params when it was bound has \(5,\)$"):
+        host.same_layout(now, "params", before, "params when it was bound")
