@@ -5,6 +5,8 @@ Each entry lists only where the framework differs from fastrms' own defaults (wh
 Where the framework requires an lr, ours stays.  Sources: the frameworks' code, see docs/dialects.md.
 """
 
+from .words import shown
+
 _KERAS = {"lr": 1e-3, "decoupled": True}
 _INSIDE = {"rho": 0.9, "eps": 0.0, "lr_in_momentum": True}
 
@@ -50,7 +52,7 @@ def preset(dialect, optimizer):
     if dialect is None:
         return {}
     if not isinstance(dialect, str) or dialect not in DIALECTS:
-        raise ValueError(f"dialect={dialect!r} is not one of {', '.join(map(repr, DIALECTS))}")
+        raise ValueError(f"dialect={shown(dialect)} is not one of {', '.join(map(repr, DIALECTS))}")
     if optimizer not in DIALECTS[dialect]:
         raise ValueError(f"dialect={dialect!r} has no {optimizer}")
     return DIALECTS[dialect][optimizer]

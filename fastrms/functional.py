@@ -12,6 +12,7 @@ from .memory import device, host
 from .optimizers import AdaGrad, Adam, RMSProp, RProp
 from .recipes import Recipe
 from .tensors import new_state
+from .words import kind_of, shown
 
 _c = backends.load("c")
 _c_update = _c.lib and _c.lib.fastrms_update_at_rate
@@ -403,10 +404,12 @@ def init_state(optimizer, param, *, dialect=None, state_format=None, **options):
     """
     if isinstance(param, str):
         names = ", ".join(map(repr, OPTIMIZERS))
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be one of {names}, and comes before param: "
+        raise TypeError(f"optimizer is {kind_of(optimizer)}; it must be one of {names}, and comes before param: "
                         f"write init_state({param!r}, param)")  # fmt: skip
     if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r} is not one of {', '.join(map(repr, OPTIMIZERS))}")
+        meant = str(getattr(optimizer, "__name__", optimizer)).lower().replace("_", "")
+        remedy = f": write {meant!r}" if meant in OPTIMIZERS else ""
+        raise ValueError(f"optimizer={shown(optimizer)} is not one of {', '.join(map(repr, OPTIMIZERS))}{remedy}")
     maker = OPTIMIZERS[optimizer]
     memory = device if device.is_device_array(param) else host
     stored_call.refuse_in_init_state(options, optimizer)

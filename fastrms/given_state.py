@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from . import rules, storage
 from .memory import host
+from .words import kind_of
 
 DTYPES = {  # of a torch tensor that holds what a format stores
     storage.BF16: "bfloat16",
@@ -48,7 +49,7 @@ def acquired(tensors, rules_of_keys, state, not_negative):
 def refuse_other_names(state, names):
     """TypeError or ValueError unless state is a mapping with exactly these names."""
     if not isinstance(state, Mapping):
-        raise TypeError(f"state is a {type(state).__name__}; it must be a mapping: state name -> arrays in the structure of "
+        raise TypeError(f"state is {kind_of(state)}; it must be a mapping: state name -> arrays in the structure of "
                         f"params, as opt.state is")  # fmt: skip
     missing = [name for name in names if name not in state]
     extra = [name for name in state if name not in names]
@@ -76,7 +77,7 @@ def acquired_one(tensors, k, array, name, format):
     if dtype in DTYPES.values():
         raise TypeError(f"{name} has dtype {dtype}, which is that of a state in a format; {like.name} has no state_format, "
                         f"so that it must be {like.dtype}: formats stay as they are once there is a state")  # fmt: skip
-    buffer = memory.acquire(array, name, writable=True)
+    buffer = memory.acquire(array, name, writable=True, wanted=like.dtype)
     updated_in = {"dtypes": (like.dtype,)} if like.storage else {}
     memory.same_layout(buffer, name, like.param, like.name, **updated_in)
     return buffer
@@ -85,7 +86,7 @@ def acquired_one(tensors, k, array, name, format):
 def stored_one(memory, like, tensor, name, format):
     """The Buffer of a torch tensor that holds a state, or a remainder, of the Tensor `like` in a Format."""
     if not host.is_torch(tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; what is stored in {storage.said(format)} is a torch tensor "
+        raise TypeError(f"{name} is {kind_of(tensor)}; what is stored in {storage.said(format)} is a torch tensor "
                         f"of {DTYPES[format]} here")  # fmt: skip
     dtype, size = str(tensor.dtype).removeprefix("torch."), like.param.size
     if dtype != DTYPES[format]:

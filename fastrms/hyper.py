@@ -1,5 +1,6 @@
 """Hyper-parameters: what values each may have, and the sentence for a value that it may not have."""
 
+import inspect
 import math
 import numbers
 import re
@@ -7,18 +8,19 @@ import re
 import numpy as np
 
 from . import backends
+from .words import kind_of, shown
 
 MOST_STEPS = 2**62
 
 
 def number(name, value):
     """value as a float; TypeError for what is not one number (bool included), ValueError for NaN."""
-    kind = type(value).__name__
+    kind = kind_of(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a 0-d array or tensor
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         only_lr = "; only lr may be a schedule" if callable(value) and name != "lr" else ""
-        raise TypeError(f"{name}={value!r} is a {kind}; it must be a number{only_lr}")
+        raise TypeError(f"{name}={shown(value)} is {kind}; it must be a number{only_lr}")
     try:
         value = float(value)
     except OverflowError:
@@ -35,7 +37,7 @@ def within(words, holds):
         if type(value) is not float or value != value:
             value = number(name, value)
         if not holds(value):
-            raise ValueError(f"{name}={value!r} must be {words}")
+            raise ValueError(f"{name}={shown(value)} must be {words}")
         return value
 
     check.words = words
@@ -55,38 +57,49 @@ def finite(name, value):
         return value
     value = number(name, value)
     if math.isinf(value):
-        raise ValueError(f"{name}={value!r} must be finite")
+        raise ValueError(f"{name}={shown(value)} must be finite")
     return value
 
 
 def step_count(name, value, least):
     """A number of steps as an int."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an int")
+        raise TypeError(f"{name}={shown(value)} is {kind_of(value)}; it must be an int")
     if not least <= value <= MOST_STEPS:
-        raise ValueError(f"{name}={value!r} must be from {least} to 2**62")
+        raise ValueError(f"{name}={shown(value)} must be from {least} to 2**62")
     return int(value)
 
 
 def seed(name, value):
     """A seed of random numbers as an int."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an int")
+        raise TypeError(f"{name}={shown(value)} is {kind_of(value)}; it must be an int")
     if not 0 <= value < 2**64:
-        raise ValueError(f"{name}={value!r} must be from 0 to 2**64 - 1")
+        raise ValueError(f"{name}={shown(value)} must be from 0 to 2**64 - 1")
     return int(value)
 
 
 def flag(name, value):
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}={value!r} must be True or False")
+        raise TypeError(f"{name}={shown(value)} must be True or False")
     return bool(value)
 
 
 def rate_or_schedule(name, value):
     if isinstance(value, type):
         raise TypeError(f"{name}={value.__name__} is a class; a schedule is an object of it: {name}={value.__name__}(...)")
-    return value if callable(value) else non_negative(name, value)
+    if not callable(value):
+        return non_negative(name, value)
+    try:
+        takes = inspect.signature(value)
+    except (TypeError, ValueError):  # a callable that cannot say what it takes
+        return value
+    try:
+        takes.bind(0)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r} cannot be called with the number of steps made, as a schedule is ({error}): it "
+                        f"must take one argument, such as {name}=lambda step: 0.1 / (1 + step)") from None  # fmt: skip
+    return value
 
 
 def optional_positive(name, value):
@@ -99,7 +112,7 @@ def choice(*allowed):
         for candidate in allowed:
             if value is candidate or (isinstance(value, str) and value == candidate):
                 return candidate
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, allowed))}")
 
     check.allowed = allowed
     return check
@@ -241,5 +254,5 @@ def cuda_options(backend, stream, capturable, check):
         return [Options(stream, flag("capturable", capturable), flag("check", check))]
     for name, value in (("stream", stream), ("capturable", capturable), ("check", check)):
         if value is not None and value is not False:
-            raise TypeError(f"{name}={value!r} needs backend='cuda'; this runs on {backend!r}")
+            raise TypeError(f"{name}={shown(value)} needs backend='cuda'; this runs on {backend!r}")
     return []

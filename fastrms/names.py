@@ -4,6 +4,7 @@ import inspect
 
 from . import hyper
 from .family import Family
+from .words import shown
 
 
 class Instead:
@@ -35,7 +36,7 @@ class Names:
         if name == "lr" or name[:1] == "_" or self._declares(name):
             return object.__setattr__(self, name, value)
         if name in self.defaults:
-            raise AttributeError(f"set {name} of a group: opt.groups[0][{name!r}] = {value!r}")
+            raise AttributeError(f"set {name} of a group: opt.groups[0][{name!r}] = {shown(value)}")
         if any(name in vars(c) for c in type(self).__mro__):
             getattr(self, name)  # an Instead says what to write
             raise AttributeError(f"{name} of an optimizer cannot be set; make a new {type(self).__name__}")

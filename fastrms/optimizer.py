@@ -19,6 +19,7 @@ from .names import Names
 from .shards import join
 from .streaming import Streaming
 from .tensors import Tensors
+from .words import kind_of, shown
 
 ONE = 1.0
 _NEVER = object()  # is no gradient
@@ -133,7 +134,7 @@ def misplaced(value):
         return TypeError("step() calls no closure: compute the loss and the gradients first, then call opt.step(grads)")
     if isinstance(value, numbers.Real):
         return TypeError(f"grad_scale and clip_norm are given by name, {value!r} was not: write "
-                         f"opt.step(grads, grad_scale={value!r})")  # fmt: skip
+                         f"opt.step(grads, grad_scale={shown(value)})")  # fmt: skip
     return TypeError("step() takes the gradients in one argument, in the structure of params: opt.step([gw, gb])")
 
 
@@ -186,7 +187,7 @@ class Optimizer(Names, Family):
                             f"{cls.__name__}(params, lr={positional[0]!r})")  # fmt: skip
         if positional:
             raise TypeError(f"{cls.__name__} takes its arrays in one argument, hyper-parameters by name: write "
-                            f"{cls.__name__}([w, b], lr=0.01)")  # fmt: skip
+                            f"{cls.__name__}([w, b], lr=0.01); gradients go to step() or bind()")  # fmt: skip
         return super().__new__(cls)
 
     def __init__(self, params, *, state=None, groups=None, dialect=None, nonfinite="propagate", zero_grad=False,
@@ -298,12 +299,12 @@ class Optimizer(Names, Family):
             return
         rates = value if isinstance(value, list) else [value] * len(self._groups.values)
         if len(rates) != len(self._groups.values):
-            raise ValueError(f"lr={value!r} has {len(rates)} entries, there are {len(self._groups.values)} groups")
+            raise ValueError(f"lr={shown(value)} has {len(rates)} entries, there are {len(self._groups.values)} groups")
         self._change([(k, "lr", rate) for k, rate in enumerate(rates)])
 
     def __reduce__(self):
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled, as it updates your memory; make a new one and load its "
+            f"{kind_of(self)} cannot be copied or pickled, as it updates your memory; make a new one and load its "
             f"state_dict()"
         )
 
@@ -586,7 +587,7 @@ class Optimizer(Names, Family):
                 buffer.flat.fill(0)
             self._memory.wrote(buffers)
 
-    def streaming(self, grad_scale=1.0):
+    def streaming(self, grad_scale=1.0, **options):
         """A step that is made tensor by tensor, while each gradient is still in cache, as a `with` block::
 
             with opt.streaming() as s:
@@ -610,6 +611,9 @@ class Optimizer(Names, Family):
         TypeError
             For a FlatBuffer, which is updated as one: stream its mapping flat.params.
         """
+        if options:
+            raise TypeError(f"streaming() takes grad_scale alone, no {next(iter(options))}: clip_norm and nonfinite need "
+                            f"all gradients at once, which step() gets")  # fmt: skip
         if self._nonfinite != "propagate":
             raise ValueError(
                 f"nonfinite={self._nonfinite!r} looks at all gradients before the first update, which a streamed step "
@@ -942,4 +946,5 @@ class Optimizer(Names, Family):
         )
 
 
+Optimizer.streaming.__signature__ = signature(lambda self, grad_scale=1.0: None)
 Optimizer.step.__signature__ = signature(lambda self, grads=None, *, grad_scale=ONE, clip_norm=None: None)

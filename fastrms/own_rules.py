@@ -12,6 +12,8 @@ from inspect import Parameter, signature
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+from .words import kind_of
+
 
 @dataclass(frozen=True)
 class OwnRule:
@@ -74,9 +76,7 @@ class OwnRecipe(NamedTuple):
         """The coefficients of update number `step` (from 1), in double."""
         given = self.coefficients(step, **self.hyper)
         if not isinstance(given, dict):
-            raise TypeError(
-                f"coefficients of {self.rule} gives a {type(given).__name__}; it must give a dict: name -> number"
-            )
+            raise TypeError(f"coefficients of {self.rule} gives {kind_of(given)}; it must give a dict: name -> number")
         if set(given) != set(self.rule.coefficients):
             raise ValueError(f"coefficients of {self.rule} gives {', '.join(given)}; "
                              f"its rule takes {', '.join(self.rule.coefficients)}")  # fmt: skip
@@ -117,7 +117,7 @@ def rule_of(cls):
 def _arguments(name, function):
     """The names of the arguments of a rule, which must be a plain function of arguments that are given by position."""
     if not isinstance(function, FunctionType):
-        kind = "a classmethod" if isinstance(function, MethodType) else f"a {type(function).__name__}"
+        kind = "a classmethod" if isinstance(function, MethodType) else kind_of(function)
         raise TypeError(f"rule of {name} is {kind}; it must be a plain function, with @staticmethod or nothing above it")
     parameters = signature(function).parameters
     wrong = next((p for p in parameters.values() if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)), None)

@@ -13,6 +13,7 @@ import numpy as np
 from . import formats, hyper, storage
 from .memory.tree import Part
 from .storage import FLOAT
+from .words import kind_of
 
 CONVERTED = ("float32", "bf16", "fp16", "q8")  # what convert= may name
 check = hyper.choice(None, *CONVERTED)
@@ -187,7 +188,7 @@ def _array(key, entry, format, shape, dtype):
     array, label, size = entry["state"][key], f"{key} of {entry['name']}", math.prod(shape)
     expected = (formats.stored_bytes(format, size),) if format.in_blocks else shape
     if type(array) is not np.ndarray or (array.dtype, array.shape) != (dtype, expected):
-        its = f"{array.dtype}, shape {array.shape}" if type(array) is np.ndarray else f"a {type(array).__name__}"
+        its = f"{array.dtype}, shape {array.shape}" if type(array) is np.ndarray else kind_of(array)
         raise ValueError(f"{label} in the state_dict must be an ndarray of {dtype}, shape {expected}, and is {its}: load it "
                          f"into an optimizer over parameters as those that it was saved from")  # fmt: skip
     if format.in_blocks:

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from . import graph_breaks, hyper
+from . import graph_breaks, hyper, words
 from .memory import host, tree
 from .state import MALFORMED
 
@@ -83,9 +83,10 @@ def _closed(counters=""):
         def __setattr__(self, name, value):
             if type(self) is not cls and name not in names:
                 return object.__setattr__(self, name, value)
-            fault = f"{name} of a {cls.__name__} is fixed"
+            kind = words.with_article(cls.__name__)
+            fault = f"{name} of {kind} is fixed"
             if name not in names:
-                fault = f"a {cls.__name__} has no attribute {name!r} (it has {', '.join(names)}), and they are fixed"
+                fault = f"{kind} has no attribute {name!r} (it has {', '.join(names)}), and they are fixed"
             raise AttributeError(f"{fault}: make a new {cls.__name__}{counters}")
 
         cls.__setattr__ = __setattr__
@@ -230,7 +231,7 @@ def _metric(value):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"metric={value!r} is a {type(value).__name__}; it must be a number") from None
+        raise TypeError(f"metric={words.shown(value)} is {words.kind_of(value)}; it must be a number") from None
     except OverflowError:
         raise ValueError("metric is too large for a float") from None
 
@@ -442,7 +443,7 @@ class EarlyStopping:
             raise TypeError(f"optimizer={optimizer.__name__} is a class; pass the optimizer that is in use, an object of "
                             f"it: {optimizer.__name__}(params)")  # fmt: skip
         if optimizer is not None and not hasattr(optimizer, "load_state_dict"):
-            raise TypeError(f"optimizer={optimizer!r} is no optimizer of fastrms")
+            raise TypeError(f"optimizer={words.shown(optimizer)} is no optimizer of fastrms")
         vars(self).update(best=None, bad=0, _names=structure.names("params"), _leaves=leaves, _optimizer=optimizer)
         self._keep()
 
@@ -536,7 +537,7 @@ class EarlyStopping:
     def _refuse_without_keys(self, d):
         """ValueError unless d has what state_dict() writes, each of these parameters included."""
         if not isinstance(d, Mapping):
-            raise ValueError(f"this is a {type(d).__name__}, not a state_dict of an EarlyStopping: pass what its "
+            raise ValueError(f"this is {words.kind_of(d)}, not a state_dict of an EarlyStopping: pass what its "
                              f"state_dict() gave")  # fmt: skip
         if missing := [key for key in ("best", "bad", "params", "optimizer") if key not in d]:
             raise ValueError(f"this has the keys {[*d]}; a state_dict of an EarlyStopping has {missing[0]!r}, too: pass "

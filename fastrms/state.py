@@ -8,6 +8,7 @@ from typing import NamedTuple
 from . import dialects, hyper, saved_formats, storage
 from .memory.flat import ReadOnlyDict
 from .memory.tree import Part
+from .words import kind_of
 
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError)
 _KEYS = ("dialect", "steps", "groups", "patterns", "tensors")  # of a state_dict, beside "optimizer"
@@ -62,7 +63,7 @@ def checked(d, kind, tensors, values, patterns, trusted=False, convert=None):
     ValueError where d does not fit; what it lacks, and of what type, is any of MALFORMED."""
     saved_formats.check("convert", convert)
     if not isinstance(d, Mapping):
-        raise ValueError(f"this is a {type(d).__name__}, not a state_dict of fastrms: pass what state_dict() gave")
+        raise ValueError(f"this is {kind_of(d)}, not a state_dict of fastrms: pass what state_dict() gave")
     if isinstance(d.get("optimizer"), Mapping):
         raise ValueError('this is a checkpoint with an optimizer in it: pass its state, load_state_dict(saved["optimizer"])')
     if "param_groups" in d:
@@ -235,6 +236,6 @@ def _refuse_lost(pairs):
     """ValueError where loading would replace a Plateau that the caller feeds, or give it to other groups than it had."""
     for _, saved in pairs.values():
         if not _is_plateau(saved):
-            raise ValueError(f"lr is a Plateau here, the saved one is a {type(saved).__name__}; set lr to a number first")
+            raise ValueError(f"lr is a Plateau here, the saved one is {kind_of(saved)}; set lr to a number first")
     if any(len({key[k] for key in pairs}) < len(pairs) for k in (0, 1)):
         raise ValueError("the groups that share a Plateau here are not those that shared one when it was saved")

@@ -7,6 +7,7 @@ import numpy as np
 
 from . import formats, hyper, rules
 from .memory import host
+from .words import kind_of
 
 FLOAT, BF16, FP16, FP16S, Q8, Q8U, SPLIT16, SPLIT8 = formats.FORMATS.values()
 OF_DTYPE = {host.BF16: BF16, host.FP16: FP16}
@@ -205,7 +206,7 @@ def acquired_copy(copy, name, tensor, memory):
     wanted = "it must be bf16 or fp16: an array of float16 or ml_dtypes.bfloat16, a torch tensor of float16 or bfloat16, or "
     wanted += "fastrms.Stored(array, 'bf16')"
     if host.is_no_array(copy):
-        raise TypeError(f"{name} is a {type(copy).__name__}; {wanted}")
+        raise TypeError(f"{name} is {kind_of(copy)}; {wanted}")
     buffer = memory.acquire(copy, name, writable=True, halves=True)
     if of_buffer(buffer) is FLOAT:
         raise TypeError(f"{name} has dtype {buffer.dtype}; {wanted}")

@@ -71,10 +71,11 @@ def acquired_param(memory, x, rounding_said):
 
 def acquired_beside(memory, x, name, param):
     """The Buffer of a gradient or a state, checked against the parameter."""
-    dtypes = storage.GRADIENTS if storage.compute_dtype(param) == np.float32 else None  # None: that of param alone
+    wanted = storage.compute_dtype(param)
+    dtypes = storage.GRADIENTS if wanted == np.float32 else None  # None: that of param alone
     if dtypes and name != "grad" and memory.holds_bytes(x):
         return q8_state(x, name, param) if memory is host else q8_state_on_device(x, name, param)
-    buffer = memory.acquire(x, name, writable=name != "grad", halves=True)
+    buffer = memory.acquire(x, name, writable=name != "grad", halves=True, wanted=wanted)
     memory.same_layout(buffer, name, param, "param", dtypes=dtypes)
     return buffer
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import given_state, rules, saved_formats, storage, torch_reader
-from .memory import host
+from .memory import host, remedies
 
 
 class RecipeKey(NamedTuple):
@@ -165,7 +165,7 @@ class Tensors(list):
             return None
         tensor = self[k]
         dtypes = storage.GRADIENTS if tensor.dtype == np.float32 else None
-        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable, halves=True)
+        buffer = self.memory.acquire(grad, tensor.grad_name, writable=writable, halves=True, wanted=tensor.dtype)
         self.memory.same_layout(buffer, tensor.grad_name, tensor.param, tensor.name, dtypes=dtypes)
         return buffer
 
@@ -208,7 +208,7 @@ class Tensors(list):
                 buffer = self.acquire_grad(k, getattr(grad, "owner", grad), writable=False)
                 named.append((self[k].grad_name, buffer))
         host.refuse_overlap(named)
-        raise ValueError("two buffers of this step overlap in memory; every buffer of a step must be separate")
+        raise ValueError(f"two buffers of this step overlap in memory; {remedies.SEPARATE}")
 
 
 def acquired_param(memory, x, name, options):

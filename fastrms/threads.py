@@ -6,6 +6,7 @@ import math
 import os
 
 from . import backends
+from .words import kind_of, shown
 
 MOST = 64
 LONGEST = 4096  # bytes of a path; Linux takes no longer ones
@@ -38,9 +39,9 @@ def set_num_threads(n):
         For an n that is not an int, or is out of this range.
     """
     if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n={n!r} is a {type(n).__name__}; it must be an int")
+        raise TypeError(f"n={shown(n)} is {kind_of(n)}; it must be an int")
     if not 1 <= n <= MOST:
-        raise ValueError(f"n={n!r} must be from 1 to {MOST}")
+        raise ValueError(f"n={shown(n)} must be from 1 to {MOST}")
     _set(n)
 
 

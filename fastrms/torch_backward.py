@@ -6,6 +6,7 @@ import torch
 
 from .optimizer import APPLIED
 from .torch_base import Optimizer, nothing
+from .words import kind_of
 
 
 def step_in_backward(optimizer):
@@ -36,7 +37,7 @@ def step_in_backward(optimizer):
         GPU, and for one that makes its steps so already.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be one of fastrms.torch")
+        raise TypeError(f"optimizer is {kind_of(optimizer)}; it must be one of fastrms.torch")
     if optimizer.clip_norm is not None or optimizer.nonfinite != "propagate":
         raise ValueError(f"clip_norm={optimizer.clip_norm!r} and nonfinite={optimizer.nonfinite!r} look at all gradients "
                          f"before the first update, which a step in the backward pass cannot do")  # fmt: skip

@@ -41,6 +41,7 @@ from .torch_formats import (
 from .torch_reader import same_items
 from .torch_shards import part_of, refuse_other_spread, refuse_sums, refuse_zero
 from .torch_state import FILLED, FLAGS, NAMES, refuse_foreign
+from .words import kind_of
 
 REASONS = {
     "capturable": ": this optimizer keeps its coefficients in host memory; for CUDA graphs use fastrms.Adam(..., "
@@ -124,7 +125,7 @@ class Optimizer(torch.optim.Optimizer):
                 rows.append((ours, theirs, value))
                 continue
             if not hasattr(value, "__len__"):
-                raise TypeError(f"{theirs}={value!r} is a {type(value).__name__}; it must be {len(ours)} numbers, such as "
+                raise TypeError(f"{theirs}={value!r} is {kind_of(value)}; it must be {len(ours)} numbers, such as "
                                 f"{theirs}={tuple(kind.defaults[name] for name in ours)}")  # fmt: skip
             if len(value) != len(ours):
                 raise ValueError(f"{theirs}={value!r} must be {len(ours)} numbers")
@@ -487,7 +488,7 @@ def misplaced(kind, closure, options):
         elif name == "grad_scale":
             remedy = "a torch.amp.GradScaler gives it, by scaler.step(optimizer)"
         return TypeError(f"step() has no argument {name!r}: {remedy}")
-    return TypeError(f"closure is a {type(closure).__name__}; it must be callable or left out: step() reads the gradients "
+    return TypeError(f"closure is {kind_of(closure)}; it must be callable or left out: step() reads the gradients "
                      f"in param.grad of each parameter, where loss.backward() writes them")  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from . import shards
+from .words import kind_of
 
 
 def is_spread(tensor):
@@ -109,7 +110,7 @@ class Parts:
         if grad is None or spec is None:
             return grad
         if not is_spread(grad):
-            raise TypeError(f"the gradient of {self._names[k]} is a {type(grad).__name__}, the parameter is a DTensor: it "
+            raise TypeError(f"the gradient of {self._names[k]} is {kind_of(grad)}, the parameter is a DTensor: it "
                             f"must be one, too")  # fmt: skip
         if not alike(grad._spec, spec):
             grad = grad.redistribute(spec.mesh, spec.placements)

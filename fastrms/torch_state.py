@@ -13,6 +13,7 @@ import numpy as np
 from . import hyper, saved_formats, storage
 from .memory import host
 from .state import MALFORMED
+from .words import kind_of
 
 ADAM = {
     "lr": "lr", "betas": ("beta1", "beta2"), "eps": "eps", "weight_decay": "weight_decay", "amsgrad": "amsgrad",
@@ -44,7 +45,7 @@ def refuse_foreign(kind, values, always, known, name):
 def refuse_no_state_dict(d, kind):
     """ValueError for what is no state_dict of torch, where an optimizer of torch of this class is to take one."""
     if not isinstance(d, Mapping):
-        raise ValueError(f"this is a {type(d).__name__}, not a state_dict of torch.optim: pass what state_dict() gave")
+        raise ValueError(f"this is {kind_of(d)}, not a state_dict of torch.optim: pass what state_dict() gave")
     if "tensors" in d and "optimizer" in d:
         raise ValueError(f"this is a state_dict of fastrms.{d['optimizer']}, not of torch.optim: {kind} takes what "
                          f"to_torch_state_dict() of that optimizer gives")  # fmt: skip
@@ -199,7 +200,7 @@ def _our_tensor(optimizer, present, saved, h):
     gradient, so it is then made here."""
     name = present["name"]
     if saved is not None and not isinstance(saved, Mapping):
-        raise ValueError(f"the state of {name} is a {type(saved).__name__}; it must be a mapping")
+        raise ValueError(f"the state of {name} is {kind_of(saved)}; it must be a mapping")
     if not saved:
         h = SimpleNamespace(**h)
         fresh = {state: np.full_like(x, optimizer.initial(h, state)) for state, x in present["state"].items()}

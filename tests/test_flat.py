@@ -140,7 +140,7 @@ def test_like_takes_torch_tensors():
     (lambda: fastrms.FlatBuffer.like({"w": np.ones(2, ">f4")}), TypeError, r"params\['w'\] .*float32 or float64"),
     (lambda: fastrms.FlatBuffer.like({"w": [1.0]}), TypeError, r"params\['w'\] is a list"),
     (lambda: fastrms.FlatBuffer.like({"w": np.ma.ones(2)}), TypeError, r"params\['w'\] is a masked"),
-    (lambda: fastrms.FlatBuffer.like(np.ones(2)), TypeError, "params is a ndarray"),
+    (lambda: fastrms.FlatBuffer.like(np.ones(2)), TypeError, "params is an ndarray"),
     (lambda: fastrms.FlatBuffer.like({}), ValueError, "params is empty"),
     (lambda: fastrms.FlatBuffer([]), ValueError, "shapes is empty"),
     (lambda: fastrms.FlatBuffer({"w": (3, -1)}), ValueError, r"shapes\['w'\]=\(3, -1\)"),
@@ -284,8 +284,8 @@ UNUSABLE = {
     "gaps": (lambda: np.zeros(2 * SIZE, FLOAT)[::2], ValueError, "it must be contiguous and have one dimension"),
     "a list": (lambda: [0.0] * SIZE, TypeError, "data is a list"),
     "masked": (lambda: np.ma.zeros(SIZE, FLOAT), TypeError, "data is a masked array"),
-    "on a device": (lambda: OnDevice(), TypeError, r"data is a OnDevice; a FlatBuffer in device memory has.* CuPy or torch: "
-                    r"pass cupy.asarray\(data\)"),
+    "on a device": (lambda: OnDevice(), TypeError, r"data is an OnDevice; a FlatBuffer in device memory has.* CuPy or "
+                    r"torch: pass cupy.asarray\(data\)"),
     "a locked Array": (lambda: multiprocessing.Array("f", SIZE), TypeError, r"pass data\.get_obj\(\)"),
     "a named block": (lambda: Block(), TypeError, r"pass np\.frombuffer\(data\.buf, np\.float32\)"),
     "a tensor of one process": (lambda: shared_tensor(FLOAT).clone(), ValueError, r"call data\.share_memory_\(\)"),
@@ -743,7 +743,7 @@ def test_groups_that_are_refused(backend, groups, error, words):
 def test_patterns_need_names(backend):
     w = np.ones(3, np.float32)
     for params in (w, [w], iter([w]), [{"params": {"w": w}}]):
-        with pytest.raises(TypeError, match=r"goes by name, and params is a \w+ without names"):
+        with pytest.raises(TypeError, match=r"goes by name, and params is an? \w+ without names"):
             fastrms.RMSProp(params, groups={"w": {"lr": 0.1}}, backend=backend)
 
 

@@ -4,6 +4,7 @@ import mmap
 import subprocess
 import sys
 import weakref
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
@@ -423,15 +424,18 @@ def test_the_example_of_the_page():
     names = {"fastrms": fastrms, "np": np}
     threads = fastrms.get_num_threads()
     try:
-        exec(example("SharedMemory(create=True"), names)
+        use, close = example("SharedMemory(create=True").split("\ndel ")
+        exec(use, names)
     finally:
         fastrms.set_num_threads(threads)
-    block, count = names.pop("block"), names["count"]
+    block, count = names["block"], names["count"]
     seen = np.frombuffer(block.buf, np.float32).copy()
     assert not seen[: 784 * 10].any() and np.allclose(seen[784 * 10 : count], -7e-3) and (seen[-10:] > 0).all()
-    names.clear()
-    block.close()
-    block.unlink()
+    with pytest.raises(BufferError):
+        block.close()
+    exec(f"del {close}", names)
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(block.name)
 
 
 # many processes at once

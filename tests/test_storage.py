@@ -818,9 +818,9 @@ def test_the_numbers_of_stored(shape, format, order):
 
 
 @pytest.mark.parametrize("array, said", [
-    (np.ones(3, np.float32), "a ndarray of float32"), (np.ones(3, np.float16), "a ndarray of float16"),
-    (np.ones(3, bfloat16), "a ndarray of bfloat16"), (np.ones(3, np.uint8), "a ndarray of uint8"), ([1, 2], "a list"),
-    (None, "a NoneType"), (3, "a int"), ("bf16", "a str"), (stored("bf16", np.ones(3, np.float32)), "a Stored"),
+    (np.ones(3, np.float32), "an ndarray of float32"), (np.ones(3, np.float16), "an ndarray of float16"),
+    (np.ones(3, bfloat16), "an ndarray of bfloat16"), (np.ones(3, np.uint8), "an ndarray of uint8"), ([1, 2], "a list"),
+    (None, "a NoneType"), (3, "an int"), ("bf16", "a str"), (stored("bf16", np.ones(3, np.float32)), "a Stored"),
 ])  # fmt: skip
 def test_stored_takes_bits_alone(array, said):
     with pytest.raises(TypeError, match=rf"^array is {said}; Stored takes an array of uint16 or int16 .* without Stored$"):

@@ -543,7 +543,9 @@ def test_an_exchanged_state_is_a_tensor(state_format):
     run([param], optimizer, 1, first=1)
     for other in (np.zeros(400, np.uint8), [0]):
         optimizer.state[param]["exp_avg"] = other
-        with pytest.raises(TypeError, match=rf"is a (ndarray|list); what is stored in {state_format} is a torch tensor of "):
+        with pytest.raises(
+            TypeError, match=rf"is an? (ndarray|list); what is stored in {state_format} is a torch tensor of "
+        ):
             run([param], optimizer, 1, first=1)
 
 

@@ -3,8 +3,8 @@
 
 An optimizer uses either host or device as its memory module.  Both offer the same functions:
 
-acquire(x, name, writable=, halves=)    the Buffer of an array-like x; TypeError or ValueError, with a sentence that calls x
-                                `name`; halves: whether x may be bf16 or fp16
+acquire(x, name, writable=, halves=, wanted=)   the Buffer of an array-like x; TypeError or ValueError, with a sentence that
+                                calls x `name`; halves: whether x may be bf16 or fp16; wanted: the dtype that remedies name
 again(buffer, name)             the Buffer of a torch tensor that may have been given other memory since
 same_layout(buffer, name, reference, reference_name, dtypes)    raises unless both have one shape, memory order and device,
                                 and one dtype or the buffer one of dtypes

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..words import kind_of
 from . import host, remedies
 
 LEGACY_STREAM = 1  # the handle of the default stream
@@ -97,10 +98,10 @@ def is_device_array(x, name="this"):
     return host._dlpack_device(x, name) in _ON_DEVICE
 
 
-def acquire(x, name, *, writable, halves=False):
+def acquire(x, name, *, writable, halves=False, wanted="float32"):
     """The DeviceBuffer of x; TypeError or ValueError that calls x `name`.  halves: whether it may also be bf16 or fp16, for
-    which a DeviceBuffer has the dtype uint16 or float16."""
-    seen = see(x, name, halves)
+    which a DeviceBuffer has the dtype uint16 or float16.  wanted: the dtype that remedies name."""
+    seen = see(x, name, halves, wanted)
     if seen.dtype not in host.DTYPES and not (halves and seen.dtype == host.FP16) and not _says_bf16(x):
         if halves:
             host.refuse_unsaid(seen.dtype, name)
@@ -113,7 +114,7 @@ def acquire_integers(x, name):
     return _buffer(x, see(x, name, False), name, True)
 
 
-def see(x, name, halves):
+def see(x, name, halves, wanted="float32"):
     """The Seen of a device array, and of one in a Stored where it may be bf16 or fp16; TypeError for anything else."""
     if halves and isinstance(x, host.Stored):
         return see(x.array, name, halves)._replace(dtype=host.IN_HALF[{"bf16": "bfloat16", "fp16": "float16"}[x.format]])
@@ -121,11 +122,13 @@ def see(x, name, halves):
     if remedies.is_jax(x):
         raise TypeError(f"{name} is a JAX array: JAX arrays are immutable and JAX does not say on which stream they are "
                         f"made; use optax there, or pass a CuPy or torch array")  # fmt: skip
-    host.refuse_non_array(x, name)
+    host.refuse_non_array(x, name, wanted)
     if not is_device_array(x):
         raise TypeError(f"{name} ({type(x).__name__}) is in host memory; backend='cuda' updates device memory: pass "
                         f"cupy.asarray({name}) or a torch tensor on 'cuda', or use backend='c'")  # fmt: skip
-    return _seen_of_torch(x, name, halves) if host.is_torch(x) else _seen_of_cupy(x) if _is_cupy(x) else _seen(x, name)
+    if host.is_torch(x):
+        return _seen_of_torch(x, name, halves, wanted)
+    return _seen_of_cupy(x) if _is_cupy(x) else _seen(x, name)
 
 
 def holds_bytes(x):
@@ -160,20 +163,20 @@ class Seen(NamedTuple):
     stream: int | None = None
 
 
-def _seen_of_torch(x, name, halves):
+def _seen_of_torch(x, name, halves, wanted):
     """The Seen of a torch tensor.  Its own methods answer in a tenth of the time that the protocols take."""
     dtype = str(x.dtype).removeprefix("torch.")
     kind = host.IN_HALF.get(dtype) if halves else None
     if dtype not in ("float32", "float64", "uint16", "int16", "int8", "uint8") and kind is None:
         raise TypeError(
-            f"{name} has dtype {dtype}; fastrms updates float32 and float64 on CUDA: pass {name}.float(), a copy"
+            f"{name} has dtype {dtype}; fastrms updates float32 and float64 on CUDA: pass {name}.to(torch.{wanted}), a copy"
         )
     try:
         negated = x.is_neg()
         address, strides, storage = x.data_ptr(), x.stride(), x.untyped_storage()
         end = storage.data_ptr() + storage.nbytes()
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} without memory that fastrms can use ({error})") from None
     if negated:
         raise ValueError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
     if address + x.numel() * x.element_size() > end:
@@ -215,7 +218,7 @@ def _view(x, interface, name):
     try:
         return StridedMemoryView.from_any_interface(x, stream_ptr=-1)
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
-        raise TypeError(f"{name} is a {type(x).__name__}, which fastrms cannot use in place ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)}, which fastrms cannot use in place ({error})") from None
 
 
 def _dense_strides(shape, strides, name):

@@ -9,6 +9,7 @@ from types import GenericAlias
 
 import numpy as np
 
+from ..words import kind_of, shown
 from . import device, flat_device, host, placement
 
 COPY_ONTO_ITSELF = "{} and {} overlap in memory; FlatBuffer(shapes, data=...) lies over what is there without copying"
@@ -385,7 +386,7 @@ def _refuse_copy_onto_itself(flat, arrays, text):
 def _named(values, what):
     """values as a dict; the names of a sequence are its indices."""
     if not isinstance(values, (Mapping, list, tuple)):
-        raise TypeError(f"{what} is a {type(values).__name__}; it must be a mapping by name, or a sequence")
+        raise TypeError(f"{what} is {kind_of(values)}; it must be a mapping by name, or a sequence")
     if not values:
         raise ValueError(f"{what} is empty; a FlatBuffer needs at least one array")
     return dict(values if isinstance(values, Mapping) else enumerate(values))
@@ -397,9 +398,9 @@ def _shape(name, shape):
         lengths = tuple(map(index, shape if isinstance(shape, (tuple, list)) else (shape,)))
     except TypeError:
         like = "; FlatBuffer.like({...}) takes arrays" if hasattr(shape, "__array__") else ""
-        raise TypeError(f"{name}={shape!r} is not a shape: it must be an int or a tuple of int{like}") from None
+        raise TypeError(f"{name}={shown(shape)} is not a shape: it must be an int or a tuple of int{like}") from None
     if any(length < 0 for length in lengths):
-        raise ValueError(f"{name}={shape!r} has a negative length")
+        raise ValueError(f"{name}={shown(shape)} has a negative length")
     return lengths
 
 

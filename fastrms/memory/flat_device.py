@@ -2,6 +2,7 @@
 
 import sys
 
+from ..words import kind_of
 from . import device, host, remedies
 
 LIBRARIES = ("cupy", "torch")
@@ -16,7 +17,7 @@ def are_there(arrays):
 def refuse_others(x, name):
     """TypeError for a device array whose parts are no views that can be written into."""
     if device.is_device_array(x) and not host.is_torch(x) and remedies.library(x) not in LIBRARIES:
-        raise TypeError(f"{name} is a {type(x).__name__}; a FlatBuffer in device memory has parts of an array of CuPy or "
+        raise TypeError(f"{name} is {kind_of(x)}; a FlatBuffer in device memory has parts of an array of CuPy or "
                         f"torch: pass cupy.asarray({name}) or torch.as_tensor({name}, device='cuda'), which do not "
                         f"copy")  # fmt: skip
 

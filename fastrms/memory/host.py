@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import formats
+from ..words import kind_of
 from . import placement, remedies
 
 DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
@@ -100,17 +101,18 @@ def decoded(numbers, format, dtype, copy):
 def _with_dtype(x):
     """The kind of an object in words, with its dtype where it has one."""
     dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
-    return f"a {type(x).__name__}{dtype and f' of {dtype}'}"
+    return f"{kind_of(x)}{dtype and f' of {dtype}'}"
 
 
-def acquire(x, name, *, writable, halves=False):
+def acquire(x, name, *, writable, halves=False, wanted="float32"):
     """The Buffer of x; TypeError or ValueError that calls x `name`.  x: a NumPy array, torch CPU tensor, or an object with
     the buffer protocol, __array_interface__ or CPU DLPack; float32 or float64, native byte order, aligned, dense.
-    halves: whether it may also be bf16 or fp16, whose Buffer has the dtype uint16 or float16."""
+    halves: whether it may also be bf16 or fp16, whose Buffer has the dtype uint16 or float16.  wanted: the dtype that
+    remedies name."""
     array = half_array(x, name) if halves else None
     if array is None:
-        array = as_array(x, name)
-        refuse_dtype(array.dtype, name, x, halves)
+        array = as_array(x, name, wanted)
+        refuse_dtype(array.dtype, name, x, halves, wanted)
     start = _refuse_misaligned(array, name)
     if writable and not array.flags.writeable:
         raise ValueError(f"{name} is read-only{remedies.of_read_only(x, name)}")
@@ -172,7 +174,7 @@ def _of_jax(x, name):
     return array
 
 
-def refuse_dtype(dtype, name, x, halves=False):
+def refuse_dtype(dtype, name, x, halves=False, wanted="float32"):
     """TypeError unless the dtype of x is float32 or float64 in native byte order."""
     if dtype in DTYPES:
         return
@@ -182,7 +184,7 @@ def refuse_dtype(dtype, name, x, halves=False):
     if not dtype.isnative:
         fault = f"{dtype.str}, which is not in native byte order"
     array = name if hasattr(x, "astype") else f"np.asarray({name})"
-    raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array)}")
+    raise TypeError(f"{name} has dtype {fault}: {remedies.of_dtype(dtype, array, wanted)}")
 
 
 def refuse_unsaid(dtype, name):
@@ -213,23 +215,24 @@ def same_memory(a, b):
         return True
 
 
-def as_array(x, name):
-    """x as an ndarray of the same memory; TypeError or ValueError that calls x `name`."""
+def as_array(x, name, wanted="float32"):
+    """x as an ndarray of the same memory; TypeError or ValueError that calls x `name`.  wanted: the dtype that remedies
+    name."""
     if is_torch(x):
-        return _from_torch(x, name)
+        return _from_torch(x, name, wanted=wanted)
     if is_masked(x):
         raise TypeError(f"{name} is a masked array; a mask would be ignored: pass {name}.data")
     if isinstance(x, np.ndarray):
         return np.asarray(x)  # a subclass may compute differently
     refuse_stored(x, name)
-    refuse_non_array(x, name)
+    refuse_non_array(x, name, wanted)
     if remedies.is_jax(x):
         _refuse_without_numbers(x, name)
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x, name) not in (None, 1):
         raise TypeError(
             f"{name} ({type(x).__name__}) is in device memory; this backend updates host memory: copy it to a NumPy array"
         )
-    return _view(x, name)
+    return _view(x, name, wanted)
 
 
 def refuse_stored(x, name):
@@ -249,27 +252,27 @@ def is_masked(x):
     return isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
-def _from_torch(x, name, kind=None):
+def _from_torch(x, name, kind=None, wanted="float32"):
     """A CPU tensor as an ndarray of the same memory; requires_grad does not matter.  kind: the dtype of the array where the
     tensor is bf16 or fp16."""
     torch = sys.modules["torch"]
-    _refuse_tensor(x, name, torch, kind)
+    _refuse_tensor(x, name, torch, kind, wanted)
     try:
         bits = x.detach().view(torch.int16) if kind is not None and x.is_floating_point() else x.detach()
         array, storage = bits.numpy(), x.untyped_storage()
         start = x.data_ptr()
     except (RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name} is a {type(x).__name__} without memory that fastrms can use ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} without memory that fastrms can use ({error})") from None
     if array.size and (address(array) != start or start + _extent(array) > storage.data_ptr() + storage.nbytes()):
         raise ValueError(f"{name} has lost its memory: its torch storage was resized")
     return array if kind is None else array.view(kind)
 
 
-def _refuse_tensor(x, name, torch, kind=None):
+def _refuse_tensor(x, name, torch, kind, wanted):
     """TypeError or ValueError for a tensor whose numbers do not lie in host memory as float32 or float64; kind: what a bf16
     or fp16 may be."""
     if isinstance(x, torch.nn.parameter.UninitializedTensorMixin):
-        raise TypeError(f"{name} is an {type(x).__name__}, which has no memory yet: run one forward pass of its lazy module "
+        raise TypeError(f"{name} is {kind_of(x)}, which has no memory yet: run one forward pass of its lazy module "
                         f"(LazyLinear, ...) before making the optimizer")  # fmt: skip
     if (where := x.device.type) != "cpu":
         raise TypeError(f"{name} is on device {x.device}{remedies.of_torch_device(where, name)}")
@@ -280,7 +283,7 @@ def _refuse_tensor(x, name, torch, kind=None):
         raise ValueError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
     if kind is None and x.dtype not in (torch.float32, torch.float64):
         dtype = str(x.dtype).removeprefix("torch.")
-        remedy = remedies.of_torch_dtype(dtype, name)
+        remedy = remedies.of_torch_dtype(dtype, name, wanted)
         raise TypeError(f"{name} has dtype {dtype}; fastrms updates float32 and float64: {remedy}")
 
 
@@ -307,10 +310,10 @@ def is_no_array(x):
     return x is None or isinstance(x, _NOT_ARRAYS)
 
 
-def refuse_non_array(x, name):
+def refuse_non_array(x, name, wanted="float32"):
     """TypeError for what is_no_array()."""
     if is_no_array(x):
-        raise TypeError(f"{name} is a {type(x).__name__}{remedies.of_non_array(x, name)}")
+        raise TypeError(f"{name} is {kind_of(x)}{remedies.of_non_array(x, name, wanted)}")
 
 
 def _dlpack_device(x, name):
@@ -319,10 +322,10 @@ def _dlpack_device(x, name):
     except AttributeError:
         return None
     except Exception as error:  # somebody's code: whatever it raises, this array cannot be used
-        raise TypeError(f"{name} is a {type(x).__name__} whose __dlpack_device__ fails ({error})") from None
+        raise TypeError(f"{name} is {kind_of(x)} whose __dlpack_device__ fails ({error})") from None
 
 
-def _view(x, name):
+def _view(x, name, wanted):
     """x without a copy: by the buffer protocol, by __array_interface__, or by DLPack; never by __array__, which may copy."""
     try:
         if hasattr(x, "__array_interface__"):
@@ -335,8 +338,8 @@ def _view(x, name):
             raise
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
         dtype, reason = f" of dtype {x.dtype}" if hasattr(x, "dtype") else "", str(error).partition("\n")[0]
-        raise TypeError(f"{name} is a {type(x).__name__}{dtype}, which fastrms cannot use in place ({reason}): "
-                        f"{remedies.of_object(x, name)}") from None  # fmt: skip
+        raise TypeError(f"{name} is {kind_of(x)}{dtype}, which fastrms cannot use in place ({reason}): "
+                        f"{remedies.of_object(x, name, wanted)}") from None  # fmt: skip
 
 
 def _element_strides(array):
@@ -370,7 +373,8 @@ def same_layout(buffer, name, reference, reference_name, dtypes=None):
         raise TypeError(f"{name} has dtype {dtype_of(buffer.dtype)}, {has}; give both the same: "
                         f"{name}.astype({library}.{dtype}), for a torch tensor {name}.to(torch.{dtype})")  # fmt: skip
     if buffer.shape != reference.shape:
-        raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}")
+        remedy = remedies.of_shape(buffer, name, reference, reference_name, is_torch(buffer.owner))
+        raise ValueError(f"{name} has shape {buffer.shape}, {reference_name} has {reference.shape}{remedy}")
     if buffer.strides != reference.strides and buffer.size:
         raise ValueError(
             f"{name} has strides {buffer.strides} (elements), {reference_name} has {reference.strides}: elements would be "
@@ -391,7 +395,7 @@ def refuse_overlap(buffers):
     pair = overlap(buffers)
     if pair is not None:
         first, second = (names[k] for k in pair)
-        raise ValueError(f"{first} and {second} overlap in memory; every buffer of a step must be separate")
+        raise ValueError(f"{first} and {second} overlap in memory; {remedies.SEPARATE}")
 
 
 def ours(array):

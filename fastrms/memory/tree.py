@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..words import kind_of, shown
 from . import device, host, remedies
 from .flat import FlatBuffer, ReadOnlyDict, ReadOnlyList, Views, joined, key_text, one_after_another
 
@@ -34,9 +35,10 @@ def arrange(params, groups):
 def _by_pattern(params, groups):
     """The same for named arrays: group 0 has what matches no pattern, then comes one group for each pattern."""
     if not isinstance(groups, Mapping) or not all(isinstance(p, str) and isinstance(o, Mapping) for p, o in groups.items()):
-        raise TypeError(f"groups={groups!r} must be a mapping name pattern -> mapping of hyper-parameters")
+        listed = "; a list of groups is itself params: [{'params': w, 'lr': 0.1}, ...]" if isinstance(groups, list) else ""
+        raise TypeError(f"groups={shown(groups)} must be a mapping name pattern -> mapping of hyper-parameters{listed}")
     if not isinstance(params, (Mapping, FlatBuffer)):
-        raise TypeError(f"groups={groups!r} goes by name, and params is a {type(params).__name__} without names; pass a "
+        raise TypeError(f"groups={shown(groups)} goes by name, and params is {kind_of(params)} without names; pass a "
                         f"mapping name -> array or a FlatBuffer")  # fmt: skip
     owner = _owners(params.params if isinstance(params, FlatBuffer) else params, list(groups))
     structure, leaves = of(params, owner)
@@ -72,12 +74,12 @@ def _refuse_half_groups(params):
     if not isinstance(params, (list, tuple)) or not any(isinstance(entry, Mapping) for entry in params):
         return
     k = next(k for k, entry in enumerate(params) if not (isinstance(entry, Mapping) and "params" in entry))
-    entry, kind = params[k], type(params[k]).__name__
+    entry, kind = params[k], kind_of(params[k])
     if not isinstance(entry, Mapping):
-        raise TypeError(f"params[{k}] is a {kind} among groups: in a list of groups each is a mapping with its arrays under "
+        raise TypeError(f"params[{k}] is {kind} among groups: in a list of groups each is a mapping with its arrays under "
                         f"the key 'params'")  # fmt: skip
     keys = ", ".join(map(repr, entry)) or "no keys"
-    raise TypeError(f"params[{k}] is a {kind} without the key 'params' (it has {keys}): in a list of groups each has its "
+    raise TypeError(f"params[{k}] is {kind} without the key 'params' (it has {keys}): in a list of groups each has its "
                     f"arrays under this key, and nested mappings are not flattened; without groups pass one mapping with a "
                     f"key for each array, such as 'layer.weight'")  # fmt: skip
 
@@ -95,7 +97,7 @@ def of(params, owner=None):
     if isinstance(params, (list, tuple)) or _is_plain_iterable(params):
         leaves = list(params)
         if isinstance(params, (list, tuple)) and any(isinstance(leaf, remedies.NUMBERS) for leaf in leaves):
-            raise TypeError(f"params is a {type(params).__name__} of numbers{remedies.of_non_array(1.0, 'params')}")
+            raise TypeError(f"params is {kind_of(params)} of numbers{remedies.of_non_array(1.0, 'params')}")
         if iter(params) is not params:
             _refuse_made_anew(leaves, params, params)
         return SequenceOf(list(range(len(leaves)))), _refuse_flat(_refuse_modules(leaves, params))
@@ -106,15 +108,15 @@ def _refuse_made_anew(leaves, again, params):
     """TypeError where a second look into params finds other arrays, as in an NpzFile: an update would reach neither."""
     for first, second in zip(leaves, again, strict=False):  # nothing is compared where params can be iterated only once
         if first is not second and not host.same_memory(first, second):
-            kind, plain = type(params).__name__, "dict" if isinstance(params, Mapping) else "list"
-            raise TypeError(f"params is a {kind}, which makes its arrays anew at each access, so that an update would be "
+            kind, plain = kind_of(params), "dict" if isinstance(params, Mapping) else "list"
+            raise TypeError(f"params is {kind}, which makes its arrays anew at each access, so that an update would be "
                             f"lost: make arrays = {plain}(params) once, pass them and use them from then on")  # fmt: skip
 
 
 def _refuse_modules(leaves, params):
     """The leaves of a sequence.  A torch Sequential, a sequence of modules, is refused; a ParameterList is accepted."""
     if remedies.is_module(params) and not all(map(host.is_torch, leaves)):
-        raise TypeError(f"params is a {type(params).__name__}, a module: pass its parameters, params.parameters()")
+        raise TypeError(f"params is {kind_of(params)}, a module: pass its parameters, params.parameters()")
     return leaves
 
 
@@ -221,7 +223,7 @@ class SequenceOf(Keyed):
     def leaves(self, value, what):
         if not isinstance(value, (list, tuple)):
             if not _is_plain_iterable(value):
-                raise TypeError(f"{what} is a {type(value).__name__}; it must be a sequence of {self.count}, as params is")
+                raise TypeError(f"{what} is {kind_of(value)}; it must be a sequence of {self.count}, as params is")
             value = list(value)
         if len(value) != self.count:
             raise ValueError(f"{what} has {len(value)} entries, params has {self.count}")
@@ -236,7 +238,7 @@ class MappingOf(Keyed):
 
     def leaves(self, value, what):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{what} is a {type(value).__name__}; it must be a mapping, as params is")
+            raise TypeError(f"{what} is {kind_of(value)}; it must be a mapping, as params is")
         try:
             leaves = [value[key] for key in self.keys]
         except KeyError as error:
@@ -287,7 +289,7 @@ class FlatOf(Structure):
         if value is self.flat.grads:
             value = self.flat.grad
         if not isinstance(value, (np.ndarray, host.Stored)) and not self._is_on_device(value):
-            raise TypeError(f"{what} is a {type(value).__name__}; it must be the grads or grad of the FlatBuffer, or a 1-D "
+            raise TypeError(f"{what} is {kind_of(value)}; it must be the grads or grad of the FlatBuffer, or a 1-D "
                             f"array of {self.size}: copy other gradients into flat.grads[name][...]")  # fmt: skip
         if tuple(value.shape) != (self.size,):
             raise ValueError(f"{what} has shape {tuple(value.shape)}, the FlatBuffer has {self.size} elements in one "
