@@ -41,6 +41,7 @@ def moved(tensor, *where, **more):
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)  # of a torch for CUDA
     monkeypatch.setattr(torch.Tensor, "to", moved)
 
 
