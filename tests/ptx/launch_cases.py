@@ -1796,7 +1796,7 @@ def test_what_is_wrong_with_formats_is_refused_before_any_launch(driver):
         fastrms.Adam(OnDevice(w), param_copy=half)
     with pytest.raises(ValueError, match="overlap in memory"):
         fastrms.Adam(OnDevice(w), param_copy=fastrms.Stored(OnDevice(w.view(np.uint16)[:300]), "bf16"))
-    with pytest.raises(TypeError, match="array is a OnDevice; Stored takes an array of uint16 or int16"):
+    with pytest.raises(TypeError, match="array is an OnDevice; Stored takes an array of uint16 or int16"):
         fastrms.Stored(OnDevice(w), "bf16")
     state = fastrms.init_state("adagrad", OnDevice(w), state_format="q8")
     with pytest.raises(ValueError, match="a state in q8 of 300 elements has shape"):
