@@ -318,6 +318,10 @@ class Plan(plan.Plan):
             self.steps += 1
         elif not self._absent or self._left_out():
             return
+        self._miss()
+
+    def _miss(self):
+        """Count a step that was made without the absent gradients."""
         self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
 
     def _left_out(self):
@@ -327,7 +331,7 @@ class Plan(plan.Plan):
             return self.nonfinite_of(number)
         except KeyboardInterrupt:  # it comes when the wait is over
             if not self.nonfinite_of(number):
-                self.missed = [missed + (k in self._absent) for k, missed in enumerate(self.missed)]
+                self._miss()
             raise
 
     @property
